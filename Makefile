@@ -1,0 +1,56 @@
+# Every target that needs it makes .venv first, and again when what it was made from has changed.
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE_SOURCES := $(shell find src/csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+# The scripts call `python`: let it be the one in .venv.
+IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-gpu lint format bench clean
+.DELETE_ON_ERROR:
+
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(NATIVE_SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "make: Python 3.11 or newer is needed; name yours: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "make: installing into $(VENV) what constraints.txt pins (the first time takes minutes: torch is large)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'import cachegen._native'
+	@touch $@
+
+venv: $(INSTALLED) ## Make or refresh .venv
+
+demo: $(INSTALLED) ## Prefill, encode, decode and answer a question with the bundled model
+	@$(IN_VENV) bash scripts/demo.sh
+
+test: $(INSTALLED) ## Run all tests that need neither a GPU nor the internet
+	@$(BIN)/python -m pytest
+
+test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no test
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU")'
+	@$(BIN)/python -m pytest -m cuda || { \
+	    status=$$?; test $$status -ne 5 || echo "make test-gpu: there is no test marked cuda" >&2; exit $$status; }
+
+lint: $(INSTALLED) ## Check style and types, changing nothing
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+
+format: $(INSTALLED) ## Rewrite the sources in the house style
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+	@$(BIN)/clang-format -i $(NATIVE_SOURCES)
+
+bench: $(INSTALLED) ## Measure the coders: bytes first, then times
+	@$(IN_VENV) python benchmarks/coder_throughput.py
+
+clean: ## Remove what was built; .venv stays and is refreshed by the next target
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(INSTALLED) src/cachegen.egg-info src/cachegen/*.so
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
