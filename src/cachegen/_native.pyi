@@ -1,0 +1,82 @@
+"""Types of the native CPU module; src/csrc/cpu/bindings.cpp says what the functions do."""
+
+import enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Status(enum.Enum):
+    OK = ...
+    TRUNCATED = ...
+    CORRUPT = ...
+    NO_FREQUENCY = ...
+    NOT_FINITE = ...
+    BAD_BAND_MAP = ...
+
+class TableSet:
+    @staticmethod
+    def from_frequencies(frequencies: NDArray[np.uint16]) -> TableSet: ...
+    @staticmethod
+    def parse(
+        bytes: NDArray[np.uint8],
+        plane_bytes: list[int],
+        plane_channels: list[int],
+        alphabet_sizes: list[int],
+        num_threads: int,
+    ) -> TableSet: ...
+    @property
+    def num_tables(self) -> int: ...
+    def frequencies(self) -> NDArray[np.uint16]: ...
+
+class Plane:
+    def __init__(
+        self,
+        *,
+        values: int,
+        token_stride: int,
+        head_stride: int,
+        num_heads: int,
+        head_dim: int,
+        scales: int,
+        num_bins: int,
+        low_bits: int,
+        tokens_per_stream: int,
+        tables: TableSet | None,
+        first_table: int,
+        num_tables: int,
+        has_band_map: bool = False,
+    ) -> None: ...
+
+def measure(
+    planes: list[Plane], dtype: int, num_tokens: int, num_threads: int
+) -> tuple[NDArray[np.uint32], int, int]: ...
+def encode(
+    planes: list[Plane], dtype: int, num_tokens: int, num_threads: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint32], int, int]: ...
+def decode(
+    planes: list[Plane],
+    dtype: int,
+    num_tokens: int,
+    payload: NDArray[np.uint8],
+    index: NDArray[np.uint32],
+    num_threads: int,
+) -> tuple[int, int]: ...
+def checksum_streams(payload: NDArray[np.uint8], index: NDArray[np.uint32], num_threads: int) -> NDArray[np.uint32]: ...
+def encode_symbols(
+    symbols: NDArray[np.uint16],
+    tables: TableSet | None,
+    low_bits: int,
+    table_indices: NDArray[np.uint16] | None = None,
+    band_map: NDArray[np.uint8] | None = None,
+) -> tuple[bytes, int, int]: ...
+def decode_symbols(
+    bytes: NDArray[np.uint8],
+    num_words: int,
+    num_tokens: int,
+    num_channels: int,
+    tables: TableSet | None,
+    low_bits: int,
+    table_indices: NDArray[np.uint16] | None = None,
+    has_band_map: bool = False,
+) -> tuple[NDArray[np.uint16], int]: ...
+def crc32c(content: bytes | bytearray | memoryview) -> int: ...

@@ -1,0 +1,256 @@
+"""The codec: chunks of a KV cache to bytes and back, composed of quantization, tables, coder and container.
+
+A document is one saved cache. It has one tables file, whose hash stands in every chunk, and chunks that follow each
+other from token 0; each chunk decodes by itself, given the tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cachegen import container
+from cachegen.coder import cpu
+from cachegen.config import QuantizationConfig
+from cachegen.errors import BitstreamError, MismatchError
+from cachegen.format import (
+    LANES,
+    NO_HASH,
+    TABLE_SIZE,
+    ChunkHeader,
+    Coder,
+    Method,
+    PlaneLayout,
+    TablesHeader,
+)
+from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
+from cachegen.quantization import low_bits_for
+from cachegen.symbol_model import choose_weight_classes, pack_tables
+
+# A lane costs about 24 bits beyond its symbols (its state, less what the state carries). At 4096 symbols of 2 to 3 bits
+# that is a quarter of a percent; longer lanes would leave a GPU, one warp per stream, too few streams.
+SYMBOLS_PER_LANE = 4096
+
+
+@dataclass(frozen=True)
+class Document:
+    """What decoding needs of a tables file.
+
+    Attributes:
+        tables: the kernels' form of the tables; None for coder `packed`.
+        tables_hash: SHA-256 of the file.
+    """
+
+    header: TablesHeader
+    tables: cpu.Tables | None
+    tables_hash: bytes
+
+
+class DocumentEncoder:
+    """Encodes one saved cache: measures it once, makes its tables, then its chunks in any order.
+
+    Attributes:
+        document: what a decoder will know of the tables file.
+        tables_file: the tables file's bytes.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        metadata: ContextMetadata,
+        config: QuantizationConfig,
+        chunk_tokens: Sequence[int],
+        coder: Coder,
+        *,
+        num_threads: int = 1,
+        kernels=cpu,
+    ) -> None:
+        """Measure the cache and make its tables.
+
+        Args:
+            cache: on the CPU; may be memory-mapped.
+            chunk_tokens: the chunks' token counts, at most the cache's in all.
+            kernels: `cachegen.coder.cpu`, or `cachegen.coder.reference`.
+
+        Raises:
+            InputError: the cache holds NaN or infinity.
+            ConfigError: the config does not cover the cache's layers.
+        """
+        if sum(chunk_tokens) > cache.num_tokens or min(chunk_tokens, default=0) < 1:
+            raise ValueError(f"`chunk_tokens` must be positive and at most {cache.num_tokens} in all")
+        self._cache, self._coder, self._num_threads, self._kernels = cache, coder, num_threads, kernels
+        self._stops = [sum(chunk_tokens[: i + 1]) for i in range(len(chunk_tokens))]
+        self._token_hashes = hash_token_prefixes(metadata.token_ids, self._stops)
+        planes = tuple(
+            PlaneLayout(plane.shape[1], plane.shape[2], group.num_bins, _low_bits(group.num_bins, coder))
+            for plane, group in zip(cache.planes, config.groups_of_planes(cache.num_layers), strict=True)
+        )
+        covered = cache.slice(0, self._stops[-1])
+        self._scales, counts = kernels.measure(covered, planes, num_threads)
+        plane_tables = []
+        if coder is not Coder.PACKED:
+            classes, first = choose_weight_classes(counts), 0
+            for plane in planes:
+                plane_tables.append(pack_tables(classes[first : first + plane.num_channels]))
+                first += plane.num_channels
+        header = TablesHeader(
+            num_cache_tokens=cache.num_tokens,
+            method=config.method,
+            dtype=cpu.DTYPES[cache.dtype],
+            prefill_block_size=metadata.block_size,
+            tables_crc=0,
+            model_fingerprint=bytes.fromhex(metadata.model_fingerprint),
+            token_hash=bytes.fromhex(hash_token_prefixes(metadata.token_ids, [cache.num_tokens])[0]),
+            rope_hash=bytes.fromhex(metadata.rope_hash),
+            profile_hash=NO_HASH,
+            planes=planes,
+            plane_table_bytes=tuple(map(len, plane_tables)) or (0,) * len(planes),
+            chunk_tokens=tuple(chunk_tokens),
+        )
+        self.tables_file = container.build_tables(header, b"".join(plane_tables))
+        self.document = load_document(self.tables_file, num_threads=num_threads, kernels=kernels)
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self._stops)
+
+    def expected_header(self, index: int) -> ChunkHeader:
+        """Return a chunk's header but for its stream index and checksums, which only encoding tells."""
+        document, stop = self.document.header, self._stops[index]
+        num_tokens = document.chunk_tokens[index]
+        return ChunkHeader(
+            first_token=stop - num_tokens,
+            num_tokens=num_tokens,
+            method=document.method,
+            coder=self._coder,
+            dtype=document.dtype,
+            level=0,
+            scales_crc=0,
+            model_fingerprint=document.model_fingerprint,
+            token_hash=bytes.fromhex(self._token_hashes[index]),
+            rope_hash=document.rope_hash,
+            tables_hash=self.document.tables_hash,
+            profile_hash=NO_HASH,
+            planes=tuple(
+                dataclasses.replace(p, tokens_per_stream=choose_tokens_per_stream(p.num_channels, num_tokens))
+                for p in document.planes
+            ),
+            stream_index=b"",
+        )
+
+    def is_encoding_of(self, index: int, content: bytes | memoryview) -> bool:
+        """Tell whether `content` is this chunk, whole and unchanged, from this document and configuration."""
+        try:
+            header = container.parse_chunk(content, self._num_threads).header
+        except BitstreamError:
+            return False
+        return dataclasses.replace(header, scales_crc=0, stream_index=b"") == self.expected_header(index)
+
+    def encode_chunk(self, index: int) -> list[bytes | memoryview]:
+        """Encode one chunk; returns its file as parts to be written one after the other."""
+        header = self.expected_header(index)
+        start, stop = header.first_token, header.first_token + header.num_tokens
+        scales = self._scales[:, start:stop].contiguous()
+        payload, streams = self._kernels.encode(
+            self._cache.slice(start, stop), scales, header.planes, self.document.tables, self._num_threads
+        )
+        return container.build_chunk(header, scales, streams, payload)
+
+
+def load_document(tables_file: bytes | memoryview, *, num_threads: int = 1, kernels=cpu) -> Document:
+    """Parse a tables file.
+
+    Raises:
+        BitstreamError: the file is corrupt.
+    """
+    content = bytes(tables_file)
+    header, tables = container.parse_tables(content)
+    loaded = None
+    if header.tables_bytes:
+        loaded = kernels.load_tables(tables, header.planes, header.plane_table_bytes, num_threads)
+    return Document(header, loaded, hashlib.sha256(content).digest())
+
+
+def decode_chunk(
+    content: bytes | memoryview,
+    document: Document,
+    output: KVCache,
+    *,
+    first_token: int,
+    token_hash: bytes,
+    num_threads: int = 1,
+    kernels=cpu,
+) -> ChunkHeader:
+    """Decode one chunk, refusing one that does not belong here.
+
+    Args:
+        content: the chunk file.
+        output: where the chunk's tokens go: exactly as many as it must have, in the cache's dtype, on the CPU.
+        first_token: where in the context the chunk must begin.
+        token_hash: hash of the context's tokens up to the chunk's end.
+
+    Returns:
+        The chunk's header.
+
+    Raises:
+        BitstreamError: the chunk is corrupt; `output` then holds no usable values.
+        MismatchError: the chunk is of another document, model, context or configuration, naming the field.
+    """
+    chunk = container.parse_chunk(content, num_threads)
+    header, expected = chunk.header, document.header
+    shapes = tuple(dataclasses.replace(plane, tokens_per_stream=0) for plane in header.planes)
+    gates = [
+        ("model_fingerprint", header.model_fingerprint, expected.model_fingerprint),
+        ("rope_hash", header.rope_hash, expected.rope_hash),
+        ("first_token", header.first_token, first_token),
+        ("num_tokens", header.num_tokens, output.num_tokens),
+        ("token_hash", header.token_hash, token_hash),
+        ("method", header.method, expected.method),
+        ("dtype", header.dtype, expected.dtype),
+        ("planes", shapes, expected.planes),
+        ("profile_hash", header.profile_hash, expected.profile_hash),
+        ("tables_hash", header.tables_hash, document.tables_hash),
+    ]
+    for field, found, wanted in gates:
+        if found != wanted:
+            raise MismatchError(
+                f"{field} is {_show(found)}, but the tables file and the context say {_show(wanted)}: "
+                "the chunk is of another document, model or configuration"
+            )
+    if (document.tables is None) != (header.coder is Coder.PACKED):
+        raise MismatchError(f"coder is {header.coder.name.lower()}, which does not go with the tables file")
+    kernels.decode(chunk.payload, header.streams, chunk.scales, header.planes, document.tables, output, num_threads)
+    return header
+
+
+def choose_tokens_per_stream(num_channels: int, num_tokens: int) -> int:
+    """Return how many tokens to put in a stream so that lanes have about `SYMBOLS_PER_LANE` symbols.
+
+    Returns:
+        A multiple of 32. A chunk's streams come out about equally long.
+    """
+    target = LANES * max(1, round(SYMBOLS_PER_LANE / num_channels))
+    num_streams = max(1, round(num_tokens / target))
+    return LANES * -(-num_tokens // (num_streams * LANES))
+
+
+def document_dtype(document: Document) -> torch.dtype:
+    """Return the torch dtype of a document's cache."""
+    return next(dtype for dtype, number in cpu.DTYPES.items() if number == document.header.dtype)
+
+
+def _low_bits(num_bins: int, coder: Coder) -> int:
+    """How many low bits a plane stores raw: all of them with coder `packed`."""
+    return low_bits_for(num_bins, 1 if coder is Coder.PACKED else TABLE_SIZE)
+
+
+def _show(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.hex()[:12]
+    if isinstance(value, tuple):
+        return f"{len(value)} planes of {value[0]}" if value else "none"
+    return value.name.lower() if isinstance(value, Method) else str(value)

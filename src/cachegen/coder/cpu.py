@@ -1,0 +1,205 @@
+"""The coder's native CPU kernels: checks first, then addresses and sizes to `cachegen._native`.
+
+The kernels quantize and code in one pass over the cache's own memory, on several threads. Bytes do not depend on the
+number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cachegen.coder.reference import not_finite_error
+from cachegen.errors import BackendUnavailableError, BitstreamError
+from cachegen.format import Dtype, PlaneLayout, StreamEntry
+from cachegen.kv_cache import KVCache
+
+try:
+    from cachegen import _native
+except ImportError as error:
+    raise BackendUnavailableError(
+        f"the native CPU module cachegen._native cannot be imported ({error}); build it with `pip install .`, "
+        "or in a clone with `python setup.py build_ext --inplace`"
+    ) from error
+
+DTYPES = {torch.float16: Dtype.FLOAT16, torch.bfloat16: Dtype.BFLOAT16, torch.float32: Dtype.FLOAT32}
+Tables: TypeAlias = _native.TableSet
+
+_PROBLEMS = {
+    _native.Status.TRUNCATED: "the stream is not whole",
+    _native.Status.CORRUPT: "the lanes do not end in the start state",
+    _native.Status.BAD_BAND_MAP: "a band map entry is out of range",
+}
+
+
+def default_num_threads() -> int:
+    """Return the number of processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def load_tables(
+    content: bytes, planes: Sequence[PlaneLayout], plane_table_bytes: Sequence[int], num_threads: int = 1
+) -> Tables:
+    """Read the tables section of a tables file.
+
+    Args:
+        content: the section, plane after plane.
+        plane_table_bytes: the length of each plane's tables.
+
+    Raises:
+        BitstreamError: the bytes are not such tables.
+    """
+    try:
+        return Tables.parse(
+            np.frombuffer(content, np.uint8),
+            list(plane_table_bytes),
+            [plane.num_channels for plane in planes],
+            [plane.alphabet_size for plane in planes],
+            num_threads,
+        )
+    except ValueError as error:
+        raise BitstreamError(f"the tables are corrupt ({error})", field="tables") from error
+
+
+def measure(
+    cache: KVCache, planes: Sequence[PlaneLayout], num_threads: int = 1
+) -> tuple[torch.Tensor, NDArray[np.uint32]]:
+    """Find the scales of all tokens and count the high parts of all symbols.
+
+    Args:
+        cache: on the CPU.
+
+    Returns:
+        Scales `[num_planes, num_tokens]` in the cache's dtype, and counts uint32 `[num_tables, 32]`, one row per
+        channel of each plane.
+
+    Raises:
+        InputError: the cache holds NaN or infinity.
+    """
+    scales = torch.empty(len(planes), cache.num_tokens, dtype=cache.dtype)
+    native_planes = _native_planes(cache, scales, planes, None)
+    counts, plane, token = _native.measure(native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads)
+    if plane >= 0:
+        raise not_finite_error(plane, token)
+    return scales, counts.reshape(-1, 32)
+
+
+def encode(
+    cache: KVCache,
+    scales: torch.Tensor,
+    planes: Sequence[PlaneLayout],
+    tables: Tables | None,
+    num_threads: int = 1,
+) -> tuple[memoryview, list[StreamEntry]]:
+    """Quantize and encode the tokens of a chunk.
+
+    Args:
+        cache: the chunk's tokens, on the CPU.
+        scales: `[num_planes, num_tokens]`, what `measure` found for these tokens.
+        tables: None for coder `packed`.
+
+    Returns:
+        The payload (streams, each padded to a multiple of 16 bytes) and its index.
+
+    Raises:
+        ValueError: the tables do not cover the symbols, or the scales are not the cache's.
+    """
+    native_planes = _native_planes(cache, scales, planes, tables)
+    payload, index, failed, status = _native.encode(native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads)
+    if failed >= 0:
+        raise ValueError(f"stream {failed} cannot be encoded: {_native.Status(status).name}")
+    return payload.data, [StreamEntry(*row) for row in index.tolist()]
+
+
+def decode(
+    payload: bytes | memoryview,
+    streams: Sequence[StreamEntry],
+    scales: torch.Tensor,
+    planes: Sequence[PlaneLayout],
+    tables: Tables | None,
+    output: KVCache,
+    num_threads: int = 1,
+) -> None:
+    """Decode and dequantize the tokens of a chunk.
+
+    Args:
+        payload: the streams, each padded to a multiple of 16 bytes; checksums are the container's business.
+        scales: `[num_planes, num_tokens]`.
+        tables: None for coder `packed`.
+        output: where the tokens go, on the CPU, any strides with contiguous head dims.
+
+    Raises:
+        BitstreamError: a stream is corrupt; `output` then holds no usable values.
+    """
+    native_planes = _native_planes(output, scales, planes, tables)
+    failed, status = _native.decode(
+        native_planes,
+        DTYPES[output.dtype],
+        output.num_tokens,
+        np.frombuffer(payload, np.uint8),
+        _index_array(streams),
+        num_threads,
+    )
+    if failed >= 0:
+        raise BitstreamError(_PROBLEMS[_native.Status(status)], field=f"stream {failed}")
+
+
+def checksum_streams(
+    payload: bytes | memoryview, streams: Sequence[StreamEntry], num_threads: int = 1
+) -> NDArray[np.uint32]:
+    """Return the CRC-32C of every stream with its padding."""
+    return _native.checksum_streams(np.frombuffer(payload, np.uint8), _index_array(streams), num_threads)
+
+
+def crc32c(content: bytes | bytearray | memoryview) -> int:
+    """Return the CRC-32C of bytes."""
+    return _native.crc32c(content)
+
+
+def _index_array(streams: Sequence[StreamEntry]) -> NDArray[np.uint32]:
+    return np.array(streams, dtype=np.uint32).reshape(len(streams), 3)
+
+
+def _native_planes(
+    cache: KVCache, scales: torch.Tensor, planes: Sequence[PlaneLayout], tables: Tables | None
+) -> list[_native.Plane]:
+    """Describe tensors to the kernels, after every check that keeps them inside their memory."""
+    if len(planes) != len(cache.planes):
+        raise ValueError(f"`planes` must describe {len(cache.planes)} planes, got {len(planes)}")
+    if list(scales.shape) != [len(planes), cache.num_tokens] or scales.dtype != cache.dtype:
+        raise ValueError(f"`scales` must be {cache.dtype} [{len(planes)}, {cache.num_tokens}], got {scales.shape}")
+    if not scales.is_contiguous() or scales.device.type != "cpu":
+        raise ValueError("`scales` must be contiguous and on the CPU")
+    num_tables = sum(plane.num_channels for plane in planes)
+    if tables is not None and tables.num_tables != num_tables:
+        raise ValueError(f"`tables` must hold {num_tables} tables, got {tables.num_tables}")
+    native_planes, first_table = [], 0
+    for index, (values, plane) in enumerate(zip(cache.planes, planes, strict=True)):
+        shape = [cache.num_tokens, plane.num_kv_heads, plane.head_dim]
+        if list(values.shape) != shape or values.device.type != "cpu" or values.stride(2) != 1:
+            raise ValueError(f"plane {index} must be a CPU tensor {shape} with contiguous head dims")
+        native_planes.append(
+            _native.Plane(
+                values=values.data_ptr(),
+                token_stride=values.stride(0),
+                head_stride=values.stride(1),
+                num_heads=plane.num_kv_heads,
+                head_dim=plane.head_dim,
+                scales=scales[index].data_ptr(),
+                num_bins=plane.num_bins,
+                low_bits=plane.low_bits,
+                # The measuring pass has no streams; any valid length does.
+                tokens_per_stream=plane.tokens_per_stream or 32,
+                tables=tables,
+                first_table=first_table,
+                num_tables=plane.num_channels,
+                has_band_map=bool(plane.band_mode),
+            )
+        )
+        first_table += plane.num_channels
+    return native_planes

@@ -1,0 +1,289 @@
+"""The rANS coder in plain Python: slow, and laid out like docs/format.md. The oracle of the tests.
+
+A stream holds the symbols of some tokens of one plane, all channels. 32 lanes, one per token of a row, each with its
+own 32-bit state, share one sequence of 16-bit words; the decoder reads the words in the order in which its lanes run
+low. A symbol is a high part, coded with its channel's frequency table, and `low_bits` raw bits.
+
+Source: J. Duda, "Asymmetric numeral systems" (2013); F. Giesen, "Interleaved entropy coders" (2014).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cachegen.errors import BitstreamError, InputError
+from cachegen.format import ALIGNMENT, LANES, MAX_LOW_BITS, TABLE_SIZE, PlaneLayout, StreamEntry, round_up
+from cachegen.kv_cache import KVCache
+from cachegen.quantization import dequantize, quantize
+from cachegen.symbol_model import normalize, unpack_tables
+
+FREQUENCY_BITS = 12
+WORD_BITS = 16
+STATE_LOW = 1 << WORD_BITS
+BAND_CHANNELS = 32
+
+
+@dataclass(frozen=True)
+class StreamCoding:
+    """How the symbols of a stream are coded.
+
+    Attributes:
+        frequencies: per channel (or, with `table_indices`, per table) 32 integers that sum to 4096; None for coder
+            `packed`, whose symbols are all low bits.
+        low_bits: raw bits of every symbol, unless there is a band map.
+        table_indices: per channel the index of its table; None: its own.
+        has_band_map: whether the stream carries a band map: per row of lanes and band of 32 channels one byte, the
+            low bits in its high nibble and, two's complement, an offset to the table index in its low nibble.
+    """
+
+    frequencies: Sequence[Sequence[int]] | None
+    low_bits: int = 0
+    table_indices: Sequence[int] | None = None
+    has_band_map: bool = False
+
+    def band(self, band_map: bytes | None, num_channels: int, row: int, channel: int) -> tuple[int, int]:
+        """Return the low bits and the table index of a channel's symbols in a row of lanes."""
+        table = self.table_indices[channel] if self.table_indices is not None else channel
+        if band_map is None:
+            return self.low_bits, table
+        byte = band_map[row * -(-num_channels // BAND_CHANNELS) + channel // BAND_CHANNELS]
+        low_bits, offset = byte >> 4, (byte & 15) - 16 * (byte >> 3 & 1)
+        if low_bits > MAX_LOW_BITS or not (offset == 0 or 0 <= table + offset < len(self.frequencies or ())):
+            raise BitstreamError("a band map entry is out of range", field="band_map")
+        return low_bits, table + offset
+
+
+def _rows(num_tokens: int) -> list[range]:
+    """The tokens of each row of lanes; only the last row may have fewer than 32."""
+    return [range(start, min(start + LANES, num_tokens)) for start in range(0, num_tokens, LANES)]
+
+
+def _starts(frequencies: Sequence[int]) -> list[int]:
+    """Exclusive cumulative sums of a table's frequencies."""
+    starts = [0]
+    for frequency in frequencies:
+        starts.append(starts[-1] + frequency)
+    return starts
+
+
+def encode_stream(
+    symbols: Sequence[Sequence[int]], coding: StreamCoding, band_map: bytes | None = None
+) -> tuple[bytes, int]:
+    """Encode one stream.
+
+    Args:
+        symbols: `[num_channels][num_tokens]`.
+
+    Returns:
+        The stream without its padding, and its number of words.
+
+    Raises:
+        ValueError: a symbol has no frequency.
+    """
+    num_channels, num_tokens = len(symbols), len(symbols[0])
+    rows = _rows(num_tokens)
+    # The decoder's order is channel by channel and in a channel row by row; the encoder walks it backwards.
+    states = [STATE_LOW] * min(num_tokens, LANES)
+    words: list[int] = []
+    if coding.frequencies is not None:
+        for channel in reversed(range(num_channels)):
+            for row, tokens in reversed(list(enumerate(rows))):
+                low_bits, table = coding.band(band_map, num_channels, row, channel)
+                frequencies = coding.frequencies[table]
+                starts = _starts(frequencies)
+                for token in reversed(tokens):
+                    high, lane, state = symbols[channel][token] >> low_bits, token % LANES, states[token % LANES]
+                    frequency = frequencies[high] if high < TABLE_SIZE else 0
+                    if frequency == 0:
+                        raise ValueError(f"symbol {symbols[channel][token]} of channel {channel} has no frequency")
+                    if state >> (32 - FREQUENCY_BITS) >= frequency:
+                        words.append(state & 0xFFFF)
+                        state >>= WORD_BITS
+                    states[lane] = ((state // frequency) << FREQUENCY_BITS) + state % frequency + starts[high]
+        words.reverse()
+
+    content = b"".join(state.to_bytes(4, "little") for state in states) if coding.frequencies is not None else b""
+    if band_map is not None:
+        content += band_map.ljust(round_up(len(band_map), 4), b"\0")
+    # Low bits: row by row, band by band, channel by channel, bit by bit, one bit per live lane, the first in the least
+    # significant place. Bands of a row follow each other, so "channel by channel" alone is the same order.
+    packed, num_bits = 0, 0
+    for row, tokens in enumerate(rows):
+        for channel in range(num_channels):
+            for bit in range(coding.band(band_map, num_channels, row, channel)[0]):
+                for token in tokens:
+                    packed |= (symbols[channel][token] >> bit & 1) << num_bits
+                    num_bits += 1
+    content += packed.to_bytes(round_up(-(-num_bits // 8), 4), "little")
+    return content + b"".join(word.to_bytes(2, "little") for word in words), len(words)
+
+
+def decode_stream(
+    content: bytes, num_words: int, num_tokens: int, num_channels: int, coding: StreamCoding
+) -> list[list[int]]:
+    """Decode one stream.
+
+    Args:
+        content: the stream without its padding.
+        num_words: its number of words, from the index.
+
+    Returns:
+        Symbols, `[num_channels][num_tokens]`.
+
+    Raises:
+        BitstreamError: the stream is not whole, or its lanes do not end in the start state.
+    """
+    rows = _rows(num_tokens)
+    states_end = 4 * min(num_tokens, LANES) if coding.frequencies is not None else 0
+    map_bytes = len(rows) * -(-num_channels // BAND_CHANNELS) if coding.has_band_map else 0
+    low_bits_at = states_end + round_up(map_bytes, 4)
+    words_at = len(content) - 2 * num_words
+    if words_at < low_bits_at:
+        raise BitstreamError("the stream ends too early", field="stream")
+    states = [int.from_bytes(content[at : at + 4], "little") for at in range(0, states_end, 4)]
+    band_map = content[states_end : states_end + map_bytes] if coding.has_band_map else None
+    packed = int.from_bytes(content[low_bits_at:words_at], "little")
+    words = [int.from_bytes(content[at : at + 2], "little") for at in range(words_at, len(content), 2)]
+    words.reverse()  # pop() takes the next one
+
+    symbols = [[0] * num_tokens for _ in range(num_channels)]
+    num_bits = 0
+    for row, tokens in enumerate(rows):
+        for channel in range(num_channels):
+            for bit in range(coding.band(band_map, num_channels, row, channel)[0]):
+                for token in tokens:
+                    symbols[channel][token] |= (packed >> num_bits & 1) << bit
+                    num_bits += 1
+    if round_up(-(-num_bits // 8), 4) != words_at - low_bits_at:
+        raise BitstreamError("the parts of the stream do not add up", field="stream")
+    if coding.frequencies is None:
+        return symbols
+
+    for channel in range(num_channels):
+        for row, tokens in enumerate(rows):
+            low_bits, table = coding.band(band_map, num_channels, row, channel)
+            frequencies = coding.frequencies[table]
+            starts = _starts(frequencies)
+            for token in tokens:
+                state = states[token % LANES]
+                slot = state & ((1 << FREQUENCY_BITS) - 1)
+                high = max(symbol for symbol in range(TABLE_SIZE) if starts[symbol] <= slot)
+                symbols[channel][token] |= high << low_bits
+                state = frequencies[high] * (state >> FREQUENCY_BITS) + slot - starts[high]
+                if state < STATE_LOW:
+                    if not words:
+                        raise BitstreamError("the words run out before the symbols", field="stream")
+                    state = state << WORD_BITS | words.pop()
+                states[token % LANES] = state
+    if words or any(state != STATE_LOW for state in states):
+        raise BitstreamError("the lanes do not end in the start state", field="stream")
+    return symbols
+
+
+def crc32c(content: bytes | bytearray | memoryview) -> int:
+    """CRC-32C, bit by bit: reflected polynomial 0x82F63B78, inverted at both ends. Source: RFC 3720, appendix B.4."""
+    crc = 0xFFFFFFFF
+    for byte in bytes(content):
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The frequency tables of a document: per plane and channel 32 integers that sum to 4096."""
+
+    of_plane: list[list[list[int]]]
+
+
+def load_tables(
+    content: bytes, planes: Sequence[PlaneLayout], plane_table_bytes: Sequence[int], num_threads: int = 1
+) -> Tables:
+    """Read the tables section of a tables file; see `cpu.load_tables`."""
+    del num_threads
+    of_plane, offset = [], 0
+    for plane, num_bytes in zip(planes, plane_table_bytes, strict=True):
+        classes = unpack_tables(content[offset : offset + num_bytes], plane.num_channels, plane.alphabet_size)
+        of_plane.append(normalize(classes).tolist())
+        offset += num_bytes
+    return Tables(of_plane)
+
+
+def measure(
+    cache: KVCache, planes: Sequence[PlaneLayout], num_threads: int = 1
+) -> tuple[torch.Tensor, NDArray[np.uint32]]:
+    """Find the scales of all tokens and count the high parts of all symbols; see `cpu.measure`."""
+    del num_threads
+    scales, counts = [], []
+    for index, (values, plane) in enumerate(zip(cache.planes, planes, strict=True)):
+        finite = torch.isfinite(values).reshape(cache.num_tokens, -1).all(dim=1)
+        if not finite.all():
+            raise not_finite_error(index, int(finite.int().argmin()))
+        symbols, plane_scales = quantize(values, plane.num_bins)
+        high = (symbols >> plane.low_bits).numpy()
+        counts.append(np.stack([(high == symbol).sum(axis=0) for symbol in range(TABLE_SIZE)], axis=1))
+        scales.append(plane_scales)
+    return torch.stack(scales), np.concatenate(counts).astype(np.uint32)
+
+
+def encode(
+    cache: KVCache,
+    scales: torch.Tensor,
+    planes: Sequence[PlaneLayout],
+    tables: Tables | None,
+    num_threads: int = 1,
+) -> tuple[bytes, list[StreamEntry]]:
+    """Quantize and encode the tokens of a chunk; see `cpu.encode`."""
+    del num_threads, scales  # the quantizer finds the same scales again
+    payload, entries = bytearray(), []
+    for index, (values, plane) in enumerate(zip(cache.planes, planes, strict=True)):
+        symbols = quantize(values, plane.num_bins)[0].T.tolist()
+        coding = StreamCoding(tables.of_plane[index] if tables else None, plane.low_bits)
+        for start in range(0, cache.num_tokens, plane.tokens_per_stream):
+            stop = start + plane.tokens_per_stream
+            content, num_words = encode_stream([channel[start:stop] for channel in symbols], coding)
+            padded = content.ljust(round_up(len(content), ALIGNMENT), b"\0")
+            entries.append(StreamEntry(len(content), num_words, crc32c(padded)))
+            payload += padded
+    return bytes(payload), entries
+
+
+def decode(
+    payload: bytes,
+    streams: Sequence[StreamEntry],
+    scales: torch.Tensor,
+    planes: Sequence[PlaneLayout],
+    tables: Tables | None,
+    output: KVCache,
+    num_threads: int = 1,
+) -> None:
+    """Decode and dequantize the tokens of a chunk into `output`; see `cpu.decode`."""
+    del num_threads
+    offset, entries = 0, iter(streams)
+    for index, (values, plane) in enumerate(zip(output.planes, planes, strict=True)):
+        coding = StreamCoding(
+            tables.of_plane[index] if tables else None, plane.low_bits, has_band_map=bool(plane.band_mode)
+        )
+        for start in range(0, output.num_tokens, plane.tokens_per_stream):
+            stop = min(start + plane.tokens_per_stream, output.num_tokens)
+            entry = next(entries)
+            content = payload[offset : offset + entry.num_bytes]
+            offset += round_up(entry.num_bytes, ALIGNMENT)
+            symbols = decode_stream(content, entry.num_words, stop - start, plane.num_channels, coding)
+            decoded = dequantize(torch.tensor(symbols).T, scales[index, start:stop], plane.num_bins)
+            values[start:stop] = decoded.reshape(values[start:stop].shape)
+
+
+def not_finite_error(plane: int, token: int) -> InputError:
+    """Name the plane and token of a NaN or infinity."""
+    kind = "values" if plane % 2 else "keys"
+    return InputError(
+        f"the KV cache holds NaN or infinity (layer {plane // 2}, {kind}, token {token}): "
+        "prefill it again, with --dtype bfloat16 or float32 if it was float16"
+    )

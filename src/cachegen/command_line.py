@@ -1,0 +1,229 @@
+"""What the scripts share: flags, exit codes, the report for people and the JSON object for sweeps.
+
+A script builds its parser, does its work in a body, and returns `run(body, parser, argv)`. A user's mistake then ends
+in one line on stderr and an exit code of `cachegen.errors`; any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import cachegen
+from cachegen.errors import CacheGenError, InputError, OutputError
+from cachegen.files import write_file
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+_LABEL_WIDTH = 18
+_WRITE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+
+
+class CommandLineParser(argparse.ArgumentParser):
+    """Parse flags; a wrong one is a single line on stderr, not the whole usage, and exit code 2."""
+
+    def __init__(self, *, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and one line that names the wrong flag."""
+        self.exit(2, f"error: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+class Reporter:
+    """Print the report for people, its values aligned; say nothing when quiet.
+
+    Warnings are not part of the report: they go to stderr, quiet or not.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._quiet: bool = args.quiet
+        self._to_stderr: bool = args.json == "-"
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the report is silenced; progress bars should be, too."""
+        return self._quiet
+
+    def row(self, label: str, value: object) -> None:
+        """Print one value with its label."""
+        self.line(f"{label:<{_LABEL_WIDTH}} {value}")
+
+    def line(self, text: str = "") -> None:
+        """Print one line of free text."""
+        if not self._quiet:
+            print(text, file=sys.stderr if self._to_stderr else sys.stdout, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print a one-line warning on stderr."""
+        print(f"warning: {_one_line(text)}", file=sys.stderr, flush=True)
+
+
+def run(
+    body: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> int:
+    """Parse `argv`, run `body` on the result, and turn what a user can cause into one line and an exit code.
+
+    Args:
+        body: does the work; its return value is the exit code, None for success.
+        parser: usually a `CommandLineParser`.
+        argv: the flags, without the program's name; None for those of the process.
+
+    Returns:
+        The exit code: 0, the code `body` returned, that of a CacheGenError, 2 for a wrong flag, 1 for exhausted
+        memory, 130 when interrupted, 141 when whoever read our output has gone.
+    """
+    try:
+        try:
+            exit_code = body(parser.parse_args(argv)) or 0
+        except SystemExit as stop:  # argparse: --help, or a wrong flag that it has already reported
+            exit_code = stop.code if isinstance(stop.code, int) else 0
+        sys.stdout.flush()
+        return exit_code
+    except BrokenPipeError:
+        _discard_stdout()
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except CacheGenError as error:
+        return _fail(str(error), error.exit_code)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return _fail(f"out of memory: {_one_line(str(error)) or 'no more can be had'}", CacheGenError.exit_code)
+    except OSError as error:
+        if error.errno is None:  # not from the system: a library's misuse of the class, to be seen whole
+            raise
+        kind = OutputError if error.errno in _WRITE_ERRNOS else InputError
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(f"{place}{error.strerror or error}", kind.exit_code)
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --json and --quiet, which every script has."""
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the results as one JSON object; - is stdout, the report then goes to stderr",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print no report and no progress bar")
+
+
+def positive_int(text: str) -> int:
+    """Parse a flag's value that must be an integer of at least 1; for argparse's `type`."""
+    return _bounded_int(text, 1)
+
+
+def non_negative_int(text: str) -> int:
+    """Parse a flag's value that must be an integer of at least 0; for argparse's `type`."""
+    return _bounded_int(text, 0)
+
+
+def default_input(script_folder: str | os.PathLike[str], relative: str) -> str:
+    """Return the default of a flag that names an input of the repository, valid from any working directory.
+
+    Args:
+        script_folder: the folder of the script.
+        relative: path of the input below that folder; returned as it is when the script runs in its own folder.
+    """
+    folder = Path(script_folder).resolve()
+    return relative if folder == Path.cwd() else str(folder / relative)
+
+
+def effective_config(args: argparse.Namespace) -> dict[str, Any]:
+    """Return all flags with the values in force, as plain JSON values."""
+    return {name: _plain(value) for name, value in vars(args).items()}
+
+
+def collect_versions() -> dict[str, str | None]:
+    """Return the versions that results depend on; None for a package that is not installed."""
+    versions: dict[str, str | None] = {"cachegen": cachegen.__version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def write_json(destination: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Write one JSON object, whole or not at all, its keys in the order given.
+
+    Args:
+        destination: a file, or "-" for stdout.
+        record: anything `json` can write, and paths, dtypes and devices, which become strings. Numbers that are not
+            finite become null, since JSON has none.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    text = json.dumps(_plain(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    if destination == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        write_file(destination, text.encode())
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Return a size for people, in decimal units: "27.6 MB"."""
+    for unit in ("bytes", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} bytes" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} GB"
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` made of what JSON knows."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, (os.PathLike, torch.dtype, torch.device)):
+        return str(value).removeprefix("torch.")
+    return value
+
+
+def _bounded_int(text: str, minimum: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = minimum - 1
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}, got {text!r}")
+    return value
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(f"error: {_one_line(message)}", file=sys.stderr, flush=True)
+    return exit_code
+
+
+def _discard_stdout() -> None:
+    """Let the interpreter flush what is left of stdout at exit into nothing, rather than into a broken pipe."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # a stream of a test, not a file
+        return
+    null_descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null_descriptor, descriptor)
+    os.close(null_descriptor)

@@ -1,0 +1,135 @@
+"""Chunk files and tables files as bytes: header and sections joined with their checksums, or taken apart and checked.
+
+A file is written whole or not at all, and read whole: every byte is covered by a checksum or compared, so that a single
+flipped bit anywhere is always detected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cachegen.coder.cpu import DTYPES, checksum_streams, crc32c
+from cachegen.errors import BitstreamError, InputError
+from cachegen.format import (
+    ALIGNMENT,
+    ChunkHeader,
+    StreamEntry,
+    TablesHeader,
+    pack_chunk_header,
+    pack_tables_header,
+    round_up,
+    unpack_chunk_header,
+    unpack_tables_header,
+)
+
+TABLES_NAME = "tables.cgt"
+CHUNK_SUFFIX = ".cgc"
+
+_TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
+
+
+def chunk_name(index: int) -> str:
+    """Return the file name of a document's chunk."""
+    return f"chunk_{index:05d}{CHUNK_SUFFIX}"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk file taken apart.
+
+    Attributes:
+        scales: `[num_planes, num_tokens]` in the cache's dtype.
+        payload: the streams, each padded to a multiple of 16 bytes.
+    """
+
+    header: ChunkHeader
+    scales: torch.Tensor
+    payload: memoryview
+
+
+def build_chunk(
+    header: ChunkHeader, scales: torch.Tensor, streams: Sequence[StreamEntry], payload: bytes | memoryview
+) -> list[bytes | memoryview]:
+    """Join a chunk's parts.
+
+    Args:
+        header: its `stream_index` and `scales_crc` are filled in here.
+
+    Returns:
+        The file, as parts to be written one after the other.
+    """
+    scale_bytes = scales.contiguous().view(torch.uint8).numpy().tobytes()
+    padded_scales = scale_bytes.ljust(round_up(len(scale_bytes), ALIGNMENT), b"\0")
+    header = dataclasses.replace(
+        header,
+        stream_index=np.array(streams, dtype="<u4").tobytes(),
+        scales_crc=crc32c(padded_scales),
+    )
+    return [pack_chunk_header(header, crc32c), padded_scales, payload]
+
+
+def parse_chunk(content: bytes | memoryview, num_threads: int = 1) -> Chunk:
+    """Take a chunk file apart and check all of it.
+
+    Raises:
+        BitstreamError: the file is not whole, or any bit of it has changed.
+        UnsupportedVersionError: this release does not read it.
+    """
+    content = memoryview(content)
+    header = unpack_chunk_header(content, crc32c)
+    padded_scales = content[header.header_bytes : header.payload_offset]
+    if crc32c(padded_scales) != header.scales_crc:
+        raise BitstreamError("does not match, the scales are corrupt", offset=44, field="scales_crc")
+    payload, streams = content[header.payload_offset :], header.streams
+    found = checksum_streams(payload, streams, num_threads)
+    corrupt = np.flatnonzero(found != np.array([stream.crc for stream in streams], dtype=np.uint32))
+    if len(corrupt):
+        offset = header.payload_offset + sum(round_up(s.num_bytes, ALIGNMENT) for s in streams[: corrupt[0]])
+        raise BitstreamError("does not match its checksum", offset=offset, field=f"stream {corrupt[0]}")
+    # A copy: torch wants writable memory, and scales are few.
+    scale_bytes = torch.frombuffer(bytearray(padded_scales[: header.scales_bytes]), dtype=torch.uint8)
+    scales = scale_bytes.view(_TORCH_DTYPES[header.dtype]).reshape(len(header.planes), header.num_tokens)
+    if not torch.isfinite(scales).all():
+        raise BitstreamError("a scale is NaN or infinity", offset=header.header_bytes, field="scales")
+    return Chunk(header, scales, payload)
+
+
+def build_tables(header: TablesHeader, tables: bytes) -> bytes:
+    """Join a tables file's parts; the header's `tables_crc` is filled in here."""
+    header = dataclasses.replace(header, tables_crc=crc32c(tables))
+    return pack_tables_header(header, crc32c) + tables
+
+
+def parse_tables(content: bytes) -> tuple[TablesHeader, bytes]:
+    """Take a tables file apart and check all of it.
+
+    Raises:
+        BitstreamError: the file is not whole, or any bit of it has changed.
+        UnsupportedVersionError: this release does not read it.
+    """
+    header = unpack_tables_header(content, crc32c)
+    tables = content[header.header_bytes :]
+    if crc32c(tables) != header.tables_crc:
+        raise BitstreamError("does not match, the tables are corrupt", offset=48, field="tables_crc")
+    return header, tables
+
+
+def read_whole(path: str | os.PathLike[str]) -> bytes:
+    """Read a file.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file (encode the document again with run_encoding.py)") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error

@@ -1,0 +1,71 @@
+"""The project's exceptions, each with the exit code the scripts return for it.
+
+A bad argument to a function is a plain ValueError or TypeError; these classes are for what a user can meet:
+a bad file, a bad flag, a missing backend. Every message is one line: what, where, what to do.
+"""
+
+from __future__ import annotations
+
+
+class CacheGenError(Exception):
+    """Base of all errors that a user can meet; the scripts print the message and return `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(CacheGenError):
+    """Refuse a flag or a configuration value."""
+
+    exit_code = 2
+
+
+class InputError(CacheGenError):
+    """Report an input that is missing, unreadable or unusable (a file, a folder, a model, a context)."""
+
+    exit_code = 3
+
+
+class BitstreamError(CacheGenError):
+    """Report a file of ours whose bytes are not what the format says: truncated, corrupt or foreign."""
+
+    exit_code = 4
+
+    def __init__(
+        self, problem: str, *, path: object = None, offset: int | None = None, field: str | None = None
+    ) -> None:
+        self.problem = problem
+        self.path = path
+        self.offset = offset
+        self.field = field
+        place = [str(path)] if path is not None else []
+        if offset is not None:
+            place.append(f"byte {offset}")
+        if field is not None:
+            place.append(f"field {field}")
+        super().__init__(": ".join(filter(None, [", ".join(place), problem])))
+
+    def at(self, path: object) -> BitstreamError:
+        """Return the same error with the file's path in its message."""
+        return type(self)(self.problem, path=path, offset=self.offset, field=self.field)
+
+
+class UnsupportedVersionError(BitstreamError):
+    """Report a file written in a format version, method or coder that this release does not read."""
+
+
+class MismatchError(CacheGenError):
+    """Refuse to combine files, models, contexts or configurations that do not belong together."""
+
+    exit_code = 5
+
+
+class BackendUnavailableError(CacheGenError):
+    """Report that a device, a native module or an optional package that was asked for is not there."""
+
+    exit_code = 6
+
+
+class OutputError(CacheGenError):
+    """Report an output that cannot be written, or that would replace something of the user's."""
+
+    exit_code = 7

@@ -1,0 +1,273 @@
+"""The KV cache of one context, and the file that holds it between prefill and encoding.
+
+A file is what `torch.save` writes for a plain dictionary of tensors, numbers and strings, and is read with
+`weights_only=True`: nothing in it can run. The tensors are memory-mapped, so that a cache larger than memory can be
+encoded chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cachegen.errors import BitstreamError, InputError, UnsupportedVersionError
+from cachegen.files import atomic_write
+
+FILE_FORMAT = "cachegen-kv"
+FILE_VERSION = 1
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class RotaryEmbedding:
+    """The rotary position embedding that the keys of a cache carry.
+
+    Attributes:
+        name: the module's name in the model, for models with more than one.
+        rope_type: the name transformers gives the scaling rule ("default", "llama3", "yarn", ...).
+        inv_freq: inverse frequencies in radians per token, head_dim / 2 of them, fp32 values.
+        attention_scaling: factor on the cosines and sines.
+    """
+
+    name: str
+    rope_type: str
+    inv_freq: tuple[float, ...]
+    attention_scaling: float
+
+
+def hash_rotary_embeddings(rotary_embeddings: Sequence[RotaryEmbedding]) -> str:
+    """Hash names, types, frequencies and scalings, the numbers to three significant digits.
+
+    The last bits of the frequencies differ between the devices that compute them; another base or scaling shows in the
+    first three digits.
+
+    Returns:
+        SHA-256 in hex.
+    """
+    digest = hashlib.sha256()
+    for rotary in rotary_embeddings:
+        numbers = " ".join(f"{number:.2e}" for number in (*rotary.inv_freq, rotary.attention_scaling))
+        digest.update(f"{rotary.name}\0{rotary.rope_type}\0{numbers}\0".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ContextMetadata:
+    """What a cache was computed from; every field is a gate at decoding.
+
+    Attributes:
+        model_id: the Hugging Face id or folder that was loaded; for people, not compared.
+        model_fingerprint: SHA-256 in hex of the model's config and tokenizer.
+        token_ids: int32 `[num_tokens]`, the tokens whose keys and values the cache holds.
+        rotary_embeddings: empty for a model without rotary position embedding.
+        block_size: tokens per prefill step; part of the result, since blocks change float rounding.
+    """
+
+    model_id: str
+    model_fingerprint: str
+    token_ids: torch.Tensor
+    rotary_embeddings: tuple[RotaryEmbedding, ...]
+    block_size: int
+
+    @property
+    def rope_hash(self) -> str:
+        """SHA-256 in hex of the rotary embeddings; see `hash_rotary_embeddings`."""
+        return hash_rotary_embeddings(self.rotary_embeddings)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of one context, one pair of tensors per layer.
+
+    Attributes:
+        keys: `[num_tokens, num_kv_heads, head_dim]` per layer, keys with their rotary embedding applied.
+        values: the same for values; heads and dims may differ from the keys', and between layers.
+
+    All tensors have one dtype (fp16, bf16 or fp32) and one number of tokens; strides are free.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.keys or len(self.keys) != len(self.values):
+            raise ValueError(
+                f"`keys` and `values` must have one tensor per layer, got {len(self.keys)} and {len(self.values)}"
+            )
+        for tensor in self.planes:
+            if tensor.ndim != 3 or 0 in tensor.shape[1:]:
+                raise ValueError(f"a plane must be [num_tokens, num_kv_heads, head_dim], got {list(tensor.shape)}")
+            if tensor.shape[0] != self.num_tokens:
+                raise ValueError(f"all planes must have {self.num_tokens} tokens, got {tensor.shape[0]}")
+            if tensor.dtype not in SUPPORTED_DTYPES or tensor.dtype != self.dtype:
+                raise ValueError(f"all planes must be one of fp16, bf16 and fp32, got {self.dtype} and {tensor.dtype}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
+
+    @property
+    def planes(self) -> list[torch.Tensor]:
+        """The 2 x num_layers tensors in file order: keys then values of layer 0, of layer 1, ..."""
+        return [tensor for pair in zip(self.keys, self.values, strict=True) for tensor in pair]
+
+    @property
+    def num_values(self) -> int:
+        """The count of scalars in all planes."""
+        return sum(tensor.numel() for tensor in self.planes)
+
+    def slice(self, start: int, stop: int) -> KVCache:
+        """Return tokens `start` to `stop` as views of the same memory."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(f"`start`, `stop` must lie within {self.num_tokens} tokens, got {start}, {stop}")
+        return KVCache([k[start:stop] for k in self.keys], [v[start:stop] for v in self.values])
+
+
+def from_planes(planes: Sequence[torch.Tensor]) -> KVCache:
+    """Build a cache from its planes, in the order of `KVCache.planes`."""
+    return KVCache(list(planes[0::2]), list(planes[1::2]))
+
+
+def hash_token_prefixes(token_ids: torch.Tensor, stops: Sequence[int]) -> list[str]:
+    """Hash the tokens from the first to each of `stops`.
+
+    Args:
+        token_ids: `[num_tokens]`, any integer dtype.
+        stops: ascending token counts.
+
+    Returns:
+        SHA-256 in hex of the ids as little-endian int32, one per stop. A prefix hash names all that a chunk's keys
+        and values depend on, and chains: equal hashes mean equal text up to there.
+    """
+    ids = token_ids.to(torch.int32).numpy().astype("<i4")
+    digest, hashes, start = hashlib.sha256(), [], 0
+    for stop in stops:
+        digest.update(ids[start:stop].tobytes())
+        hashes.append(digest.hexdigest())
+        start = stop
+    return hashes
+
+
+def save_kv_cache(path: str | os.PathLike[str], cache: KVCache, metadata: ContextMetadata) -> None:
+    """Write a cache and its metadata, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    content = {
+        "format": FILE_FORMAT,
+        "version": FILE_VERSION,
+        "model_id": metadata.model_id,
+        "model_fingerprint": metadata.model_fingerprint,
+        "token_ids": metadata.token_ids.to(torch.int32).contiguous(),
+        "token_hash": hash_token_prefixes(metadata.token_ids, [len(metadata.token_ids)])[0],
+        "rope_hash": metadata.rope_hash,
+        "rotary_embeddings": [
+            {
+                "name": rotary.name,
+                "rope_type": rotary.rope_type,
+                "inv_freq": list(rotary.inv_freq),
+                "attention_scaling": rotary.attention_scaling,
+            }
+            for rotary in metadata.rotary_embeddings
+        ],
+        "block_size": metadata.block_size,
+        "keys": cache.keys,
+        "values": cache.values,
+    }
+    with atomic_write(path) as stream:
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:
+            # torch's zip writer hides the OSError of a failed write in a RuntimeError.
+            raise OSError(f"torch.save failed, is the disk full? ({str(error).splitlines()[0]})") from error
+
+
+def load_kv_cache(path: str | os.PathLike[str]) -> tuple[KVCache, ContextMetadata]:
+    """Read a file of `save_kv_cache`, its tensors memory-mapped.
+
+    Returns:
+        The cache (on the CPU) and its metadata.
+
+    Raises:
+        InputError: there is no such file.
+        BitstreamError: the file is not one of ours, or not whole. Nothing in it was executed.
+        UnsupportedVersionError: it was written by a later release.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such KV cache file (write one with main.py, or name it with --path_to_kv)")
+    if not zipfile.is_zipfile(path):
+        raise BitstreamError("not a KV cache file of main.py, or not whole (plain pickles are never loaded)", path=path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, ValueError, KeyError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise BitstreamError(f"not a KV cache file of main.py, nothing of it was run ({reason})", path=path) from error
+    try:
+        return _parse(content)
+    except BitstreamError as error:
+        raise error.at(path) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BitstreamError(f"a field of the KV cache file is missing or wrong ({error})", path=path) from error
+
+
+def _parse(content: dict[str, Any]) -> tuple[KVCache, ContextMetadata]:
+    """Check every field of a loaded file, trusting none."""
+    if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
+        raise BitstreamError("not a KV cache file of main.py")
+    if content["version"] != FILE_VERSION:
+        raise UnsupportedVersionError(
+            f"version {content['version']} is not supported, this release reads {FILE_VERSION}", field="version"
+        )
+    for tensor in [content["token_ids"], *content["keys"], *content["values"]]:
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise BitstreamError("a plane is not a plain tensor", field="keys, values, token_ids")
+        last_element = tensor.storage_offset() + sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        num_stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+        if tensor.numel() == 0 or last_element >= num_stored or tensor.numel() > num_stored:
+            raise BitstreamError("a plane is empty or larger than its storage", field="keys, values, token_ids")
+    cache = KVCache(list(content["keys"]), list(content["values"]))
+    metadata = ContextMetadata(
+        model_id=str(content["model_id"]),
+        model_fingerprint=bytes.fromhex(content["model_fingerprint"]).hex(),
+        token_ids=content["token_ids"],
+        rotary_embeddings=tuple(
+            RotaryEmbedding(
+                name=str(rotary["name"]),
+                rope_type=str(rotary["rope_type"]),
+                inv_freq=tuple(float(frequency) for frequency in rotary["inv_freq"]),
+                attention_scaling=float(rotary["attention_scaling"]),
+            )
+            for rotary in content["rotary_embeddings"]
+        ),
+        block_size=int(content["block_size"]),
+    )
+    token_ids = metadata.token_ids
+    if token_ids.dtype != torch.int32 or list(token_ids.shape) != [cache.num_tokens]:
+        raise BitstreamError("one int32 per token of the cache is expected", field="token_ids")
+    if hash_token_prefixes(token_ids, [cache.num_tokens]) != [content["token_hash"]]:
+        raise BitstreamError("does not match the token ids", field="token_hash")
+    if metadata.rope_hash != content["rope_hash"]:
+        raise BitstreamError("does not match the rotary embeddings", field="rope_hash")
+    if len(metadata.model_fingerprint) != 64:
+        raise BitstreamError("must be a SHA-256 in hex", field="model_fingerprint")
+    return cache, metadata

@@ -1,0 +1,373 @@
+// The CPU kernels as the Python module cachegen._native.
+//
+// No torch here: tensors arrive as addresses, strides and sizes, and cachegen/coder/cpu.py makes every check. The
+// interpreter lock is released while the kernels run.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/planes.h"
+#include "crc32c.h"
+#include "frequency_tables.h"
+
+namespace py = pybind11;
+
+namespace cachegen {
+namespace {
+
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+
+template <class Work>
+auto with_dtype(int dtype, Work&& work) {
+    switch (static_cast<Dtype>(dtype)) {
+        case Dtype::kFloat16:
+            return work(Float16{});
+        case Dtype::kBfloat16:
+            return work(Bfloat16{});
+        case Dtype::kFloat32:
+            return work(Float32{});
+    }
+    throw py::value_error("unknown dtype " + std::to_string(dtype));
+}
+
+// Move a vector's memory into a NumPy array without a copy.
+template <class Value>
+py::array_t<Value> to_array(std::vector<Value>&& values) {
+    auto owner = std::make_unique<std::vector<Value>>(std::move(values));
+    std::vector<Value>* raw = owner.release();
+    py::capsule capsule(raw, [](void* pointer) { delete static_cast<std::vector<Value>*>(pointer); });
+    return py::array_t<Value>(static_cast<py::ssize_t>(raw->size()), raw->data(), capsule);
+}
+
+// The frequency tables of a document's planes, kept in native memory.
+class TableSet {
+  public:
+    // frequencies: uint16 [num_tables, 32], each row summing to 4096.
+    static TableSet from_frequencies(py::array_t<uint16_t, py::array::c_style> frequencies) {
+        if (frequencies.ndim() != 2 || frequencies.shape(1) != kTableSize)
+            throw py::value_error("frequencies must be [num_tables, 32]");
+        TableSet set(frequencies.shape(0));
+        for (int64_t index = 0; index < set.num_tables(); ++index) {
+            uint32_t start = 0;
+            for (int symbol = 0; symbol < kTableSize; ++symbol) {
+                const uint16_t frequency = frequencies.at(index, symbol);
+                set.tables_[index].start[symbol] = static_cast<uint16_t>(start);
+                set.tables_[index].frequency[symbol] = frequency;
+                start += frequency;
+            }
+            if (start != kFrequencyTotal) throw py::value_error("the frequencies of a table must sum to 4096");
+        }
+        return set;
+    }
+
+    // Parse the compact form: plane after plane, plane_bytes[i] bytes for plane_channels[i] tables of alphabet_sizes[i]
+    // symbols. Raises ValueError with the plane's index.
+    static TableSet parse(Bytes bytes, std::vector<int64_t> plane_bytes, std::vector<int64_t> plane_channels,
+                          std::vector<int> alphabet_sizes, int num_threads) {
+        const size_t num_planes = plane_bytes.size();
+        if (plane_channels.size() != num_planes || alphabet_sizes.size() != num_planes)
+            throw py::value_error("one size, channel count and alphabet per plane are expected");
+        std::vector<int64_t> offsets(num_planes + 1, 0), first_tables(num_planes + 1, 0);
+        for (size_t plane = 0; plane < num_planes; ++plane) {
+            offsets[plane + 1] = offsets[plane] + plane_bytes[plane];
+            first_tables[plane + 1] = first_tables[plane] + plane_channels[plane];
+        }
+        if (offsets[num_planes] != bytes.size()) throw py::value_error("the tables' sizes do not add up");
+        TableSet set(first_tables[num_planes]);
+        std::vector<char> good(num_planes, 0);
+        {
+            const uint8_t* data = bytes.data();
+            py::gil_scoped_release release;
+            parallel_for(static_cast<int64_t>(num_planes), num_threads, [&](int64_t plane, int) {
+                good[plane] = read_tables(data + offsets[plane], plane_bytes[plane], plane_channels[plane],
+                                          alphabet_sizes[plane], &set.tables_[first_tables[plane]]);
+            });
+        }
+        for (size_t plane = 0; plane < num_planes; ++plane)
+            if (!good[plane]) throw py::value_error("plane " + std::to_string(plane));
+        return set;
+    }
+
+    int64_t num_tables() const { return static_cast<int64_t>(tables_.size()); }
+    const FrequencyTable* data() const { return tables_.data(); }
+
+    py::array_t<uint16_t> frequencies() const {
+        py::array_t<uint16_t> result({num_tables(), int64_t{kTableSize}});
+        for (int64_t index = 0; index < num_tables(); ++index)
+            std::memcpy(result.mutable_data(index, 0), tables_[index].frequency, sizeof tables_[index].frequency);
+        return result;
+    }
+
+  private:
+    explicit TableSet(int64_t num_tables) : tables_(num_tables) {}
+    std::vector<FrequencyTable> tables_;
+};
+
+// Point a plane at its tables; null tables mean coder `packed`. The caller keeps the set and the arrays alive.
+void set_tables(Plane& plane, const TableSet* tables, int64_t first_table, int64_t num_tables) {
+    if (tables == nullptr) {
+        plane.coding.tables = nullptr;
+        plane.coding.num_tables = 0;
+        return;
+    }
+    if (first_table < 0 || num_tables < plane.num_channels() || first_table + num_tables > tables->num_tables())
+        throw py::value_error("the plane's tables lie outside the table set");
+    plane.coding.tables = tables->data() + first_table;
+    plane.coding.num_tables = num_tables;
+}
+
+struct StreamFailure {
+    int64_t index = -1;
+    Status status = Status::kOk;
+};
+
+StreamFailure first_failure(const std::vector<Status>& statuses) {
+    for (size_t i = 0; i < statuses.size(); ++i)
+        if (statuses[i] != Status::kOk) return {static_cast<int64_t>(i), statuses[i]};
+    return {};
+}
+
+// Fill the planes' scales and count symbols. Returns (counts uint32 [sum of channels, 32], plane, token), the last two
+// naming the first token that is not finite, or -1.
+py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, int num_threads) {
+    std::vector<int64_t> first_rows(planes.size() + 1, 0);
+    for (size_t i = 0; i < planes.size(); ++i) first_rows[i + 1] = first_rows[i] + planes[i].num_channels();
+    std::vector<uint32_t> counts(first_rows.back() * kTableSize, 0);
+    std::vector<int64_t> bad_tokens(planes.size(), -1);
+    {
+        py::gil_scoped_release release;
+        with_dtype(dtype, [&](auto tag) {
+            parallel_for(static_cast<int64_t>(planes.size()), num_threads, [&](int64_t i, int) {
+                bad_tokens[i] =
+                    measure_plane<decltype(tag)>(planes[i], num_tokens, &counts[first_rows[i] * kTableSize]);
+            });
+        });
+    }
+    py::ssize_t bad_plane = -1;
+    for (size_t i = 0; i < planes.size() && bad_plane < 0; ++i)
+        if (bad_tokens[i] >= 0) bad_plane = static_cast<py::ssize_t>(i);
+    return py::make_tuple(to_array(std::move(counts)), bad_plane, bad_plane < 0 ? -1 : bad_tokens[bad_plane]);
+}
+
+// Quantize and encode all planes. Returns (payload uint8, index uint32 [num_streams, 3] of bytes, words and CRC-32C,
+// failed stream, status).
+py::tuple encode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, int num_threads) {
+    std::vector<StreamRef> streams = list_streams(planes, num_tokens);
+    const int64_t num_streams = static_cast<int64_t>(streams.size());
+    std::vector<Status> statuses(streams.size(), Status::kOk);
+    std::vector<uint32_t> index(3 * streams.size());
+    std::vector<uint8_t> payload;
+    {
+        py::gil_scoped_release release;
+        std::vector<std::vector<uint8_t>> outputs(streams.size());
+        std::vector<StreamWorkspace> workspaces(std::max(num_threads, 1));
+        with_dtype(dtype, [&](auto tag) {
+            parallel_for(num_streams, num_threads, [&](int64_t i, int worker) {
+                statuses[i] = encode_plane_stream<decltype(tag)>(planes[streams[i].plane], streams[i],
+                                                                 workspaces[worker], outputs[i]);
+                outputs[i].resize(round_up(outputs[i].size(), kStreamAlignment), 0);
+                index[3 * i] = streams[i].num_bytes;
+                index[3 * i + 1] = streams[i].num_words;
+                index[3 * i + 2] = crc32c(outputs[i].data(), outputs[i].size());
+            });
+        });
+        std::vector<int64_t> offsets(streams.size() + 1, 0);
+        for (int64_t i = 0; i < num_streams; ++i) offsets[i + 1] = offsets[i] + static_cast<int64_t>(outputs[i].size());
+        payload.resize(offsets.back());
+        parallel_for(num_streams, num_threads, [&](int64_t i, int) {
+            if (!outputs[i].empty()) std::memcpy(&payload[offsets[i]], outputs[i].data(), outputs[i].size());
+            std::vector<uint8_t>().swap(outputs[i]);
+        });
+    }
+    const StreamFailure failure = first_failure(statuses);
+    return py::make_tuple(to_array(std::move(payload)),
+                          to_array(std::move(index)).reshape({py::ssize_t{num_streams}, py::ssize_t{3}}), failure.index,
+                          static_cast<int>(failure.status));
+}
+
+// Decode all planes from a payload, which must hold the streams of `index` at multiples of 16 bytes.
+// Returns (failed stream, status).
+py::tuple decode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, Bytes payload,
+                 py::array_t<uint32_t, py::array::c_style> index, int num_threads) {
+    std::vector<StreamRef> streams = list_streams(planes, num_tokens);
+    const int64_t num_streams = static_cast<int64_t>(streams.size());
+    if (index.ndim() != 2 || index.shape(0) != num_streams || index.shape(1) != 3)
+        throw py::value_error("the index must have one row of three per stream");
+    int64_t offset = 0;
+    for (int64_t i = 0; i < num_streams; ++i) {
+        streams[i].offset = offset;
+        streams[i].num_bytes = index.at(i, 0);
+        streams[i].num_words = index.at(i, 1);
+        offset += round_up(streams[i].num_bytes, kStreamAlignment);
+    }
+    if (offset != payload.size()) throw py::value_error("the payload is not as long as its streams");
+    std::vector<Status> statuses(streams.size(), Status::kOk);
+    {
+        const uint8_t* bytes = payload.data();
+        py::gil_scoped_release release;
+        std::vector<StreamWorkspace> workspaces(std::max(num_threads, 1));
+        std::vector<std::vector<float>> levels(workspaces.size());
+        with_dtype(dtype, [&](auto tag) {
+            parallel_for(num_streams, num_threads, [&](int64_t i, int worker) {
+                statuses[i] = decode_plane_stream<decltype(tag)>(planes[streams[i].plane], streams[i], bytes,
+                                                                 workspaces[worker], levels[worker]);
+            });
+        });
+    }
+    const StreamFailure failure = first_failure(statuses);
+    return py::make_tuple(failure.index, static_cast<int>(failure.status));
+}
+
+// The checksums of the streams of a payload: uint32 [num_streams].
+py::array_t<uint32_t> checksum_streams(Bytes payload, py::array_t<uint32_t, py::array::c_style> index,
+                                       int num_threads) {
+    const int64_t num_streams = index.shape(0);
+    std::vector<int64_t> offsets(num_streams + 1, 0);
+    for (int64_t i = 0; i < num_streams; ++i) offsets[i + 1] = offsets[i] + round_up(index.at(i, 0), kStreamAlignment);
+    if (offsets.back() != payload.size()) throw py::value_error("the payload is not as long as its streams");
+    std::vector<uint32_t> checksums(num_streams);
+    {
+        const uint8_t* bytes = payload.data();
+        py::gil_scoped_release release;
+        parallel_for(num_streams, num_threads,
+                     [&](int64_t i, int) { checksums[i] = crc32c(bytes + offsets[i], offsets[i + 1] - offsets[i]); });
+    }
+    return to_array(std::move(checksums));
+}
+
+using TableIndices = std::optional<py::array_t<uint16_t, py::array::c_style>>;
+
+// The arrays must outlive the coding.
+PlaneCoding make_coding(const TableSet* tables, int low_bits, const TableIndices& table_indices,
+                        const std::optional<Bytes>& band_map, const StreamShape& shape) {
+    if (low_bits < 0 || low_bits > kMaxLowBits) throw py::value_error("low_bits is out of range");
+    PlaneCoding coding;
+    coding.low_bits = low_bits;
+    if (tables != nullptr) {
+        coding.tables = tables->data();
+        coding.num_tables = tables->num_tables();
+    }
+    if (table_indices.has_value()) {
+        if (table_indices->size() != shape.num_channels)
+            throw py::value_error("one table index per channel is expected");
+        for (int64_t channel = 0; channel < shape.num_channels; ++channel)
+            if (table_indices->at(channel) >= coding.num_tables) throw py::value_error("a table index is out of range");
+        coding.table_indices = table_indices->data();
+    } else if (tables != nullptr && coding.num_tables < shape.num_channels) {
+        throw py::value_error("one table per channel is expected");
+    }
+    if (band_map.has_value()) {
+        if (band_map->size() != shape.band_map_bytes())
+            throw py::value_error("one band map byte per row and band is expected");
+        coding.band_map = band_map->data();
+        coding.has_band_map = true;
+    }
+    return coding;
+}
+
+// Encode one stream of symbols uint16 [num_channels, num_tokens]; see coder/cpu.py. Returns (bytes, words, status).
+py::tuple encode_symbols(py::array_t<uint16_t, py::array::c_style> symbols, const TableSet* tables, int low_bits,
+                         const TableIndices& table_indices, const std::optional<Bytes>& band_map) {
+    const StreamShape shape{symbols.shape(1), symbols.shape(0)};
+    const PlaneCoding coding = make_coding(tables, low_bits, table_indices, band_map, shape);
+    const int64_t symbol_stride = shape.num_rows() * kNumLanes;
+    std::vector<uint16_t> padded(shape.num_channels * symbol_stride, 0);
+    for (int64_t channel = 0; channel < shape.num_channels; ++channel)
+        std::memcpy(&padded[channel * symbol_stride], symbols.data(channel, 0), 2 * shape.num_tokens);
+    StreamWorkspace workspace;
+    std::vector<uint8_t> output;
+    uint32_t num_words = 0;
+    const Status status = encode_stream(padded.data(), symbol_stride, shape, coding, workspace, output, &num_words);
+    return py::make_tuple(py::bytes(reinterpret_cast<const char*>(output.data()), output.size()), num_words,
+                          static_cast<int>(status));
+}
+
+// The inverse of encode_symbols. Returns (symbols uint16 [num_channels, num_tokens], status).
+py::tuple decode_symbols(Bytes bytes, uint32_t num_words, int64_t num_tokens, int64_t num_channels,
+                         const TableSet* tables, int low_bits, const TableIndices& table_indices, bool has_band_map) {
+    const StreamShape shape{num_tokens, num_channels};
+    PlaneCoding coding = make_coding(tables, low_bits, table_indices, std::nullopt, shape);
+    coding.has_band_map = has_band_map;
+    py::array_t<uint16_t> symbols({num_channels, num_tokens});
+    StreamWorkspace workspace;
+    const Status status =
+        decode_stream(bytes.data(), bytes.size(), num_words, shape, coding, workspace,
+                      [&](int64_t first_channel, int64_t count, const uint16_t* tile, int64_t symbol_stride) {
+                          for (int64_t channel = 0; channel < count; ++channel)
+                              std::memcpy(symbols.mutable_data(first_channel + channel, 0),
+                                          tile + channel * symbol_stride, 2 * num_tokens);
+                      });
+    return py::make_tuple(symbols, static_cast<int>(status));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "CPU kernels of CacheGen; use them through cachegen.coder.cpu.";
+
+    py::enum_<Status>(module, "Status")
+        .value("OK", Status::kOk)
+        .value("TRUNCATED", Status::kTruncated)
+        .value("CORRUPT", Status::kCorrupt)
+        .value("NO_FREQUENCY", Status::kNoFrequency)
+        .value("NOT_FINITE", Status::kNotFinite)
+        .value("BAD_BAND_MAP", Status::kBadBandMap);
+
+    py::class_<TableSet>(module, "TableSet")
+        .def_static("from_frequencies", &TableSet::from_frequencies, py::arg("frequencies"))
+        .def_static("parse", &TableSet::parse, py::arg("bytes"), py::arg("plane_bytes"), py::arg("plane_channels"),
+                    py::arg("alphabet_sizes"), py::arg("num_threads"))
+        .def_property_readonly("num_tables", &TableSet::num_tables)
+        .def("frequencies", &TableSet::frequencies);
+
+    py::class_<Plane>(module, "Plane")
+        .def(py::init([](uintptr_t values, int64_t token_stride, int64_t head_stride, int64_t num_heads,
+                         int64_t head_dim, uintptr_t scales, int num_bins, int low_bits, int64_t tokens_per_stream,
+                         const TableSet* tables, int64_t first_table, int64_t num_tables, bool has_band_map) {
+                 Plane plane;
+                 plane.values = reinterpret_cast<uint8_t*>(values);
+                 plane.token_stride = token_stride;
+                 plane.head_stride = head_stride;
+                 plane.num_heads = num_heads;
+                 plane.head_dim = head_dim;
+                 plane.scales = reinterpret_cast<uint8_t*>(scales);
+                 plane.num_bins = num_bins;
+                 plane.tokens_per_stream = tokens_per_stream;
+                 plane.coding.low_bits = low_bits;
+                 plane.coding.has_band_map = has_band_map;
+                 set_tables(plane, tables, first_table, num_tables);
+                 return plane;
+             }),
+             py::kw_only(), py::arg("values"), py::arg("token_stride"), py::arg("head_stride"), py::arg("num_heads"),
+             py::arg("head_dim"), py::arg("scales"), py::arg("num_bins"), py::arg("low_bits"),
+             py::arg("tokens_per_stream"), py::arg("tables"), py::arg("first_table"), py::arg("num_tables"),
+             py::arg("has_band_map") = false, py::keep_alive<1, 11>());
+
+    module.def("measure", &measure, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"));
+    module.def("encode", &encode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"));
+    module.def("decode", &decode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"),
+               py::arg("payload").noconvert(), py::arg("index"), py::arg("num_threads"));
+    module.def("checksum_streams", &checksum_streams, py::arg("payload").noconvert(), py::arg("index"),
+               py::arg("num_threads"));
+    module.def("encode_symbols", &encode_symbols, py::arg("symbols"), py::arg("tables"), py::arg("low_bits"),
+               py::arg("table_indices") = py::none(), py::arg("band_map") = py::none());
+    module.def("decode_symbols", &decode_symbols, py::arg("bytes"), py::arg("num_words"), py::arg("num_tokens"),
+               py::arg("num_channels"), py::arg("tables"), py::arg("low_bits"), py::arg("table_indices") = py::none(),
+               py::arg("has_band_map") = false);
+    module.def("crc32c", [](const py::buffer& buffer) {
+        const py::buffer_info info = buffer.request();
+        if (info.ndim != 1 || info.strides[0] != info.itemsize) throw py::value_error("contiguous bytes are expected");
+        return crc32c(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size * info.itemsize));
+    });
+}
+
+}  // namespace cachegen

@@ -1,0 +1,159 @@
+// From the planes of a KV cache to streams and back, on the CPU: quantization fused with coding, threads over streams.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/rans_portable.h"
+#include "quantization.h"
+
+namespace cachegen {
+
+// One plane, a layer's keys or values: a tensor [num_tokens, num_heads, head_dim] in the caller's memory, the last
+// dimension contiguous, and how it is quantized and coded.
+struct Plane {
+    uint8_t* values = nullptr;
+    int64_t token_stride = 0;  // in elements
+    int64_t head_stride = 0;
+    int64_t num_heads = 0;
+    int64_t head_dim = 0;
+    uint8_t* scales = nullptr;  // [num_tokens], the cache's dtype
+    int num_bins = 0;
+    int64_t tokens_per_stream = 0;  // a multiple of 32
+    PlaneCoding coding;
+
+    int64_t num_channels() const { return num_heads * head_dim; }
+};
+
+// One stream of a chunk: which tokens of which plane, and where its bytes are.
+struct StreamRef {
+    int64_t plane = 0;
+    int64_t first_token = 0;
+    StreamShape shape{};
+    int64_t offset = 0;  // bytes from the start of the payload
+    uint32_t num_bytes = 0;
+    uint32_t num_words = 0;
+};
+
+// The streams of planes, plane by plane and token by token: the order of the chunk's index.
+inline std::vector<StreamRef> list_streams(const std::vector<Plane>& planes, int64_t num_tokens) {
+    std::vector<StreamRef> streams;
+    for (size_t plane = 0; plane < planes.size(); ++plane) {
+        const int64_t step = planes[plane].tokens_per_stream;
+        for (int64_t first = 0; first < num_tokens; first += step) {
+            StreamRef stream;
+            stream.plane = static_cast<int64_t>(plane);
+            stream.first_token = first;
+            stream.shape = {std::min(step, num_tokens - first), planes[plane].num_channels()};
+            streams.push_back(stream);
+        }
+    }
+    return streams;
+}
+
+// Scales of all tokens, and how often each channel's high part takes each value.
+//
+// counts: [num_channels][32]. Returns the first token that is not finite, or -1.
+template <class Dtype>
+int64_t measure_plane(const Plane& plane, int64_t num_tokens, uint32_t* counts) {
+    using Storage = typename Dtype::Storage;
+    const auto* values = reinterpret_cast<const Storage*>(plane.values);
+    auto* scales = reinterpret_cast<Storage*>(plane.scales);
+    const int zero_symbol = zero_symbol_of(plane.num_bins);
+    const int low_bits = plane.coding.low_bits;
+    for (int64_t token = 0; token < num_tokens; ++token) {
+        // Magnitudes order like their bit patterns, and so do infinity and NaN, above all finite ones.
+        uint32_t largest = 0;
+        for (int64_t head = 0; head < plane.num_heads; ++head) {
+            const Storage* row = values + token * plane.token_stride + head * plane.head_stride;
+            for (int64_t dim = 0; dim < plane.head_dim; ++dim)
+                largest = std::max(largest, bits_of(Dtype::widen(row[dim])) & 0x7FFFFFFFu);
+        }
+        if (largest >= 0x7F800000u) return token;
+        const float scale = float_of(largest);
+        scales[token] = Dtype::narrow(scale);  // exact: the scale is one of the values
+        const float inverse = inverse_step(scale, zero_symbol);
+        uint32_t* channel_counts = counts;
+        for (int64_t head = 0; head < plane.num_heads; ++head) {
+            const Storage* row = values + token * plane.token_stride + head * plane.head_stride;
+            for (int64_t dim = 0; dim < plane.head_dim; ++dim, channel_counts += kTableSize)
+                ++channel_counts[quantize(Dtype::widen(row[dim]), inverse, zero_symbol) >> low_bits];
+        }
+    }
+    return -1;
+}
+
+// Quantize the tokens of one stream into symbols [num_channels][symbol_stride].
+//
+// The scales must be those of measure_plane. Returns false where a value lies outside its token's scale, which happens
+// only when the cache changed in between.
+template <class Dtype>
+bool quantize_stream(const Plane& plane, const StreamRef& stream, int64_t symbol_stride, uint16_t* symbols) {
+    using Storage = typename Dtype::Storage;
+    const int zero_symbol = zero_symbol_of(plane.num_bins);
+    const auto* scales = reinterpret_cast<const Storage*>(plane.scales);
+    bool in_range = true;
+    for (int64_t token = 0; token < stream.shape.num_tokens; ++token) {
+        const float inverse = inverse_step(Dtype::widen(scales[stream.first_token + token]), zero_symbol);
+        const auto* values =
+            reinterpret_cast<const Storage*>(plane.values) + (stream.first_token + token) * plane.token_stride;
+        uint16_t* symbol = symbols + token;
+        for (int64_t head = 0; head < plane.num_heads; ++head) {
+            const Storage* row = values + head * plane.head_stride;
+            for (int64_t dim = 0; dim < plane.head_dim; ++dim, symbol += symbol_stride) {
+                const int quantized = quantize(Dtype::widen(row[dim]), inverse, zero_symbol);
+                in_range &= quantized >= 0 && quantized <= 2 * zero_symbol;
+                *symbol = static_cast<uint16_t>(quantized);
+            }
+        }
+    }
+    return in_range;
+}
+
+template <class Dtype>
+Status encode_plane_stream(const Plane& plane, StreamRef& stream, StreamWorkspace& workspace,
+                           std::vector<uint8_t>& output) {
+    const int64_t symbol_stride = stream.shape.num_rows() * kNumLanes;
+    workspace.symbols.resize(std::max<size_t>(workspace.symbols.size(), stream.shape.num_channels * symbol_stride));
+    if (!quantize_stream<Dtype>(plane, stream, symbol_stride, workspace.symbols.data())) return Status::kNotFinite;
+    const Status status = encode_stream(workspace.symbols.data(), symbol_stride, stream.shape, plane.coding, workspace,
+                                        output, &stream.num_words);
+    stream.num_bytes = static_cast<uint32_t>(output.size());
+    return status;
+}
+
+template <class Dtype>
+Status decode_plane_stream(const Plane& plane, const StreamRef& stream, const uint8_t* payload,
+                           StreamWorkspace& workspace, std::vector<float>& levels) {
+    using Storage = typename Dtype::Storage;
+    const int zero_symbol = zero_symbol_of(plane.num_bins);
+    // Levels of every symbol that bits can spell, so that corrupt streams stay inside the table. Band maps can spell
+    // wider ones.
+    const int max_low_bits = plane.coding.has_band_map ? kMaxLowBits : plane.coding.low_bits;
+    levels.resize(size_t{kTableSize} << max_low_bits);
+    for (size_t symbol = 0; symbol < levels.size(); ++symbol)
+        levels[symbol] = level_of(static_cast<int>(symbol), zero_symbol);
+    const auto* scales = reinterpret_cast<const Storage*>(plane.scales) + stream.first_token;
+    auto* values = reinterpret_cast<Storage*>(plane.values) + stream.first_token * plane.token_stride;
+    return decode_stream(
+        payload + stream.offset, stream.num_bytes, stream.num_words, stream.shape, plane.coding, workspace,
+        [&](int64_t first_channel, int64_t num_channels, const uint16_t* symbols, int64_t symbol_stride) {
+            for (int64_t token = 0; token < stream.shape.num_tokens; ++token) {
+                const float scale = Dtype::widen(scales[token]);
+                int64_t head = first_channel / plane.head_dim;
+                int64_t dim = first_channel % plane.head_dim;
+                Storage* row = values + token * plane.token_stride + head * plane.head_stride;
+                for (int64_t channel = 0; channel < num_channels; ++channel) {
+                    row[dim] = Dtype::narrow(levels[symbols[channel * symbol_stride + token]] * scale);
+                    if (++dim == plane.head_dim) {
+                        dim = 0;
+                        row += plane.head_stride;
+                    }
+                }
+            }
+        });
+}
+
+}  // namespace cachegen

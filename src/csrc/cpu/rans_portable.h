@@ -1,0 +1,287 @@
+// The rANS coder of one stream in portable C++: lanes are arrays, so that compilers vectorize what they can.
+//
+// Bytes of a stream (docs/format.md, "Streams"):
+//   states | band map, to a multiple of 4 | low bits, to a multiple of 4 | words
+// A plane without tables (coder `packed`) has neither states nor words: its symbols are all low bits.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "rans.h"
+
+namespace cachegen {
+
+// How the streams of a plane are coded.
+struct PlaneCoding {
+    const FrequencyTable* tables = nullptr;  // null: coder `packed`
+    int64_t num_tables = 0;
+    const uint16_t* table_indices = nullptr;  // per channel; null: table c codes channel c
+    int low_bits = 0;                         // of all symbols, where there is no band map
+    const uint8_t* band_map = nullptr;        // encoder only: [num_rows][num_bands], see BandCoding
+    bool has_band_map = false;
+};
+
+// Where the parts of a stream begin, in bytes from its start.
+struct StreamParts {
+    int64_t band_map;
+    int64_t low_bits;
+    int64_t words;
+};
+
+// What a stream's rows and bands say, resolved: per (row, band) the low bits, the table offset, and where the low bits
+// lie. Reused from stream to stream so that decoding allocates nothing once warm.
+class BandTable {
+  public:
+    struct Entry {
+        int low_bits;
+        int table_offset;
+        int64_t bit_position;
+    };
+
+    // `band_map` is null where the plane has none. Returns kBadBandMap for entries out of range.
+    Status build(const StreamShape& shape, const PlaneCoding& coding, const uint8_t* band_map) {
+        num_bands_ = shape.num_bands();
+        entries_.resize(shape.num_rows() * num_bands_);
+        int64_t position = 0;
+        for (int64_t row = 0; row < shape.num_rows(); ++row) {
+            for (int64_t band = 0; band < num_bands_; ++band) {
+                BandCoding band_coding{coding.low_bits, 0};
+                if (band_map != nullptr) band_coding = BandCoding::from_byte(band_map[row * num_bands_ + band]);
+                if (band_coding.low_bits > kMaxLowBits) return Status::kBadBandMap;
+                const int64_t first = band * kBandChannels;
+                const int64_t last = std::min<int64_t>(first + kBandChannels, shape.num_channels);
+                if (band_coding.table_offset != 0) {
+                    for (int64_t channel = first; channel < last; ++channel) {
+                        const int64_t index = table_index(coding, channel) + band_coding.table_offset;
+                        if (index < 0 || index >= coding.num_tables) return Status::kBadBandMap;
+                    }
+                }
+                entries_[row * num_bands_ + band] = {band_coding.low_bits, band_coding.table_offset, position};
+                position += (last - first) * band_coding.low_bits * shape.live_lanes(row);
+            }
+        }
+        num_low_bits_ = position;
+        return Status::kOk;
+    }
+
+    static int64_t table_index(const PlaneCoding& coding, int64_t channel) {
+        return coding.table_indices != nullptr ? coding.table_indices[channel] : channel;
+    }
+
+    const Entry& at(int64_t row, int64_t channel) const { return entries_[row * num_bands_ + channel / kBandChannels]; }
+    int64_t low_bits_bytes() const { return (num_low_bits_ + 7) / 8; }
+
+  private:
+    std::vector<Entry> entries_;
+    int64_t num_bands_ = 0;
+    int64_t num_low_bits_ = 0;
+};
+
+inline StreamParts lay_out(const StreamShape& shape, const PlaneCoding& coding, const BandTable& bands) {
+    StreamParts parts;
+    parts.band_map = coding.tables != nullptr ? shape.states_bytes() : 0;
+    parts.low_bits = parts.band_map + round_up(coding.has_band_map ? shape.band_map_bytes() : 0, 4);
+    parts.words = parts.low_bits + round_up(bands.low_bits_bytes(), 4);
+    return parts;
+}
+
+// Read `count` <= 32 bits from bit `position`, least significant bit first, touching only the bytes they lie in.
+inline uint32_t read_bits(const uint8_t* bytes, int64_t position, int count) {
+    const uint8_t* first = bytes + (position >> 3);
+    const int shift = static_cast<int>(position & 7);
+    uint64_t window = 0;
+    for (int i = 0; i < (shift + count + 7) >> 3; ++i) window |= static_cast<uint64_t>(first[i]) << (8 * i);
+    return static_cast<uint32_t>((window >> shift) & ((uint64_t{1} << count) - 1));
+}
+
+// Set `count` <= 32 bits at bit `position` of zeroed bytes.
+inline void write_bits(uint8_t* bytes, int64_t position, int count, uint32_t bits) {
+    uint8_t* first = bytes + (position >> 3);
+    const int shift = static_cast<int>(position & 7);
+    uint64_t window = static_cast<uint64_t>(bits) << shift;
+    for (int i = 0; i < (shift + count + 7) >> 3; ++i, window >>= 8) first[i] |= static_cast<uint8_t>(window);
+}
+
+inline uint16_t load_u16(const uint8_t* bytes) { return static_cast<uint16_t>(bytes[0] | bytes[1] << 8); }
+
+inline uint32_t load_u32(const uint8_t* bytes) {
+    return static_cast<uint32_t>(load_u16(bytes)) | static_cast<uint32_t>(load_u16(bytes + 2)) << 16;
+}
+
+inline void store_u16(uint8_t* bytes, uint32_t value) {
+    bytes[0] = static_cast<uint8_t>(value);
+    bytes[1] = static_cast<uint8_t>(value >> 8);
+}
+
+inline void store_u32(uint8_t* bytes, uint32_t value) {
+    store_u16(bytes, value & 0xFFFF);
+    store_u16(bytes + 2, value >> 16);
+}
+
+// Memory that a thread keeps from stream to stream.
+struct StreamWorkspace {
+    BandTable bands;
+    std::vector<uint16_t> words;    // the encoder's output, filled from the end
+    std::vector<uint16_t> symbols;  // [channels of a tile][padded tokens]
+};
+
+// Encode one stream and append it to `output`.
+//
+// symbols: [num_channels][symbol_stride], tokens along the second axis. Returns the number of words in *num_words.
+inline Status encode_stream(const uint16_t* symbols, int64_t symbol_stride, const StreamShape& shape,
+                            const PlaneCoding& coding, StreamWorkspace& workspace, std::vector<uint8_t>& output,
+                            uint32_t* num_words) {
+    BandTable& bands = workspace.bands;
+    const Status status = bands.build(shape, coding, coding.has_band_map ? coding.band_map : nullptr);
+    if (status != Status::kOk) return status;
+    const StreamParts parts = lay_out(shape, coding, bands);
+    const size_t begin = output.size();
+    output.resize(begin + parts.words, 0);
+    if (coding.has_band_map) std::memcpy(&output[begin + parts.band_map], coding.band_map, shape.band_map_bytes());
+
+    for (int64_t row = 0; row < shape.num_rows(); ++row) {
+        const int live = shape.live_lanes(row);
+        for (int64_t channel = 0; channel < shape.num_channels; ++channel) {
+            const BandTable::Entry& band = bands.at(row, channel);
+            const uint16_t* lane_symbols = symbols + channel * symbol_stride + row * kNumLanes;
+            for (int bit = 0; bit < band.low_bits; ++bit) {
+                uint32_t plane = 0;
+                for (int lane = 0; lane < live; ++lane) plane |= ((lane_symbols[lane] >> bit) & 1u) << lane;
+                const int64_t position =
+                    band.bit_position + ((channel % kBandChannels) * band.low_bits + bit) * int64_t{live};
+                write_bits(&output[begin + parts.low_bits], position, live, plane);
+            }
+        }
+    }
+    *num_words = 0;
+    if (coding.tables == nullptr) return Status::kOk;
+
+    uint32_t states[kNumLanes];
+    std::fill(states, states + kNumLanes, kStateLow);
+    // A symbol gives up at most one word, so this can never be outgrown.
+    if (workspace.words.size() < static_cast<size_t>(shape.num_tokens * shape.num_channels))
+        workspace.words.resize(shape.num_tokens * shape.num_channels);
+    uint16_t* const words_end = workspace.words.data() + workspace.words.size();
+    uint16_t* word = words_end;
+    for (int64_t channel = shape.num_channels - 1; channel >= 0; --channel) {
+        for (int64_t row = shape.num_rows() - 1; row >= 0; --row) {
+            const BandTable::Entry& band = bands.at(row, channel);
+            const FrequencyTable& table = coding.tables[BandTable::table_index(coding, channel) + band.table_offset];
+            const uint16_t* lane_symbols = symbols + channel * symbol_stride + row * kNumLanes;
+            for (int lane = shape.live_lanes(row) - 1; lane >= 0; --lane) {
+                const uint32_t high = lane_symbols[lane] >> band.low_bits;
+                if (high >= kTableSize || table.frequency[high] == 0) return Status::kNoFrequency;
+                const uint32_t frequency = table.frequency[high];
+                uint32_t state = states[lane];
+                if (encode_gives_word(state, frequency)) {
+                    *--word = static_cast<uint16_t>(state);
+                    state >>= kWordBits;
+                }
+                states[lane] = encode_step(state, table.start[high], frequency);
+            }
+        }
+    }
+    for (int lane = 0; lane < shape.num_lanes(); ++lane) store_u32(&output[begin + 4 * lane], states[lane]);
+    *num_words = static_cast<uint32_t>(words_end - word);
+    output.resize(begin + parts.words + 2 * int64_t{*num_words});
+    for (uint32_t i = 0; i < *num_words; ++i) store_u16(&output[begin + parts.words + 2 * int64_t{i}], word[i]);
+    return Status::kOk;
+}
+
+// The last symbol whose start is at most the slot, for every lane: a count of thresholds, which vectorizes.
+inline void find_symbols(const uint16_t slots[kNumLanes], const FrequencyTable& table, uint16_t symbols[kNumLanes]) {
+    std::fill(symbols, symbols + kNumLanes, uint16_t{0});
+    for (int symbol = 1; symbol < kTableSize; ++symbol) {
+        const uint16_t start = table.start[symbol];
+        for (int lane = 0; lane < kNumLanes; ++lane) symbols[lane] += slots[lane] >= start;
+    }
+}
+
+// Decode one stream of `num_bytes` bytes, calling sink(first_channel, num_channels, symbols, symbol_stride) with every
+// tile of up to 32 channels; symbols are [num_channels][symbol_stride], tokens along the second axis.
+//
+// Never reads outside the stream. Corrupt bytes give a status, or wrong symbols: the checksum tells those.
+template <class Sink>
+Status decode_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words, const StreamShape& shape,
+                     const PlaneCoding& coding, StreamWorkspace& workspace, Sink&& sink) {
+    const int64_t states_bytes = coding.tables != nullptr ? shape.states_bytes() : 0;
+    const int64_t map_bytes = coding.has_band_map ? shape.band_map_bytes() : 0;
+    if (states_bytes + map_bytes > num_bytes) return Status::kTruncated;
+    BandTable& bands = workspace.bands;
+    const Status status = bands.build(shape, coding, coding.has_band_map ? bytes + states_bytes : nullptr);
+    if (status != Status::kOk) return status;
+    const StreamParts parts = lay_out(shape, coding, bands);
+    if (parts.words + 2 * int64_t{num_words} != num_bytes) return Status::kTruncated;
+    if (coding.tables == nullptr && num_words != 0) return Status::kCorrupt;
+
+    uint32_t states[kNumLanes];
+    std::fill(states, states + kNumLanes, kStateLow);
+    if (coding.tables != nullptr)
+        for (int lane = 0; lane < shape.num_lanes(); ++lane) states[lane] = load_u32(bytes + 4 * lane);
+    const uint8_t* word = bytes + parts.words;
+    const uint8_t* const words_end = bytes + num_bytes;
+
+    const int64_t symbol_stride = shape.num_rows() * kNumLanes;
+    workspace.symbols.resize(std::max<size_t>(workspace.symbols.size(), kBandChannels * symbol_stride));
+    uint16_t* const tile = workspace.symbols.data();
+    for (int64_t first = 0; first < shape.num_channels; first += kBandChannels) {
+        const int64_t last = std::min<int64_t>(first + kBandChannels, shape.num_channels);
+        for (int64_t channel = first; channel < last; ++channel) {
+            for (int64_t row = 0; row < shape.num_rows(); ++row) {
+                const BandTable::Entry& band = bands.at(row, channel);
+                const int live = shape.live_lanes(row);
+                uint16_t* lane_symbols = tile + (channel - first) * symbol_stride + row * kNumLanes;
+                if (coding.tables != nullptr) {
+                    const FrequencyTable& table =
+                        coding.tables[BandTable::table_index(coding, channel) + band.table_offset];
+                    uint16_t slots[kNumLanes];
+                    for (int lane = 0; lane < kNumLanes; ++lane)
+                        slots[lane] = static_cast<uint16_t>(slot_of(states[lane]));
+                    find_symbols(slots, table, lane_symbols);
+                    for (int lane = 0; lane < live; ++lane) {
+                        const int symbol = lane_symbols[lane];
+                        states[lane] = decode_step(states[lane], table.start[symbol], table.frequency[symbol]);
+                    }
+                    if (words_end - word >= 2 * kNumLanes) {
+                        for (int lane = 0; lane < live; ++lane) {
+                            const bool needs_word = decode_needs_word(states[lane]);
+                            const uint32_t refilled = decode_take_word(states[lane], load_u16(word));
+                            states[lane] = needs_word ? refilled : states[lane];
+                            word += needs_word ? 2 : 0;
+                        }
+                    } else {
+                        for (int lane = 0; lane < live; ++lane) {
+                            if (!decode_needs_word(states[lane])) continue;
+                            if (word == words_end) return Status::kTruncated;
+                            states[lane] = decode_take_word(states[lane], load_u16(word));
+                            word += 2;
+                        }
+                    }
+                } else {
+                    std::fill(lane_symbols, lane_symbols + kNumLanes, uint16_t{0});
+                }
+                if (band.low_bits > 0) {
+                    for (int lane = 0; lane < live; ++lane)
+                        lane_symbols[lane] = static_cast<uint16_t>(lane_symbols[lane] << band.low_bits);
+                    for (int bit = 0; bit < band.low_bits; ++bit) {
+                        const int64_t position =
+                            band.bit_position + ((channel % kBandChannels) * band.low_bits + bit) * int64_t{live};
+                        const uint32_t plane = read_bits(bytes + parts.low_bits, position, live);
+                        for (int lane = 0; lane < live; ++lane) lane_symbols[lane] |= ((plane >> lane) & 1u) << bit;
+                    }
+                }
+            }
+        }
+        sink(first, last - first, tile, symbol_stride);
+    }
+    if (word != words_end) return Status::kCorrupt;
+    for (uint32_t state : states)
+        if (state != kStateLow) return Status::kCorrupt;
+    return Status::kOk;
+}
+
+}  // namespace cachegen
