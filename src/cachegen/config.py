@@ -174,7 +174,7 @@ def _load_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a JSON object")
@@ -192,7 +192,9 @@ def _read_integer(path: object, content: dict[str, Any], name: str, low: int, hi
         raise ConfigError(f"{path}: field {name} is missing")
     value = content[name]
     is_number = isinstance(value, int) and not isinstance(value, bool)
-    if not is_number and not (isinstance(value, str) and value.strip().isdecimal()):
+    # No field has more digits; Python refuses to convert thousands of them.
+    is_digits = isinstance(value, str) and len(value) <= 20 and value.strip().isdecimal()
+    if not is_number and not is_digits:
         raise ConfigError(f"{path}: {name} must be an integer, got {json.dumps(value)}")
     if not low <= int(value) <= high:
         raise ConfigError(f"{path}: {name} must be {low} to {high}, got {value}")

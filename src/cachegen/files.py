@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,8 @@ from typing import BinaryIO
 from cachegen.errors import OutputError
 
 _TEMPORARY_PREFIX = ".tmp-"
+# Exactly what `atomic_write` makes: someone else's ".tmp-notes" is not ours to remove.
+_TEMPORARY_NAME = re.compile(re.escape(_TEMPORARY_PREFIX) + r".+-[0-9a-f]{12}", re.DOTALL)
 
 
 @contextmanager
@@ -55,13 +58,14 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
 
 def is_temporary(path: Path) -> bool:
     """Tell whether `path` is a temporary file of `atomic_write`."""
-    return path.name.startswith(_TEMPORARY_PREFIX)
+    return _TEMPORARY_NAME.fullmatch(path.name) is not None
 
 
 def remove_stale_temporaries(folder: Path) -> None:
     """Remove the temporary files that killed processes left in `folder`."""
-    for path in folder.glob(f"{_TEMPORARY_PREFIX}*"):
-        path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if is_temporary(path):
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

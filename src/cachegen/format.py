@@ -352,7 +352,7 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
         profile_hash,
     ) = _unpack(_TABLES_FIELDS, content, _PREFIX.size, header_bytes)
     is_clear = reserved == reserved_coder == reserved_level == 0
-    _require(is_clear, "reserved bits are set, a later release may read them", 38, "reserved", unsupported=True)
+    _require(is_clear, "reserved bits are set, a later release may read them", 39, "reserved", unsupported=True)
     _require(0 < num_chunks <= MAX_CHUNKS, f"must be 1 to {MAX_CHUNKS}, got {num_chunks}", 32, "num_chunks")
     _require(prefill_block_size > 0, "must be positive", 44, "prefill_block_size")
     planes_at = _PREFIX.size + _TABLES_FIELDS.size

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -195,7 +195,9 @@ def save_kv_cache(path: str | os.PathLike[str], cache: KVCache, metadata: Contex
         try:
             torch.save(content, stream)
         except RuntimeError as error:
-            # torch's zip writer hides the OSError of a failed write in a RuntimeError.
+            # torch's zip writer, left with half a file, complains over whatever stopped the writing.
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+                raise error.__context__ from None
             raise OSError(f"torch.save failed, is the disk full? ({str(error).splitlines()[0]})") from error
 
 
@@ -213,18 +215,27 @@ def load_kv_cache(path: str | os.PathLike[str]) -> tuple[KVCache, ContextMetadat
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such KV cache file (write one with main.py, or name it with --path_to_kv)")
-    if not zipfile.is_zipfile(path):
+    try:
+        is_whole = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        is_whole = False
+    if not is_whole:
         raise BitstreamError("not a KV cache file of main.py, or not whole (plain pickles are never loaded)", path=path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, ValueError, KeyError, EOFError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on a corrupt pickle's protocol, before it is refused
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A corrupt pickle can make torch's unpickler fail in any way: IndexError, TypeError, AssertionError, ...
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise BitstreamError(f"not a KV cache file of main.py, nothing of it was run ({reason})", path=path) from error
     try:
         return _parse(content)
     except BitstreamError as error:
         raise error.at(path) from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BitstreamError(f"a field of the KV cache file is missing or wrong ({error})", path=path) from error
 
 
@@ -237,7 +248,7 @@ def _parse(content: dict[str, Any]) -> tuple[KVCache, ContextMetadata]:
             f"version {content['version']} is not supported, this release reads {FILE_VERSION}", field="version"
         )
     for tensor in [content["token_ids"], *content["keys"], *content["values"]]:
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise BitstreamError("a plane is not a plain tensor", field="keys, values, token_ids")
         last_element = tensor.storage_offset() + sum(
             (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
@@ -245,7 +256,10 @@ def _parse(content: dict[str, Any]) -> tuple[KVCache, ContextMetadata]:
         num_stored = tensor.untyped_storage().nbytes() // tensor.element_size()
         if tensor.numel() == 0 or last_element >= num_stored or tensor.numel() > num_stored:
             raise BitstreamError("a plane is empty or larger than its storage", field="keys, values, token_ids")
-    cache = KVCache(list(content["keys"]), list(content["values"]))
+    cache = KVCache(
+        [_with_contiguous_heads(plane) for plane in content["keys"]],
+        [_with_contiguous_heads(plane) for plane in content["values"]],
+    )
     metadata = ContextMetadata(
         model_id=str(content["model_id"]),
         model_fingerprint=bytes.fromhex(content["model_fingerprint"]).hex(),
@@ -271,3 +285,8 @@ def _parse(content: dict[str, Any]) -> tuple[KVCache, ContextMetadata]:
     if len(metadata.model_fingerprint) != 64:
         raise BitstreamError("must be a SHA-256 in hex", field="model_fingerprint")
     return cache, metadata
+
+
+def _with_contiguous_heads(plane: torch.Tensor) -> torch.Tensor:
+    """Copy a plane only where its head dims do not lie side by side, which the coders' kernels need."""
+    return plane if plane.stride(-1) == 1 else plane.clone(memory_format=torch.contiguous_format)

@@ -31,6 +31,7 @@ static_assert(kWeights[kNumWeightClasses - 1] == 4096, "the last class is the la
 
 constexpr int kSymbolIndexBits = 5;  // of a table's first and last symbol
 constexpr int kRiceBits = 2;         // remainder bits of the Rice code of class differences
+constexpr int kMinTableBits = 2 * kSymbolIndexBits + 1 + kRiceBits;  // of a table in its compact form
 
 // A bounded reader, most significant bit of each byte first.
 class BitReader {

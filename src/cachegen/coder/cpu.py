@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from cachegen.coder.reference import not_finite_error
 from cachegen.errors import BackendUnavailableError, BitstreamError
-from cachegen.format import Dtype, PlaneLayout, StreamEntry
+from cachegen.format import LANES, MAX_LOW_BITS, TABLE_SIZE, Dtype, PlaneLayout, StreamEntry
 from cachegen.kv_cache import KVCache
+from cachegen.quantization import zero_symbol
 
 try:
     from cachegen import _native
@@ -183,6 +184,11 @@ def _native_planes(
         shape = [cache.num_tokens, plane.num_kv_heads, plane.head_dim]
         if list(values.shape) != shape or values.device.type != "cpu" or values.stride(2) != 1:
             raise ValueError(f"plane {index} must be a CPU tensor {shape} with contiguous head dims")
+        zero_symbol(plane.num_bins)  # raises unless the quantizer has so many bins
+        if not 0 <= plane.low_bits <= MAX_LOW_BITS or plane.alphabet_size > TABLE_SIZE:
+            raise ValueError(f"`low_bits` of plane {index} must fit {plane.num_bins} bins, got {plane.low_bits}")
+        if plane.tokens_per_stream < 0 or plane.tokens_per_stream % LANES:
+            raise ValueError(f"`tokens_per_stream` must be a multiple of {LANES}, got {plane.tokens_per_stream}")
         native_planes.append(
             _native.Plane(
                 values=values.data_ptr(),

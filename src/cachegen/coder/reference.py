@@ -162,6 +162,8 @@ def decode_stream(
     if round_up(-(-num_bits // 8), 4) != words_at - low_bits_at:
         raise BitstreamError("the parts of the stream do not add up", field="stream")
     if coding.frequencies is None:
+        if words:
+            raise BitstreamError("a stream without tables has no words", field="stream")
         return symbols
 
     for channel in range(num_channels):

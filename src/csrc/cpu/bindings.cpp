@@ -80,6 +80,10 @@ class TableSet {
         for (size_t plane = 0; plane < num_planes; ++plane) {
             offsets[plane + 1] = offsets[plane] + plane_bytes[plane];
             first_tables[plane + 1] = first_tables[plane] + plane_channels[plane];
+            // Before memory is reserved for the tables: a corrupt header may claim millions.
+            if (plane_bytes[plane] < 0 || plane_channels[plane] < 0 ||
+                plane_channels[plane] * kMinTableBits > 8 * plane_bytes[plane])
+                throw py::value_error("plane " + std::to_string(plane));
         }
         if (offsets[num_planes] != bytes.size()) throw py::value_error("the tables' sizes do not add up");
         TableSet set(first_tables[num_planes]);

@@ -1,0 +1,1 @@
+"""The stages between a text and its answer: prefill, encode, decode, generate (files, threads, transformers)."""

@@ -1,0 +1,212 @@
+"""From a folder of chunk files to a cache: the next chunk is read while this one decodes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from cachegen import container
+from cachegen.codec import Document, decode_chunk, document_dtype, load_document
+from cachegen.errors import BitstreamError, ConfigError, MismatchError
+from cachegen.kv_cache import KVCache, hash_rotary_embeddings, hash_token_prefixes
+
+if TYPE_CHECKING:
+    from cachegen.pipeline.model import LoadedModel
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """What decoding took.
+
+    Attributes:
+        encoded_bytes: of the files that were read.
+        load_seconds: reading files, which overlaps with decoding.
+        decode_seconds: checking and decoding, and copying to the cache's device.
+    """
+
+    num_tokens: int
+    encoded_bytes: int
+    load_seconds: float
+    decode_seconds: float
+
+
+class EncodedFolder:
+    """An encoded document on disk.
+
+    Attributes:
+        document: its tables file, parsed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], num_threads: int) -> None:
+        """Read the tables file.
+
+        Raises:
+            InputError: there is none.
+            BitstreamError: it is corrupt.
+        """
+        self.path = Path(folder)
+        self._num_threads = num_threads
+        self.tables_path = self.path / container.TABLES_NAME
+        start = time.perf_counter()
+        content = container.read_whole(self.tables_path)
+        self._read_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        try:
+            self.document: Document = load_document(content, num_threads=num_threads)
+        except BitstreamError as error:
+            raise error.at(self.tables_path) from error
+        self._parse_seconds = time.perf_counter() - start
+        self._tables_bytes = len(content)
+
+    def select_chunks(self, num_chunks: int | None) -> tuple[int, ...]:
+        """Return the token counts of the first `num_chunks` chunks; None: of all.
+
+        Raises:
+            ConfigError: there are not so many.
+        """
+        available = self.document.header.chunk_tokens
+        if num_chunks is not None and num_chunks > len(available):
+            raise ConfigError(f"{self.path}: --num_chunks {num_chunks} asked for, {len(available)} are there")
+        return available[:num_chunks]
+
+    def check_model(self, loaded: LoadedModel) -> None:
+        """Refuse a model that is not the one whose cache was encoded.
+
+        Raises:
+            MismatchError: naming the field that differs.
+        """
+        header = self.document.header
+        gates = [
+            ("model_fingerprint", header.model_fingerprint.hex()[:12], loaded.fingerprint[:12]),
+            ("rope_hash", header.rope_hash.hex()[:12], hash_rotary_embeddings(loaded.rotary_embeddings)[:12]),
+            ("num_layers", len(header.planes) // 2, loaded.num_layers),
+            ("dtype", self.dtype, loaded.dtype),
+        ]
+        for field, found, expected in gates:
+            if found != expected:
+                raise MismatchError(
+                    f"{self.tables_path}: {field} is {found}, but {loaded.model_id} has {expected}: "
+                    "give --model_id (and --dtype) of the model that computed the cache"
+                )
+
+    def check_context(self, token_ids: torch.Tensor, num_cached_tokens: int, context_name: object) -> None:
+        """Refuse a context that is not the one that was encoded.
+
+        Args:
+            token_ids: the context's tokens, integers `[num_tokens]`.
+            num_cached_tokens: those that will be decoded; at least one more token must follow.
+
+        Raises:
+            MismatchError: the context is another one.
+        """
+        header = self.document.header
+        if num_cached_tokens >= len(token_ids):
+            raise MismatchError(
+                f"{context_name}: the context has {len(token_ids)} tokens, but {self.path} caches "
+                f"{num_cached_tokens} and one more must follow: it is another context"
+            )
+        num_compared = min(header.num_cache_tokens, len(token_ids))
+        if num_compared == header.num_cache_tokens:
+            found = bytes.fromhex(hash_token_prefixes(token_ids, [num_compared])[0])
+            if found != header.token_hash:
+                raise MismatchError(
+                    f"{context_name}: token_hash is {found.hex()[:12]}, but {self.tables_path} says "
+                    f"{header.token_hash.hex()[:12]}: the files are of another context"
+                )
+
+    def decode_into(
+        self,
+        output: KVCache,
+        token_ids: torch.Tensor,
+        chunk_tokens: Sequence[int],
+        progress: Callable[[int], object] | None = None,
+    ) -> DecodeResult:
+        """Decode chunks, in order, into a cache.
+
+        Args:
+            output: at least as many tokens as the chunks have, on any device.
+            token_ids: the context's tokens, which every chunk's hash is compared with.
+            chunk_tokens: from `select_chunks`.
+            progress: called with the number of tokens after each chunk.
+
+        Raises:
+            InputError: a chunk file is missing.
+            BitstreamError: one is corrupt.
+            MismatchError: one belongs elsewhere.
+        """
+        stops = [sum(chunk_tokens[: i + 1]) for i in range(len(chunk_tokens))]
+        hashes = hash_token_prefixes(token_ids, stops)
+        load_seconds, decode_seconds = self._read_seconds, self._parse_seconds
+        encoded_bytes = self._tables_bytes
+        for index, (content, seconds) in enumerate(self._read_ahead(len(chunk_tokens))):
+            start = time.perf_counter()
+            tokens = output.slice(stops[index] - chunk_tokens[index], stops[index])
+            path = self.path / container.chunk_name(index)
+            try:
+                self._decode_chunk(content, tokens, stops[index] - chunk_tokens[index], hashes[index])
+            except BitstreamError as error:
+                raise error.at(path) from error
+            except MismatchError as error:
+                raise MismatchError(f"{path}: {error}") from error
+            load_seconds += seconds
+            decode_seconds += time.perf_counter() - start
+            encoded_bytes += len(content)
+            if progress is not None:
+                progress(chunk_tokens[index])
+        return DecodeResult(sum(chunk_tokens), encoded_bytes, load_seconds, decode_seconds)
+
+    def _decode_chunk(self, content: bytes, output: KVCache, first_token: int, token_hash: str) -> None:
+        """Decode into the output, by way of the CPU where the output is elsewhere."""
+        on_cpu = all(plane.device.type == "cpu" for plane in output.planes)
+        target = output if on_cpu else _empty_on_cpu(output)
+        decode_chunk(
+            content,
+            self.document,
+            target,
+            first_token=first_token,
+            token_hash=bytes.fromhex(token_hash),
+            num_threads=self._num_threads,
+        )
+        if not on_cpu:
+            for plane, decoded in zip(output.planes, target.planes, strict=True):
+                plane.copy_(decoded)
+
+    def _read_ahead(self, num_chunks: int) -> Iterator[tuple[bytes, float]]:
+        """Yield the chunk files and how long reading each took; the next one is being read meanwhile."""
+
+        def read(index: int) -> tuple[bytes, float]:
+            start = time.perf_counter()
+            content = container.read_whole(self.path / container.chunk_name(index))
+            return content, time.perf_counter() - start
+
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            pending = reader.submit(read, 0)
+            for index in range(num_chunks):
+                content = pending.result()
+                if index + 1 < num_chunks:
+                    pending = reader.submit(read, index + 1)
+                yield content
+
+    @property
+    def plane_shapes(self) -> list[tuple[int, int]]:
+        """(num_kv_heads, head_dim) of every plane."""
+        return [(plane.num_kv_heads, plane.head_dim) for plane in self.document.header.planes]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The cache's dtype."""
+        return document_dtype(self.document)
+
+
+def _empty_on_cpu(cache: KVCache) -> KVCache:
+    def like(plane: torch.Tensor) -> torch.Tensor:
+        return torch.empty(plane.shape, dtype=plane.dtype, pin_memory=plane.device.type == "cuda")
+
+    return KVCache([like(plane) for plane in cache.keys], [like(plane) for plane in cache.values])

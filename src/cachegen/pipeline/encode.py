@@ -1,0 +1,145 @@
+"""From a saved cache to a folder of chunk files: resumable, and never half a file under a final name."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachegen import container
+from cachegen.codec import DocumentEncoder
+from cachegen.errors import BitstreamError, OutputError
+from cachegen.files import atomic_write, is_temporary, remove_stale_temporaries, write_file
+from cachegen.format import TablesHeader
+
+_CHUNK_NAME = re.compile(r"chunk_\d{5,}" + re.escape(container.CHUNK_SUFFIX))
+
+
+@dataclass(frozen=True)
+class EncodedSizes:
+    """Bytes of an encoded document, every file counted, by what they are for.
+
+    Attributes:
+        header: headers with their indexes of streams, and padding between sections.
+        tables: frequency tables.
+        scales: one scale per token and plane.
+        payload: streams with their padding.
+    """
+
+    header: int
+    tables: int
+    scales: int
+    payload: int
+
+    @property
+    def total(self) -> int:
+        return self.header + self.tables + self.scales + self.payload
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """What an encoding left in its folder.
+
+    Attributes:
+        num_reused_chunks: chunks that an interrupted run had finished.
+    """
+
+    header: TablesHeader
+    sizes: EncodedSizes
+    num_reused_chunks: int
+
+
+def encode_document(
+    encoder: DocumentEncoder,
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> EncodeResult:
+    """Write a document's tables file and chunk files.
+
+    A folder that already holds whole files of the same document and configuration keeps them: an interrupted encoding
+    resumes, a finished one is checked.
+
+    Args:
+        overwrite: replace the files of another document or configuration.
+        progress: called with the number of tokens after each chunk.
+
+    Raises:
+        OutputError: the folder holds something else and `overwrite` is not given, or it cannot be written.
+    """
+    folder = Path(folder)
+    _claim_folder(folder, encoder, overwrite)
+    sizes = EncodedSizes(
+        encoder.document.header.header_bytes, encoder.document.header.tables_bytes, scales=0, payload=0
+    )
+    num_reused = 0
+    for index in range(encoder.num_chunks):
+        path = folder / container.chunk_name(index)
+        if _is_finished(path, encoder, index):
+            num_reused += 1
+        else:
+            with atomic_write(path) as stream:
+                for part in encoder.encode_chunk(index):
+                    stream.write(part)
+        sizes = _add_chunk(sizes, encoder, index, path.stat().st_size)
+        if progress is not None:
+            progress(encoder.document.header.chunk_tokens[index])
+    return EncodeResult(encoder.document.header, sizes, num_reused)
+
+
+def _add_chunk(sizes: EncodedSizes, encoder: DocumentEncoder, index: int, file_bytes: int) -> EncodedSizes:
+    header = encoder.expected_header(index)
+    return EncodedSizes(
+        header=sizes.header + header.payload_offset - header.scales_bytes,
+        tables=sizes.tables,
+        scales=sizes.scales + header.scales_bytes,
+        payload=sizes.payload + file_bytes - header.payload_offset,
+    )
+
+
+def _claim_folder(folder: Path, encoder: DocumentEncoder, overwrite: bool) -> None:
+    """Make the folder, refuse what is not ours, and write the tables file that says whose it is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = sorted(path.name for path in folder.iterdir() if not is_temporary(path))
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made or read: {error.strerror} (--output_path)") from error
+    tables_path = folder / container.TABLES_NAME
+    remedy = "give another --output_path, or --overwrite to replace it"
+    is_claimed = bool(names) and not overwrite
+    if is_claimed:
+        if container.TABLES_NAME not in names:
+            raise OutputError(f"{folder}: is not empty and holds no {container.TABLES_NAME} ({names[0]}); {remedy}")
+        if container.read_whole(tables_path) != encoder.tables_file:
+            raise OutputError(f"{folder}: holds the encoding of another document or configuration; {remedy}")
+    try:
+        # Not before: a folder that is refused stays as it was.
+        remove_stale_temporaries(folder)
+        for name in names:
+            if not is_claimed and (name == container.TABLES_NAME or _CHUNK_NAME.fullmatch(name)):
+                (folder / name).unlink()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be emptied: {error.strerror}") from error
+    if not is_claimed:
+        write_file(tables_path, encoder.tables_file)
+
+
+def _is_finished(path: Path, encoder: DocumentEncoder, index: int) -> bool:
+    """Tell whether a chunk file is there, whole and the right one; a damaged one is encoded again.
+
+    Raises:
+        OutputError: it is a whole chunk of something else.
+    """
+    if not path.exists():
+        return False
+    content = container.read_whole(path)
+    if encoder.is_encoding_of(index, content):
+        return True
+    try:
+        container.parse_chunk(content)
+    except BitstreamError:
+        return False
+    raise OutputError(f"{path}: is a chunk of another document or configuration (--overwrite replaces the folder's)")

@@ -1,0 +1,363 @@
+"""Load a language model and say which one it is: fingerprint, rotary embeddings, devices."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import ssl
+import sys
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub.constants
+import huggingface_hub.utils.logging
+import torch
+import transformers.utils.logging
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.hub import cached_file
+
+from cachegen.errors import BackendUnavailableError, ConfigError, InputError
+from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
+
+BUNDLED_MODEL = "models/tiny-mistral"
+
+_HUB_TIMEOUT_SECONDS = 5
+# Layers whose cache is keys and values of every token; a plain cache keeps them all, and only the mask differs.
+_REPRESENTABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+# The first group with a file present is the tokenizer; further ones would only repeat it in an older form.
+_TOKENIZER_FILE_GROUPS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+_CONFIG_FIELDS_OUTSIDE_FINGERPRINT = ("transformers_version", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with what identifies it.
+
+    Attributes:
+        model: a transformers causal language model, in evaluation mode.
+        tokenizer: its tokenizer.
+        model_id: the Hugging Face id or folder it was loaded from.
+        fingerprint: SHA-256 in hex of its config and tokenizer; see `compute_fingerprint`.
+        rotary_embeddings: empty for a model without.
+    """
+
+    model: Any
+    tokenizer: Any
+    model_id: str
+    fingerprint: str
+    rotary_embeddings: tuple[RotaryEmbedding, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model computes in."""
+        return self.model.dtype
+
+    @property
+    def text_config(self) -> Any:
+        """The transformers config of the decoder, also where the model has other parts."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers that have keys and values."""
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence the config promises, None where it does not say."""
+        return getattr(self.text_config, "max_position_embeddings", None)
+
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """Where each layer's keys and values belong."""
+        for module in self.model.get_decoder().modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self.num_layers:
+                devices = [next(layer.parameters()).device for layer in module]
+                # Weights that accelerate keeps elsewhere show as meta; they are computed where the ids go in.
+                return [self.device if device.type == "meta" else device for device in devices]
+        return [self.device] * self.num_layers
+
+    @functools.cached_property
+    def can_limit_logits(self) -> bool:
+        """Whether the forward pass can compute logits for the last tokens only."""
+        return "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
+
+
+def load_model(
+    model_id: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    load_in_8bit: bool = False,
+    num_gpus: int | None = None,
+    max_gpu_memory: int | None = None,
+) -> LoadedModel:
+    """Load a model and its tokenizer from a folder, the Hugging Face cache or the hub; never any code of theirs.
+
+    Args:
+        model_id: a Hugging Face id or a local folder.
+        device: where the model runs; with `num_gpus` or `max_gpu_memory` it must be CUDA.
+        dtype: of weights and computation; "auto" is the checkpoint's own.
+        load_in_8bit: keep the weights in 8 bits (bitsandbytes, LLM.int8).
+        num_gpus: spread the layers over so many GPUs.
+        max_gpu_memory: GiB of weights per GPU at most.
+
+    Raises:
+        InputError: there is no such model, it is damaged, or its cache is more than keys and values of every token.
+        BackendUnavailableError: a package or a GPU that was asked for is not there.
+        ConfigError: the flags contradict each other.
+    """
+    placement = _plan_placement(device, load_in_8bit, num_gpus, max_gpu_memory)
+    with quiet_transformers():
+        local_files_only = _check_reachable(model_id)
+        fingerprint = compute_fingerprint(model_id, local_files_only=local_files_only)
+        try:
+            config = AutoConfig.from_pretrained(model_id, local_files_only=local_files_only)
+            _refuse_unrepresentable(model_id, config)
+            tokenizer = AutoTokenizer.from_pretrained(model_id, local_files_only=local_files_only)
+            loading: Any = AutoModelForCausalLM.from_pretrained(
+                model_id,
+                config=config,
+                dtype=dtype,
+                local_files_only=local_files_only,
+                output_loading_info=True,
+                **placement,
+            )
+            model, loading_info = loading
+        except torch.OutOfMemoryError:
+            raise
+        except ImportError as error:
+            raise BackendUnavailableError(f"{model_id}: {_first_line(error)}") from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{model_id}: cannot be loaded: {_first_line(error)}") from error
+        if "device_map" not in placement:
+            model.to(device)
+    missing = sorted(loading_info["missing_keys"])
+    if missing:
+        raise InputError(f"{model_id}: the weights lack {len(missing)} tensors of the model, e.g. {missing[0]}")
+    if model.dtype not in SUPPORTED_DTYPES:
+        raise InputError(f"{model_id}: computes in {model.dtype}; give --dtype float16, bfloat16 or float32")
+    model.eval()
+    _keep_special_tokens_only(model)
+    return LoadedModel(model, tokenizer, model_id, fingerprint, read_rotary_embeddings(model))
+
+
+def compute_fingerprint(model_id: str, *, local_files_only: bool = False) -> str:
+    """Hash what makes a cache this model's: its config and its tokenizer, from the files as they are.
+
+    Neither the version of transformers nor the place of the files matters. The weights are not read: fine-tuned
+    weights under an unchanged config have the same fingerprint.
+
+    Returns:
+        SHA-256 in hex of config.json (as canonical JSON, without the fields that only name a version or a path) and
+        of the tokenizer's files (name, length, bytes): tokenizer.json, or else tokenizer.model, or else vocab.json
+        and merges.txt.
+
+    Raises:
+        InputError: there is no config.json, or it is not JSON.
+    """
+    config_path = _find_file(model_id, "config.json", local_files_only)
+    if config_path is None:
+        raise InputError(f"{model_id}: has no config.json: not a Hugging Face model")
+    try:
+        config = json.loads(config_path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{config_path}: is not JSON: {_first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{config_path}: must be a JSON object")
+    for field in _CONFIG_FIELDS_OUTSIDE_FINGERPRINT:
+        config.pop(field, None)
+    files = {"config.json": json.dumps(config, sort_keys=True, separators=(",", ":")).encode()}
+    for group in _TOKENIZER_FILE_GROUPS:
+        found = {name: path for name in group if (path := _find_file(model_id, name, local_files_only)) is not None}
+        files.update({name: path.read_bytes() for name, path in found.items()})
+        if found:
+            break
+    digest = hashlib.sha256()
+    for name, content in files.items():
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def read_rotary_embeddings(model: Any) -> tuple[RotaryEmbedding, ...]:
+    """Read the rotary embeddings in force from the decoder's modules.
+
+    Returns:
+        One per `inv_freq` buffer, named by its path below the decoder: models that alternate local and global
+        attention have several, a model with learned positions none.
+    """
+    embeddings = []
+    for module_name, module in model.get_decoder().named_modules():
+        for buffer_name, buffer in module.named_buffers(recurse=False):
+            if not buffer_name.endswith("inv_freq") or buffer_name.endswith("original_inv_freq"):
+                continue
+            prefix = buffer_name.removesuffix("inv_freq")  # "" or "sliding_attention_", ...
+            rope_type = getattr(module, "rope_type", "default")
+            if isinstance(rope_type, dict):
+                rope_type = rope_type[prefix.removesuffix("_")]
+            embeddings.append(
+                RotaryEmbedding(
+                    name=f"{module_name}.{buffer_name}",
+                    rope_type=str(rope_type),
+                    inv_freq=tuple(buffer.detach().float().cpu().tolist()),
+                    attention_scaling=float(getattr(module, f"{prefix}attention_scaling", 1.0)),
+                )
+            )
+    return tuple(embeddings)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence what transformers and huggingface_hub print and warn about, short of errors; restore it afterwards."""
+    hub_logging, model_logging = huggingface_hub.utils.logging, transformers.utils.logging
+    verbosities = hub_logging.get_verbosity(), model_logging.get_verbosity()
+    had_progress_bars = model_logging.is_progress_bar_enabled()
+    hub_logging.set_verbosity_error()
+    model_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        model_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hub_logging.set_verbosity(verbosities[0])
+        model_logging.set_verbosity(verbosities[1])
+        if had_progress_bars:
+            model_logging.enable_progress_bar()
+
+
+def _plan_placement(
+    device: torch.device, load_in_8bit: bool, num_gpus: int | None, max_gpu_memory: int | None
+) -> dict[str, Any]:
+    """Return the arguments of from_pretrained that place and quantize the weights."""
+    placement: dict[str, Any] = {}
+    if load_in_8bit:
+        _require_package("bitsandbytes", "--load_in_8bit")
+        _require_package("accelerate", "--load_in_8bit")
+        placement["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        placement["device_map"] = {"": device}
+    if num_gpus is None and max_gpu_memory is None:
+        return placement
+    if device.type != "cuda":
+        raise ConfigError(f"--num_gpus and --max_gpu_memory need --device cuda, got {device.type}")
+    num_present = torch.cuda.device_count()
+    if num_gpus is not None and num_gpus > num_present:
+        raise BackendUnavailableError(f"--num_gpus {num_gpus}: torch sees {num_present}")
+    _require_package("accelerate", "--num_gpus and --max_gpu_memory")
+    gpus = range(num_gpus if num_gpus is not None else num_present)
+    placement["device_map"] = "auto"
+    placement["max_memory"] = {
+        gpu: torch.cuda.mem_get_info(gpu)[0] if max_gpu_memory is None else max_gpu_memory * 2**30 for gpu in gpus
+    }
+    return placement
+
+
+def _require_package(package: str, flag: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise BackendUnavailableError(f"{flag}: needs the package {package}: pip install {package}")
+
+
+def _check_reachable(model_id: str) -> bool:
+    """Find out quickly whether there is such a model at all.
+
+    Returns:
+        Whether only local files may be used, because `model_id` is a folder or the hub cannot be reached.
+
+    Raises:
+        InputError: it is neither a folder, nor in the Hugging Face cache, nor on a hub that answers.
+    """
+    advice = f"give a folder or a Hugging Face id; the bundled model is {BUNDLED_MODEL}"
+    if os.path.isdir(model_id):
+        return True
+    if os.path.exists(model_id) or os.path.isabs(model_id) or model_id.startswith("."):
+        raise InputError(f"{model_id}: there is no such model folder ({advice})")
+    # huggingface_hub would retry for half a minute before it says that there is no network.
+    local_files_only = huggingface_hub.constants.HF_HUB_OFFLINE or not _is_hub_reachable()
+    try:
+        found = cached_file(model_id, "config.json", local_files_only=local_files_only)
+    except OSError as error:
+        if local_files_only:
+            reason = "is neither a folder nor cached, and the Hugging Face hub cannot be reached"
+        else:
+            reason = f"is neither a folder nor to be had from the Hugging Face hub: {_first_line(error)}"
+        raise InputError(f"{model_id}: {reason} ({advice})") from error
+    if found is None:
+        raise InputError(f"{model_id}: is no model: it has no config.json ({advice})")
+    return local_files_only
+
+
+def _is_hub_reachable() -> bool:
+    """Ask the hub for any answer at all, once, through whatever proxy the system has."""
+    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # huggingface_hub has certificates of its own
+    except OSError:
+        return False
+
+
+def _find_file(model_id: str, name: str, local_files_only: bool) -> Path | None:
+    """Return the local path of a model's file, downloaded if need be; None if the model has no such file."""
+    try:
+        found = cached_file(model_id, name, local_files_only=local_files_only)
+    except OSError as error:
+        if error.__cause__ is None or local_files_only:
+            return None
+        raise InputError(f"{model_id}: {name} cannot be fetched: {_first_line(error)}") from error
+    return None if found is None else Path(found)
+
+
+def _refuse_unrepresentable(model_id: str, config: Any) -> None:
+    """Refuse, before any weights are read, a model whose cache is not just keys and values of every token."""
+    name = f"{model_id}: {config.model_type}"
+    if config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder-decoder model; only decoders are supported")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{name} is not a causal language model")
+    text_config = config.get_text_config(decoder=True)
+    foreign = sorted(set(getattr(text_config, "layer_types", None) or ()) - _REPRESENTABLE_LAYER_TYPES)
+    if foreign:
+        raise InputError(f"{name} has layers of type {', '.join(foreign)}, whose state is not keys and values")
+    if "reuse" in (getattr(text_config, "kv_sharing_modes", None) or ()):
+        raise InputError(f"{name} has layers that share the keys and values of others; not supported")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if "past_key_values" not in inspect.signature(model_class.forward).parameters:
+        raise InputError(f"{name} is a model without a key-value cache")
+    if getattr(model_class, "_is_stateful", False):
+        raise InputError(f"{name} is a stateful model, whose cache is not keys and values")
+
+
+def _keep_special_tokens_only(model: Any) -> None:
+    """Drop the checkpoint's sampling defaults: answers are greedy, and generate() would mix them in."""
+    defaults = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=defaults.bos_token_id, eos_token_id=defaults.eos_token_id, pad_token_id=defaults.pad_token_id
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,232 @@
+"""A transformers cache with memory of a fixed size: filled block by block or by the decoder, and reused.
+
+transformers' own DynamicLayer concatenates, which needs every layer twice and copies all of it for each block. Here
+each layer owns one buffer per tensor; what attention sees are views of its first tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from cachegen.kv_cache import KVCache
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Hold one layer's keys and values in buffers of a fixed capacity; `update` copies in place.
+
+    Attributes:
+        capacity: the most tokens the layer holds.
+        keys, values: views `[1, num_kv_heads, num_tokens, head_dim]` of the buffers; heads and dims of the two may
+            differ. None before the first use.
+
+    It is no sliding-window layer, whatever the model: all tokens are kept, and the model's mask does the rest.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"`capacity` must be at least 1 token, got {capacity}")
+        super().__init__()
+        self.capacity = capacity
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values `[1, num_kv_heads, capacity, head_dim]`; undefined beyond what was written."""
+        return self._buffers
+
+    def allocate(
+        self, key_shape: tuple[int, int], value_shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Make the buffers, undefined, for (num_kv_heads, head_dim) of the keys and of the values; length 0."""
+        self._make_buffers(key_shape, value_shape, (dtype, dtype), device)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the buffers for states `[1, num_kv_heads, any, head_dim]` like these."""
+        if key_states.shape[0] != 1:
+            raise ValueError(f"the cache holds one sequence, got a batch of {key_states.shape[0]}")
+        self._make_buffers(
+            (key_states.shape[1], key_states.shape[3]),
+            (value_states.shape[1], value_states.shape[3]),
+            (key_states.dtype, value_states.dtype),
+            key_states.device,
+        )
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append states `[1, num_kv_heads, num_new, head_dim]` and return all keys and values so far, as views.
+
+        Raises:
+            ValueError: they would outgrow the capacity.
+        """
+        if self._buffers is None:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        stop = length + key_states.shape[-2]
+        if stop > self.capacity:
+            raise ValueError(f"the cache was allocated for {self.capacity} tokens and cannot hold {stop}")
+        for buffer, states in zip(self._buffers or (), (key_states, value_states), strict=True):
+            buffer[:, :, length:stop].copy_(states)
+        self.set_length(stop)
+        return self.keys, self.values  # pyright: ignore[reportReturnType]  (tensors after set_length)
+
+    def set_length(self, num_tokens: int) -> None:
+        """Let the layer hold the first `num_tokens` of its buffers, fewer or more than now.
+
+        Whoever lengthens a layer has written the tokens.
+
+        Raises:
+            ValueError: there is no room for so many, or no buffer yet.
+        """
+        if self._buffers is None:
+            if num_tokens != 0:
+                raise ValueError(f"the layer is still empty and cannot be set to {num_tokens} tokens")
+            return
+        if not 0 <= num_tokens <= self.capacity:
+            raise ValueError(f"`num_tokens` must be within the capacity of {self.capacity}, got {num_tokens}")
+        self.keys, self.values = (buffer[:, :, :num_tokens] for buffer in self._buffers)
+
+    def reset(self) -> None:
+        """Forget the tokens and keep the memory."""
+        self.set_length(0)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> NoReturn:
+        """Refuse: the layer holds one sequence."""
+        self._refuse_batches()
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        """Refuse: the layer holds one sequence."""
+        self._refuse_batches()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> NoReturn:
+        """Refuse: the layer holds one sequence."""
+        self._refuse_batches()
+
+    def _refuse_batches(self) -> NoReturn:
+        raise NotImplementedError("a preallocated cache holds one sequence: no beams, no batches")
+
+    def _make_buffers(
+        self,
+        key_shape: tuple[int, int],
+        value_shape: tuple[int, int],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        device: torch.device,
+    ) -> None:
+        # Tensors born in inference mode cannot be written outside it, where generate() updates them.
+        with torch.inference_mode(False):
+            self._buffers = (
+                torch.empty((1, key_shape[0], self.capacity, key_shape[1]), dtype=dtypes[0], device=device),
+                torch.empty((1, value_shape[0], self.capacity, value_shape[1]), dtype=dtypes[1], device=device),
+            )
+        self.dtype, self.device = dtypes[0], device
+        self.is_initialized = True
+        self.set_length(0)
+
+
+def empty_cache(num_layers: int, capacity: int) -> Cache:
+    """Return a cache whose layers take the shapes, dtype and device of the first states they are given."""
+    return Cache(layers=[PreallocatedLayer(capacity) for _ in range(num_layers)])
+
+
+def allocate_cache(
+    plane_shapes: Sequence[tuple[int, int]],
+    capacity: int,
+    dtype: torch.dtype,
+    layer_devices: Sequence[torch.device],
+) -> Cache:
+    """Return a cache of length 0 to decode into: write through `view_kv_cache`, then `set_length`.
+
+    Args:
+        plane_shapes: (num_kv_heads, head_dim) of each plane, in the order of `KVCache.planes`.
+        capacity: the most tokens it will ever hold: context, question and answer.
+        dtype: of all planes.
+        layer_devices: one device per layer.
+    """
+    if len(plane_shapes) != 2 * len(layer_devices):
+        raise ValueError(
+            f"`plane_shapes` must have two shapes per layer, got {len(plane_shapes)} for {len(layer_devices)} layers"
+        )
+    layers = []
+    for i in range(len(layer_devices)):
+        layer = PreallocatedLayer(capacity)
+        layer.allocate(plane_shapes[2 * i], plane_shapes[2 * i + 1], dtype, layer_devices[i])
+        layers.append(layer)
+    return Cache(layers=layers)
+
+
+def view_kv_cache(cache: Cache, num_tokens: int) -> KVCache:
+    """Return the first `num_tokens` of the buffers as planes `[num_tokens, num_kv_heads, head_dim]`, without copying.
+
+    The current length does not matter, so that a decoder can write before the length is set. The planes share the
+    buffers' memory: what is saved of them is the whole capacity.
+
+    Raises:
+        ValueError: a layer has no buffer yet or less room, or the dtypes differ or are not fp16, bf16 or fp32.
+    """
+    keys, values = [], []
+    for layer in preallocated_layers(cache):
+        if layer.buffers is None or not 0 <= num_tokens <= layer.capacity:
+            raise ValueError(f"`num_tokens` must be within an allocated capacity, got {num_tokens}")
+        # [1, heads, capacity, dim] -> [num_tokens, heads, dim]
+        key_view, value_view = (buffer[0, :, :num_tokens].permute(1, 0, 2) for buffer in layer.buffers)
+        keys.append(key_view)
+        values.append(value_view)
+    return KVCache(keys, values)
+
+
+def set_length(cache: Cache, num_tokens: int) -> None:
+    """Let the cache hold the first `num_tokens` of its buffers, so that one decoded cache serves many questions.
+
+    A question writes behind the context and leaves the context as it was.
+
+    Raises:
+        ValueError: a layer has no room for so many, or no buffer yet.
+    """
+    for layer in preallocated_layers(cache):
+        layer.set_length(num_tokens)
+
+
+@contextmanager
+def preserve_tokens(cache: Cache, start: int, num_tokens: int) -> Iterator[None]:
+    """Let the block overwrite tokens from `start` on; afterwards the cache holds its `num_tokens` again, bit for bit.
+
+    Costs a copy of tokens `start` to `num_tokens`.
+    """
+    start = min(start, num_tokens)
+    if start == num_tokens:
+        saved = []
+    else:
+        saved = [plane.clone() for plane in view_kv_cache(cache, num_tokens).slice(start, num_tokens).planes]
+    try:
+        yield
+    finally:
+        if saved:
+            for plane, copy in zip(
+                view_kv_cache(cache, num_tokens).slice(start, num_tokens).planes, saved, strict=True
+            ):
+                plane.copy_(copy)
+        set_length(cache, num_tokens)
+
+
+def get_capacity(cache: Cache) -> int:
+    """Return the most tokens that every layer can hold."""
+    return min(layer.capacity for layer in preallocated_layers(cache))
+
+
+def preallocated_layers(cache: Cache) -> list[PreallocatedLayer]:
+    """Return the layers, all of them preallocated.
+
+    Raises:
+        TypeError: some layer is of another class.
+    """
+    layers = []
+    for layer in cache.layers:
+        if not isinstance(layer, PreallocatedLayer):
+            raise TypeError(f"`cache` must come from empty_cache or allocate_cache, got a layer {type(layer).__name__}")
+        layers.append(layer)
+    return layers

@@ -1,0 +1,157 @@
+"""Text to KV cache: run the model over the tokens in blocks, with memory linear in their number.
+
+Source: block-wise ("chunked") prefill; each block attends to all tokens before it through the cache. The sums are
+those of one pass over the whole text, in another order of rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import Cache
+
+from cachegen.errors import InputError
+from cachegen.kv_cache import ContextMetadata, KVCache
+from cachegen.pipeline.model import LoadedModel, read_rotary_embeddings
+from cachegen.pipeline.model_cache import empty_cache, preallocated_layers, view_kv_cache
+
+DEFAULT_BLOCK_SIZE = 512
+
+
+def tokenize(loaded: LoadedModel, text: str, *, add_special_tokens: bool = True) -> torch.Tensor:
+    """Return the token ids of `text`, int32 `[num_tokens]` on the CPU.
+
+    Args:
+        loaded: the model whose tokenizer is used.
+        text: any text.
+        add_special_tokens: with those the tokenizer puts around a text (True for a context, False for what follows).
+    """
+    ids = loaded.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def prefill_context(
+    loaded: LoadedModel,
+    token_ids: torch.Tensor,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[KVCache, ContextMetadata]:
+    """Compute the cache of a context, as it is saved: all tokens but the last, which generation begins with.
+
+    Args:
+        loaded: the model.
+        token_ids: integers `[num_tokens]`.
+        block_size: tokens per step; part of the metadata.
+        progress: called with the number of tokens of each block done.
+
+    Returns:
+        The cache of `num_tokens - 1` tokens, on the model's devices, and what it was computed from.
+
+    Raises:
+        InputError: the context has fewer than two tokens, or as `prefill`.
+    """
+    if len(token_ids) < 2:
+        raise InputError(f"a context needs at least two tokens, this one has {len(token_ids)}")
+    cached_ids = token_ids[:-1]
+    cache = prefill(loaded, cached_ids, block_size, progress)
+    metadata = ContextMetadata(
+        model_id=loaded.model_id,
+        model_fingerprint=loaded.fingerprint,
+        token_ids=cached_ids.to(dtype=torch.int32, device="cpu"),
+        rotary_embeddings=loaded.rotary_embeddings,
+        block_size=block_size,
+    )
+    return view_kv_cache(cache, len(cached_ids)), metadata
+
+
+@torch.inference_mode()
+def prefill(
+    loaded: LoadedModel,
+    token_ids: torch.Tensor,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    progress: Callable[[int], None] | None = None,
+    *,
+    capacity: int | None = None,
+) -> Cache:
+    """Compute the keys and values of all tokens.
+
+    Args:
+        loaded: the model.
+        token_ids: integers `[num_tokens]`, at least one.
+        block_size: tokens per step.
+        progress: called with the number of tokens of each block done.
+        capacity: tokens the cache has room for, if more will follow; None for just these.
+
+    Returns:
+        A cache of preallocated layers that holds `num_tokens` tokens, one sequence.
+
+    Raises:
+        InputError: a layer does not hold keys and values of all tokens, or the model's rotary frequencies changed on
+            the way, so that the keys are not all of one kind.
+    """
+    num_tokens = len(token_ids)
+    if num_tokens < 1:
+        raise ValueError("`token_ids` must have at least one token")
+    cache = empty_cache(loaded.num_layers, max(num_tokens, capacity or 0))
+    extend_cache(loaded, cache, token_ids, block_size, progress)
+    _check_whole(loaded.model_id, cache, num_tokens)
+    if read_rotary_embeddings(loaded.model) != loaded.rotary_embeddings:
+        rope_types = ", ".join(sorted({rotary.rope_type for rotary in loaded.rotary_embeddings}))
+        raise InputError(
+            f"{loaded.model_id}: its rotary embedding ({rope_types}) changes its frequencies within {num_tokens} "
+            "tokens; use a shorter context"
+        )
+    return cache
+
+
+@torch.inference_mode()
+def extend_cache(
+    loaded: LoadedModel,
+    cache: Cache,
+    token_ids: torch.Tensor,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Append the keys and values of `token_ids`, integers `[num_new]`, to what `cache` holds, in blocks."""
+    if block_size < 1:
+        raise ValueError(f"`block_size` must be at least 1, got {block_size}")
+    for start in range(0, len(token_ids), block_size):
+        block = token_ids[start : start + block_size]
+        run_model(loaded, cache, block, num_logits=1)
+        if progress is not None:
+            progress(len(block))
+
+
+@torch.inference_mode()
+def run_model(loaded: LoadedModel, cache: Cache, token_ids: torch.Tensor, num_logits: int) -> torch.Tensor:
+    """Run the model once over the tokens that follow those in `cache`, which grows by them.
+
+    Positions are those after the cache's: the models derive them from its length.
+
+    Returns:
+        Logits `[num_logits, vocabulary]` of the last tokens, in the model's dtype.
+    """
+    logits_limit = {"logits_to_keep": num_logits} if loaded.can_limit_logits else {}
+    inputs = token_ids.to(device=loaded.device, dtype=torch.int64)[None]
+    output = loaded.model(input_ids=inputs, past_key_values=cache, use_cache=True, **logits_limit)
+    return output.logits[0, -num_logits:]
+
+
+def _check_whole(model_id: str, cache: Cache, num_tokens: int) -> None:
+    """Refuse a cache that is not keys and values of every token in every layer, in one dtype."""
+    layers = preallocated_layers(cache)
+    dtypes = set()
+    for i, layer in enumerate(layers):
+        if layer.buffers is None:
+            raise InputError(
+                f"{model_id}: layer {i} keeps no keys and values of its own; such models are not supported"
+            )
+        if layer.get_seq_length() != num_tokens:
+            raise InputError(
+                f"{model_id}: layer {i} holds {layer.get_seq_length()} of {num_tokens} tokens (a sliding window "
+                "already truncated, or states that are not per token); such models are not supported"
+            )
+        dtypes.update(buffer.dtype for buffer in layer.buffers)
+    if len(dtypes) != 1:
+        raise InputError(f"{model_id}: keys and values of several dtypes ({', '.join(sorted(map(str, dtypes)))})")
