@@ -45,6 +45,7 @@ class Plane:
         first_table: int,
         num_tables: int,
         has_band_map: bool = False,
+        is_arithmetic: bool = False,
     ) -> None: ...
 
 def measure(
@@ -68,6 +69,7 @@ def encode_symbols(
     low_bits: int,
     table_indices: NDArray[np.uint16] | None = None,
     band_map: NDArray[np.uint8] | None = None,
+    is_arithmetic: bool = False,
 ) -> tuple[bytes, int, int]: ...
 def decode_symbols(
     bytes: NDArray[np.uint8],
@@ -78,5 +80,6 @@ def decode_symbols(
     low_bits: int,
     table_indices: NDArray[np.uint16] | None = None,
     has_band_map: bool = False,
+    is_arithmetic: bool = False,
 ) -> tuple[NDArray[np.uint16], int]: ...
 def crc32c(content: bytes | bytearray | memoryview) -> int: ...

@@ -32,7 +32,8 @@ from cachegen.quantization import low_bits_for
 from cachegen.symbol_model import choose_weight_classes, pack_tables
 
 # A lane costs about 24 bits beyond its symbols (its state, less what the state carries). At 4096 symbols of 2 to 3 bits
-# that is a quarter of a percent; longer lanes would leave a GPU, one warp per stream, too few streams.
+# that is a quarter of a percent; longer lanes would leave a GPU, one warp per stream, too few streams. A code of coder
+# `ac` costs as much, its length and its end, and has as many symbols.
 SYMBOLS_PER_LANE = 4096
 
 
@@ -136,7 +137,9 @@ class DocumentEncoder:
             tables_hash=self.document.tables_hash,
             profile_hash=NO_HASH,
             planes=tuple(
-                dataclasses.replace(p, tokens_per_stream=choose_tokens_per_stream(p.num_channels, num_tokens))
+                dataclasses.replace(
+                    p, tokens_per_stream=choose_tokens_per_stream(p.num_channels, num_tokens, self._coder)
+                )
                 for p in document.planes
             ),
             stream_index=b"",
@@ -156,7 +159,12 @@ class DocumentEncoder:
         start, stop = header.first_token, header.first_token + header.num_tokens
         scales = self._scales[:, start:stop].contiguous()
         payload, streams = self._kernels.encode(
-            self._cache.slice(start, stop), scales, header.planes, self.document.tables, self._num_threads
+            self._cache.slice(start, stop),
+            scales,
+            header.planes,
+            self.document.tables,
+            self._num_threads,
+            coder=self._coder,
         )
         return container.build_chunk(header, scales, streams, payload)
 
@@ -223,17 +231,26 @@ def decode_chunk(
             )
     if (document.tables is None) != (header.coder is Coder.PACKED):
         raise MismatchError(f"coder is {header.coder.name.lower()}, which does not go with the tables file")
-    kernels.decode(chunk.payload, header.streams, chunk.scales, header.planes, document.tables, output, num_threads)
+    kernels.decode(
+        chunk.payload,
+        header.streams,
+        chunk.scales,
+        header.planes,
+        document.tables,
+        output,
+        num_threads,
+        coder=header.coder,
+    )
     return header
 
 
-def choose_tokens_per_stream(num_channels: int, num_tokens: int) -> int:
-    """Return how many tokens to put in a stream so that lanes have about `SYMBOLS_PER_LANE` symbols.
+def choose_tokens_per_stream(num_channels: int, num_tokens: int, coder: Coder = Coder.RANS) -> int:
+    """Return how many tokens to put in a stream so that lanes, or codes, have about `SYMBOLS_PER_LANE` symbols.
 
     Returns:
-        A multiple of 32. A chunk's streams come out about equally long.
+        A multiple of 32; for coder `ac` at most 1.5 * SYMBOLS_PER_LANE. A chunk's streams come out about equally long.
     """
-    target = LANES * max(1, round(SYMBOLS_PER_LANE / num_channels))
+    target = SYMBOLS_PER_LANE if coder is Coder.AC else LANES * max(1, round(SYMBOLS_PER_LANE / num_channels))
     num_streams = max(1, round(num_tokens / target))
     return LANES * -(-num_tokens // (num_streams * LANES))
 

@@ -26,6 +26,7 @@ MAX_LOW_BITS = 8
 MAX_CHANNELS = 1 << 16
 MAX_CHUNK_TOKENS = 1 << 24
 MAX_CHUNKS = 1 << 20
+MAX_CODE_TOKENS = 1 << 14  # of a stream of coder `ac`: a code's length in bytes must fit in 16 bits
 
 Buffer = bytes | bytearray | memoryview
 Checksum = Callable[[Buffer], int]
@@ -47,9 +48,10 @@ class Method(IntEnum):
 
 
 class Coder(IntEnum):
-    """How symbols become bytes; 2 is kept for the static arithmetic coder."""
+    """How symbols become bytes."""
 
     RANS = 1
+    AC = 2
     PACKED = 3
 
 
@@ -297,6 +299,10 @@ def unpack_chunk_header(content: Buffer, checksum: Checksum) -> ChunkHeader:
         _require(in_range, f"must be a multiple of {LANES}, got {tokens_per_stream}", at + 8, "tokens_per_stream")
         if coder == Coder.PACKED:
             _require(layout.alphabet_size == 1, "coder packed has no tables for a high part", at + 6, "low_bits")
+        if coder == Coder.AC:
+            _require(layout.band_mode == BandMode.NONE, "coder ac has no band maps", at + 7, "band_mode")
+            is_short = tokens_per_stream <= MAX_CODE_TOKENS
+            _require(is_short, f"must be at most {MAX_CODE_TOKENS} with coder ac", at + 8, "tokens_per_stream")
     planes = tuple(
         PlaneLayout(p.num_kv_heads, p.head_dim, p.num_bins, p.low_bits, p.band_mode, tokens_per_stream)
         for p, tokens_per_stream in records

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cachegen.coder.reference import not_finite_error
 from cachegen.errors import BackendUnavailableError, BitstreamError
-from cachegen.format import LANES, MAX_LOW_BITS, TABLE_SIZE, Dtype, PlaneLayout, StreamEntry
+from cachegen.format import LANES, MAX_CODE_TOKENS, MAX_LOW_BITS, TABLE_SIZE, Coder, Dtype, PlaneLayout, StreamEntry
 from cachegen.kv_cache import KVCache
 from cachegen.quantization import zero_symbol
 
@@ -33,7 +33,7 @@ Tables: TypeAlias = _native.TableSet
 
 _PROBLEMS = {
     _native.Status.TRUNCATED: "the stream is not whole",
-    _native.Status.CORRUPT: "the lanes do not end in the start state",
+    _native.Status.CORRUPT: "the lanes, or the codes, do not end as the encoder leaves them",
     _native.Status.BAD_BAND_MAP: "a band map entry is out of range",
 }
 
@@ -96,6 +96,8 @@ def encode(
     planes: Sequence[PlaneLayout],
     tables: Tables | None,
     num_threads: int = 1,
+    *,
+    coder: Coder | None = None,
 ) -> tuple[memoryview, list[StreamEntry]]:
     """Quantize and encode the tokens of a chunk.
 
@@ -103,6 +105,7 @@ def encode(
         cache: the chunk's tokens, on the CPU.
         scales: `[num_planes, num_tokens]`, what `measure` found for these tokens.
         tables: None for coder `packed`.
+        coder: None: `rans` with tables, `packed` without.
 
     Returns:
         The payload (streams, each padded to a multiple of 16 bytes) and its index.
@@ -110,7 +113,7 @@ def encode(
     Raises:
         ValueError: the tables do not cover the symbols, or the scales are not the cache's.
     """
-    native_planes = _native_planes(cache, scales, planes, tables)
+    native_planes = _native_planes(cache, scales, planes, tables, coder)
     payload, index, failed, status = _native.encode(native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads)
     if failed >= 0:
         raise ValueError(f"stream {failed} cannot be encoded: {_native.Status(status).name}")
@@ -125,6 +128,8 @@ def decode(
     tables: Tables | None,
     output: KVCache,
     num_threads: int = 1,
+    *,
+    coder: Coder | None = None,
 ) -> None:
     """Decode and dequantize the tokens of a chunk.
 
@@ -133,11 +138,12 @@ def decode(
         scales: `[num_planes, num_tokens]`.
         tables: None for coder `packed`.
         output: where the tokens go, on the CPU, any strides with contiguous head dims.
+        coder: None: `rans` with tables, `packed` without.
 
     Raises:
         BitstreamError: a stream is corrupt; `output` then holds no usable values.
     """
-    native_planes = _native_planes(output, scales, planes, tables)
+    native_planes = _native_planes(output, scales, planes, tables, coder)
     failed, status = _native.decode(
         native_planes,
         DTYPES[output.dtype],
@@ -167,9 +173,15 @@ def _index_array(streams: Sequence[StreamEntry]) -> NDArray[np.uint32]:
 
 
 def _native_planes(
-    cache: KVCache, scales: torch.Tensor, planes: Sequence[PlaneLayout], tables: Tables | None
+    cache: KVCache,
+    scales: torch.Tensor,
+    planes: Sequence[PlaneLayout],
+    tables: Tables | None,
+    coder: Coder | None = None,
 ) -> list[_native.Plane]:
     """Describe tensors to the kernels, after every check that keeps them inside their memory."""
+    if coder is not None and (coder is Coder.PACKED) != (tables is None):
+        raise ValueError(f"`tables` must go with the coder, got {'none' if tables is None else 'some'} with {coder!r}")
     if len(planes) != len(cache.planes):
         raise ValueError(f"`planes` must describe {len(cache.planes)} planes, got {len(planes)}")
     if list(scales.shape) != [len(planes), cache.num_tokens] or scales.dtype != cache.dtype:
@@ -189,6 +201,8 @@ def _native_planes(
             raise ValueError(f"`low_bits` of plane {index} must fit {plane.num_bins} bins, got {plane.low_bits}")
         if plane.tokens_per_stream < 0 or plane.tokens_per_stream % LANES:
             raise ValueError(f"`tokens_per_stream` must be a multiple of {LANES}, got {plane.tokens_per_stream}")
+        if coder is Coder.AC and (plane.tokens_per_stream > MAX_CODE_TOKENS or plane.band_mode):
+            raise ValueError(f"coder ac takes at most {MAX_CODE_TOKENS} tokens per stream and no band maps")
         native_planes.append(
             _native.Plane(
                 values=values.data_ptr(),
@@ -205,6 +219,7 @@ def _native_planes(
                 first_table=first_table,
                 num_tables=plane.num_channels,
                 has_band_map=bool(plane.band_mode),
+                is_arithmetic=coder is Coder.AC,
             )
         )
         first_table += plane.num_channels

@@ -1,8 +1,9 @@
-"""The rANS coder in plain Python: slow, and laid out like docs/format.md. The oracle of the tests.
+"""The coders in plain Python: slow, and laid out like docs/format.md. The oracle of the tests.
 
-A stream holds the symbols of some tokens of one plane, all channels. 32 lanes, one per token of a row, each with its
-own 32-bit state, share one sequence of 16-bit words; the decoder reads the words in the order in which its lanes run
-low. A symbol is a high part, coded with its channel's frequency table, and `low_bits` raw bits.
+Here is rANS; `arithmetic_reference` has coder `ac`. A stream holds the symbols of some tokens of one plane, all
+channels. 32 lanes, one per token of a row, each with its own 32-bit state, share one sequence of 16-bit words; the
+decoder reads the words in the order in which its lanes run low. A symbol is a high part, coded with its channel's
+frequency table, and `low_bits` raw bits.
 
 Source: J. Duda, "Asymmetric numeral systems" (2013); F. Giesen, "Interleaved entropy coders" (2014).
 """
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cachegen.coder import arithmetic_reference
 from cachegen.errors import BitstreamError, InputError
-from cachegen.format import ALIGNMENT, LANES, MAX_LOW_BITS, TABLE_SIZE, PlaneLayout, StreamEntry, round_up
+from cachegen.format import ALIGNMENT, LANES, MAX_LOW_BITS, TABLE_SIZE, Coder, PlaneLayout, StreamEntry, round_up
 from cachegen.kv_cache import KVCache
 from cachegen.quantization import dequantize, quantize
 from cachegen.symbol_model import normalize, unpack_tables
@@ -187,6 +189,36 @@ def decode_stream(
     return symbols
 
 
+def encode_arithmetic_stream(symbols: Sequence[Sequence[int]], coding: StreamCoding) -> bytes:
+    """Encode one stream with coder `ac`: the low bits as coder `packed` writes them, then a code per channel.
+
+    Raises:
+        ValueError: a symbol has no frequency.
+    """
+    low_bits, _ = encode_stream(symbols, StreamCoding(None, coding.low_bits))
+    high_parts = [[symbol >> coding.low_bits for symbol in channel] for channel in symbols]
+    return low_bits + arithmetic_reference.encode_channels(high_parts, coding.frequencies or ())
+
+
+def decode_arithmetic_stream(content: bytes, num_words: int, num_tokens: int, coding: StreamCoding) -> list[list[int]]:
+    """Decode one stream of coder `ac`.
+
+    Raises:
+        BitstreamError: the stream is not whole, or a code does not end as it must.
+    """
+    frequencies = coding.frequencies or ()
+    low_bits_bytes = round_up(-(-num_tokens * len(frequencies) * coding.low_bits // 8), 4)
+    if num_words or len(content) < low_bits_bytes:
+        raise BitstreamError("the stream ends too early, or has words", field="stream")
+    packed = StreamCoding(None, coding.low_bits)
+    low_parts = decode_stream(content[:low_bits_bytes], 0, num_tokens, len(frequencies), packed)
+    high_parts = arithmetic_reference.decode_channels(content[low_bits_bytes:], num_tokens, frequencies)
+    return [
+        [high << coding.low_bits | low for high, low in zip(*channel, strict=True)]
+        for channel in zip(high_parts, low_parts, strict=True)
+    ]
+
+
 def crc32c(content: bytes | bytearray | memoryview) -> int:
     """CRC-32C, bit by bit: reflected polynomial 0x82F63B78, inverted at both ends. Source: RFC 3720, appendix B.4."""
     crc = 0xFFFFFFFF
@@ -240,6 +272,8 @@ def encode(
     planes: Sequence[PlaneLayout],
     tables: Tables | None,
     num_threads: int = 1,
+    *,
+    coder: Coder | None = None,
 ) -> tuple[bytes, list[StreamEntry]]:
     """Quantize and encode the tokens of a chunk; see `cpu.encode`."""
     del num_threads, scales  # the quantizer finds the same scales again
@@ -249,7 +283,11 @@ def encode(
         coding = StreamCoding(tables.of_plane[index] if tables else None, plane.low_bits)
         for start in range(0, cache.num_tokens, plane.tokens_per_stream):
             stop = start + plane.tokens_per_stream
-            content, num_words = encode_stream([channel[start:stop] for channel in symbols], coding)
+            stream_symbols = [channel[start:stop] for channel in symbols]
+            if coder is Coder.AC:
+                content, num_words = encode_arithmetic_stream(stream_symbols, coding), 0
+            else:
+                content, num_words = encode_stream(stream_symbols, coding)
             padded = content.ljust(round_up(len(content), ALIGNMENT), b"\0")
             entries.append(StreamEntry(len(content), num_words, crc32c(padded)))
             payload += padded
@@ -264,6 +302,8 @@ def decode(
     tables: Tables | None,
     output: KVCache,
     num_threads: int = 1,
+    *,
+    coder: Coder | None = None,
 ) -> None:
     """Decode and dequantize the tokens of a chunk into `output`; see `cpu.decode`."""
     del num_threads
@@ -277,7 +317,10 @@ def decode(
             entry = next(entries)
             content = payload[offset : offset + entry.num_bytes]
             offset += round_up(entry.num_bytes, ALIGNMENT)
-            symbols = decode_stream(content, entry.num_words, stop - start, plane.num_channels, coding)
+            if coder is Coder.AC:
+                symbols = decode_arithmetic_stream(content, entry.num_words, stop - start, coding)
+            else:
+                symbols = decode_stream(content, entry.num_words, stop - start, plane.num_channels, coding)
             decoded = dequantize(torch.tensor(symbols).T, scales[index, start:stop], plane.num_bins)
             values[start:stop] = decoded.reshape(values[start:stop].shape)
 

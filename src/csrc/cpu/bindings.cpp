@@ -129,6 +129,13 @@ void set_tables(Plane& plane, const TableSet* tables, int64_t first_table, int64
     plane.coding.num_tables = num_tables;
 }
 
+// Make coder `ac` of `rans`, or refuse.
+void set_arithmetic(PlaneCoding& coding, bool is_arithmetic, int64_t num_tokens) {
+    if (is_arithmetic && (coding.tables == nullptr || coding.has_band_map || num_tokens > kMaxCodeTokens))
+        throw py::value_error("coder ac takes tables, no band maps and at most 16384 tokens");
+    coding.is_arithmetic = is_arithmetic;
+}
+
 struct StreamFailure {
     int64_t index = -1;
     Status status = Status::kOk;
@@ -280,9 +287,10 @@ PlaneCoding make_coding(const TableSet* tables, int low_bits, const TableIndices
 
 // Encode one stream of symbols uint16 [num_channels, num_tokens]; see coder/cpu.py. Returns (bytes, words, status).
 py::tuple encode_symbols(py::array_t<uint16_t, py::array::c_style> symbols, const TableSet* tables, int low_bits,
-                         const TableIndices& table_indices, const std::optional<Bytes>& band_map) {
+                         const TableIndices& table_indices, const std::optional<Bytes>& band_map, bool is_arithmetic) {
     const StreamShape shape{symbols.shape(1), symbols.shape(0)};
-    const PlaneCoding coding = make_coding(tables, low_bits, table_indices, band_map, shape);
+    PlaneCoding coding = make_coding(tables, low_bits, table_indices, band_map, shape);
+    set_arithmetic(coding, is_arithmetic, shape.num_tokens);
     const int64_t symbol_stride = shape.num_rows() * kNumLanes;
     std::vector<uint16_t> padded(shape.num_channels * symbol_stride, 0);
     for (int64_t channel = 0; channel < shape.num_channels; ++channel)
@@ -290,26 +298,30 @@ py::tuple encode_symbols(py::array_t<uint16_t, py::array::c_style> symbols, cons
     StreamWorkspace workspace;
     std::vector<uint8_t> output;
     uint32_t num_words = 0;
-    const Status status = encode_stream(padded.data(), symbol_stride, shape, coding, workspace, output, &num_words);
+    const auto encode = is_arithmetic ? encode_arithmetic_stream : encode_stream;
+    const Status status = encode(padded.data(), symbol_stride, shape, coding, workspace, output, &num_words);
     return py::make_tuple(py::bytes(reinterpret_cast<const char*>(output.data()), output.size()), num_words,
                           static_cast<int>(status));
 }
 
 // The inverse of encode_symbols. Returns (symbols uint16 [num_channels, num_tokens], status).
 py::tuple decode_symbols(Bytes bytes, uint32_t num_words, int64_t num_tokens, int64_t num_channels,
-                         const TableSet* tables, int low_bits, const TableIndices& table_indices, bool has_band_map) {
+                         const TableSet* tables, int low_bits, const TableIndices& table_indices, bool has_band_map,
+                         bool is_arithmetic) {
     const StreamShape shape{num_tokens, num_channels};
     PlaneCoding coding = make_coding(tables, low_bits, table_indices, std::nullopt, shape);
     coding.has_band_map = has_band_map;
+    set_arithmetic(coding, is_arithmetic, num_tokens);
     py::array_t<uint16_t> symbols({num_channels, num_tokens});
     StreamWorkspace workspace;
+    const auto copy = [&](int64_t first_channel, int64_t count, const uint16_t* tile, int64_t symbol_stride) {
+        for (int64_t channel = 0; channel < count; ++channel)
+            std::memcpy(symbols.mutable_data(first_channel + channel, 0), tile + channel * symbol_stride,
+                        2 * num_tokens);
+    };
     const Status status =
-        decode_stream(bytes.data(), bytes.size(), num_words, shape, coding, workspace,
-                      [&](int64_t first_channel, int64_t count, const uint16_t* tile, int64_t symbol_stride) {
-                          for (int64_t channel = 0; channel < count; ++channel)
-                              std::memcpy(symbols.mutable_data(first_channel + channel, 0),
-                                          tile + channel * symbol_stride, 2 * num_tokens);
-                      });
+        is_arithmetic ? decode_arithmetic_stream(bytes.data(), bytes.size(), num_words, shape, coding, workspace, copy)
+                      : decode_stream(bytes.data(), bytes.size(), num_words, shape, coding, workspace, copy);
     return py::make_tuple(symbols, static_cast<int>(status));
 }
 
@@ -336,7 +348,8 @@ PYBIND11_MODULE(_native, module) {
     py::class_<Plane>(module, "Plane")
         .def(py::init([](uintptr_t values, int64_t token_stride, int64_t head_stride, int64_t num_heads,
                          int64_t head_dim, uintptr_t scales, int num_bins, int low_bits, int64_t tokens_per_stream,
-                         const TableSet* tables, int64_t first_table, int64_t num_tables, bool has_band_map) {
+                         const TableSet* tables, int64_t first_table, int64_t num_tables, bool has_band_map,
+                         bool is_arithmetic) {
                  Plane plane;
                  plane.values = reinterpret_cast<uint8_t*>(values);
                  plane.token_stride = token_stride;
@@ -349,12 +362,13 @@ PYBIND11_MODULE(_native, module) {
                  plane.coding.low_bits = low_bits;
                  plane.coding.has_band_map = has_band_map;
                  set_tables(plane, tables, first_table, num_tables);
+                 set_arithmetic(plane.coding, is_arithmetic, tokens_per_stream);
                  return plane;
              }),
              py::kw_only(), py::arg("values"), py::arg("token_stride"), py::arg("head_stride"), py::arg("num_heads"),
              py::arg("head_dim"), py::arg("scales"), py::arg("num_bins"), py::arg("low_bits"),
              py::arg("tokens_per_stream"), py::arg("tables"), py::arg("first_table"), py::arg("num_tables"),
-             py::arg("has_band_map") = false, py::keep_alive<1, 11>());
+             py::arg("has_band_map") = false, py::arg("is_arithmetic") = false, py::keep_alive<1, 11>());
 
     module.def("measure", &measure, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"));
     module.def("encode", &encode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"));
@@ -363,10 +377,11 @@ PYBIND11_MODULE(_native, module) {
     module.def("checksum_streams", &checksum_streams, py::arg("payload").noconvert(), py::arg("index"),
                py::arg("num_threads"));
     module.def("encode_symbols", &encode_symbols, py::arg("symbols"), py::arg("tables"), py::arg("low_bits"),
-               py::arg("table_indices") = py::none(), py::arg("band_map") = py::none());
+               py::arg("table_indices") = py::none(), py::arg("band_map") = py::none(),
+               py::arg("is_arithmetic") = false);
     module.def("decode_symbols", &decode_symbols, py::arg("bytes"), py::arg("num_words"), py::arg("num_tokens"),
                py::arg("num_channels"), py::arg("tables"), py::arg("low_bits"), py::arg("table_indices") = py::none(),
-               py::arg("has_band_map") = false);
+               py::arg("has_band_map") = false, py::arg("is_arithmetic") = false);
     module.def("crc32c", [](const py::buffer& buffer) {
         const py::buffer_info info = buffer.request();
         if (info.ndim != 1 || info.strides[0] != info.itemsize) throw py::value_error("contiguous bytes are expected");

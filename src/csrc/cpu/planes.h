@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/arithmetic_portable.h"
 #include "cpu/parallel.h"
 #include "cpu/rans_portable.h"
 #include "quantization.h"
@@ -118,8 +119,9 @@ Status encode_plane_stream(const Plane& plane, StreamRef& stream, StreamWorkspac
     const int64_t symbol_stride = stream.shape.num_rows() * kNumLanes;
     workspace.symbols.resize(std::max<size_t>(workspace.symbols.size(), stream.shape.num_channels * symbol_stride));
     if (!quantize_stream<Dtype>(plane, stream, symbol_stride, workspace.symbols.data())) return Status::kNotFinite;
-    const Status status = encode_stream(workspace.symbols.data(), symbol_stride, stream.shape, plane.coding, workspace,
-                                        output, &stream.num_words);
+    const auto encode = plane.coding.is_arithmetic ? encode_arithmetic_stream : encode_stream;
+    const Status status = encode(workspace.symbols.data(), symbol_stride, stream.shape, plane.coding, workspace, output,
+                                 &stream.num_words);
     stream.num_bytes = static_cast<uint32_t>(output.size());
     return status;
 }
@@ -137,23 +139,27 @@ Status decode_plane_stream(const Plane& plane, const StreamRef& stream, const ui
         levels[symbol] = level_of(static_cast<int>(symbol), zero_symbol);
     const auto* scales = reinterpret_cast<const Storage*>(plane.scales) + stream.first_token;
     auto* values = reinterpret_cast<Storage*>(plane.values) + stream.first_token * plane.token_stride;
-    return decode_stream(
-        payload + stream.offset, stream.num_bytes, stream.num_words, stream.shape, plane.coding, workspace,
-        [&](int64_t first_channel, int64_t num_channels, const uint16_t* symbols, int64_t symbol_stride) {
-            for (int64_t token = 0; token < stream.shape.num_tokens; ++token) {
-                const float scale = Dtype::widen(scales[token]);
-                int64_t head = first_channel / plane.head_dim;
-                int64_t dim = first_channel % plane.head_dim;
-                Storage* row = values + token * plane.token_stride + head * plane.head_stride;
-                for (int64_t channel = 0; channel < num_channels; ++channel) {
-                    row[dim] = Dtype::narrow(levels[symbols[channel * symbol_stride + token]] * scale);
-                    if (++dim == plane.head_dim) {
-                        dim = 0;
-                        row += plane.head_stride;
-                    }
+    const auto dequantize = [&](int64_t first_channel, int64_t num_channels, const uint16_t* symbols,
+                                int64_t symbol_stride) {
+        for (int64_t token = 0; token < stream.shape.num_tokens; ++token) {
+            const float scale = Dtype::widen(scales[token]);
+            int64_t head = first_channel / plane.head_dim;
+            int64_t dim = first_channel % plane.head_dim;
+            Storage* row = values + token * plane.token_stride + head * plane.head_stride;
+            for (int64_t channel = 0; channel < num_channels; ++channel) {
+                row[dim] = Dtype::narrow(levels[symbols[channel * symbol_stride + token]] * scale);
+                if (++dim == plane.head_dim) {
+                    dim = 0;
+                    row += plane.head_stride;
                 }
             }
-        });
+        }
+    };
+    const uint8_t* bytes = payload + stream.offset;
+    if (plane.coding.is_arithmetic)
+        return decode_arithmetic_stream(bytes, stream.num_bytes, stream.num_words, stream.shape, plane.coding,
+                                        workspace, dequantize);
+    return decode_stream(bytes, stream.num_bytes, stream.num_words, stream.shape, plane.coding, workspace, dequantize);
 }
 
 }  // namespace cachegen

@@ -23,6 +23,7 @@ struct PlaneCoding {
     int low_bits = 0;                         // of all symbols, where there is no band map
     const uint8_t* band_map = nullptr;        // encoder only: [num_rows][num_bands], see BandCoding
     bool has_band_map = false;
+    bool is_arithmetic = false;  // coder `ac` (cpu/arithmetic_portable.h); has tables and no band maps
 };
 
 // Where the parts of a stream begin, in bytes from its start.
@@ -127,6 +128,7 @@ struct StreamWorkspace {
     BandTable bands;
     std::vector<uint16_t> words;    // the encoder's output, filled from the end
     std::vector<uint16_t> symbols;  // [channels of a tile][padded tokens]
+    std::vector<uint8_t> code;      // of one channel, coder `ac`
 };
 
 // Encode one stream and append it to `output`.
