@@ -18,6 +18,7 @@ sys.path.append(str(SCRIPT_FOLDER / "src"))
 from cachegen import command_line  # noqa: E402
 from cachegen.device import DEVICE_NAMES, DTYPE_NAMES, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.errors import BitstreamError, ConfigError, InputError, OutputError  # noqa: E402
+from cachegen.files import remove_stale_temporaries  # noqa: E402
 from cachegen.kv_cache import (  # noqa: E402
     hash_rotary_embeddings,
     hash_token_prefixes,
@@ -185,6 +186,7 @@ def _is_number(text: str) -> bool:
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(folder)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made: {error.strerror} (--save_dir)") from error
 

@@ -147,6 +147,15 @@ def kv_path(tmp_path) -> Path:
     return save_cache(tmp_path / "kv.pkl")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread: a small model's steps are short, and on a busy machine threads wait long."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture
 def full_disk(tmp_path) -> Iterator[Callable[..., Path]]:
     """Mount a small file system; skips where that is not allowed."""
