@@ -20,6 +20,7 @@ from cachegen.pipeline.context import read_context  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
+
     from cachegen.pipeline.generate import Answer
     from cachegen.pipeline.model import LoadedModel
     from cachegen.pipeline.model_cache import Cache
