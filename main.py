@@ -18,7 +18,13 @@ sys.path.append(str(SCRIPT_FOLDER / "src"))
 from cachegen import command_line  # noqa: E402
 from cachegen.device import DEVICE_NAMES, DTYPE_NAMES, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.errors import BitstreamError, ConfigError, InputError, OutputError  # noqa: E402
-from cachegen.kv_cache import hash_token_prefixes, load_kv_cache, save_kv_cache  # noqa: E402
+from cachegen.files import remove_stale_temporaries  # noqa: E402
+from cachegen.kv_cache import (  # noqa: E402
+    hash_rotary_embeddings,
+    hash_token_prefixes,
+    load_kv_cache,
+    save_kv_cache,
+)
 from cachegen.pipeline.context import read_context  # noqa: E402
 
 if TYPE_CHECKING:
@@ -180,6 +186,7 @@ def _is_number(text: str) -> bool:
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(folder)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made: {error.strerror} (--save_dir)") from error
 
@@ -204,7 +211,7 @@ def _is_finished(kv_path: Path, loaded: LoadedModel, token_ids: torch.Tensor, bl
         != hash_token_prefixes(token_ids[:-1], [num_cached]),
         "dtype": cache.dtype != loaded.dtype,
         "block size": metadata.block_size != block_size,
-        "rotary embedding": metadata.rotary_embeddings != loaded.rotary_embeddings,
+        "rotary embedding": metadata.rope_hash != hash_rotary_embeddings(loaded.rotary_embeddings),
     }
     differing = [name for name, differs in differences.items() if differs]
     if differing:

@@ -20,10 +20,10 @@ from cachegen.pipeline.context import read_context  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
-    from transformers.cache_utils import Cache
 
     from cachegen.pipeline.generate import Answer
     from cachegen.pipeline.model import LoadedModel
+    from cachegen.pipeline.model_cache import Cache
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -103,6 +103,10 @@ def run(
         return _fail(str(error), error.exit_code)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return _fail(f"out of memory: {_one_line(str(error)) or 'no more can be had'}", CacheGenError.exit_code)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # torch has an exception class for the memory of GPUs only
+            raise
+        return _fail("out of memory: the CPU's is not enough", CacheGenError.exit_code)
     except OSError as error:
         if error.errno is None:  # not from the system: a library's misuse of the class, to be seen whole
             raise

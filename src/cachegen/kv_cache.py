@@ -282,6 +282,8 @@ def _parse(content: dict[str, Any]) -> tuple[KVCache, ContextMetadata]:
         raise BitstreamError("does not match the token ids", field="token_hash")
     if metadata.rope_hash != content["rope_hash"]:
         raise BitstreamError("does not match the rotary embeddings", field="rope_hash")
+    if not 0 < metadata.block_size < 1 << 32:
+        raise BitstreamError(f"must be 1 to 2^32 - 1, got {metadata.block_size}", field="block_size")
     if len(metadata.model_fingerprint) != 64:
         raise BitstreamError("must be a SHA-256 in hex", field="model_fingerprint")
     return cache, metadata

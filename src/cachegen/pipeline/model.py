@@ -343,7 +343,7 @@ def _refuse_unrepresentable(model_id: str, config: Any) -> None:
         raise InputError(f"{name} has layers of type {', '.join(foreign)}, whose state is not keys and values")
     if "reuse" in (getattr(text_config, "kv_sharing_modes", None) or ()):
         raise InputError(f"{name} has layers that share the keys and values of others; not supported")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if "past_key_values" not in inspect.signature(model_class.forward).parameters:
         raise InputError(f"{name} is a model without a key-value cache")
     if getattr(model_class, "_is_stateful", False):

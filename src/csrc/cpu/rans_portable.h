@@ -228,7 +228,8 @@ Status decode_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words
     const uint8_t* const words_end = bytes + num_bytes;
 
     const int64_t symbol_stride = shape.num_rows() * kNumLanes;
-    workspace.symbols.resize(std::max<size_t>(workspace.symbols.size(), kBandChannels * symbol_stride));
+    const int64_t tile_channels = std::min<int64_t>(kBandChannels, shape.num_channels);
+    workspace.symbols.resize(std::max<size_t>(workspace.symbols.size(), tile_channels * symbol_stride));
     uint16_t* const tile = workspace.symbols.data();
     for (int64_t first = 0; first < shape.num_channels; first += kBandChannels) {
         const int64_t last = std::min<int64_t>(first + kBandChannels, shape.num_channels);

@@ -1,0 +1,126 @@
+"""Chunk and tables files: joined and taken apart, every change of any byte noticed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from cachegen import container
+from cachegen.coder.reference import crc32c
+from cachegen.errors import BitstreamError, InputError
+from tests.golden.make_golden import FOLDER
+from tests.small_documents import decode_tiny, encode_all, make_cache, same_bits, start_encoder, tiny_document
+
+_, TABLES_FILE, CHUNK_FILE = tiny_document()
+FILES = {
+    "chunk": (container.parse_chunk, CHUNK_FILE),
+    "tables": (container.parse_tables, TABLES_FILE),
+    "packed chunk": (container.parse_chunk, (FOLDER / "uniform8_packed" / "chunk_00000.cgc").read_bytes()),
+}
+
+both_files = pytest.mark.parametrize("name", ["chunk", "tables"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_truncation_is_refused(name: str) -> None:
+    parse, content = FILES[name]
+    for length in range(len(content)):
+        with pytest.raises(BitstreamError):
+            parse(content[:length])
+
+
+@both_files
+def test_every_flipped_bit_is_refused(name: str) -> None:
+    parse, content = FILES[name]
+    for bit in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BitstreamError):
+            parse(bytes(changed))
+
+
+@both_files
+def test_every_other_value_of_a_byte_is_refused(name: str) -> None:
+    parse, content = FILES[name]
+    generator = random.Random(0)
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] = (changed[position] + generator.randrange(1, 256)) % 256
+        with pytest.raises(BitstreamError):
+            parse(bytes(changed))
+
+
+@both_files
+def test_trailing_bytes_are_refused(name: str) -> None:
+    parse, content = FILES[name]
+    for tail in (b"\0", b"\0" * 16, content):
+        with pytest.raises(BitstreamError, match="the file is not whole"):
+            parse(content + tail)
+
+
+def test_chunk_round_trip() -> None:
+    chunk = container.parse_chunk(CHUNK_FILE)
+    parts = container.build_chunk(chunk.header, chunk.scales, chunk.header.streams, chunk.payload)
+    assert b"".join(parts) == CHUNK_FILE
+    assert chunk.scales.dtype == torch.bfloat16 and chunk.scales.shape == (2, 34)
+    assert chunk.payload.nbytes == chunk.header.payload_bytes
+
+
+def test_tables_round_trip() -> None:
+    header, tables = container.parse_tables(TABLES_FILE)
+    assert container.build_tables(header, tables) == TABLES_FILE
+
+
+def test_build_chunk_fills_in_index_and_checksums() -> None:
+    chunk = container.parse_chunk(CHUNK_FILE)
+    scale_bytes = chunk.scales.view(torch.uint8).numpy().tobytes()
+    assert chunk.header.scales_crc == crc32c(scale_bytes + bytes(-len(scale_bytes) % 16))
+    offset = 0
+    for stream in chunk.header.streams:
+        end = offset + stream.num_bytes + -stream.num_bytes % 16
+        assert stream.crc == crc32c(chunk.payload[offset:end])
+        offset = end
+    assert offset == chunk.payload.nbytes
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_corrupt_stream_is_named_with_its_offset_on_any_number_of_threads(num_threads: int) -> None:
+    cache = make_cache([(1, 4), (1, 4)], 40, torch.float16)
+    encoder = start_encoder(cache, (16, 16), (40,))
+    content = bytearray(encode_all(encoder)[1])
+    header = container.parse_chunk(bytes(content)).header
+    offset = header.payload_offset + header.streams[0].num_bytes + -header.streams[0].num_bytes % 16
+    content[offset] ^= 1
+    with pytest.raises(BitstreamError) as caught:
+        container.parse_chunk(content, num_threads)
+    assert (caught.value.field, caught.value.offset) == ("stream 1", offset)
+
+
+def test_parsed_chunk_decodes_from_any_buffer() -> None:
+    expected = decode_tiny(CHUNK_FILE, TABLES_FILE)
+    for content in (bytearray(CHUNK_FILE), memoryview(CHUNK_FILE)):
+        assert same_bits(decode_tiny(content, TABLES_FILE), expected)
+
+
+@pytest.mark.parametrize(
+    ("index", "name"), [(0, "chunk_00000.cgc"), (12, "chunk_00012.cgc"), (123456, "chunk_123456.cgc")]
+)
+def test_chunk_name(index: int, name: str) -> None:
+    assert container.chunk_name(index) == name
+
+
+def test_read_whole_reads_bytes(tmp_path) -> None:
+    (tmp_path / "file").write_bytes(b"\0\r\n")
+    assert container.read_whole(tmp_path / "file") == b"\0\r\n"
+
+
+def test_read_whole_names_a_missing_file(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"tables\.cgt: no such file"):
+        container.read_whole(tmp_path / "tables.cgt")
+
+
+def test_read_whole_says_why_a_file_cannot_be_read(tmp_path) -> None:
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        container.read_whole(tmp_path)

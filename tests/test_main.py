@@ -1,0 +1,237 @@
+"""main.py: contexts in, cache files out, and one line for everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from random_models import BUNDLED_MODEL, REPOSITORY, one_thread  # noqa: F401
+
+import main
+from cachegen.kv_cache import load_kv_cache
+from cachegen.pipeline import model as model_module
+from cachegen.pipeline.model import compute_fingerprint
+
+TEXT = "The register harbour-lantern: 48213 is kept among the prose of this little context, word after word."
+
+
+@pytest.fixture
+def context(tmp_path) -> Path:
+    path = tmp_path / "3.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Contexts 0, 2 and 10, and files that are none."""
+    path = tmp_path / "contexts"
+    path.mkdir()
+    for i in (10, 2, 0):
+        (path / f"{i}.txt").write_text(f"{TEXT} Number {i}.")
+    for name in ("README.md", "notes.txt", "01.txt", "questions.json"):
+        (path / name).write_text("not a context")
+    return path
+
+
+@pytest.fixture
+def save_dir(tmp_path) -> Path:
+    return tmp_path / "data"
+
+
+def prefill(context: Path, save_dir: Path, *flags: str) -> int:
+    return main.main(
+        ["--model_id", BUNDLED_MODEL, "--path_to_context", str(context), "--save_dir", str(save_dir), *flags]
+    )
+
+
+def read_error(capsys) -> str:
+    """The last line on stderr, which must be the only one that reports an error."""
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("error: ") for line in lines].count(True) == 1
+    return lines[-1]
+
+
+def read_json(capsys) -> dict:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_context_becomes_a_cache_of_all_tokens_but_the_last(context, save_dir):
+    assert prefill(context, save_dir, "--block_size", "16") == 0
+    cache, metadata = load_kv_cache(save_dir / "test_kv_3.pkl")
+    token_ids = model_module.AutoTokenizer.from_pretrained(BUNDLED_MODEL)(TEXT)["input_ids"]
+    assert metadata.token_ids.tolist() == token_ids[:-1]
+    assert metadata.model_fingerprint == compute_fingerprint(BUNDLED_MODEL)
+    assert (metadata.model_id, metadata.block_size) == (BUNDLED_MODEL, 16)
+    assert (cache.num_layers, cache.num_tokens, cache.dtype) == (6, len(token_ids) - 1, torch.bfloat16)
+    assert cache.keys[0].shape[1:] == (2, 64)
+    assert [rotary.name for rotary in metadata.rotary_embeddings] == ["rotary_emb.inv_freq"]
+
+
+def test_json_has_one_object_with_config_and_versions(context, save_dir, capsys):
+    assert prefill(context, save_dir, "--json", "-", "--dtype", "float32", "--doc_id", "7") == 0
+    output = capsys.readouterr()
+    record = json.loads(output.out)
+    assert list(record) == ["stage", "documents", "device", "dtype", "config", "versions"]
+    assert (record["stage"], record["dtype"]) == ("prefill", "float32")
+    (document,) = record["documents"]
+    num_tokens, path = document["num_tokens"], Path(document["path_to_kv"])
+    assert path == save_dir / "test_kv_7.pkl"
+    assert document["file_bytes"] == path.stat().st_size
+    assert document["kv_bytes"] == 2 * 6 * 2 * 2 * 64 * num_tokens
+    assert (document["doc_id"], document["skipped"]) == (7, False)
+    assert document["prefill_seconds"] > 0
+    assert record["config"]["block_size"] == 512 and record["versions"]["torch"] == torch.__version__
+    assert "tokens cached" in output.err
+
+
+def test_a_folder_is_done_in_numeric_order_and_a_second_run_skips_it(folder, save_dir, capsys):
+    assert prefill(folder, save_dir, "--json", "-", "--quiet") == 0
+    first = read_json(capsys)["documents"]
+    assert [document["doc_id"] for document in first] == [0, 2, 10]
+    assert sorted(path.name for path in save_dir.iterdir()) == ["test_kv_0.pkl", "test_kv_10.pkl", "test_kv_2.pkl"]
+    written_at = [path.stat().st_mtime_ns for path in sorted(save_dir.iterdir())]
+    (save_dir / "test_kv_2.pkl").unlink()
+    assert prefill(folder, save_dir, "--json", "-", "--quiet") == 0
+    second = read_json(capsys)["documents"]
+    assert [document["skipped"] for document in second] == [True, False, True]
+    assert [document["num_tokens"] for document in second] == [document["num_tokens"] for document in first]
+    now = [path.stat().st_mtime_ns for path in sorted(save_dir.iterdir())]
+    assert [a == b for a, b in zip(written_at, now, strict=True)] == [True, True, False]
+
+
+def test_quiet_prints_nothing(context, save_dir, capfd):
+    assert prefill(context, save_dir, "--quiet") == 0
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"), [(["--dtype", "float32"], "another dtype"), (["--block_size", "9"], "another block size")]
+)
+def test_a_cache_made_otherwise_is_not_replaced_without_overwrite(context, save_dir, capsys, flags, reason):
+    assert prefill(context, save_dir) == 0
+    before = (save_dir / "test_kv_3.pkl").read_bytes()
+    assert prefill(context, save_dir, *flags) == 7
+    error = read_error(capsys)
+    assert reason in error and "--overwrite" in error
+    assert (save_dir / "test_kv_3.pkl").read_bytes() == before
+    assert prefill(context, save_dir, *flags, "--overwrite") == 0
+    assert (save_dir / "test_kv_3.pkl").read_bytes() != before
+
+
+def test_a_cache_of_another_context_is_not_replaced_before_anything_is_computed(folder, save_dir, capsys):
+    assert prefill(folder / "10.txt", save_dir) == 0
+    (folder / "10.txt").write_text("Something else entirely.")
+    assert prefill(folder, save_dir) == 7
+    assert "test_kv_10.pkl: was made with another context" in read_error(capsys)
+    assert [path.name for path in save_dir.iterdir()] == ["test_kv_10.pkl"]
+
+
+def test_a_cache_of_another_model_is_not_replaced(context, save_dir, tmp_path, capsys):
+    assert prefill(context, save_dir) == 0
+    other = Path(shutil.copytree(BUNDLED_MODEL, tmp_path / "other"))
+    (other / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes() + b"\n")
+    assert prefill(context, save_dir, "--model_id", str(other)) == 7
+    assert "was made with another model" in read_error(capsys)
+
+
+def test_a_foreign_pickle_under_the_name_is_neither_run_nor_replaced(context, save_dir, capsys):
+    save_dir.mkdir()
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(save_dir / "pwned"),)
+
+    (save_dir / "test_kv_3.pkl").write_bytes(pickle.dumps(Hostile()))
+    assert prefill(context, save_dir) == 7
+    assert "--overwrite" in read_error(capsys)
+    assert not (save_dir / "pwned").exists()
+    assert prefill(context, save_dir, "--overwrite") == 0
+
+
+def test_a_missing_context_is_refused(tmp_path, save_dir, capsys):
+    assert prefill(tmp_path / "nope.txt", save_dir) == 3
+    assert "nope.txt: no such context file or folder" in read_error(capsys)
+    assert not save_dir.exists()
+
+
+def test_a_folder_without_contexts_is_refused(tmp_path, save_dir, capsys):
+    (tmp_path / "notes.txt").write_text("not numbered")
+    assert prefill(tmp_path, save_dir) == 3
+    assert "no context files N.txt" in read_error(capsys)
+
+
+def test_text_that_is_not_utf8_is_refused(context, save_dir, capsys):
+    context.write_bytes(b"caf\xe9 au lait")
+    assert prefill(context, save_dir) == 3
+    assert "3.txt: is not UTF-8 text (byte 3)" in read_error(capsys)
+
+
+def test_an_empty_context_is_refused(context, save_dir, capsys):
+    context.write_text("")
+    assert prefill(context, save_dir) == 3
+    assert "3.txt: is empty" in read_error(capsys)
+
+
+def test_a_context_of_one_token_is_refused(context, save_dir, monkeypatch, capsys):
+    monkeypatch.setattr("cachegen.pipeline.prefill.tokenize", lambda loaded, text: torch.tensor([1]))
+    assert prefill(context, save_dir) == 3
+    assert "3.txt: a context needs at least two tokens, has 1" in read_error(capsys)
+
+
+def test_a_context_longer_than_the_model_is_made_for_is_warned_about(context, save_dir, tmp_path, capsys):
+    short = Path(shutil.copytree(BUNDLED_MODEL, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
+    assert prefill(context, save_dir, "--model_id", str(short), "--quiet") == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and "more than the 8 the model is made for" in warning
+
+
+def test_a_model_that_is_nowhere_names_the_bundled_one(context, save_dir, monkeypatch, capsys):
+    monkeypatch.setattr(model_module, "_is_hub_reachable", lambda: False)
+    assert prefill(context, save_dir, "--model_id", "no-such/model") == 3
+    assert "models/tiny-mistral" in read_error(capsys)
+
+
+def test_cuda_without_cuda_is_refused(context, save_dir, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert prefill(context, save_dir, "--device", "cuda") == 6
+    assert "--device cpu" in read_error(capsys)
+
+
+def test_a_save_dir_that_is_a_file_is_refused(context, capsys):
+    assert prefill(context, context) == 7
+    assert "cannot be made" in read_error(capsys)
+
+
+@pytest.mark.parametrize("flags", [["--block_size", "0"], ["--doc_id", "-1"], ["--device", "tpu"], ["--num_gpus", "x"]])
+def test_a_wrong_flag_is_refused(context, save_dir, capsys, flags):
+    assert prefill(context, save_dir, *flags) == 2
+    assert flags[0] in read_error(capsys)
+
+
+def test_a_document_number_for_a_folder_is_refused(folder, save_dir, capsys):
+    assert prefill(folder, save_dir, "--doc_id", "1") == 2
+    assert "--doc_id is for a single file" in read_error(capsys)
+
+
+def test_the_script_runs_from_elsewhere_without_an_installed_package_and_says_nothing_but_its_report(context, save_dir):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "main.py"), "--path_to_context", str(context)],
+        capture_output=True,
+        text=True,
+        cwd=context.parent,
+        env=environment,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "tokens cached" in result.stdout
+    assert (context.parent / "data" / "test_kv_3.pkl").exists()

@@ -1,0 +1,141 @@
+"""--verify: the numbers against a plain computation of them, and caches left as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_models import make_named, make_token_ids, one_thread  # noqa: F401
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from cachegen.pipeline import verify
+from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
+from cachegen.pipeline.prefill import prefill
+from cachegen.pipeline.verify import Fidelity, compare_caches, count_verified_tokens
+
+LOADED = make_named("llama")
+
+
+def make_pair(token_ids: torch.Tensor, num_decoded: int, noise: float) -> tuple[Cache, Cache]:
+    """A reference of all tokens but the last, and a noisy copy of its first `num_decoded` tokens."""
+    reference = prefill(LOADED, token_ids[:-1], 64, capacity=len(token_ids))
+    planes = view_kv_cache(reference, num_decoded).planes
+    decoded = allocate_cache(
+        [(plane.shape[1], plane.shape[2]) for plane in planes],
+        len(token_ids),
+        torch.float32,
+        LOADED.layer_devices,
+    )
+    generator = torch.Generator().manual_seed(1)
+    for target, source in zip(view_kv_cache(decoded, num_decoded).planes, planes, strict=True):
+        target.copy_(source + noise * torch.randn(source.shape, generator=generator))
+    set_length(decoded, num_decoded)
+    return reference, decoded
+
+
+def compare(token_ids: torch.Tensor, pair: tuple[Cache, Cache], num_decoded: int) -> Fidelity:
+    return compare_caches(
+        LOADED, token_ids, *pair, num_reference_tokens=len(token_ids) - 1, num_decoded_tokens=num_decoded
+    )
+
+
+def predict_plainly(token_ids: torch.Tensor, cache: Cache, num_held: int) -> torch.Tensor:
+    """Log-probabilities after each verified token, from one step over a concatenating cache."""
+    start = len(token_ids) - count_verified_tokens(len(token_ids))
+    num_kept = min(start, num_held)
+    plain = DynamicCache()
+    kept = view_kv_cache(cache, num_kept)
+    for i in range(kept.num_layers):
+        plain.update(kept.keys[i].permute(1, 0, 2)[None], kept.values[i].permute(1, 0, 2)[None], i)
+    with torch.inference_mode():
+        logits = LOADED.model(token_ids[num_kept:].long()[None], past_key_values=plain).logits[0]
+    return logits[start - num_kept :].log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_decoded"), [(600, 599), (600, 344), (600, 300), (600, 500), (31, 30), (31, 10)]
+)
+def test_the_numbers_are_those_of_a_plain_computation(num_tokens, num_decoded):
+    token_ids = make_token_ids(num_tokens)
+    pair = make_pair(token_ids, num_decoded, noise=0.3)
+    expected_reference = predict_plainly(token_ids, pair[0], num_tokens - 1)
+    expected_decoded = predict_plainly(token_ids, pair[1], num_decoded)
+    fidelity = compare(token_ids, pair, num_decoded)
+    kl = torch.nn.functional.kl_div(expected_decoded, expected_reference, log_target=True, reduction="batchmean")
+    followers = token_ids[-len(expected_decoded) + 1 :].long()
+    rows = torch.arange(len(followers))
+    nll_delta = (expected_reference[rows, followers] - expected_decoded[rows, followers]).mean()
+    agreement = (expected_reference.argmax(-1) == expected_decoded.argmax(-1)).float().mean()
+    assert fidelity.kl == pytest.approx(kl.item(), rel=1e-3)
+    assert fidelity.kl > 1e-4
+    assert fidelity.nll_delta == pytest.approx(nll_delta.item(), rel=1e-3, abs=1e-5)
+    assert fidelity.next_token_agreement == pytest.approx(agreement.item(), abs=1e-6)
+    assert fidelity.verified_tokens == len(expected_decoded)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 40, 600])
+def test_a_cache_compared_with_its_equal_is_exactly_faithful(num_tokens):
+    token_ids = make_token_ids(num_tokens)
+    fidelity = compare(token_ids, make_pair(token_ids, num_tokens - 1, noise=0), num_tokens - 1)
+    assert fidelity == Fidelity(0.0, 1.0, 0.0, count_verified_tokens(num_tokens))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_verified"), [(2, 1), (3, 1), (511, 255), (512, 256), (513, 256), (9000, 256)]
+)
+def test_the_last_256_tokens_are_verified_or_half_of_a_shorter_context(num_tokens, num_verified):
+    assert count_verified_tokens(num_tokens) == num_verified
+
+
+@pytest.mark.parametrize("num_decoded", [59, 45, 20])
+def test_both_caches_are_afterwards_as_they_were(num_decoded):
+    token_ids = make_token_ids(60)
+    pair = make_pair(token_ids, num_decoded, noise=0.3)
+    lengths = (59, num_decoded)
+    before = [[p.clone() for p in view_kv_cache(c, n).planes] for c, n in zip(pair, lengths, strict=True)]
+    compare(token_ids, pair, num_decoded)
+    for cache, length, planes in zip(pair, lengths, before, strict=True):
+        assert cache.get_seq_length() == length
+        assert all(torch.equal(a, b) for a, b in zip(view_kv_cache(cache, length).planes, planes, strict=True))
+
+
+def test_logits_are_made_in_pieces(monkeypatch):
+    token_ids = make_token_ids(600)
+    pair = make_pair(token_ids, 599, noise=0.3)
+    whole = compare(token_ids, pair, 599)
+    sizes = []
+    run_model = verify.run_model
+
+    def record(loaded, cache, ids, num_logits):
+        sizes.append(num_logits)
+        return run_model(loaded, cache, ids, num_logits)
+
+    monkeypatch.setattr(verify, "_TOKENS_PER_PIECE", 100)
+    monkeypatch.setattr(verify, "run_model", record)
+    assert compare(token_ids, pair, 599).kl == pytest.approx(whole.kl, rel=1e-4)
+    assert sizes == [100, 100, 100, 100, 56, 56]
+
+
+def test_tokens_the_model_rules_out_do_not_make_the_kl_undefined():
+    token_ids = make_token_ids(40)
+    pair = make_pair(token_ids, 39, noise=0.3)
+
+    def rule_out(module, inputs, output):
+        output[..., 5] = -torch.inf
+        return output
+
+    hook = LOADED.model.lm_head.register_forward_hook(rule_out)
+    kl = compare(token_ids, pair, 39).kl
+    hook.remove()
+    assert 0 < kl < 100
+
+
+def test_bad_arguments_are_refused():
+    token_ids = make_token_ids(40)
+    reference, decoded = make_pair(token_ids, 39, noise=0)
+    with pytest.raises(ValueError, match="two caches"):
+        compare(token_ids, (reference, reference), 39)
+    with pytest.raises(ValueError, match="must have room for 41 tokens, got 40"):
+        compare(make_token_ids(41), (reference, decoded), 39)
+    with pytest.raises(ValueError, match="at least two tokens"):
+        compare(token_ids[:1], (reference, decoded), 0)
