@@ -43,7 +43,7 @@ def check_round_trip(cache: KVCache, num_bins, chunk_tokens, coder=Coder.RANS, *
 # --- round trips ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coder", [Coder.RANS, Coder.PACKED], ids=lambda coder: coder.name.lower())
+@pytest.mark.parametrize("coder", Coder, ids=lambda coder: coder.name.lower())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "chunk_tokens",
@@ -95,7 +95,7 @@ def test_decoding_writes_nothing_but_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("kernels", [reference, cpu], ids=["reference", "cpu"])
-@pytest.mark.parametrize("coder", [Coder.RANS, Coder.PACKED], ids=lambda coder: coder.name.lower())
+@pytest.mark.parametrize("coder", Coder, ids=lambda coder: coder.name.lower())
 def test_zero_tokens_and_single_symbol_channels(kernels, coder: Coder) -> None:
     cache = make_cache([(1, 6), (1, 6)], 40, torch.float16)
     for plane in cache.planes:
@@ -112,7 +112,7 @@ def test_zero_tokens_and_single_symbol_channels(kernels, coder: Coder) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reference_and_cpu_write_the_same_files(dtype: torch.dtype) -> None:
     cache = make_cache([(1, 33), (2, 5)], 45, dtype)
-    for coder in (Coder.RANS, Coder.PACKED):
+    for coder in Coder:
         plain = encode_all(start_encoder(cache, (128, 16), (33, 12), coder, kernels=reference))
         assert encode_all(start_encoder(cache, (128, 16), (33, 12), coder)) == plain
 
@@ -275,6 +275,12 @@ def test_streams_are_whole_rows_and_not_too_long(num_channels: int, num_tokens: 
     assert tokens > 0 and tokens % 32 == 0
     # A stream is at most half as long again as it should be, and a row.
     assert tokens <= 1.5 * 32 * max(1, round(4096 / num_channels)) + 32
+
+
+@pytest.mark.parametrize("num_tokens", [1, 33, 1000, 4096, 6143, 6144, 10_240, 70_000, 1 << 24])
+def test_codes_of_coder_ac_fit_their_length_fields(num_tokens: int) -> None:
+    tokens = choose_tokens_per_stream(5, num_tokens, Coder.AC)
+    assert tokens % 32 == 0 and min(num_tokens, 2048) <= tokens <= 1.5 * 4096
 
 
 def test_container_of_a_chunk_has_the_chosen_streams() -> None:

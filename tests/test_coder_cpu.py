@@ -14,7 +14,7 @@ from cachegen import _native
 from cachegen.coder import cpu, reference
 from cachegen.coder.reference import StreamCoding, decode_stream, encode_stream
 from cachegen.errors import BitstreamError
-from cachegen.format import PlaneLayout, StreamEntry
+from cachegen.format import BandMode, Coder, PlaneLayout, StreamEntry
 from cachegen.kv_cache import from_planes
 from tests.coder_cases import CASES, Case, make_band_mapped, make_frequencies
 from tests.small_documents import allocate_like, make_cache, same_bits
@@ -251,6 +251,25 @@ def test_other_arguments_that_do_not_fit_are_refused() -> None:
     strided = from_planes([torch.zeros(40, 2, 8, dtype=torch.float16)[:, :, ::2] for _ in range(2)])
     with pytest.raises(ValueError, match="contiguous head dims"):
         encode_cache(cache=strided)
+
+
+def test_tables_that_do_not_go_with_the_coder_are_refused() -> None:
+    cache = make_cache([(2, 4), (2, 4)], 40, torch.float16)
+    scales = cpu.measure(cache, PLANES)[0]
+    for tables, coder in ((None, Coder.AC), (None, Coder.RANS), (flat_tables(16), Coder.PACKED)):
+        with pytest.raises(ValueError, match="`tables` must go with the coder"):
+            cpu.encode(cache, scales, PLANES, tables, coder=coder)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [PlaneLayout(2, 4, 16, 0, tokens_per_stream=16416), PlaneLayout(2, 4, 16, 0, BandMode.BYTES, tokens_per_stream=32)],
+)
+def test_layouts_that_coder_ac_lacks_are_refused(layout: PlaneLayout) -> None:
+    cache = make_cache([(2, 4), (2, 4)], 40, torch.float16)
+    scales = cpu.measure(cache, PLANES)[0]
+    with pytest.raises(ValueError, match="at most 16384 tokens per stream and no band maps"):
+        cpu.encode(cache, scales, [layout] * 2, flat_tables(16), coder=Coder.AC)
 
 
 def test_scales_of_another_cache_are_refused() -> None:

@@ -278,7 +278,7 @@ class TestRefusals:
             ({"value_second_layers": 1}, "no value group covers layers 1 to 1: raise value_second_layers"),
             ({"bins": 3}, "unknown field bins"),
             ({"method": "huffman"}, 'method must be "cachegen" or "uniform", got "huffman"'),
-            ({"coder": "zip"}, "coder must be one of rans, packed"),
+            ({"coder": "zip"}, "coder must be one of rans, ac, packed"),
         ],
     )
     def test_a_wrong_config(self, argv, config_path, refuse, fields, message):

@@ -158,7 +158,8 @@ def list_invalid_chunks(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
     two_chunks = files["cachegen_bf16"]
     for what, content, problem, field in (
         ("coder_0", reseal(worked, 39, "B", 0), unsupported, "coder"),
-        ("coder_2_kept_for_ac", reseal(worked, 39, "B", 2), unsupported, "coder"),
+        ("coder_4", reseal(worked, 39, "B", 4), unsupported, "coder"),
+        ("named_ac", reseal(worked, 39, "B", 2), error, "stream 0"),
         ("without_tokens", reseal(worked, 32, "I", 0), error, "num_tokens"),
         ("tokens_beyond_the_limit", reseal(worked, 32, "I", 2**24 + 1), error, "num_tokens"),
         ("tokens_beyond_the_index", reseal(worked, 32, "I", 33), error, "header_bytes"),
@@ -207,6 +208,8 @@ def list_invalid_chunks(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
     content = replace_stream(packed, 0, stream[:-4], 0)
     yield Invalid("packed_chunk_too_short", "uniform8_packed", content, error, "stream 0")
 
+    yield from list_invalid_arithmetic_chunks(files["arithmetic"][name])
+
     header = container.parse_chunk(banded).header
     stream = banded[header.payload_offset : header.payload_offset + header.streams[0].num_bytes]
     num_words = header.streams[0].num_words
@@ -217,6 +220,34 @@ def list_invalid_chunks(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
     yield Invalid("band_map_with_table_beyond_the_last", "band_maps", content, error, "stream 0")
     content = replace_stream(banded, 0, stream[:129], 0)
     yield Invalid("band_map_cut", "band_maps", content, error, "stream 0")
+
+
+def list_invalid_arithmetic_chunks(good: bytes) -> Iterator[Invalid]:
+    """Chunks of coder `ac` that are wrong in what is its own."""
+    header, error = container.parse_chunk(good).header, "BitstreamError"
+    at, start = _CHUNK_PLANES_AT, header.payload_offset
+    stream = good[start : start + header.streams[0].num_bytes]
+    # 64 tokens, 5 channels, 1 low bit: 40 bytes of low bits, 12 of lengths, then the codes.
+    for what, content, field in (
+        ("named_rans", reseal(good, 39, "B", 1), "stream 0"),
+        ("with_a_band_map", reseal(good, at + 7, "B", 1), "band_mode"),
+        ("tokens_per_stream_beyond_the_limit", reseal(good, at + 8, "I", 2**14 + 32), "tokens_per_stream"),
+        ("with_words", replace_stream(good, 0, stream, 1), "stream 0"),
+        ("cut_in_low_bits", replace_stream(good, 0, stream[:39], 0), "stream 0"),
+        ("cut_in_lengths", replace_stream(good, 0, stream[:49], 0), "stream 0"),
+        ("code_missing", replace_stream(good, 0, stream[:52], 0), "stream 0"),
+        ("byte_missing", replace_stream(good, 0, stream[:-1], 0), "stream 0"),
+        ("byte_left_over", replace_stream(good, 0, stream + b"\0", 0), "stream 0"),
+        ("length_beyond_the_stream", replace_stream(good, 0, put(stream, 40, "H", 0xFFFF), 0), "stream 0"),
+        (
+            "lengths_shifted",
+            replace_stream(good, 0, put(stream, 40, "HH", stream[40] - 1, stream[42] + 1), 0),
+            "stream 0",
+        ),
+        ("code_changed", replace_stream(good, 0, flip(stream, 52), 0), "stream 0"),
+        ("end_changed", replace_stream(good, 0, flip(stream, len(stream) - 1), 0), "stream 0"),
+    ):
+        yield Invalid(f"arithmetic_chunk_{what}", "arithmetic", content, error, field)
 
 
 def list_invalid_tables(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]:

@@ -163,6 +163,9 @@ GOLDENS = (
         47,
     ),
     Golden("many_streams", torch.bfloat16, ((1, 5), (3, 11)), (16, 16), (100, 1), 101, tokens_per_stream=32),
+    Golden(
+        "arithmetic", torch.bfloat16, ((1, 5), (3, 11)), (64, 16), (100, 1), 101, coder=Coder.AC, tokens_per_stream=64
+    ),
     Golden("wide_bins_fp16", torch.float16, ((1, 31),) * 4, (64, 128, 256, 34), (33,), 33),
     Golden("float32", torch.float32, ((2, 16), (1, 33)), (32, 8), (20, 12), 32),
     Golden("uniform8_packed", torch.bfloat16, ((1, 12), (2, 8)), (256, 256), (35,), 35, Method.UNIFORM, Coder.PACKED),
@@ -214,7 +217,8 @@ def encode_chunk_in_streams(
     start, stop = header.first_token, header.first_token + header.num_tokens
     cache = make_cache(golden).slice(start, stop)
     scales, _ = kernels.measure(cache, planes, num_threads)
-    payload, streams = kernels.encode(cache, scales, planes, encoder.document.tables, num_threads)
+    tables = encoder.document.tables
+    payload, streams = kernels.encode(cache, scales, planes, tables, num_threads, coder=golden.coder)
     return container.build_chunk(header, scales, streams, payload)
 
 
