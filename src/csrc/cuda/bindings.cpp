@@ -22,8 +22,8 @@ Value* at(uintptr_t address) {
     return reinterpret_cast<Value*>(address);
 }
 
-Launch make_launch(int device, uintptr_t stream, int dtype, uintptr_t planes, int64_t num_planes, int64_t num_tokens,
-                   int64_t max_streams, uintptr_t tables) {
+Launch make_launch(int device, uintptr_t stream, int dtype, uintptr_t planes, int64_t num_planes, int num_tokens,
+                   int max_streams, uintptr_t tables) {
     return {device,     at<void>(stream), dtype,       at<const PlaneRecord>(planes),
             num_planes, num_tokens,       max_streams, at<const uint32_t>(tables)};
 }

@@ -48,8 +48,8 @@ struct Launch {
     int dtype;
     const PlaneRecord* planes;
     int64_t num_planes;
-    int64_t num_tokens;
-    int64_t max_streams;  // of any plane
+    int num_tokens;
+    int max_streams;  // of any plane
     const uint32_t* tables;
 };
 

@@ -14,7 +14,7 @@ constexpr int kCountedTokens = 1024;   // of a block
 // Warp = token, lanes over its channels. Grid: x = planes, y = eight tokens each, as many as there are or fewer.
 template <class Dtype>
 __global__ void __launch_bounds__(kThreadsPerBlock)
-    find_scales_kernel(const PlaneRecord* planes, int64_t num_tokens, uint32_t* bad_tokens) {
+    find_scales_kernel(const PlaneRecord* planes, int num_tokens, uint32_t* bad_tokens) {
     using Storage = typename Dtype::Storage;
     const int lane = static_cast<int>(threadIdx.x) % kNumLanes, warp = static_cast<int>(threadIdx.x) / kNumLanes;
     const PlaneRecord& plane = planes[blockIdx.x];
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 // Thread = channel, over a run of tokens. Grid: x = planes, y = channels, z = tokens, as many as there are or fewer.
 template <class Dtype>
 __global__ void __launch_bounds__(kCountedChannels)
-    count_symbols_kernel(const PlaneRecord* planes, int64_t num_tokens, uint32_t* counts) {
+    count_symbols_kernel(const PlaneRecord* planes, int num_tokens, uint32_t* counts) {
     using Storage = typename Dtype::Storage;
     __shared__ uint32_t block_counts[kTableSize][kCountedChannels];  // a column belongs to its thread alone
     const PlaneRecord& plane = planes[blockIdx.x];

@@ -31,24 +31,33 @@ struct alignas(16) Piece {
     Value values[kNumValues];
 };
 
-// The stream of a warp; without tokens where the plane has fewer streams.
-struct WarpStream {
-    int64_t index;        // in the plane
-    int64_t first_token;  // of the chunk
-    StreamShape shape;
+// The index of a warp in its block. From lane 0, so that nvcc knows it to be the same in all lanes, and branches on it
+// not to diverge.
+__device__ inline int find_warp() { return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kNumLanes, 0); }
 
-    __device__ bool exists() const { return shape.num_tokens > 0; }
+// The stream of a warp; without tokens where the plane has fewer streams. Tokens, rows and channels fit an int.
+struct WarpStream {
+    int index;        // in the plane
+    int first_token;  // of the chunk
+    int num_tokens;
+    int num_channels;
+
+    __device__ bool exists() const { return num_tokens > 0; }
+    __device__ int num_rows() const { return (num_tokens + kNumLanes - 1) / kNumLanes; }
+    __device__ StreamShape shape() const { return {num_tokens, num_channels}; }
+    __device__ int64_t num_symbols() const { return int64_t{num_tokens} * num_channels; }
 };
 
-__device__ inline int64_t count_streams(const PlaneRecord& plane, int64_t num_tokens) {
-    return (num_tokens + plane.tokens_per_stream - 1) / plane.tokens_per_stream;
+__device__ inline int count_streams(const PlaneRecord& plane, int num_tokens) {
+    const int tokens_per_stream = static_cast<int>(plane.tokens_per_stream);
+    return (num_tokens + tokens_per_stream - 1) / tokens_per_stream;
 }
 
-__device__ inline WarpStream find_stream(const PlaneRecord& plane, int64_t num_tokens, int64_t index) {
-    WarpStream stream{index, index * plane.tokens_per_stream, {0, plane.num_heads * plane.head_dim}};
-    const int64_t rest = num_tokens - stream.first_token;
-    if (rest > 0) stream.shape.num_tokens = rest < plane.tokens_per_stream ? rest : plane.tokens_per_stream;
-    return stream;
+__device__ inline WarpStream find_stream(const PlaneRecord& plane, int num_tokens, int index) {
+    const int64_t first_token = index * plane.tokens_per_stream, rest = num_tokens - first_token;
+    const int64_t count = rest < 0 ? 0 : rest < plane.tokens_per_stream ? rest : plane.tokens_per_stream;
+    return {index, static_cast<int>(first_token), static_cast<int>(count),
+            static_cast<int>(plane.num_heads * plane.head_dim)};
 }
 
 // What a warp stages at a time: some channels of a run of rows, one symbol per lane.
@@ -57,10 +66,6 @@ struct Group {
     int num_channels;
     int first_row;
     int num_rows;
-
-    __device__ int slot(int channel, int row, int lane) const {
-        return ((channel - first_channel) * num_rows + row - first_row) * kNumLanes + lane;
-    }
 };
 
 // Channels of a group of streams with so many rows. A power of two, so that groups fill tiles.
@@ -87,15 +92,14 @@ struct GroupMemory {
     bool in_pieces;  // whether all of it is whole, aligned pieces
 
     __device__ GroupMemory(const PlaneRecord& plane, const WarpStream& stream, const Group& group) {
-        const int64_t skipped = int64_t{group.first_row} * kNumLanes;
-        const int64_t rest = stream.shape.num_tokens - skipped;
+        const int skipped = group.first_row * kNumLanes, rest = stream.num_tokens - skipped;
         token_stride = plane.token_stride;
         head_stride = plane.head_stride;
         head_dim = static_cast<int>(plane.head_dim);
         first_head = group.first_channel / head_dim;
         first_dim = group.first_channel - first_head * head_dim;
-        num_tokens = rest < group.num_rows * kNumLanes ? static_cast<int>(rest) : group.num_rows * kNumLanes;
-        const int64_t token = stream.first_token + skipped;
+        num_tokens = rest < group.num_rows * kNumLanes ? rest : group.num_rows * kNumLanes;
+        const int64_t token = int64_t{stream.first_token} + skipped;
         values = reinterpret_cast<Storage*>(plane.values) + token * token_stride;
         scales = reinterpret_cast<const Storage*>(plane.scales) + token;
         in_pieces = group.num_channels % kPieceValues == 0 && head_dim % kPieceValues == 0 &&
