@@ -3,8 +3,8 @@
 `python setup.py build_ext --inplace` compiles into src/, for work on the C++ sources; it needs setuptools and pybind11
 beside the compiler. `pip install .` brings those two itself. Torch is not needed to build.
 
-`cachegen._native` is always built, `torchac_cuda` where an nvcc is found: below CUDA_HOME, on PATH or in /usr/local/cuda.
-No GPU is needed to build it.
+`cachegen._native` is always built, `torchac_cuda` where an nvcc is found: below CUDA_HOME, on PATH or in
+/usr/local/cuda. No GPU is needed to build it.
 """
 
 import os
@@ -53,7 +53,7 @@ def cpu_extension() -> Pybind11Extension:
 
 
 def cuda_extension() -> Extension:
-    """Describe `torchac_cuda`: kernels by nvcc, bindings by the C++ compiler, linked by nvcc, which knows its runtime."""
+    """Describe `torchac_cuda`: kernels by nvcc, bindings by the C++ compiler, linked by nvcc, which has its runtime."""
     return Extension(
         CUDA_MODULE,
         sorted(glob("src/csrc/cuda/*.cu") + glob("src/csrc/cuda/*.cpp")),

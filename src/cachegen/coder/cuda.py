@@ -19,7 +19,17 @@ from numpy.typing import NDArray
 from cachegen.coder import cpu
 from cachegen.coder.reference import not_finite_error
 from cachegen.errors import BackendUnavailableError
-from cachegen.format import ALIGNMENT, LANES, MAX_CHANNELS, MAX_LOW_BITS, TABLE_SIZE, PlaneLayout, StreamEntry, round_up
+from cachegen.format import (
+    ALIGNMENT,
+    LANES,
+    MAX_CHANNELS,
+    MAX_LOW_BITS,
+    TABLE_SIZE,
+    Coder,
+    PlaneLayout,
+    StreamEntry,
+    round_up,
+)
 from cachegen.kv_cache import KVCache
 from cachegen.quantization import zero_symbol
 
@@ -150,13 +160,17 @@ class CudaKernels:
         planes: Sequence[PlaneLayout],
         tables: Tables | None,
         num_threads: int = 1,
+        *,
+        coder: Coder | None = None,
     ) -> tuple[memoryview, list[StreamEntry]]:
         """Quantize and encode the tokens of a chunk; see `cpu.encode`.
 
         Args:
             cache: on one GPU, or on the CPU: the chunk is then brought over.
             scales: on any device.
+            coder: None: `rans` with tables, `packed` without; of these two are the kernels.
         """
+        _check_coder(coder, tables)
         layouts = _check(cache, planes, scales, tables)
         devices = {values.device for values in cache.planes if values.device.type != "cpu"} or {self._device}
         if len(devices) > 1:
@@ -194,10 +208,11 @@ class CudaKernels:
             streams[:, 0] = ends - padded
             payload = torch.empty(int(ends[-1].item()), dtype=torch.uint8, device=device)
             self._module.compact(launch, slots.data_ptr(), streams.data_ptr(), payload.data_ptr(), payload.numel())
-            content = memoryview(payload.cpu().numpy())
+            content = payload.cpu().numpy().data
             lengths = streams[:, 1:].tolist()
-        checksums = cpu.checksum_streams(content, [StreamEntry(*row, 0) for row in lengths], num_threads)
-        return content, [StreamEntry(*row, crc) for row, crc in zip(lengths, checksums.tolist(), strict=True)]
+        unchecked = [StreamEntry(num_bytes, num_words, 0) for num_bytes, num_words in lengths]
+        checksums = cpu.checksum_streams(content, unchecked, num_threads).tolist()
+        return content, [entry._replace(crc=crc) for entry, crc in zip(unchecked, checksums, strict=True)]
 
     def decode(
         self,
@@ -208,14 +223,18 @@ class CudaKernels:
         tables: Tables | None,
         output: KVCache,
         num_threads: int = 1,
+        *,
+        coder: Coder | None = None,
     ) -> None:
         """Decode and dequantize the tokens of a chunk; see `cpu.decode`.
 
         Args:
             scales: on any device.
             output: on the GPU, or on several: each decodes its planes.
+            coder: as in `encode`.
         """
         del num_threads
+        _check_coder(coder, tables)
         layouts = _check(output, planes, scales, tables)
         num_streams = sum(-(-output.num_tokens // plane.tokens_per_stream) for plane in layouts)
         if len(streams) != num_streams:
@@ -288,6 +307,13 @@ class CudaKernels:
             max_streams=max(-(-cache.num_tokens // plane.tokens_per_stream) for plane in layouts),
             tables=packed_tables.data_ptr() if packed_tables is not None else 0,
         )
+
+
+def _check_coder(coder: Coder | None, tables: Tables | None) -> None:
+    if coder not in (None, Coder.RANS, Coder.PACKED):
+        raise BackendUnavailableError(f"coder {coder.name.lower()} has no CUDA kernels yet: use --device cpu")
+    if coder is not None and (coder is Coder.PACKED) != (tables is None):
+        raise ValueError(f"`tables` must go with the coder, got {'none' if tables is None else 'some'} with {coder!r}")
 
 
 def _check(
