@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -174,27 +175,43 @@ MUTATIONS = {
 }
 
 
-def compare(module: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "tests.emulation.compare", str(module)]
+def run(program: str, module: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", f"tests.emulation.{program}", str(module)]
     return subprocess.run(
         command, cwd=emulation.ROOT, env={"PYTHONPATH": "src"}, capture_output=True, text=True, timeout=120
     )
 
 
-def test_comparison_agrees_without_a_mutation(module_path: Path) -> None:
-    result = compare(module_path)
-    assert (result.returncode, result.stdout) == (0, "agrees\n"), result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_comparison_notices_a_mutated_line(tmp_path: Path, module_path: Path, name: str) -> None:
-    file_name, line, mutated = MUTATIONS[name]
-    native = tmp_path / "csrc"
+def mutate(folder: Path, file_name: str, line: str, mutated: str) -> Path:
+    """Build the kernels with one line changed."""
+    native = folder / "csrc"
     shutil.copytree(emulation.NATIVE, native)
     source = native / "cuda" / file_name
     text = source.read_text("utf-8")
     assert text.count(line) == 1, "the kernels have changed: adapt the mutation"
     source.write_text(text.replace(line, mutated), "utf-8")
-    result = compare(emulation.build(tmp_path, native))
+    return emulation.build(folder, native)
+
+
+def test_comparison_agrees_without_a_mutation(module_path: Path) -> None:
+    result = run("compare", module_path)
+    assert (result.returncode, result.stdout) == (0, "agrees\n"), result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_comparison_notices_a_mutated_line(tmp_path: Path, name: str) -> None:
+    result = run("compare", mutate(tmp_path, *MUTATIONS[name]))
     assert result.returncode == 1 and result.stdout.startswith("differs: "), result.stdout + result.stderr
+
+
+def test_corrupt_streams_are_not_read_beyond_their_payload(module_path: Path) -> None:
+    result = run("guarded", module_path)
+    assert (result.returncode, result.stdout) == (0, "stayed inside\n"), result.stderr
+
+
+@pytest.mark.slow
+def test_the_guard_notices_a_dropped_check(tmp_path: Path) -> None:
+    check = "if (needs_word && word < num_words) state"
+    result = run("guarded", mutate(tmp_path, "rans_decode.cuh", check, "if (needs_word) state"))
+    assert result.returncode == -signal.SIGSEGV, result.stdout + result.stderr
