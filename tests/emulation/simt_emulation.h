@@ -157,6 +157,8 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
 #define CACHEGEN_LAUNCH(kernel, grid, block, stream, ...) \
     ((void)(stream), simt::launch(grid, block, [&] { kernel(__VA_ARGS__); }))
 
+#define CACHEGEN_ASSUME_GLOBAL(pointer) ((void)(pointer))
+
 inline void __syncthreads() { simt::meet(simt::machine.block, simt::Operation::kNone, 0); }
 inline void __syncwarp() { simt::exchange(simt::Operation::kSyncWarp, 0); }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }

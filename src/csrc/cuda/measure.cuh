@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     for (int64_t token = int64_t{blockIdx.y} * kWarpsPerBlock + warp; token < num_tokens;
          token += int64_t{gridDim.y} * kWarpsPerBlock) {
         const auto* values = reinterpret_cast<const Storage*>(plane.values) + token * plane.token_stride;
+        CACHEGEN_ASSUME_GLOBAL(values);
         // Magnitudes order like their bit patterns, and so do infinity and NaN, above all finite ones.
         uint32_t largest = 0;
         int head = 0, dim = lane;
@@ -59,6 +60,8 @@ __global__ void __launch_bounds__(kCountedChannels)
     const auto* values =
         reinterpret_cast<const Storage*>(plane.values) + channel / head_dim * plane.head_stride + channel % head_dim;
     const auto* scales = reinterpret_cast<const Storage*>(plane.scales);
+    CACHEGEN_ASSUME_GLOBAL(values);
+    CACHEGEN_ASSUME_GLOBAL(scales);
     for (int high = 0; high < kTableSize; ++high) block_counts[high][thread] = 0;
     for (int64_t first = int64_t{blockIdx.z} * kCountedTokens; first < num_tokens;
          first += int64_t{gridDim.z} * kCountedTokens) {

@@ -2,7 +2,7 @@
 // sector-wide reads and writes of quantization and dequantization. Knows no coder.
 //
 // Surprise: the coder walks channel by channel and needs lane = token; memory lies token by token and wants
-// neighbouring lanes on neighbouring channels. A warp's staged symbols, [channel of the group][row][lane], are where
+// neighbouring lanes on neighbouring channels. A warp's staged symbols, [channel of the group][token], are where
 // the two meet.
 
 #pragma once
@@ -19,7 +19,7 @@ constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 constexpr int kStagedRows = 64;     // rows of lanes, over all channels of a group, that a warp stages
 constexpr int kGroupChannels = 16;  // at most: two or four 16-byte pieces per token, whole 32-byte sectors
 constexpr int kTileChannels = 64;   // whose tables are in shared memory at a time
-constexpr int kNumLevels = 256;     // of a table of levels; all symbols of the quantizers are below
+constexpr int kNumLevels = 256;     // a staged symbol is a byte; the largest of all quantizers is 254
 constexpr int kMaxTableOffset = 8;  // of a band map, in either direction
 constexpr int kStagedTables = kTileChannels + 2 * kMaxTableOffset;
 static_assert(kTileChannels % kGroupChannels == 0 && kTileChannels % kBandChannels == 0, "groups and bands fill tiles");
@@ -102,6 +102,8 @@ struct GroupMemory {
         const int64_t token = int64_t{stream.first_token} + skipped;
         values = reinterpret_cast<Storage*>(plane.values) + token * token_stride;
         scales = reinterpret_cast<const Storage*>(plane.scales) + token;
+        CACHEGEN_ASSUME_GLOBAL(values);
+        CACHEGEN_ASSUME_GLOBAL(scales);
         in_pieces = group.num_channels % kPieceValues == 0 && head_dim % kPieceValues == 0 &&
                     token_stride % kPieceValues == 0 && head_stride % kPieceValues == 0 && plane.values % 16 == 0;
     }
@@ -119,15 +121,11 @@ struct GroupMemory {
 // Neighbouring lanes write the neighbouring pieces of a token, so that a store fills whole sectors.
 template <class Dtype>
 __device__ void write_group(const PlaneRecord& plane, const WarpStream& stream, const Group& group,
-                            const uint16_t* staged, const float* levels, int lane) {
+                            const uint8_t* staged, const float* levels, int lane) {
     using Storage = typename Dtype::Storage;
     const GroupMemory<Dtype> memory(plane, stream, group);
-    const int zero_symbol = zero_symbol_of(static_cast<int>(plane.num_bins));
-    const auto dequantize = [&](int token, int channel, float scale) {
-        const int symbol = staged[(channel * group.num_rows + token / kNumLanes) * kNumLanes + token % kNumLanes];
-        const float level = symbol < kNumLevels ? levels[symbol] : level_of(symbol, zero_symbol);
-        return Dtype::narrow(level * scale);
-    };
+    const int channel_step = group.num_rows * kNumLanes;  // of staged symbols
+    const auto dequantize = [&](int symbol, float scale) { return Dtype::narrow(levels[symbol] * scale); };
     if (memory.in_pieces) {
         constexpr int kPieceValues = Piece<Storage>::kNumValues;
         const int pieces_per_token = group.num_channels / kPieceValues;
@@ -135,15 +133,16 @@ __device__ void write_group(const PlaneRecord& plane, const WarpStream& stream, 
         for (int at = lane; at < memory.num_tokens << shift; at += kNumLanes) {
             const int token = at >> shift, first = (at & (pieces_per_token - 1)) * kPieceValues;
             const float scale = Dtype::widen(memory.scales[token]);
+            const uint8_t* symbols = staged + first * channel_step + token;
             Piece<Storage> piece;
-            for (int i = 0; i < kPieceValues; ++i) piece.values[i] = dequantize(token, first + i, scale);
+            for (int i = 0; i < kPieceValues; ++i) piece.values[i] = dequantize(symbols[i * channel_step], scale);
             *reinterpret_cast<Piece<Storage>*>(memory.at(token, first)) = piece;
         }
     } else {
         for (int token = lane; token < memory.num_tokens; token += kNumLanes) {
             const float scale = Dtype::widen(memory.scales[token]);
             for (int channel = 0; channel < group.num_channels; ++channel)
-                *memory.at(token, channel) = dequantize(token, channel, scale);
+                *memory.at(token, channel) = dequantize(staged[channel * channel_step + token], scale);
         }
     }
 }
@@ -151,20 +150,18 @@ __device__ void write_group(const PlaneRecord& plane, const WarpStream& stream, 
 // Quantize a group of the cache into staged symbols; all lanes of the warp. Returns whether this lane's values lay
 // within their tokens' scales; symbols of those that do not are staged as zero.
 template <class Dtype>
-__device__ bool read_group(const PlaneRecord& plane, const WarpStream& stream, const Group& group, uint16_t* staged,
+__device__ bool read_group(const PlaneRecord& plane, const WarpStream& stream, const Group& group, uint8_t* staged,
                            int lane) {
     using Storage = typename Dtype::Storage;
     const GroupMemory<Dtype> memory(plane, stream, group);
     const int zero_symbol = zero_symbol_of(static_cast<int>(plane.num_bins));
     bool in_range = true;
-    const auto stage = [&](int token, int channel, Storage value, float inverse) {
-        int symbol = quantize(Dtype::widen(value), inverse, zero_symbol);
-        if (symbol < 0 || symbol > 2 * zero_symbol) {
-            in_range = false;
-            symbol = zero_symbol;
-        }
-        staged[(channel * group.num_rows + token / kNumLanes) * kNumLanes + token % kNumLanes] =
-            static_cast<uint16_t>(symbol);
+    const int channel_step = group.num_rows * kNumLanes;  // of staged symbols
+    const auto to_symbol = [&](Storage value, float inverse) {
+        const int symbol = quantize(Dtype::widen(value), inverse, zero_symbol);
+        const bool is_symbol = symbol >= 0 && symbol <= 2 * zero_symbol;
+        in_range &= is_symbol;
+        return static_cast<uint8_t>(is_symbol ? symbol : zero_symbol);
     };
     if (memory.in_pieces) {
         constexpr int kPieceValues = Piece<Storage>::kNumValues;
@@ -174,13 +171,14 @@ __device__ bool read_group(const PlaneRecord& plane, const WarpStream& stream, c
             const int token = at >> shift, first = (at & (pieces_per_token - 1)) * kPieceValues;
             const float inverse = inverse_step(Dtype::widen(memory.scales[token]), zero_symbol);
             const Piece<Storage> piece = *reinterpret_cast<const Piece<Storage>*>(memory.at(token, first));
-            for (int i = 0; i < kPieceValues; ++i) stage(token, first + i, piece.values[i], inverse);
+            uint8_t* symbols = staged + first * channel_step + token;
+            for (int i = 0; i < kPieceValues; ++i) symbols[i * channel_step] = to_symbol(piece.values[i], inverse);
         }
     } else {
         for (int token = lane; token < memory.num_tokens; token += kNumLanes) {
             const float inverse = inverse_step(Dtype::widen(memory.scales[token]), zero_symbol);
             for (int channel = 0; channel < group.num_channels; ++channel)
-                stage(token, channel, *memory.at(token, channel), inverse);
+                staged[channel * channel_step + token] = to_symbol(*memory.at(token, channel), inverse);
         }
     }
     return in_range;

@@ -137,24 +137,24 @@ struct StreamDecoder {
     // Decode a group's symbols into a warp's staging where they have high parts only. `tables` are those of the group's
     // first channel and on.
     __device__ void decode_high_parts(const WarpStream& stream, const Group& group, const uint32_t* tables,
-                                      uint16_t* staged, int lane) {
+                                      uint8_t* staged, int lane) {
         const uint32_t lower_lanes = (1u << lane) - 1;
         const int last_row = group.first_row + group.num_rows, full_rows = stream.num_tokens / kNumLanes;
         const int last_full_row = last_row < full_rows ? last_row : full_rows;
         staged += lane;
         for (int i = 0; i < group.num_channels; ++i, tables += kTableSize) {
             for (int row = group.first_row; row < last_full_row; ++row, staged += kNumLanes)
-                *staged = static_cast<uint16_t>(lane_decoder.decode(tables, true, lower_lanes));
+                *staged = static_cast<uint8_t>(lane_decoder.decode(tables, true, lower_lanes));
             if (last_full_row == last_row) continue;
             const bool is_live = full_rows * kNumLanes + lane < stream.num_tokens;
-            *staged = static_cast<uint16_t>(lane_decoder.decode(tables, is_live, lower_lanes));
+            *staged = static_cast<uint8_t>(lane_decoder.decode(tables, is_live, lower_lanes));
             staged += kNumLanes;
         }
     }
 
     // The same for any symbols.
     __device__ void decode_group(const WarpStream& stream, const Group& group, const uint32_t* tables, bool has_tables,
-                                 uint16_t* staged, int lane) {
+                                 uint8_t* staged, int lane) {
         const uint32_t lower_lanes = (1u << lane) - 1;
         staged += lane;
         for (int i = 0; i < group.num_channels; ++i, tables += kTableSize) {
@@ -170,7 +170,7 @@ struct StreamDecoder {
                 }
                 for (int bit = 0; bit < band.low_bits && is_live; ++bit)
                     symbol |= read_bits(low_bits, band.position + bit * live_lanes + lane, 1) << bit;
-                *staged = static_cast<uint16_t>(symbol);
+                *staged = static_cast<uint8_t>(symbol);
             }
         }
     }
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
                   int64_t payload_bytes, const StreamRecord* streams, int64_t* band_positions, int32_t* statuses) {
     alignas(16) __shared__ uint32_t staged_tables[kStagedTables * kTableSize];
     __shared__ float levels[kNumLevels];
-    __shared__ uint16_t staged_symbols[kWarpsPerBlock][kStagedRows * kNumLanes];
+    __shared__ uint8_t staged_symbols[kWarpsPerBlock][kStagedRows * kNumLanes];
     const int lane = static_cast<int>(threadIdx.x) % kNumLanes, warp = find_warp();
     const PlaneRecord& plane = planes[blockIdx.x];
     const bool has_tables = tables != nullptr;

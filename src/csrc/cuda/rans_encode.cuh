@@ -62,7 +62,7 @@ struct StreamEncoder {
 
     // Encode a group's staged symbols, backwards. `tables` are those of the group's first channel and on.
     __device__ void encode_group(const WarpStream& stream, const Group& group, const uint32_t* tables, bool has_tables,
-                                 const uint16_t* staged, int lane) {
+                                 const uint8_t* staged, int lane) {
         const uint32_t lower_lanes = (1u << lane) - 1;
         staged += (group.num_channels * group.num_rows - 1) * kNumLanes + lane;
         tables += (group.num_channels - 1) * kTableSize;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     encode_kernel(const PlaneRecord* planes, int num_tokens, const uint32_t* tables, uint8_t* slots,
                   StreamRecord* streams, int32_t* statuses) {
     alignas(16) __shared__ uint32_t staged_tables[kTileChannels * kTableSize];
-    __shared__ uint16_t staged_symbols[kWarpsPerBlock][kStagedRows * kNumLanes];
+    __shared__ uint8_t staged_symbols[kWarpsPerBlock][kStagedRows * kNumLanes];
     const int lane = static_cast<int>(threadIdx.x) % kNumLanes, warp = find_warp();
     const PlaneRecord& plane = planes[blockIdx.x];
     const bool has_tables = tables != nullptr;

@@ -10,6 +10,9 @@
 #define CACHEGEN_LAUNCH(kernel, grid, block, stream, ...) \
     kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
+// An address that came as a number could be of any memory, for all nvcc knows.
+#define CACHEGEN_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
+
 #elif defined(CACHEGEN_EMULATION)
 
 #include "simt_emulation.h"
