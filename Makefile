@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE_SOURCES := $(shell find src/csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 # The scripts call `python`: let it be the one in .venv.
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
@@ -34,6 +35,8 @@ test: $(INSTALLED) ## Run all tests that need neither a GPU nor the internet
 
 test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU")'
+	@$(BIN)/python -c 'import importlib.util, sys; importlib.util.find_spec("torchac_cuda") or sys.exit( \
+	    "make test-gpu: torchac_cuda is not built: put nvcc 12 or newer on PATH, then make clean test-gpu")'
 	@$(BIN)/python -m pytest -m cuda || { \
 	    status=$$?; test $$status -ne 5 || echo "make test-gpu: there is no test marked cuda" >&2; exit $$status; }
 
@@ -41,16 +44,16 @@ lint: $(INSTALLED) ## Check style and types, changing nothing
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/pyright --pythonpath $(BIN)/python
-	@$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+	@$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES) $(EMULATION_SOURCES)
 
 format: $(INSTALLED) ## Rewrite the sources in the house style
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
-	@$(BIN)/clang-format -i $(NATIVE_SOURCES)
+	@$(BIN)/clang-format -i $(NATIVE_SOURCES) $(EMULATION_SOURCES)
 
 bench: $(INSTALLED) ## Measure the coders: bytes first, then times
 	@$(IN_VENV) python benchmarks/coder_throughput.py
 
 clean: ## Remove what was built; .venv stays and is refreshed by the next target
-	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(INSTALLED) src/cachegen.egg-info src/cachegen/*.so
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(INSTALLED) src/cachegen.egg-info src/*.so src/cachegen/*.so
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

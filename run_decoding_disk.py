@@ -15,7 +15,7 @@ SCRIPT_FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(SCRIPT_FOLDER / "src"))
 
 from cachegen import command_line  # noqa: E402
-from cachegen.device import DEVICE_NAMES, DTYPE_NAMES, resolve_device, resolve_dtype  # noqa: E402
+from cachegen.device import DEVICE_NAMES, DTYPE_NAMES, choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.pipeline.context import read_context  # noqa: E402
 
 if TYPE_CHECKING:
@@ -46,7 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
         "the same cache. None continues the context itself",
     )
     add("--verify", action="store_true", help="prefill the context again and compare with the uncompressed cache")
-    add("--device", choices=DEVICE_NAMES, default="auto", help="where the model runs; auto is cuda where torch has it")
+    add(
+        "--device",
+        choices=DEVICE_NAMES,
+        default="auto",
+        help="where the model runs and chunks decode; auto is cuda where torch has it",
+    )
     add("--dtype", choices=DTYPE_NAMES, default="auto", help="auto is the encoded cache's; others must equal it")
     add("--load_in_8bit", action="store_true", help="keep the weights in 8 bits (needs bitsandbytes)")
     add("--num_gpus", type=command_line.positive_int, help="spread the layers over so many GPUs (needs accelerate)")
@@ -68,7 +73,9 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     report = command_line.Reporter(args)
     # Everything that needs no model comes first: a wrong path or config shows at once.
     num_threads = args.threads or default_num_threads()
-    folder = EncodedFolder(args.path_to_encoded_kv, num_threads)
+    device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
+    chosen = choose_kernels(args.device)
+    folder = EncodedFolder(args.path_to_encoded_kv, num_threads, chosen.kernels)
     header = folder.document.header
     if args.quantization_config is not None:
         load_quantization_config(args.quantization_config).check_planes(
@@ -78,7 +85,6 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
         load_model_config(args.model_config).check_planes(header.planes, folder.tables_path)
     chunk_tokens = folder.select_chunks(args.num_chunks)
     text = read_context(Path(args.path_to_context))
-    device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
 
     # transformers takes seconds to import, more than it takes to say that a file is missing.
     from tqdm import tqdm
@@ -133,8 +139,10 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
         for question, answer in zip(args.question or [None], answers, strict=True)
     ]
     record["device"] = str(loaded.device)
+    record["decoding_device"] = str(chosen.device)
     record["config"] = command_line.effective_config(args)
     record["versions"] = command_line.collect_versions()
+    report.row("decoding on", chosen)
     _report(report, record)
     if args.json is not None:
         command_line.write_json(args.json, record)

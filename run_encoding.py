@@ -14,7 +14,7 @@ SCRIPT_FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(SCRIPT_FOLDER / "src"))
 
 from cachegen import command_line  # noqa: E402
-from cachegen.device import DEVICE_NAMES, resolve_coder_device  # noqa: E402
+from cachegen.device import DEVICE_NAMES, choose_kernels  # noqa: E402
 from cachegen.format import Coder  # noqa: E402
 
 BYTES_PER_FP16 = 2
@@ -40,7 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     coder_names = [coder.name.lower() for coder in Coder]
     add("--coder", choices=coder_names, help="entropy coder; None takes the config's")
-    add("--device", choices=DEVICE_NAMES, default="auto", help="where to encode")
+    add(
+        "--device",
+        choices=DEVICE_NAMES,
+        default="auto",
+        help="where to encode; auto is cuda where torch has it and torchac_cuda is built",
+    )
     add("--threads", type=command_line.positive_int, help="CPU threads; None takes all processors")
     add("--overwrite", action="store_true", help="replace the encoding of another document or configuration")
     command_line.add_common_flags(parser)
@@ -62,7 +67,7 @@ def _encode(args: argparse.Namespace) -> None:
     from cachegen.pipeline.encode import encode_document
 
     report = command_line.Reporter(args)
-    device = resolve_coder_device(args.device)
+    chosen = choose_kernels(args.device)
     config = load_quantization_config(args.quantization_config)
     coder = Coder[args.coder.upper()] if args.coder else config.coder
     num_threads = args.threads or default_num_threads()
@@ -71,7 +76,9 @@ def _encode(args: argparse.Namespace) -> None:
     num_tokens = sum(chunk_tokens)
 
     start = time.perf_counter()
-    encoder = DocumentEncoder(cache, metadata, config, chunk_tokens, coder, num_threads=num_threads)
+    encoder = DocumentEncoder(
+        cache, metadata, config, chunk_tokens, coder, num_threads=num_threads, kernels=chosen.kernels
+    )
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         result = encode_document(encoder, args.output_path, overwrite=args.overwrite, progress=bar.update)
     seconds = time.perf_counter() - start
@@ -99,12 +106,13 @@ def _encode(args: argparse.Namespace) -> None:
         "ratio_vs_fp16": BYTES_PER_FP16 * num_values / sizes.total,
         "ratio_vs_int8": num_values / sizes.total,
         "seconds": seconds,
-        "device": str(device),
+        "device": str(chosen.device),
         "threads": num_threads,
         "output_path": args.output_path,
         "config": command_line.effective_config(args),
         "versions": command_line.collect_versions(),
     }
+    report.row("encoding on", chosen)
     _report(report, record, args)
     if args.json is not None:
         command_line.write_json(args.json, record)

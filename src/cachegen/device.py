@@ -1,8 +1,9 @@
-"""Where to compute and in what precision: the values of --device and --dtype."""
+"""Where to compute, with whose kernels, and in what precision: the values of --device and --dtype."""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -46,13 +47,41 @@ def resolve_dtype(name: str) -> torch.dtype | Literal["auto"]:
     return DTYPES[name]
 
 
-def resolve_coder_device(name: str) -> torch.device:
-    """Return the device whose kernels encode: today always the CPU's.
+@dataclass(frozen=True)
+class KernelChoice:
+    """Whose kernels encode or decode.
+
+    Attributes:
+        kernels: what the codec takes as `kernels`.
+        device: where they run.
+        reason: why it is not CUDA where "auto" could have been; "" where nothing is to be said.
+    """
+
+    kernels: Any
+    device: torch.device
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.device} ({self.reason})" if self.reason else str(self.device)
+
+
+def choose_kernels(name: str) -> KernelChoice:
+    """Return the kernels that `name` asks for: "cpu", "cuda", or "auto" for CUDA where torch and torchac_cuda have it.
 
     Raises:
-        BackendUnavailableError: CUDA is asked for by name.
+        BackendUnavailableError: CUDA is asked for by name, and torch has none or torchac_cuda is not built.
         ConfigError: there is no such name.
     """
-    if name == "cuda" and resolve_device(name).type == "cuda":
-        raise BackendUnavailableError("--device cuda: this release has no CUDA coder yet, use --device cpu")
-    return torch.device("cpu") if name in DEVICE_NAMES else resolve_device(name)
+    # Late: --help and wrong flags should not need the native modules.
+    from cachegen.coder import cpu
+    from cachegen.coder.cuda import load_kernels
+
+    device = resolve_device(name)
+    if device.type == "cpu":
+        return KernelChoice(cpu, device, "torch sees no GPU" if name == "auto" else "")
+    try:
+        return KernelChoice(load_kernels(device), device)
+    except BackendUnavailableError as error:
+        if name == "cuda":
+            raise BackendUnavailableError(f"--device cuda: {error}, or use --device cpu") from error
+        return KernelChoice(cpu, torch.device("cpu"), str(error))

@@ -50,6 +50,16 @@ struct alignas(64) FrequencyTable {
     uint16_t frequency[kTableSize];
 };
 
+// One symbol of a table in 32 bits, as the CUDA kernels keep tables: entries order like their starts.
+struct TableEntry {
+    uint32_t start;
+    uint32_t frequency;
+
+    CACHEGEN_HOST_DEVICE static TableEntry unpack(uint32_t packed) { return {packed >> 16, packed & 0xFFFFu}; }
+    // The packed entry of a symbol is at most this where, and only where, its start is at most the slot.
+    CACHEGEN_HOST_DEVICE static uint32_t largest_at(uint32_t slot) { return slot << 16 | 0xFFFFu; }
+};
+
 CACHEGEN_HOST_DEVICE inline uint32_t slot_of(uint32_t state) { return state & (kFrequencyTotal - 1); }
 
 // The state after decoding a symbol, before renormalization.

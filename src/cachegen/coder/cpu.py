@@ -31,6 +31,9 @@ except ImportError as error:
 DTYPES = {torch.float16: Dtype.FLOAT16, torch.bfloat16: Dtype.BFLOAT16, torch.float32: Dtype.FLOAT32}
 Tables: TypeAlias = _native.TableSet
 
+device = torch.device("cpu")
+"""Where the planes are that these kernels take."""
+
 _PROBLEMS = {
     _native.Status.TRUNCATED: "the stream is not whole",
     _native.Status.CORRUPT: "the lanes, or the codes, do not end as the encoder leaves them",
@@ -116,7 +119,7 @@ def encode(
     native_planes = _native_planes(cache, scales, planes, tables, coder)
     payload, index, failed, status = _native.encode(native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads)
     if failed >= 0:
-        raise ValueError(f"stream {failed} cannot be encoded: {_native.Status(status).name}")
+        raise encode_error(failed, status)
     return payload.data, [StreamEntry(*row) for row in index.tolist()]
 
 
@@ -153,7 +156,7 @@ def decode(
         num_threads,
     )
     if failed >= 0:
-        raise BitstreamError(_PROBLEMS[_native.Status(status)], field=f"stream {failed}")
+        raise decode_error(failed, status)
 
 
 def checksum_streams(
@@ -166,6 +169,16 @@ def checksum_streams(
 def crc32c(content: bytes | bytearray | memoryview) -> int:
     """Return the CRC-32C of bytes."""
     return _native.crc32c(content)
+
+
+def encode_error(stream: int, status: int) -> ValueError:
+    """Say why a stream could not be encoded, from the status that a kernel gave."""
+    return ValueError(f"stream {stream} cannot be encoded: {_native.Status(status).name}")
+
+
+def decode_error(stream: int, status: int) -> BitstreamError:
+    """Say why a stream could not be decoded, from the status that a kernel gave."""
+    return BitstreamError(_PROBLEMS[_native.Status(status)], field=f"stream {stream}")
 
 
 def _index_array(streams: Sequence[StreamEntry]) -> NDArray[np.uint32]:

@@ -14,6 +14,7 @@ import torch
 
 from cachegen import container
 from cachegen.codec import Document, decode_chunk, document_dtype, load_document
+from cachegen.coder import cpu
 from cachegen.errors import BitstreamError, ConfigError, MismatchError
 from cachegen.kv_cache import KVCache, hash_rotary_embeddings, hash_token_prefixes
 
@@ -44,22 +45,25 @@ class EncodedFolder:
         document: its tables file, parsed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], num_threads: int) -> None:
+    def __init__(self, folder: str | os.PathLike[str], num_threads: int, kernels=cpu) -> None:
         """Read the tables file.
+
+        Args:
+            kernels: `cachegen.coder.cpu`, or a `cachegen.coder.cuda.CudaKernels`.
 
         Raises:
             InputError: there is none.
             BitstreamError: it is corrupt.
         """
         self.path = Path(folder)
-        self._num_threads = num_threads
+        self._num_threads, self._kernels = num_threads, kernels
         self.tables_path = self.path / container.TABLES_NAME
         start = time.perf_counter()
         content = container.read_whole(self.tables_path)
         self._read_seconds = time.perf_counter() - start
         start = time.perf_counter()
         try:
-            self.document: Document = load_document(content, num_threads=num_threads)
+            self.document: Document = load_document(content, num_threads=num_threads, kernels=kernels)
         except BitstreamError as error:
             raise error.at(self.tables_path) from error
         self._parse_seconds = time.perf_counter() - start
@@ -163,9 +167,9 @@ class EncodedFolder:
         return DecodeResult(sum(chunk_tokens), encoded_bytes, load_seconds, decode_seconds)
 
     def _decode_chunk(self, content: bytes, output: KVCache, first_token: int, token_hash: str) -> None:
-        """Decode into the output, by way of the CPU where the output is elsewhere."""
-        on_cpu = all(plane.device.type == "cpu" for plane in output.planes)
-        target = output if on_cpu else _empty_on_cpu(output)
+        """Decode straight into the output, or by way of the kernels' device where the output is elsewhere."""
+        is_direct = all(plane.device.type == self._kernels.device.type for plane in output.planes)
+        target = output if is_direct else _empty_on(self._kernels.device, output)
         decode_chunk(
             content,
             self.document,
@@ -173,8 +177,9 @@ class EncodedFolder:
             first_token=first_token,
             token_hash=bytes.fromhex(token_hash),
             num_threads=self._num_threads,
+            kernels=self._kernels,
         )
-        if not on_cpu:
+        if not is_direct:
             for plane, decoded in zip(output.planes, target.planes, strict=True):
                 plane.copy_(decoded)
 
@@ -205,8 +210,9 @@ class EncodedFolder:
         return document_dtype(self.document)
 
 
-def _empty_on_cpu(cache: KVCache) -> KVCache:
+def _empty_on(device: torch.device, cache: KVCache) -> KVCache:
     def like(plane: torch.Tensor) -> torch.Tensor:
-        return torch.empty(plane.shape, dtype=plane.dtype, pin_memory=plane.device.type == "cuda")
+        is_pinned = device.type == "cpu" and plane.device.type == "cuda"
+        return torch.empty(plane.shape, dtype=plane.dtype, device=device, pin_memory=is_pinned)
 
     return KVCache([like(plane) for plane in cache.keys], [like(plane) for plane in cache.values])

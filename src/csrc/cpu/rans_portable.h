@@ -1,8 +1,5 @@
 // The rANS coder of one stream in portable C++: lanes are arrays, so that compilers vectorize what they can.
-//
-// Bytes of a stream (docs/format.md, "Streams"):
-//   states | band map, to a multiple of 4 | low bits, to a multiple of 4 | words
-// A plane without tables (coder `packed`) has neither states nor words: its symbols are all low bits.
+// stream_layout.h has the bytes of a stream.
 
 #pragma once
 
@@ -12,6 +9,7 @@
 #include <vector>
 
 #include "rans.h"
+#include "stream_layout.h"
 
 namespace cachegen {
 
@@ -24,13 +22,6 @@ struct PlaneCoding {
     const uint8_t* band_map = nullptr;        // encoder only: [num_rows][num_bands], see BandCoding
     bool has_band_map = false;
     bool is_arithmetic = false;  // coder `ac` (cpu/arithmetic_portable.h); has tables and no band maps
-};
-
-// Where the parts of a stream begin, in bytes from its start.
-struct StreamParts {
-    int64_t band_map;
-    int64_t low_bits;
-    int64_t words;
 };
 
 // What a stream's rows and bands say, resolved: per (row, band) the low bits, the table offset, and where the low bits
@@ -74,7 +65,7 @@ class BandTable {
     }
 
     const Entry& at(int64_t row, int64_t channel) const { return entries_[row * num_bands_ + channel / kBandChannels]; }
-    int64_t low_bits_bytes() const { return (num_low_bits_ + 7) / 8; }
+    int64_t num_low_bits() const { return num_low_bits_; }
 
   private:
     std::vector<Entry> entries_;
@@ -83,28 +74,7 @@ class BandTable {
 };
 
 inline StreamParts lay_out(const StreamShape& shape, const PlaneCoding& coding, const BandTable& bands) {
-    StreamParts parts;
-    parts.band_map = coding.tables != nullptr ? shape.states_bytes() : 0;
-    parts.low_bits = parts.band_map + round_up(coding.has_band_map ? shape.band_map_bytes() : 0, 4);
-    parts.words = parts.low_bits + round_up(bands.low_bits_bytes(), 4);
-    return parts;
-}
-
-// Read `count` <= 32 bits from bit `position`, least significant bit first, touching only the bytes they lie in.
-inline uint32_t read_bits(const uint8_t* bytes, int64_t position, int count) {
-    const uint8_t* first = bytes + (position >> 3);
-    const int shift = static_cast<int>(position & 7);
-    uint64_t window = 0;
-    for (int i = 0; i < (shift + count + 7) >> 3; ++i) window |= static_cast<uint64_t>(first[i]) << (8 * i);
-    return static_cast<uint32_t>((window >> shift) & ((uint64_t{1} << count) - 1));
-}
-
-// Set `count` <= 32 bits at bit `position` of zeroed bytes.
-inline void write_bits(uint8_t* bytes, int64_t position, int count, uint32_t bits) {
-    uint8_t* first = bytes + (position >> 3);
-    const int shift = static_cast<int>(position & 7);
-    uint64_t window = static_cast<uint64_t>(bits) << shift;
-    for (int i = 0; i < (shift + count + 7) >> 3; ++i, window >>= 8) first[i] |= static_cast<uint8_t>(window);
+    return lay_out_parts(shape, coding.tables != nullptr, coding.has_band_map, bands.num_low_bits());
 }
 
 inline uint16_t load_u16(const uint8_t* bytes) { return static_cast<uint16_t>(bytes[0] | bytes[1] << 8); }

@@ -1,0 +1,390 @@
+"""The coder's CUDA kernels: checks and workspaces first, then addresses and sizes to `torchac_cuda`.
+
+`CudaKernels` has the functions of `cachegen.coder.cpu`, with the same results: bytes do not depend on the device. The
+kernels run on torch's current stream, in memory of torch's allocator; the native module allocates nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cachegen.coder import cpu
+from cachegen.coder.reference import not_finite_error
+from cachegen.errors import BackendUnavailableError
+from cachegen.format import (
+    ALIGNMENT,
+    LANES,
+    MAX_CHANNELS,
+    MAX_LOW_BITS,
+    TABLE_SIZE,
+    Coder,
+    PlaneLayout,
+    StreamEntry,
+    round_up,
+)
+from cachegen.kv_cache import KVCache
+from cachegen.quantization import zero_symbol
+
+BUILD_COMMAND = "`pip install .`, or in a clone `python setup.py build_ext --inplace`, with nvcc 12 or newer on PATH"
+
+_BAND_CHANNELS = 32
+_MAX_STREAM_BYTES = 1 << 32  # the index has 32 bits for a stream's length
+_MEASURED_BYTES = 64 << 20  # of a plane that are on the GPU at a time while a cache on the CPU is measured
+_NO_BAD_TOKEN = -1  # 0xFFFFFFFF
+
+
+class Tables:
+    """The frequency tables of a document, packed as the kernels read them, on every device that has asked for them."""
+
+    def __init__(self, tables: cpu.Tables) -> None:
+        frequencies = torch.from_numpy(tables.frequencies().astype(np.int32))
+        starts = frequencies.cumsum(dim=1, dtype=torch.int32) - frequencies
+        self._packed = {torch.device("cpu"): starts << 16 | frequencies}
+
+    @property
+    def num_tables(self) -> int:
+        return len(self._packed[torch.device("cpu")])
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """Return int32 `[num_tables, 32]`: a symbol's start in the upper half, its frequency in the lower."""
+        if device not in self._packed:
+            self._packed[device] = self._packed[torch.device("cpu")].to(device)
+        return self._packed[device]
+
+
+def load_module() -> ModuleType:
+    """Import `torchac_cuda`.
+
+    Raises:
+        BackendUnavailableError: it is not built.
+    """
+    try:
+        return importlib.import_module("torchac_cuda")
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"the CUDA module torchac_cuda cannot be imported ({error}): build it with {BUILD_COMMAND}"
+        ) from error
+
+
+def load_kernels(device: torch.device) -> CudaKernels:
+    """Return the kernels for a GPU.
+
+    Raises:
+        BackendUnavailableError: the module is not built, or cannot run on that GPU.
+    """
+    module = load_module()
+    problem = module.find_problem(device.index or 0)
+    if problem is not None:
+        raise BackendUnavailableError(f"torchac_cuda cannot use {device}: {problem}")
+    return CudaKernels(module, device)
+
+
+class CudaKernels:
+    """The coder on a GPU: what the codec takes as `kernels`.
+
+    Arguments and results are those of the functions of `cachegen.coder.cpu`, except where said. `num_threads` is for
+    what stays on the CPU.
+    """
+
+    def __init__(self, module: ModuleType, device: torch.device) -> None:
+        """Wrap a module; `load_kernels` is the way to it.
+
+        Args:
+            module: `torchac_cuda`.
+            device: where planes that are on the CPU are brought for encoding.
+        """
+        self._module, self._device = module, device
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def load_tables(
+        self, content: bytes, planes: Sequence[PlaneLayout], plane_table_bytes: Sequence[int], num_threads: int = 1
+    ) -> Tables:
+        """Read the tables section of a tables file; see `cpu.load_tables`."""
+        return Tables(cpu.load_tables(content, planes, plane_table_bytes, num_threads))
+
+    def measure(
+        self, cache: KVCache, planes: Sequence[PlaneLayout], num_threads: int = 1
+    ) -> tuple[torch.Tensor, NDArray[np.uint32]]:
+        """Find the scales of all tokens and count the high parts of all symbols; see `cpu.measure`.
+
+        Args:
+            cache: on the GPU, or on the CPU: it is then brought over in pieces.
+        """
+        del num_threads
+        layouts = _check(cache, planes, None, None)
+        scales = torch.empty(len(planes), cache.num_tokens, dtype=cache.dtype)
+        counts = []
+        for index, (values, plane) in enumerate(zip(cache.planes, layouts, strict=True)):
+            device = self._device if values.device.type == "cpu" else values.device
+            token_bytes = plane.num_channels * values.element_size()
+            step = max(LANES, _MEASURED_BYTES // token_bytes)
+            plane_counts = torch.zeros(plane.num_channels, TABLE_SIZE, dtype=torch.int32, device=device)
+            for start in range(0, cache.num_tokens, step):
+                piece = values[start : start + step].to(device)
+                found, bad_token = self._measure_piece(piece, plane, plane_counts)
+                if bad_token != _NO_BAD_TOKEN:
+                    raise not_finite_error(index, start + bad_token)
+                scales[index, start : start + step] = found
+            counts.append(plane_counts.cpu().numpy().view(np.uint32))
+        return scales, np.concatenate(counts)
+
+    def _measure_piece(
+        self, values: torch.Tensor, plane: PlaneLayout, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, int]:
+        """Measure some tokens of one plane; returns their scales and the first that is not finite."""
+        device = values.device
+        with _on(device):
+            scales = torch.empty(1, len(values), dtype=values.dtype, device=device)
+            bad_tokens = torch.full((1,), _NO_BAD_TOKEN, dtype=torch.int32, device=device)
+            rows = _pack_records([_record(values, scales[0], plane, 0, 0, 0)], device)
+            launch = self._launch(device, rows, KVCache([values], [values]), [plane], None)
+            self._module.find_scales(launch, bad_tokens.data_ptr())
+            self._module.count_symbols(launch, plane.num_channels, counts.data_ptr())
+            return scales[0], int(bad_tokens.item())
+
+    def encode(
+        self,
+        cache: KVCache,
+        scales: torch.Tensor,
+        planes: Sequence[PlaneLayout],
+        tables: Tables | None,
+        num_threads: int = 1,
+        *,
+        coder: Coder | None = None,
+    ) -> tuple[memoryview, list[StreamEntry]]:
+        """Quantize and encode the tokens of a chunk; see `cpu.encode`.
+
+        Args:
+            cache: on one GPU, or on the CPU: the chunk is then brought over.
+            scales: on any device.
+            coder: None: `rans` with tables, `packed` without; of these two are the kernels.
+        """
+        _check_coder(coder, tables)
+        layouts = _check(cache, planes, scales, tables)
+        devices = {values.device for values in cache.planes if values.device.type != "cpu"} or {self._device}
+        if len(devices) > 1:
+            raise ValueError("`cache` must be on one GPU or on the CPU")
+        device = devices.pop()
+        num_streams, first_table, num_slot_bytes, records = 0, 0, 0, []
+        with _on(device):
+            device_planes = [values.to(device) for values in cache.planes]
+            device_scales = scales.to(device).contiguous()
+            packed = tables.on(device) if tables is not None else None
+            for index, plane in enumerate(layouts):
+                if plane.band_mode:
+                    raise ValueError(f"plane {index} has a band map, which the encoder does not make")
+                places = (num_streams, first_table, num_slot_bytes)
+                records.append(_record(device_planes[index], device_scales[index], plane, *places))
+                plane_streams = -(-cache.num_tokens // plane.tokens_per_stream)
+                shape = (plane.tokens_per_stream, plane.num_channels, plane.low_bits)
+                slot_bytes = self._module.slot_bytes(*shape, tables is not None)
+                if slot_bytes > _MAX_STREAM_BYTES:
+                    raise ValueError(f"`tokens_per_stream` of plane {index} must give streams below 4 GiB")
+                num_streams += plane_streams
+                first_table += plane.num_channels
+                num_slot_bytes += plane_streams * slot_bytes
+            streams = torch.zeros(num_streams, self._module.STREAM_FIELDS, dtype=torch.int64, device=device)
+            statuses = torch.zeros(num_streams, dtype=torch.int32, device=device)
+            slots = torch.empty(num_slot_bytes, dtype=torch.uint8, device=device)
+            rows = _pack_records(records, device)
+            launch = self._launch(device, rows, cache, layouts, packed)
+            self._module.encode(launch, slots.data_ptr(), streams.data_ptr(), statuses.data_ptr())
+            failed, status = _first_failure(statuses)
+            if failed >= 0:
+                raise cpu.encode_error(failed, status)
+            padded = (streams[:, 1] + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+            ends = padded.cumsum(0)
+            streams[:, 0] = ends - padded
+            payload = torch.empty(int(ends[-1].item()), dtype=torch.uint8, device=device)
+            self._module.compact(launch, slots.data_ptr(), streams.data_ptr(), payload.data_ptr(), payload.numel())
+            content = payload.cpu().numpy().data
+            lengths = streams[:, 1:].tolist()
+        unchecked = [StreamEntry(num_bytes, num_words, 0) for num_bytes, num_words in lengths]
+        checksums = cpu.checksum_streams(content, unchecked, num_threads).tolist()
+        return content, [entry._replace(crc=crc) for entry, crc in zip(unchecked, checksums, strict=True)]
+
+    def decode(
+        self,
+        payload: bytes | memoryview,
+        streams: Sequence[StreamEntry],
+        scales: torch.Tensor,
+        planes: Sequence[PlaneLayout],
+        tables: Tables | None,
+        output: KVCache,
+        num_threads: int = 1,
+        *,
+        coder: Coder | None = None,
+    ) -> None:
+        """Decode and dequantize the tokens of a chunk; see `cpu.decode`.
+
+        Args:
+            scales: on any device.
+            output: on the GPU, or on several: each decodes its planes.
+            coder: as in `encode`.
+        """
+        del num_threads
+        _check_coder(coder, tables)
+        layouts = _check(output, planes, scales, tables)
+        num_streams = sum(-(-output.num_tokens // plane.tokens_per_stream) for plane in layouts)
+        if len(streams) != num_streams:
+            raise ValueError(f"`streams` must have {num_streams} entries, got {len(streams)}")
+        stream_rows = np.zeros((num_streams, self._module.STREAM_FIELDS), dtype=np.int64)
+        stream_rows[:, 1:] = np.array(streams, dtype=np.int64).reshape(-1, 3)[:, :2]
+        ends = ((stream_rows[:, 1] + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT).cumsum()
+        stream_rows[1:, 0] = ends[:-1]
+        if num_streams and ends[-1] != len(payload):
+            raise ValueError("the payload is not as long as its streams")
+        all_statuses = []
+        for device in sorted({values.device for values in output.planes}, key=str):
+            if device.type != self._device.type:
+                raise ValueError(f"`output` must be on a {self._device.type} device, got {device}")
+            with _on(device):
+                all_statuses.append(self._start_decoding(device, payload, stream_rows, scales, layouts, tables, output))
+        for statuses in all_statuses:
+            failed, status = _first_failure(statuses)
+            if failed >= 0:
+                raise cpu.decode_error(failed, status)
+
+    def _start_decoding(
+        self,
+        device: torch.device,
+        payload: bytes | memoryview,
+        stream_rows: NDArray[np.int64],
+        scales: torch.Tensor,
+        layouts: Sequence[PlaneLayout],
+        tables: Tables | None,
+        output: KVCache,
+    ) -> torch.Tensor:
+        """Launch the decoding of the planes on one device; returns the statuses to come, zero for other planes'."""
+        device_scales = scales.to(device).contiguous()
+        first_stream, first_table, num_bands, records = 0, 0, 0, []
+        for index, (values, plane) in enumerate(zip(output.planes, layouts, strict=True)):
+            if values.device == device:
+                places = (first_stream, first_table, num_bands)
+                records.append(_record(values, device_scales[index], plane, *places))
+            if plane.band_mode:
+                num_bands += -(-output.num_tokens // LANES) * -(-plane.num_channels // _BAND_CHANNELS)
+            first_stream += -(-output.num_tokens // plane.tokens_per_stream)
+            first_table += plane.num_channels
+        streams = torch.from_numpy(stream_rows).to(device)
+        content = _to_device(payload, device)
+        packed = tables.on(device) if tables is not None else None
+        band_positions = torch.empty(num_bands, dtype=torch.int64, device=device)
+        statuses = torch.zeros(len(stream_rows), dtype=torch.int32, device=device)
+        rows = _pack_records(records, device)
+        launch = self._launch(device, rows, output, layouts, packed)
+        arguments = (content.data_ptr(), len(payload), streams.data_ptr(), band_positions.data_ptr())
+        self._module.decode(launch, *arguments, statuses.data_ptr())
+        return statuses
+
+    def _launch(
+        self,
+        device: torch.device,
+        records: torch.Tensor,
+        cache: KVCache,
+        layouts: Sequence[PlaneLayout],
+        packed_tables: torch.Tensor | None,
+    ):
+        """Describe a launch to the module; the tensors must live until the kernels are queued."""
+        return self._module.Launch(
+            device=device.index or 0,
+            stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+            dtype=cpu.DTYPES[cache.dtype],
+            planes=records.data_ptr(),
+            num_planes=len(records),
+            num_tokens=cache.num_tokens,
+            max_streams=max(-(-cache.num_tokens // plane.tokens_per_stream) for plane in layouts),
+            tables=packed_tables.data_ptr() if packed_tables is not None else 0,
+        )
+
+
+def _check_coder(coder: Coder | None, tables: Tables | None) -> None:
+    if coder not in (None, Coder.RANS, Coder.PACKED):
+        raise BackendUnavailableError(f"coder {coder.name.lower()} has no CUDA kernels yet: use --device cpu")
+    if coder is not None and (coder is Coder.PACKED) != (tables is None):
+        raise ValueError(f"`tables` must go with the coder, got {'none' if tables is None else 'some'} with {coder!r}")
+
+
+def _check(
+    cache: KVCache, planes: Sequence[PlaneLayout], scales: torch.Tensor | None, tables: Tables | None
+) -> list[PlaneLayout]:
+    """Make every check that keeps the kernels inside their memory.
+
+    Returns:
+        The layouts, their streams no longer than the cache: of a measured plane, or one with longer streams, one.
+    """
+    if cache.num_tokens < 1 or len(planes) != len(cache.planes):
+        raise ValueError(f"`planes` must describe {len(cache.planes)} planes of at least a token, got {len(planes)}")
+    if scales is not None and (list(scales.shape) != [len(planes), cache.num_tokens] or scales.dtype != cache.dtype):
+        raise ValueError(f"`scales` must be {cache.dtype} [{len(planes)}, {cache.num_tokens}], got {scales.shape}")
+    num_tables = sum(plane.num_channels for plane in planes)
+    if tables is not None and tables.num_tables != num_tables:
+        raise ValueError(f"`tables` must hold {num_tables} tables, got {tables.num_tables}")
+    longest, layouts = round_up(cache.num_tokens, LANES), []
+    for index, (values, plane) in enumerate(zip(cache.planes, planes, strict=True)):
+        shape = [cache.num_tokens, plane.num_kv_heads, plane.head_dim]
+        if list(values.shape) != shape or values.stride(2) != 1 or plane.num_channels > MAX_CHANNELS:
+            raise ValueError(f"plane {index} must be a tensor {shape} with contiguous head dims")
+        zero_symbol(plane.num_bins)  # raises unless the quantizer has so many bins
+        if not 0 <= plane.low_bits <= MAX_LOW_BITS or plane.alphabet_size > TABLE_SIZE:
+            raise ValueError(f"`low_bits` of plane {index} must fit {plane.num_bins} bins, got {plane.low_bits}")
+        if plane.tokens_per_stream < 0 or plane.tokens_per_stream % LANES:
+            raise ValueError(f"`tokens_per_stream` must be a multiple of {LANES}, got {plane.tokens_per_stream}")
+        tokens_per_stream = min(plane.tokens_per_stream or longest, longest)
+        layouts.append(dataclasses.replace(plane, tokens_per_stream=tokens_per_stream))
+    return layouts
+
+
+def _record(
+    values: torch.Tensor, scales: torch.Tensor, plane: PlaneLayout, first_stream: int, first_table: int, workspace: int
+) -> list[int]:
+    """Return one plane's PlaneRecord, field by field as in src/csrc/cuda/launch.h."""
+    return [
+        values.data_ptr(),
+        values.stride(0),
+        values.stride(1),
+        plane.num_kv_heads,
+        plane.head_dim,
+        scales.data_ptr(),
+        plane.num_bins,
+        plane.low_bits,
+        plane.tokens_per_stream,
+        first_stream,
+        first_table,
+        int(bool(plane.band_mode)),
+        workspace,
+    ]
+
+
+def _pack_records(records: list[list[int]], device: torch.device) -> torch.Tensor:
+    return torch.tensor(records, dtype=torch.int64).to(device)
+
+
+def _to_device(content: bytes | memoryview, device: torch.device) -> torch.Tensor:
+    """Copy bytes to a device, through pinned memory where it has such."""
+    pinned = torch.empty(len(content), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    pinned.numpy()[:] = np.frombuffer(content, np.uint8)
+    return pinned.to(device, non_blocking=True)
+
+
+def _first_failure(statuses: torch.Tensor) -> tuple[int, int]:
+    """Return the index and status of the first stream that failed, or -1 and 0; waits for the GPU."""
+    found = statuses.cpu().numpy()
+    failed = np.flatnonzero(found)
+    return (int(failed[0]), int(found[failed[0]])) if len(failed) else (-1, 0)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU torch's current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,86 @@
+// The CUDA kernels as the Python module torchac_cuda.
+//
+// No torch here, and no CUDA header: tensors arrive as addresses and sizes, the stream as a number, and
+// cachegen/coder/cuda.py makes every check. Nothing waits for the GPU. The runtime is linked statically, so that the
+// module imports, and says what is missing, on a machine without a driver.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "cuda/launch.h"
+
+namespace py = pybind11;
+
+namespace cachegen {
+namespace cuda {
+namespace {
+
+template <class Value>
+Value* at(uintptr_t address) {
+    return reinterpret_cast<Value*>(address);
+}
+
+Launch make_launch(int device, uintptr_t stream, int dtype, uintptr_t planes, int64_t num_planes, int num_tokens,
+                   int max_streams, uintptr_t tables) {
+    return {device,     at<void>(stream), dtype,       at<const PlaneRecord>(planes),
+            num_planes, num_tokens,       max_streams, at<const uint32_t>(tables)};
+}
+
+void raise_problem(const char* problem) {
+    if (problem != nullptr) throw std::runtime_error(problem);
+}
+
+void find_scales(const Launch& launch, uintptr_t bad_tokens) {
+    raise_problem(launch_find_scales(launch, at<uint32_t>(bad_tokens)));
+}
+
+void count_symbols(const Launch& launch, int64_t max_channels, uintptr_t counts) {
+    raise_problem(launch_count_symbols(launch, max_channels, at<uint32_t>(counts)));
+}
+
+void encode(const Launch& launch, uintptr_t slots, uintptr_t streams, uintptr_t statuses) {
+    raise_problem(launch_encode(launch, at<uint8_t>(slots), at<StreamRecord>(streams), at<int32_t>(statuses)));
+}
+
+void compact(const Launch& launch, uintptr_t slots, uintptr_t streams, uintptr_t payload, int64_t payload_bytes) {
+    raise_problem(launch_compact(launch, at<const uint8_t>(slots), at<const StreamRecord>(streams),
+                                 at<uint8_t>(payload), payload_bytes));
+}
+
+void decode(const Launch& launch, uintptr_t payload, int64_t payload_bytes, uintptr_t streams, uintptr_t band_positions,
+            uintptr_t statuses) {
+    raise_problem(launch_decode(launch, at<const uint8_t>(payload), payload_bytes, at<const StreamRecord>(streams),
+                                at<int64_t>(band_positions), at<int32_t>(statuses)));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(torchac_cuda, module) {
+    module.doc() = "CUDA kernels of CacheGen; use them through cachegen.coder.cuda.";
+    module.attr("PLANE_FIELDS") = kPlaneFields;
+    module.attr("STREAM_FIELDS") = kStreamFields;
+
+    py::class_<Launch>(module, "Launch", py::module_local())
+        .def(py::init(&make_launch), py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"),
+             py::arg("planes"), py::arg("num_planes"), py::arg("num_tokens"), py::arg("max_streams"),
+             py::arg("tables"));
+    module.def("find_problem", [](int device) {
+        const char* problem = find_problem(device);
+        return problem == nullptr ? py::object(py::none()) : py::object(py::str(problem));
+    });
+    module.def("slot_bytes", [](int64_t num_tokens, int64_t num_channels, int64_t low_bits, bool has_tables) {
+        return slot_bytes({num_tokens, num_channels}, low_bits, has_tables);
+    });
+    module.def("find_scales", &find_scales, py::arg("launch"), py::arg("bad_tokens"));
+    module.def("count_symbols", &count_symbols, py::arg("launch"), py::arg("max_channels"), py::arg("counts"));
+    module.def("encode", &encode, py::arg("launch"), py::arg("slots"), py::arg("streams"), py::arg("statuses"));
+    module.def("compact", &compact, py::arg("launch"), py::arg("slots"), py::arg("streams"), py::arg("payload"),
+               py::arg("payload_bytes"));
+    module.def("decode", &decode, py::arg("launch"), py::arg("payload"), py::arg("payload_bytes"), py::arg("streams"),
+               py::arg("band_positions"), py::arg("statuses"));
+}
+
+}  // namespace cuda
+}  // namespace cachegen

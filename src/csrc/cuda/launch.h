@@ -1,0 +1,86 @@
+// What the CUDA kernels are given, and the functions that launch them. Plain C++: the bindings need no CUDA header.
+//
+// Every pointer is to device memory, except `stream`, a cudaStream_t. Nothing here allocates, copies or waits: launches
+// go to the caller's stream and return null, or CUDA's words for what went wrong.
+
+#pragma once
+
+#include <cstdint>
+
+#include "quantization.h"
+#include "rans.h"
+#include "stream_layout.h"
+
+namespace cachegen {
+namespace cuda {
+
+// One plane, as a row of an int64 tensor: see cpu/planes.h for what the fields of the same name mean.
+struct PlaneRecord {
+    int64_t values;        // address of token 0
+    int64_t token_stride;  // in elements
+    int64_t head_stride;
+    int64_t num_heads;
+    int64_t head_dim;
+    int64_t scales;  // address of token 0's
+    int64_t num_bins;
+    int64_t low_bits;
+    int64_t tokens_per_stream;
+    int64_t first_stream;  // of the plane, in the chunk's index
+    int64_t first_table;   // of the plane, in the tables and the counts; table c codes channel c
+    int64_t has_band_map;
+    int64_t workspace;  // encoder: bytes from `slots` to its first stream's; decoder: its first entry of band_positions
+};
+constexpr int kPlaneFields = 13;
+static_assert(sizeof(PlaneRecord) == 8 * kPlaneFields, "a record is a row of int64");
+
+// One stream of a chunk, as a row of an int64 tensor.
+struct StreamRecord {
+    int64_t offset;  // bytes from the start of the payload, a multiple of 16
+    int64_t num_bytes;
+    int64_t num_words;
+};
+constexpr int kStreamFields = 3;
+
+// What all launches share. Tables are packed entries (TableEntry), [num_tables][32]; null: coder `packed`.
+struct Launch {
+    int device;
+    void* stream;
+    int dtype;
+    const PlaneRecord* planes;
+    int64_t num_planes;
+    int num_tokens;
+    int max_streams;  // of any plane
+    const uint32_t* tables;
+};
+
+// Scales of all tokens, and the first token of each plane that is not finite; bad_tokens starts as 0xFFFFFFFF.
+const char* launch_find_scales(const Launch& launch, uint32_t* bad_tokens);
+
+// Adds to counts [num_tables][32] how often each channel's high part takes each value.
+const char* launch_count_symbols(const Launch& launch, int64_t max_channels, uint32_t* counts);
+
+// Bytes of the workspace that the encoder needs for a stream: what precedes its words, and a word for every symbol.
+CACHEGEN_HOST_DEVICE inline int64_t slot_bytes(const StreamShape& shape, int64_t low_bits, bool has_tables) {
+    const int64_t num_symbols = shape.num_tokens * shape.num_channels;
+    const StreamParts parts = lay_out_parts(shape, has_tables, false, num_symbols * low_bits);
+    return round_up(parts.words + (has_tables ? 2 * num_symbols : 0), kStreamAlignment);
+}
+
+// Encode all streams, each into its slot; fills num_bytes and num_words of `streams`. A plane's slots lie
+// slot_bytes(of tokens_per_stream tokens) apart.
+const char* launch_encode(const Launch& launch, uint8_t* slots, StreamRecord* streams, int32_t* statuses);
+
+// Move all streams from their slots to their offsets, each padded with zeros to a multiple of 16 bytes.
+const char* launch_compact(const Launch& launch, const uint8_t* slots, const StreamRecord* streams, uint8_t* payload,
+                           int64_t payload_bytes);
+
+// Decode all streams into the planes. band_positions: room for an int64 per row of lanes and band of every plane with
+// band maps.
+const char* launch_decode(const Launch& launch, const uint8_t* payload, int64_t payload_bytes,
+                          const StreamRecord* streams, int64_t* band_positions, int32_t* statuses);
+
+// Null where `device` can run the kernels, or CUDA's words for why not.
+const char* find_problem(int device);
+
+}  // namespace cuda
+}  // namespace cachegen

@@ -1,0 +1,246 @@
+// Decoding and dequantizing: warp = stream, lane = token of a row. The bytes are those of cpu/rans_portable.h.
+
+#pragma once
+
+#include "cuda/planes.cuh"
+
+namespace cachegen {
+namespace cuda {
+
+// A lane's state, and the words that the lanes of its warp take turns in reading.
+struct LaneDecoder {
+    uint32_t state;
+    const uint16_t* words;
+    uint32_t num_words;
+    uint32_t next_word;  // beyond num_words once they have run out
+
+    // Decode one symbol in each live lane, all with one table; returns the high part.
+    __device__ uint32_t decode(const uint32_t* table, bool is_live, uint32_t lower_lanes) {
+        const uint32_t largest = TableEntry::largest_at(slot_of(state));
+        uint32_t symbol = 0;
+        for (uint32_t step = kTableSize / 2; step > 0; step /= 2)
+            if (table[symbol + step] <= largest) symbol += step;
+        const TableEntry entry = TableEntry::unpack(table[symbol]);
+        if (is_live) state = decode_step(state, entry.start, entry.frequency);
+        const bool needs_word = is_live && decode_needs_word(state);
+        const uint32_t needing = __ballot_sync(kAllLanes, needs_word);
+        const uint32_t word = next_word + __popc(needing & lower_lanes);
+        if (needs_word && word < num_words) state = decode_take_word(state, words[word]);
+        next_word += __popc(needing);
+        return symbol;
+    }
+};
+
+// How the low bits and tables of a stream's rows and bands are found.
+struct Bands {
+    const uint8_t* map;        // null: low_bits everywhere, no offsets
+    const int64_t* positions;  // of the low bits of every (row, band) of the map, in bits
+    int low_bits;
+    int num_bands;
+    int num_channels;
+
+    struct Entry {
+        int low_bits;
+        int table_offset;
+        int64_t position;  // of the channel's low bits in this row
+    };
+
+    __device__ Entry at(int row, int channel, int live_lanes) const {
+        if (map == nullptr) {
+            const int64_t before = int64_t{row} * kNumLanes * num_channels + int64_t{channel} * live_lanes;
+            return {low_bits, 0, before * low_bits};
+        }
+        const int64_t index = int64_t{row} * num_bands + channel / kBandChannels;
+        const BandCoding coding = BandCoding::from_byte(map[index]);
+        const int before = channel % kBandChannels * coding.low_bits * live_lanes;
+        return {coding.low_bits, coding.table_offset, positions[index] + before};
+    }
+};
+
+// Find where the low bits of every (row, band) begin, and their number; all lanes of the warp. Returns false where an
+// entry is out of range.
+__device__ inline bool place_bands(const WarpStream& stream, const uint8_t* map, bool has_tables, int64_t* positions,
+                                   int64_t* num_low_bits, int lane) {
+    const int num_bands = static_cast<int>(stream.shape().num_bands());
+    const int num_tables = has_tables ? stream.num_channels : 0;
+    int64_t before = 0;
+    bool in_range = true;
+    for (int row = 0; row < stream.num_rows(); ++row) {
+        const int live_lanes = stream.shape().live_lanes(row);
+        for (int first_band = 0; first_band < num_bands; first_band += kNumLanes) {
+            const int band = first_band + lane;
+            const int64_t index = int64_t{row} * num_bands + band;
+            int64_t num_bits = 0;
+            if (band < num_bands) {
+                const BandCoding coding = BandCoding::from_byte(map[index]);
+                const int first_channel = band * kBandChannels, rest = stream.num_channels - first_channel;
+                const int count = rest < kBandChannels ? rest : kBandChannels;
+                const int first_table = first_channel + coding.table_offset;
+                if (coding.low_bits > kMaxLowBits) in_range = false;
+                if (coding.table_offset != 0 && (first_table < 0 || first_table + count > num_tables)) in_range = false;
+                num_bits = count * coding.low_bits * live_lanes;
+            }
+            int64_t through = num_bits;
+            for (int distance = 1; distance < kNumLanes; distance *= 2) {
+                const int64_t below = __shfl_up_sync(kAllLanes, through, distance);
+                if (lane >= distance) through += below;
+            }
+            if (band < num_bands) positions[index] = before + through - num_bits;
+            before += __shfl_sync(kAllLanes, through, kNumLanes - 1);
+        }
+    }
+    *num_low_bits = before;
+    __syncwarp();  // all lanes read the positions that each has written
+    return __ballot_sync(kAllLanes, !in_range) == 0;
+}
+
+// What a warp needs to decode its stream.
+struct StreamDecoder {
+    LaneDecoder lane_decoder;
+    Bands bands;
+    const uint8_t* low_bits;
+
+    // Take the stream apart, making every check that keeps the warp inside its bytes.
+    __device__ Status open(const PlaneRecord& plane, const WarpStream& stream, bool has_tables, const uint8_t* payload,
+                           int64_t payload_bytes, const StreamRecord& record, int64_t* band_positions, int lane) {
+        if (record.offset < 0 || record.num_bytes < 0 || record.num_bytes > payload_bytes - record.offset)
+            return Status::kTruncated;
+        const StreamShape shape = stream.shape();
+        const uint8_t* bytes = payload + record.offset;
+        bands = {nullptr, nullptr, static_cast<int>(plane.low_bits), static_cast<int>(shape.num_bands()),
+                 stream.num_channels};
+        int64_t num_low_bits = stream.num_symbols() * plane.low_bits;
+        if (plane.has_band_map) {
+            const int64_t map_at = has_tables ? shape.states_bytes() : 0;
+            if (map_at + shape.band_map_bytes() > record.num_bytes) return Status::kTruncated;
+            const int64_t first_row = stream.first_token / kNumLanes;
+            int64_t* positions = band_positions + plane.workspace + first_row * bands.num_bands;
+            bands.map = bytes + map_at;
+            bands.positions = positions;
+            if (!place_bands(stream, bands.map, has_tables, positions, &num_low_bits, lane)) return Status::kBadBandMap;
+        }
+        const StreamParts parts = lay_out_parts(shape, has_tables, plane.has_band_map, num_low_bits);
+        if (record.num_words < 0 || parts.words + 2 * record.num_words != record.num_bytes) return Status::kTruncated;
+        if (!has_tables && record.num_words != 0) return Status::kCorrupt;
+        low_bits = bytes + parts.low_bits;
+        lane_decoder = {kStateLow, reinterpret_cast<const uint16_t*>(bytes + parts.words),
+                        static_cast<uint32_t>(record.num_words), 0};
+        if (has_tables && lane < shape.num_lanes()) lane_decoder.state = reinterpret_cast<const uint32_t*>(bytes)[lane];
+        return Status::kOk;
+    }
+
+    // Whether symbols are nothing but high parts, each with the table of its channel: the short way through a group.
+    __device__ bool has_high_parts_only(bool has_tables) const {
+        return has_tables && bands.map == nullptr && bands.low_bits == 0;
+    }
+
+    // Decode a group's symbols into a warp's staging where they have high parts only. `tables` are those of the group's
+    // first channel and on.
+    __device__ void decode_high_parts(const WarpStream& stream, const Group& group, const uint32_t* tables,
+                                      uint8_t* staged, int lane) {
+        const uint32_t lower_lanes = (1u << lane) - 1;
+        const int last_row = group.first_row + group.num_rows, full_rows = stream.num_tokens / kNumLanes;
+        const int last_full_row = last_row < full_rows ? last_row : full_rows;
+        staged += lane;
+        for (int i = 0; i < group.num_channels; ++i, tables += kTableSize) {
+            for (int row = group.first_row; row < last_full_row; ++row, staged += kNumLanes)
+                *staged = static_cast<uint8_t>(lane_decoder.decode(tables, true, lower_lanes));
+            if (last_full_row == last_row) continue;
+            const bool is_live = full_rows * kNumLanes + lane < stream.num_tokens;
+            *staged = static_cast<uint8_t>(lane_decoder.decode(tables, is_live, lower_lanes));
+            staged += kNumLanes;
+        }
+    }
+
+    // The same for any symbols.
+    __device__ void decode_group(const WarpStream& stream, const Group& group, const uint32_t* tables, bool has_tables,
+                                 uint8_t* staged, int lane) {
+        const uint32_t lower_lanes = (1u << lane) - 1;
+        staged += lane;
+        for (int i = 0; i < group.num_channels; ++i, tables += kTableSize) {
+            const int channel = group.first_channel + i;
+            for (int row = group.first_row; row < group.first_row + group.num_rows; ++row, staged += kNumLanes) {
+                const bool is_live = row * kNumLanes + lane < stream.num_tokens;
+                const int live_lanes = stream.shape().live_lanes(row);
+                const Bands::Entry band = bands.at(row, channel, live_lanes);
+                uint32_t symbol = 0;
+                if (has_tables) {
+                    const uint32_t* table = tables + band.table_offset * kTableSize;
+                    symbol = lane_decoder.decode(table, is_live, lower_lanes) << band.low_bits;
+                }
+                for (int bit = 0; bit < band.low_bits && is_live; ++bit)
+                    symbol |= read_bits(low_bits, band.position + bit * live_lanes + lane, 1) << bit;
+                *staged = static_cast<uint8_t>(symbol);
+            }
+        }
+    }
+
+    // What became of the stream, once all of it is decoded.
+    __device__ Status finish() const {
+        const uint32_t unfinished = __ballot_sync(kAllLanes, lane_decoder.state != kStateLow);
+        if (lane_decoder.next_word > lane_decoder.num_words) return Status::kTruncated;
+        if (lane_decoder.next_word < lane_decoder.num_words || unfinished != 0) return Status::kCorrupt;
+        return Status::kOk;
+    }
+};
+
+// Grid: x = planes, y = blocks of eight streams of a plane, as many as there are or fewer.
+template <class Dtype>
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    decode_kernel(const PlaneRecord* planes, int num_tokens, const uint32_t* tables, const uint8_t* payload,
+                  int64_t payload_bytes, const StreamRecord* streams, int64_t* band_positions, int32_t* statuses) {
+    alignas(16) __shared__ uint32_t staged_tables[kStagedTables * kTableSize];
+    __shared__ float levels[kNumLevels];
+    __shared__ uint8_t staged_symbols[kWarpsPerBlock][kStagedRows * kNumLanes];
+    const int lane = static_cast<int>(threadIdx.x) % kNumLanes, warp = find_warp();
+    const PlaneRecord& plane = planes[blockIdx.x];
+    const bool has_tables = tables != nullptr;
+    const int num_channels = static_cast<int>(plane.num_heads * plane.head_dim);
+    const int zero_symbol = zero_symbol_of(static_cast<int>(plane.num_bins));
+    for (int symbol = static_cast<int>(threadIdx.x); symbol < kNumLevels; symbol += kThreadsPerBlock)
+        levels[symbol] = level_of(symbol, zero_symbol);
+
+    const int num_streams = count_streams(plane, num_tokens);
+    for (int first_stream = static_cast<int>(blockIdx.y) * kWarpsPerBlock; first_stream < num_streams;
+         first_stream += static_cast<int>(gridDim.y) * kWarpsPerBlock) {
+        const WarpStream stream = find_stream(plane, num_tokens, first_stream + warp);
+        const int64_t index = plane.first_stream + stream.index;
+        StreamDecoder decoder;
+        Status status = Status::kOk;
+        if (stream.exists())
+            status =
+                decoder.open(plane, stream, has_tables, payload, payload_bytes, streams[index], band_positions, lane);
+        const bool is_active = stream.exists() && status == Status::kOk;
+        const int num_rows = stream.num_rows(), group_channels = channels_per_group(num_rows);
+        const int margin = plane.has_band_map ? kMaxTableOffset : 0;
+        for (int tile = 0; tile < num_channels; tile += kTileChannels) {
+            const int tile_end = tile + kTileChannels < num_channels ? tile + kTileChannels : num_channels;
+            const int first_table = tile > margin ? tile - margin : 0;
+            const int last_table = tile_end + margin < num_channels ? tile_end + margin : num_channels;
+            __syncthreads();  // nobody reads the tables of the tile before any more
+            if (has_tables)
+                load_tables(staged_tables, tables + plane.first_table * kTableSize, first_table, last_table);
+            __syncthreads();
+            if (!is_active) continue;
+            for (int first = tile; first < tile_end; first += group_channels) {
+                const int count = tile_end - first < group_channels ? tile_end - first : group_channels;
+                for (int row = 0; row < num_rows; row += kStagedRows) {
+                    const Group group{first, count, row, num_rows - row < kStagedRows ? num_rows - row : kStagedRows};
+                    const uint32_t* group_tables = staged_tables + (first - first_table) * kTableSize;
+                    if (decoder.has_high_parts_only(has_tables))
+                        decoder.decode_high_parts(stream, group, group_tables, staged_symbols[warp], lane);
+                    else
+                        decoder.decode_group(stream, group, group_tables, has_tables, staged_symbols[warp], lane);
+                    __syncwarp();  // lanes read what other lanes have staged
+                    write_group<Dtype>(plane, stream, group, staged_symbols[warp], levels, lane);
+                    __syncwarp();  // and are done before it is staged over
+                }
+            }
+        }
+        if (is_active) status = decoder.finish();
+        if (stream.exists() && lane == 0) statuses[index] = static_cast<int32_t>(status);
+    }
+}
+
+}  // namespace cuda
+}  // namespace cachegen

@@ -1,0 +1,22 @@
+// What the kernels need of CUDA's language and runtime, so that the lines of the kernels compile twice: by nvcc, and by
+// g++ under the emulation of tests/emulation, which runs every thread of a block and checks the bytes without a GPU.
+
+#pragma once
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+#define CACHEGEN_LAUNCH(kernel, grid, block, stream, ...) \
+    kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+
+// An address that came as a number could be of any memory, for all nvcc knows.
+#define CACHEGEN_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
+
+#elif defined(CACHEGEN_EMULATION)
+
+#include "simt_emulation.h"
+
+#else
+#error "the kernels are compiled by nvcc, or by g++ with tests/emulation"
+#endif

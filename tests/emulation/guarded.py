@@ -1,0 +1,52 @@
+"""Decode corrupt streams with an emulated module, the payload's end against memory that must not be touched.
+
+A read beyond the payload ends the process with SIGSEGV; otherwise it exits with 0.
+
+usage: python -m tests.emulation.guarded MODULE
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cachegen.coder import cuda
+from cachegen.format import Coder
+from tests.cuda_checks import Shape, check_corrupt_streams, encode_on_cpu
+from tests.emulation import kernels_of
+
+SHAPES = [Shape(33, (1, 1), (9, 8), (32, 64), (32, 64)), Shape(64, (1, 1), (3, 16), (256, 32), (32, 32))]
+_PROT_NONE = 0
+_REGION = mmap.mmap(-1, 64 * mmap.PAGESIZE)
+_ADDRESS = ctypes.addressof(ctypes.c_char.from_buffer(_REGION))
+_USABLE_BYTES = 63 * mmap.PAGESIZE
+
+
+def place_before_the_guard(content: bytes | memoryview, device: torch.device) -> torch.Tensor:
+    """Stand in for the copy to the GPU: the last byte is the last that may be read."""
+    del device
+    whole = torch.frombuffer(_REGION, dtype=torch.uint8, count=_USABLE_BYTES)
+    placed = whole[_USABLE_BYTES - len(content) :]
+    placed.numpy()[:] = np.frombuffer(content, np.uint8)
+    return placed
+
+
+def main(path: Path) -> int:
+    guard = ctypes.c_void_p(_ADDRESS + _USABLE_BYTES)
+    if ctypes.CDLL(None, use_errno=True).mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), _PROT_NONE):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    cuda._to_device = place_before_the_guard
+    kernels = kernels_of(path)
+    for shape in SHAPES:
+        check_corrupt_streams(kernels, encode_on_cpu(shape, torch.float16, Coder.RANS), 150)
+    print("stayed inside")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
