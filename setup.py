@@ -58,6 +58,7 @@ def cuda_extension() -> Extension:
         CUDA_MODULE,
         sorted(glob("src/csrc/cuda/*.cu") + glob("src/csrc/cuda/*.cpp")),
         depends=sorted(glob("src/csrc/*.h") + glob("src/csrc/cuda/*")),
+        optional=True,
     )
 
 
@@ -90,8 +91,7 @@ class BuildNative(build_ext):
                 "or name yours in CXX"
             )
         super().build_extensions()
-        missing = [extension.name for extension in self.extensions if not Path(self.file_of(extension)).exists()]
-        built = [extension.name for extension in self.extensions if extension.name not in missing]
+        built = [extension.name for extension in self.extensions if Path(self.file_of(extension)).exists()]
         print("setup.py: built native modules:", ", ".join(built))
 
     def build_extension(self, ext: Extension) -> None:
@@ -103,6 +103,14 @@ class BuildNative(build_ext):
         if problem is not None:
             Path(self.file_of(ext)).unlink(missing_ok=True)
             print(f"setup.py: {CUDA_MODULE} is NOT built, --device cuda will not work: {problem}")
+
+    def copy_extensions_to_source(self) -> None:
+        """Copy what --inplace has built, and remove an older copy of what it has not."""
+        super().copy_extensions_to_source()
+        folder = Path(self.get_finalized_command("build_py").get_package_dir(""))
+        for extension in self.extensions:
+            if not Path(self.file_of(extension)).exists():
+                (folder / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
 
     def build_cuda(self, ext: Extension) -> str | None:
         """Compile and link `torchac_cuda`; returns why that was not possible."""
@@ -132,12 +140,14 @@ class BuildNative(build_ext):
                 if source.endswith(".cu"):
                     command = [nvcc, *nvcc_flags]
                 else:
-                    command = [*compiler, "-std=c++17", "-fPIC", *COMPILE_FLAGS, *includes]
+                    command = [*compiler, "-std=c++17", "-fPIC", "-g0", *COMPILE_FLAGS, *includes]
                 self.run_command_line([*command, "-c", source, "-o", objects[-1]])
             link = [nvcc, *as_host, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
             self.run_command_line([*link, *objects, "-o", str(target)])
-        except (OSError, subprocess.CalledProcessError) as error:
-            return f"{error}; its messages stand above"
+        except OSError as error:
+            return str(error)
+        except subprocess.CalledProcessError as error:
+            return f"{error.cmd[0]} failed, its messages stand above"
         return None
 
     def run_command_line(self, command: list[str]) -> None:
@@ -146,8 +156,8 @@ class BuildNative(build_ext):
         subprocess.run(command, check=True)
 
     def file_of(self, ext: Extension) -> str:
-        """Return the path of the module that an extension becomes."""
-        return self.get_ext_fullpath(ext.name)
+        """Return where a module is built, before --inplace copies it."""
+        return str(Path(self.build_lib, self.get_ext_filename(ext.name)))
 
 
 setup(ext_modules=[cpu_extension(), cuda_extension()], cmdclass={"build_ext": BuildNative})
