@@ -75,6 +75,7 @@ class Encoded:
     tables: tuple[Any, ...] | None  # arguments of load_tables
     payload: bytes
     streams: list[StreamEntry]
+    coder: Coder
 
     def load_tables(self, kernels) -> Any:
         return kernels.load_tables(*self.tables) if self.tables is not None else None
@@ -82,7 +83,8 @@ class Encoded:
     def decode(self, kernels, payload: bytes | None = None, streams: list[StreamEntry] | None = None) -> KVCache:
         output = allocate_like(self.cache, self.cache.num_tokens, head_major=not self.cache.planes[0].is_contiguous())
         content, entries = payload or self.payload, streams or self.streams
-        kernels.decode(content, entries, self.scales, self.layouts, self.load_tables(kernels), output)
+        tables = self.load_tables(kernels)
+        kernels.decode(content, entries, self.scales, self.layouts, tables, output, coder=self.coder)
         return output
 
 
@@ -100,13 +102,13 @@ def encode_on_cpu(shape: Shape, dtype: torch.dtype, coder: Coder) -> Encoded:
     ]
     scales, counts = cpu.measure(cache, layouts)
     tables = None
-    if coder is Coder.RANS:
+    if coder is not Coder.PACKED:
         classes, first = choose_weight_classes(counts), layouts[0].num_channels
         parts = [pack_tables(classes[:first]), pack_tables(classes[first:])]
         tables = (b"".join(parts), layouts, [len(part) for part in parts])
     native_tables = cpu.load_tables(*tables) if tables is not None else None
-    payload, streams = cpu.encode(cache, scales, layouts, native_tables)
-    return Encoded(cache, layouts, scales, counts, tables, bytes(payload), streams)
+    payload, streams = cpu.encode(cache, scales, layouts, native_tables, coder=coder)
+    return Encoded(cache, layouts, scales, counts, tables, bytes(payload), streams, coder)
 
 
 def check_shape(kernels, shape: Shape, dtype: torch.dtype, coder: Coder) -> None:
@@ -115,7 +117,7 @@ def check_shape(kernels, shape: Shape, dtype: torch.dtype, coder: Coder) -> None
     scales, counts = kernels.measure(expected.cache, expected.layouts)
     assert torch.equal(scales, expected.scales) and np.array_equal(counts, expected.counts)
     tables = expected.load_tables(kernels)
-    payload, streams = kernels.encode(expected.cache, expected.scales, expected.layouts, tables)
+    payload, streams = kernels.encode(expected.cache, expected.scales, expected.layouts, tables, coder=coder)
     assert streams == expected.streams and bytes(payload) == expected.payload
     assert same_bits(expected.decode(kernels), expected.decode(cpu))
     assert same_bits(expected.decode(cpu, bytes(payload), streams), expected.decode(kernels))

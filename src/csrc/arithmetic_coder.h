@@ -32,6 +32,19 @@ CACHEGEN_HOST_DEVICE constexpr int64_t max_code_bytes(int64_t num_symbols) { ret
 
 static_assert(max_code_bytes(kMaxCodeTokens) <= 0xFFFF, "a code's length must fit in 16 bits");
 
+// Where the parts of a stream of codes begin, in bytes from its start: low bits, the channels' lengths, their codes.
+struct CodeParts {
+    int64_t lengths;
+    int64_t codes;
+};
+
+CACHEGEN_HOST_DEVICE inline CodeParts lay_out_codes(const StreamShape& shape, int64_t low_bits) {
+    CodeParts parts;
+    parts.lengths = round_up((shape.num_tokens * shape.num_channels * low_bits + 7) / 8, 4);
+    parts.codes = parts.lengths + round_up(kCodeLengthBytes * shape.num_channels, 4);
+    return parts;
+}
+
 // The number of zero bits above the highest one bit of a number that is not zero.
 CACHEGEN_HOST_DEVICE inline int count_leading_zeros(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
@@ -157,14 +170,15 @@ class ArithmeticDecoder {
         value_ |= take(16);
     }
 
-    // Decode one symbol.
-    CACHEGEN_HOST_DEVICE int decode(const FrequencyTable& table) {
+    // Decode one symbol. The table is a FrequencyTable, or what has its two functions.
+    template <class Table>
+    CACHEGEN_HOST_DEVICE int decode(const Table& table) {
         // The last symbol whose part begins at or before the value: the absent ones' parts are empty.
         const uint32_t offset = value_ - interval_.low;
         int symbol = 0;
         for (int step = kTableSize / 2; step > 0; step /= 2)
-            symbol += interval_.offset_of(table.start[symbol + step]) <= offset ? step : 0;
-        interval_.narrow(table.start[symbol], table.frequency[symbol]);
+            symbol += interval_.offset_of(table.start_of(symbol + step)) <= offset ? step : 0;
+        interval_.narrow(table.start_of(symbol), table.frequency_of(symbol));
         const int num_shared = interval_.num_shared_bits();
         interval_.drop_shared_bits(num_shared);
         const int num_straddling = interval_.num_straddling_bits();

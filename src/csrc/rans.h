@@ -48,6 +48,9 @@ enum class Status : int32_t {
 struct alignas(64) FrequencyTable {
     uint16_t start[kTableSize];
     uint16_t frequency[kTableSize];
+
+    CACHEGEN_HOST_DEVICE uint32_t start_of(int symbol) const { return start[symbol]; }
+    CACHEGEN_HOST_DEVICE uint32_t frequency_of(int symbol) const { return frequency[symbol]; }
 };
 
 // One symbol of a table in 32 bits, as the CUDA kernels keep tables: entries order like their starts.

@@ -23,7 +23,8 @@ def main(path: Path) -> int:
     for is_reversed in (False, True):
         reverse_threads(path, is_reversed)
         try:
-            check_shape(kernels, SHAPE, torch.float16, Coder.RANS)
+            for coder in Coder:
+                check_shape(kernels, SHAPE, torch.float16, coder)
         except (AssertionError, CacheGenError, RuntimeError, ValueError) as error:
             print(f"differs: {type(error).__name__} {error}".splitlines()[0])
             return 1

@@ -43,7 +43,8 @@ def main(path: Path) -> int:
     cuda._to_device = place_before_the_guard
     kernels = kernels_of(path)
     for shape in SHAPES:
-        check_corrupt_streams(kernels, encode_on_cpu(shape, torch.float16, Coder.RANS), 150)
+        for coder in (Coder.RANS, Coder.AC):
+            check_corrupt_streams(kernels, encode_on_cpu(shape, torch.float16, coder), 150)
     print("stayed inside")
     return 0
 

@@ -195,6 +195,7 @@ Value __shfl_xor_sync(uint32_t, Value value, int distance) {
 }
 
 inline void atomicAdd(uint32_t* target, uint32_t value) { *target += value; }
+inline void atomicMax(uint32_t* target, uint32_t value) { *target = value > *target ? value : *target; }
 inline void atomicMin(uint32_t* target, uint32_t value) { *target = value < *target ? value : *target; }
 
 // The runtime: one device, and errors that are the emulation's.

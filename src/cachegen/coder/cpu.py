@@ -185,6 +185,16 @@ def _index_array(streams: Sequence[StreamEntry]) -> NDArray[np.uint32]:
     return np.array(streams, dtype=np.uint32).reshape(len(streams), 3)
 
 
+def check_arithmetic_planes(planes: Sequence[PlaneLayout]) -> None:
+    """Refuse streams that coder `ac` does not code.
+
+    Raises:
+        ValueError: a plane has too long streams, or band maps.
+    """
+    if any(plane.tokens_per_stream > MAX_CODE_TOKENS or plane.band_mode for plane in planes):
+        raise ValueError(f"coder ac takes at most {MAX_CODE_TOKENS} tokens per stream and no band maps")
+
+
 def _native_planes(
     cache: KVCache,
     scales: torch.Tensor,
@@ -204,6 +214,8 @@ def _native_planes(
     num_tables = sum(plane.num_channels for plane in planes)
     if tables is not None and tables.num_tables != num_tables:
         raise ValueError(f"`tables` must hold {num_tables} tables, got {tables.num_tables}")
+    if coder is Coder.AC:
+        check_arithmetic_planes(planes)
     native_planes, first_table = [], 0
     for index, (values, plane) in enumerate(zip(cache.planes, planes, strict=True)):
         shape = [cache.num_tokens, plane.num_kv_heads, plane.head_dim]
@@ -214,8 +226,6 @@ def _native_planes(
             raise ValueError(f"`low_bits` of plane {index} must fit {plane.num_bins} bins, got {plane.low_bits}")
         if plane.tokens_per_stream < 0 or plane.tokens_per_stream % LANES:
             raise ValueError(f"`tokens_per_stream` must be a multiple of {LANES}, got {plane.tokens_per_stream}")
-        if coder is Coder.AC and (plane.tokens_per_stream > MAX_CODE_TOKENS or plane.band_mode):
-            raise ValueError(f"coder ac takes at most {MAX_CODE_TOKENS} tokens per stream and no band maps")
         native_planes.append(
             _native.Plane(
                 values=values.data_ptr(),

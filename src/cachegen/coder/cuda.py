@@ -168,9 +168,9 @@ class CudaKernels:
         Args:
             cache: on one GPU, or on the CPU: the chunk is then brought over.
             scales: on any device.
-            coder: None: `rans` with tables, `packed` without; of these two are the kernels.
+            coder: None: `rans` with tables, `packed` without.
         """
-        _check_coder(coder, tables)
+        is_ac = _check_coder(coder, planes, tables)
         layouts = _check(cache, planes, scales, tables)
         devices = {values.device for values in cache.planes if values.device.type != "cpu"} or {self._device}
         if len(devices) > 1:
@@ -188,7 +188,10 @@ class CudaKernels:
                 records.append(_record(device_planes[index], device_scales[index], plane, *places))
                 plane_streams = -(-cache.num_tokens // plane.tokens_per_stream)
                 shape = (plane.tokens_per_stream, plane.num_channels, plane.low_bits)
-                slot_bytes = self._module.slot_bytes(*shape, tables is not None)
+                if is_ac:
+                    slot_bytes = self._module.code_slot_bytes(*shape)
+                else:
+                    slot_bytes = self._module.slot_bytes(*shape, tables is not None)
                 if slot_bytes > _MAX_STREAM_BYTES:
                     raise ValueError(f"`tokens_per_stream` of plane {index} must give streams below 4 GiB")
                 num_streams += plane_streams
@@ -199,7 +202,8 @@ class CudaKernels:
             slots = torch.empty(num_slot_bytes, dtype=torch.uint8, device=device)
             rows = _pack_records(records, device)
             launch = self._launch(device, rows, cache, layouts, packed)
-            self._module.encode(launch, slots.data_ptr(), streams.data_ptr(), statuses.data_ptr())
+            start_encoding = self._module.encode_codes if is_ac else self._module.encode
+            start_encoding(launch, slots.data_ptr(), streams.data_ptr(), statuses.data_ptr())
             failed, status = _first_failure(statuses)
             if failed >= 0:
                 raise cpu.encode_error(failed, status)
@@ -207,7 +211,8 @@ class CudaKernels:
             ends = padded.cumsum(0)
             streams[:, 0] = ends - padded
             payload = torch.empty(int(ends[-1].item()), dtype=torch.uint8, device=device)
-            self._module.compact(launch, slots.data_ptr(), streams.data_ptr(), payload.data_ptr(), payload.numel())
+            compact = self._module.compact_codes if is_ac else self._module.compact
+            compact(launch, slots.data_ptr(), streams.data_ptr(), payload.data_ptr(), payload.numel())
             content = payload.cpu().numpy().data
             lengths = streams[:, 1:].tolist()
         unchecked = [StreamEntry(num_bytes, num_words, 0) for num_bytes, num_words in lengths]
@@ -234,7 +239,7 @@ class CudaKernels:
             coder: as in `encode`.
         """
         del num_threads
-        _check_coder(coder, tables)
+        is_ac = _check_coder(coder, planes, tables)
         layouts = _check(output, planes, scales, tables)
         num_streams = sum(-(-output.num_tokens // plane.tokens_per_stream) for plane in layouts)
         if len(streams) != num_streams:
@@ -250,7 +255,8 @@ class CudaKernels:
             if device.type != self._device.type:
                 raise ValueError(f"`output` must be on a {self._device.type} device, got {device}")
             with _on(device):
-                all_statuses.append(self._start_decoding(device, payload, stream_rows, scales, layouts, tables, output))
+                started = self._start_decoding(device, payload, stream_rows, scales, layouts, tables, output, is_ac)
+                all_statuses.append(started)
         for statuses in all_statuses:
             failed, status = _first_failure(statuses)
             if failed >= 0:
@@ -265,6 +271,7 @@ class CudaKernels:
         layouts: Sequence[PlaneLayout],
         tables: Tables | None,
         output: KVCache,
+        is_ac: bool,
     ) -> torch.Tensor:
         """Launch the decoding of the planes on one device; returns the statuses to come, zero for other planes'."""
         device_scales = scales.to(device).contiguous()
@@ -284,8 +291,11 @@ class CudaKernels:
         statuses = torch.zeros(len(stream_rows), dtype=torch.int32, device=device)
         rows = _pack_records(records, device)
         launch = self._launch(device, rows, output, layouts, packed)
-        arguments = (content.data_ptr(), len(payload), streams.data_ptr(), band_positions.data_ptr())
-        self._module.decode(launch, *arguments, statuses.data_ptr())
+        arguments = (content.data_ptr(), len(payload), streams.data_ptr())
+        if is_ac:
+            self._module.decode_codes(launch, *arguments, statuses.data_ptr())
+        else:
+            self._module.decode(launch, *arguments, band_positions.data_ptr(), statuses.data_ptr())
         return statuses
 
     def _launch(
@@ -309,11 +319,13 @@ class CudaKernels:
         )
 
 
-def _check_coder(coder: Coder | None, tables: Tables | None) -> None:
-    if coder not in (None, Coder.RANS, Coder.PACKED):
-        raise BackendUnavailableError(f"coder {coder.name.lower()} has no CUDA kernels yet: use --device cpu")
+def _check_coder(coder: Coder | None, planes: Sequence[PlaneLayout], tables: Tables | None) -> bool:
+    """Check that tables and streams go with the coder; returns whether it is `ac`."""
     if coder is not None and (coder is Coder.PACKED) != (tables is None):
         raise ValueError(f"`tables` must go with the coder, got {'none' if tables is None else 'some'} with {coder!r}")
+    if coder is Coder.AC:
+        cpu.check_arithmetic_planes(planes)
+    return coder is Coder.AC
 
 
 def _check(

@@ -74,11 +74,10 @@ bool decode_channels(const uint8_t* code, const uint8_t* lengths, const Frequenc
 template <class Sink>
 Status decode_arithmetic_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words, const StreamShape& shape,
                                 const PlaneCoding& coding, StreamWorkspace& workspace, Sink&& sink) {
-    const int64_t num_low_bits = shape.num_tokens * shape.num_channels * coding.low_bits;
-    const int64_t lengths_at = round_up((num_low_bits + 7) / 8, 4);
-    int64_t end = lengths_at + round_up(kCodeLengthBytes * shape.num_channels, 4);
+    const CodeParts parts = lay_out_codes(shape, coding.low_bits);
+    int64_t end = parts.codes;
     if (end > num_bytes) return Status::kTruncated;
-    const uint8_t* length = bytes + lengths_at;
+    const uint8_t* length = bytes + parts.lengths;
     const uint8_t* code = bytes + end;
     for (int64_t channel = 0; channel < shape.num_channels; ++channel)
         end += load_u16(length + kCodeLengthBytes * channel);
@@ -104,7 +103,7 @@ Status decode_arithmetic_stream(const uint8_t* bytes, int64_t num_bytes, uint32_
         sink(first, num_channels, tile, symbol_stride);
     };
     const Status status =
-        decode_stream(bytes, lengths_at, 0, shape, low_bits_coding(coding), workspace, add_high_parts);
+        decode_stream(bytes, parts.lengths, 0, shape, low_bits_coding(coding), workspace, add_high_parts);
     if (status != Status::kOk) return status;
     return is_at_end ? Status::kOk : Status::kCorrupt;
 }

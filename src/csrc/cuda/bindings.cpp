@@ -55,6 +55,21 @@ void decode(const Launch& launch, uintptr_t payload, int64_t payload_bytes, uint
                                 at<int64_t>(band_positions), at<int32_t>(statuses)));
 }
 
+void encode_codes(const Launch& launch, uintptr_t slots, uintptr_t streams, uintptr_t statuses) {
+    raise_problem(launch_encode_codes(launch, at<uint8_t>(slots), at<StreamRecord>(streams), at<int32_t>(statuses)));
+}
+
+void compact_codes(const Launch& launch, uintptr_t slots, uintptr_t streams, uintptr_t payload, int64_t payload_bytes) {
+    raise_problem(launch_compact_codes(launch, at<const uint8_t>(slots), at<const StreamRecord>(streams),
+                                       at<uint8_t>(payload), payload_bytes));
+}
+
+void decode_codes(const Launch& launch, uintptr_t payload, int64_t payload_bytes, uintptr_t streams,
+                  uintptr_t statuses) {
+    raise_problem(launch_decode_codes(launch, at<const uint8_t>(payload), payload_bytes,
+                                      at<const StreamRecord>(streams), at<int32_t>(statuses)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(torchac_cuda, module) {
@@ -80,6 +95,15 @@ PYBIND11_MODULE(torchac_cuda, module) {
                py::arg("payload_bytes"));
     module.def("decode", &decode, py::arg("launch"), py::arg("payload"), py::arg("payload_bytes"), py::arg("streams"),
                py::arg("band_positions"), py::arg("statuses"));
+    module.def("code_slot_bytes", [](int64_t num_tokens, int64_t num_channels, int64_t low_bits) {
+        return code_slot_bytes({num_tokens, num_channels}, low_bits);
+    });
+    module.def("encode_codes", &encode_codes, py::arg("launch"), py::arg("slots"), py::arg("streams"),
+               py::arg("statuses"));
+    module.def("compact_codes", &compact_codes, py::arg("launch"), py::arg("slots"), py::arg("streams"),
+               py::arg("payload"), py::arg("payload_bytes"));
+    module.def("decode_codes", &decode_codes, py::arg("launch"), py::arg("payload"), py::arg("payload_bytes"),
+               py::arg("streams"), py::arg("statuses"));
 }
 
 }  // namespace cuda

@@ -1,6 +1,7 @@
 // The launches of launch.h: grids from sizes, and one instance of each kernel per dtype. Compiled by nvcc into
 // torchac_cuda, and by g++ under the emulation of the tests.
 
+#include "cuda/arithmetic.cuh"
 #include "cuda/launch.h"
 #include "cuda/measure.cuh"
 #include "cuda/rans_decode.cuh"
@@ -99,6 +100,32 @@ const char* launch_decode(const Launch& launch, const uint8_t* payload, int64_t 
     return launch_for_dtype(launch, [&](auto tag) {
         CACHEGEN_LAUNCH(decode_kernel<decltype(tag)>, grid, kThreadsPerBlock, launch.stream, launch.planes,
                         launch.num_tokens, launch.tables, payload, payload_bytes, streams, band_positions, statuses);
+    });
+}
+
+const char* launch_encode_codes(const Launch& launch, uint8_t* slots, StreamRecord* streams, int32_t* statuses) {
+    const dim3 grid = make_grid(launch.num_planes, launch.max_streams);
+    return launch_for_dtype(launch, [&](auto tag) {
+        CACHEGEN_LAUNCH(encode_codes_kernel<decltype(tag)>, grid, kThreadsPerBlock, launch.stream, launch.planes,
+                        launch.num_tokens, launch.tables, slots, streams, statuses);
+    });
+}
+
+const char* launch_compact_codes(const Launch& launch, const uint8_t* slots, const StreamRecord* streams,
+                                 uint8_t* payload, int64_t payload_bytes) {
+    const dim3 grid = make_grid(launch.num_planes, launch.max_streams);
+    return launch_for_dtype(launch, [&](auto) {
+        CACHEGEN_LAUNCH(compact_codes_kernel, grid, kThreadsPerBlock, launch.stream, launch.planes, launch.num_tokens,
+                        slots, streams, payload, payload_bytes);
+    });
+}
+
+const char* launch_decode_codes(const Launch& launch, const uint8_t* payload, int64_t payload_bytes,
+                                const StreamRecord* streams, int32_t* statuses) {
+    const dim3 grid = make_grid(launch.num_planes, launch.max_streams);
+    return launch_for_dtype(launch, [&](auto tag) {
+        CACHEGEN_LAUNCH(decode_codes_kernel<decltype(tag)>, grid, kThreadsPerBlock, launch.stream, launch.planes,
+                        launch.num_tokens, launch.tables, payload, payload_bytes, streams, statuses);
     });
 }
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "arithmetic_coder.h"
 #include "quantization.h"
 #include "rans.h"
 #include "stream_layout.h"
@@ -78,6 +79,17 @@ const char* launch_compact(const Launch& launch, const uint8_t* slots, const Str
 // band maps.
 const char* launch_decode(const Launch& launch, const uint8_t* payload, int64_t payload_bytes,
                           const StreamRecord* streams, int64_t* band_positions, int32_t* statuses);
+
+// The same of coder `ac`, whose streams have at most kMaxCodeTokens tokens; statuses start as zero.
+CACHEGEN_HOST_DEVICE inline int64_t code_slot_bytes(const StreamShape& shape, int64_t low_bits) {
+    const int64_t codes = shape.num_channels * max_code_bytes(shape.num_tokens);
+    return round_up(lay_out_codes(shape, low_bits).codes + codes, kStreamAlignment);
+}
+const char* launch_encode_codes(const Launch& launch, uint8_t* slots, StreamRecord* streams, int32_t* statuses);
+const char* launch_compact_codes(const Launch& launch, const uint8_t* slots, const StreamRecord* streams,
+                                 uint8_t* payload, int64_t payload_bytes);
+const char* launch_decode_codes(const Launch& launch, const uint8_t* payload, int64_t payload_bytes,
+                                const StreamRecord* streams, int32_t* statuses);
 
 // Null where `device` can run the kernels, or CUDA's words for why not.
 const char* find_problem(int device);
