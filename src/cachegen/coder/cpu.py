@@ -31,6 +31,13 @@ except ImportError as error:
 DTYPES = {torch.float16: Dtype.FLOAT16, torch.bfloat16: Dtype.BFLOAT16, torch.float32: Dtype.FLOAT32}
 Tables: TypeAlias = _native.TableSet
 
+# Of the kernels: all give the same bytes and values, so only tests and benchmarks name one.
+_PATHS = {
+    "portable": _native.CpuPath.PORTABLE,
+    "avx2": _native.CpuPath.AVX2,
+    "avx512": _native.CpuPath.AVX512,
+}
+
 _PROBLEMS = {
     _native.Status.TRUNCATED: "the stream is not whole",
     _native.Status.CORRUPT: "the lanes do not end in the start state",
@@ -41,6 +48,11 @@ _PROBLEMS = {
 def default_num_threads() -> int:
     """Return the number of processors this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def supported_paths() -> tuple[str, ...]:
+    """Return the names of the kernels that this processor runs: "portable", "avx2", "avx512"."""
+    return tuple(name for name, path in _PATHS.items() if _native.supports(path))
 
 
 def load_tables(
@@ -125,6 +137,7 @@ def decode(
     tables: Tables | None,
     output: KVCache,
     num_threads: int = 1,
+    path: str | None = None,
 ) -> None:
     """Decode and dequantize the tokens of a chunk.
 
@@ -133,8 +146,10 @@ def decode(
         scales: `[num_planes, num_tokens]`.
         tables: None for coder `packed`.
         output: where the tokens go, on the CPU, any strides with contiguous head dims.
+        path: one of `supported_paths()`; None: the fastest of them.
 
     Raises:
+        BackendUnavailableError: this processor does not run `path`.
         BitstreamError: a stream is corrupt; `output` then holds no usable values.
     """
     native_planes = _native_planes(output, scales, planes, tables)
@@ -145,6 +160,7 @@ def decode(
         np.frombuffer(payload, np.uint8),
         _index_array(streams),
         num_threads,
+        _native_path(path),
     )
     if failed >= 0:
         raise BitstreamError(_PROBLEMS[_native.Status(status)], field=f"stream {failed}")
@@ -160,6 +176,18 @@ def checksum_streams(
 def crc32c(content: bytes | bytearray | memoryview) -> int:
     """Return the CRC-32C of bytes."""
     return _native.crc32c(content)
+
+
+def _native_path(path: str | None) -> _native.CpuPath:
+    if path is None:
+        return _native.best_path()
+    if path not in _PATHS:
+        raise ValueError(f"`path` must be one of {', '.join(_PATHS)}, got {path!r}")
+    if path not in supported_paths():
+        raise BackendUnavailableError(
+            f"this processor does not run the kernels for {path}; it runs {', '.join(supported_paths())}"
+        )
+    return _PATHS[path]
 
 
 def _index_array(streams: Sequence[StreamEntry]) -> NDArray[np.uint32]:

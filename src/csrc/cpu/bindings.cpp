@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/cpu_path.h"
+#include "cpu/decode_planes.h"
 #include "cpu/planes.h"
 #include "crc32c.h"
 #include "frequency_tables.h"
@@ -65,6 +67,7 @@ class TableSet {
                 start += frequency;
             }
             if (start != kFrequencyTotal) throw py::value_error("the frequencies of a table must sum to 4096");
+            set.traits_[index] = traits_of(set.tables_[index]);
         }
         return set;
     }
@@ -94,6 +97,8 @@ class TableSet {
             parallel_for(static_cast<int64_t>(num_planes), num_threads, [&](int64_t plane, int) {
                 good[plane] = read_tables(data + offsets[plane], plane_bytes[plane], plane_channels[plane],
                                           alphabet_sizes[plane], &set.tables_[first_tables[plane]]);
+                for (int64_t index = first_tables[plane]; index < first_tables[plane + 1]; ++index)
+                    set.traits_[index] = traits_of(set.tables_[index]);
             });
         }
         for (size_t plane = 0; plane < num_planes; ++plane)
@@ -103,6 +108,7 @@ class TableSet {
 
     int64_t num_tables() const { return static_cast<int64_t>(tables_.size()); }
     const FrequencyTable* data() const { return tables_.data(); }
+    const uint8_t* traits() const { return traits_.data(); }
 
     py::array_t<uint16_t> frequencies() const {
         py::array_t<uint16_t> result({num_tables(), int64_t{kTableSize}});
@@ -112,8 +118,9 @@ class TableSet {
     }
 
   private:
-    explicit TableSet(int64_t num_tables) : tables_(num_tables) {}
+    explicit TableSet(int64_t num_tables) : tables_(num_tables), traits_(num_tables) {}
     std::vector<FrequencyTable> tables_;
+    std::vector<uint8_t> traits_;  // of each table, see TableTraits
 };
 
 // Point a plane at its tables; null tables mean coder `packed`. The caller keeps the set and the arrays alive.
@@ -126,7 +133,12 @@ void set_tables(Plane& plane, const TableSet* tables, int64_t first_table, int64
     if (first_table < 0 || num_tables < plane.num_channels() || first_table + num_tables > tables->num_tables())
         throw py::value_error("the plane's tables lie outside the table set");
     plane.coding.tables = tables->data() + first_table;
+    plane.coding.table_traits = tables->traits() + first_table;
     plane.coding.num_tables = num_tables;
+}
+
+void require_supported(CpuPath path) {
+    if (!supports(path)) throw py::value_error("this processor does not support the path");
 }
 
 struct StreamFailure {
@@ -201,7 +213,8 @@ py::tuple encode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens
 // Decode all planes from a payload, which must hold the streams of `index` at multiples of 16 bytes.
 // Returns (failed stream, status).
 py::tuple decode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, Bytes payload,
-                 py::array_t<uint32_t, py::array::c_style> index, int num_threads) {
+                 py::array_t<uint32_t, py::array::c_style> index, int num_threads, CpuPath path) {
+    require_supported(path);
     std::vector<StreamRef> streams = list_streams(planes, num_tokens);
     const int64_t num_streams = static_cast<int64_t>(streams.size());
     if (index.ndim() != 2 || index.shape(0) != num_streams || index.shape(1) != 3)
@@ -218,13 +231,9 @@ py::tuple decode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens
     {
         const uint8_t* bytes = payload.data();
         py::gil_scoped_release release;
-        std::vector<StreamWorkspace> workspaces(std::max(num_threads, 1));
-        std::vector<std::vector<float>> levels(workspaces.size());
         with_dtype(dtype, [&](auto tag) {
-            parallel_for(num_streams, num_threads, [&](int64_t i, int worker) {
-                statuses[i] = decode_plane_stream<decltype(tag)>(planes[streams[i].plane], streams[i], bytes,
-                                                                 workspaces[worker], levels[worker]);
-            });
+            decode_planes<decltype(tag)>(planes, streams, num_tokens, bytes, payload.size(), path, num_threads,
+                                         statuses);
         });
     }
     const StreamFailure failure = first_failure(statuses);
@@ -326,6 +335,13 @@ PYBIND11_MODULE(_native, module) {
         .value("NOT_FINITE", Status::kNotFinite)
         .value("BAD_BAND_MAP", Status::kBadBandMap);
 
+    py::enum_<CpuPath>(module, "CpuPath")
+        .value("PORTABLE", CpuPath::kPortable)
+        .value("AVX2", CpuPath::kAvx2)
+        .value("AVX512", CpuPath::kAvx512);
+    module.def("supports", &supports, py::arg("path"));
+    module.def("best_path", &best_path);
+
     py::class_<TableSet>(module, "TableSet")
         .def_static("from_frequencies", &TableSet::from_frequencies, py::arg("frequencies"))
         .def_static("parse", &TableSet::parse, py::arg("bytes"), py::arg("plane_bytes"), py::arg("plane_channels"),
@@ -359,7 +375,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("measure", &measure, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"));
     module.def("encode", &encode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"));
     module.def("decode", &decode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"),
-               py::arg("payload").noconvert(), py::arg("index"), py::arg("num_threads"));
+               py::arg("payload").noconvert(), py::arg("index"), py::arg("num_threads"), py::arg("path"));
     module.def("checksum_streams", &checksum_streams, py::arg("payload").noconvert(), py::arg("index"),
                py::arg("num_threads"));
     module.def("encode_symbols", &encode_symbols, py::arg("symbols"), py::arg("tables"), py::arg("low_bits"),

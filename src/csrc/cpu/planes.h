@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/cpu_path.h"
 #include "cpu/parallel.h"
 #include "cpu/rans_portable.h"
 #include "quantization.h"

@@ -18,6 +18,7 @@ namespace cachegen {
 // How the streams of a plane are coded.
 struct PlaneCoding {
     const FrequencyTable* tables = nullptr;  // null: coder `packed`
+    const uint8_t* table_traits = nullptr;   // per table, see TableTraits; the vector kernels want them
     int64_t num_tables = 0;
     const uint16_t* table_indices = nullptr;  // per channel; null: table c codes channel c
     int low_bits = 0;                         // of all symbols, where there is no band map
