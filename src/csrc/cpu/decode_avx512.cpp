@@ -23,13 +23,6 @@
 namespace cachegen::avx512 {
 namespace {
 
-// The states of a batch's streams and where their next words are.
-struct Lanes {
-    __m512i low[kMaxBatch];
-    __m512i high[kMaxBatch];
-    const uint8_t* word[kMaxBatch];
-};
-
 CACHEGEN_AVX512_INLINE __m512i low_words(__m512i first, __m512i second) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(first)), _mm512_cvtepi32_epi16(second), 1);
 }
@@ -43,85 +36,97 @@ CACHEGEN_AVX512 void load_states(const uint8_t* bytes, int num_lanes, __m512i* l
     *high = low_words(_mm512_srli_epi32(first, 16), _mm512_srli_epi32(second, 16));
 }
 
-// The last symbol whose start is at most the slot: a binary search with one table lookup per step. Loads that begin
-// within `start` may end within `frequency`, but no lane looks there.
-template <bool kWide>
-CACHEGEN_AVX512_INLINE __m512i find_symbols(__m512i slots, const FrequencyTable& table) {
-    const uint16_t* starts = table.start;
-    __m512i symbols;
-    __mmask32 is_above;
-    if (kWide) {
-        is_above = _mm512_cmpge_epu16_mask(slots, _mm512_permutexvar_epi16(_mm512_set1_epi16(16), _mm512_load_si512(starts)));
-        symbols = _mm512_maskz_mov_epi16(is_above, _mm512_set1_epi16(16));
-        is_above = _mm512_cmpge_epu16_mask(slots, _mm512_permutexvar_epi16(symbols, _mm512_loadu_si512(starts + 8)));
-        symbols = _mm512_mask_add_epi16(symbols, is_above, symbols, _mm512_set1_epi16(8));
-    } else {
-        is_above = _mm512_cmpge_epu16_mask(slots, _mm512_permutexvar_epi16(_mm512_set1_epi16(8), _mm512_load_si512(starts)));
-        symbols = _mm512_maskz_mov_epi16(is_above, _mm512_set1_epi16(8));
-    }
-    is_above = _mm512_cmpge_epu16_mask(slots, _mm512_permutexvar_epi16(symbols, _mm512_loadu_si512(starts + 4)));
-    symbols = _mm512_mask_add_epi16(symbols, is_above, symbols, _mm512_set1_epi16(4));
-    is_above = _mm512_cmpge_epu16_mask(slots, _mm512_permutexvar_epi16(symbols, _mm512_loadu_si512(starts + 2)));
-    symbols = _mm512_mask_add_epi16(symbols, is_above, symbols, _mm512_set1_epi16(2));
-    is_above = _mm512_cmpge_epu16_mask(slots, _mm512_permutexvar_epi16(symbols, _mm512_loadu_si512(starts + 1)));
-    return _mm512_mask_add_epi16(symbols, is_above, symbols, _mm512_set1_epi16(1));
+// One step of a binary search in several streams: add kStep to the symbols whose successor by kStep starts at or below
+// the slot. Loads that begin within `start` may end within `frequency`, but no lane looks there.
+template <int kCount, int kStep>
+CACHEGEN_AVX512_INLINE void search_step(const FrequencyTable* const tables[kCount], const __m512i slots[kCount],
+                                        __m512i symbols[kCount]) {
+    __m512i starts[kCount];
+    __mmask32 is_above[kCount];
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s)
+        starts[s] = _mm512_permutexvar_epi16(symbols[s], _mm512_loadu_si512(tables[s]->start + kStep));
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) is_above[s] = _mm512_cmpge_epu16_mask(slots[s], starts[s]);
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s)
+        symbols[s] = _mm512_mask_add_epi16(symbols[s], is_above[s], symbols[s], _mm512_set1_epi16(kStep));
 }
 
-// One full row of several streams, none of whose tables has a single symbol, with 64 readable bytes at every `word`.
+// The last symbol whose start is at most the slot.
 template <int kCount, bool kWide>
-CACHEGEN_AVX512_INLINE void decode_rows(const FrequencyTable* const tables[kCount], __m512i low[kCount],
-                                        __m512i high[kCount], const uint8_t* word[kCount], __m512i symbols[kCount]) {
-    const __m512i slot_mask = _mm512_set1_epi16(kFrequencyTotal - 1);
+CACHEGEN_AVX512_INLINE void find_symbols(const FrequencyTable* const tables[kCount], const __m512i slots[kCount],
+                                         __m512i symbols[kCount]) {
+    constexpr int kFirst = kWide ? 16 : 8;
+    const __m512i first = _mm512_set1_epi16(kFirst);
 #pragma GCC unroll 8
     for (int s = 0; s < kCount; ++s) {
-        const __m512i slots = _mm512_and_si512(low[s], slot_mask);
-        symbols[s] = find_symbols<kWide>(slots, *tables[s]);
-        const __m512i frequency = _mm512_permutexvar_epi16(symbols[s], _mm512_load_si512(tables[s]->frequency));
-        const __m512i start = _mm512_permutexvar_epi16(symbols[s], _mm512_load_si512(tables[s]->start));
-        const __m512i scaled = _mm512_slli_epi16(frequency, 4);
-        const __m512i rest = _mm512_add_epi16(_mm512_mullo_epi16(frequency, _mm512_srli_epi16(low[s], 12)),
-                                              _mm512_sub_epi16(slots, start));
-        const __m512i next_low = _mm512_add_epi16(_mm512_mullo_epi16(scaled, high[s]), rest);
-        const __mmask32 carries = _mm512_cmplt_epu16_mask(next_low, rest);
-        __m512i next_high = _mm512_mulhi_epu16(scaled, high[s]);
-        next_high = _mm512_mask_sub_epi16(next_high, carries, next_high, _mm512_set1_epi16(-1));
-        const __mmask32 needs_word = _mm512_testn_epi16_mask(next_high, next_high);
-        high[s] = _mm512_mask_mov_epi16(next_high, needs_word, next_low);
-        low[s] = _mm512_mask_expand_epi16(next_low, needs_word, _mm512_loadu_si512(word[s]));
-        word[s] += 2 * _mm_popcnt_u32(needs_word);
+        const __m512i starts = _mm512_permutexvar_epi16(first, _mm512_load_si512(tables[s]->start));
+        symbols[s] = _mm512_maskz_mov_epi16(_mm512_cmpge_epu16_mask(slots[s], starts), first);
     }
+    if (kWide) search_step<kCount, 8>(tables, slots, symbols);
+    search_step<kCount, 4>(tables, slots, symbols);
+    search_step<kCount, 2>(tables, slots, symbols);
+    search_step<kCount, 1>(tables, slots, symbols);
 }
 
-// One row of one stream, whatever it is: some lanes may be dead, tables may have a single symbol, words may run out.
-// Words that are not there read as zero; the pointer moves on, which the end check sees.
-CACHEGEN_AVX512 __m512i decode_any_row(const FrequencyTable& table, __mmask32 live, const uint8_t* words_end,
-                                       __m512i* low, __m512i* high, const uint8_t** word) {
-    const __m512i slots = _mm512_and_si512(*low, _mm512_set1_epi16(kFrequencyTotal - 1));
-    const __m512i symbols = find_symbols<true>(slots, table);
-    const __m512i frequency = _mm512_permutexvar_epi16(symbols, _mm512_load_si512(table.frequency));
-    const __m512i start = _mm512_permutexvar_epi16(symbols, _mm512_load_si512(table.start));
-    const __m512i scaled = _mm512_slli_epi16(frequency, 4);
-    const __m512i rest = _mm512_add_epi16(_mm512_mullo_epi16(frequency, _mm512_srli_epi16(*low, 12)),
-                                          _mm512_sub_epi16(slots, start));
-    __m512i next_low = _mm512_add_epi16(_mm512_mullo_epi16(scaled, *high), rest);
-    const __mmask32 carries = _mm512_cmplt_epu16_mask(next_low, rest);
-    __m512i next_high = _mm512_mulhi_epu16(scaled, *high);
-    next_high = _mm512_mask_sub_epi16(next_high, carries, next_high, _mm512_set1_epi16(-1));
-    const __mmask32 is_single = _mm512_cmpeq_epi16_mask(frequency, _mm512_set1_epi16(kFrequencyTotal));
-    next_high = _mm512_mask_mov_epi16(next_high, is_single, *high);
-
-    const __mmask32 needs_word = _mm512_mask_testn_epi16_mask(live, next_high, next_high);
-    const __m512i words = _mm512_maskz_loadu_epi16(first_lanes((words_end - *word) / 2), *word);
-    next_high = _mm512_mask_mov_epi16(next_high, needs_word, next_low);
-    next_low = _mm512_mask_expand_epi16(next_low, needs_word, words);
-    *high = _mm512_mask_mov_epi16(*high, live, next_high);
-    *low = _mm512_mask_mov_epi16(*low, live, next_low);
-    *word += 2 * _mm_popcnt_u32(needs_word);
-    return symbols;
+// One row of several streams, with 64 readable bytes at every `word`. Only where kIsGeneral may lanes be dead or tables
+// have a single symbol.
+template <int kCount, bool kWide, bool kIsGeneral>
+CACHEGEN_AVX512_INLINE void decode_rows(const FrequencyTable* const tables[kCount], __mmask32 live, __m512i low[kCount],
+                                        __m512i high[kCount], const uint8_t* word[kCount], __m512i symbols[kCount]) {
+    const __m512i slot_mask = _mm512_set1_epi16(kFrequencyTotal - 1);
+    // Step by step through all streams: processors look only so far ahead for something to do.
+    __m512i slots[kCount], frequency[kCount], rest[kCount], next_low[kCount], next_high[kCount];
+    __mmask32 carries[kCount], needs_word[kCount];
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) slots[s] = _mm512_and_si512(low[s], slot_mask);
+    find_symbols<kCount, kWide>(tables, slots, symbols);
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+        frequency[s] = _mm512_permutexvar_epi16(symbols[s], _mm512_load_si512(tables[s]->frequency));
+        rest[s] = _mm512_sub_epi16(slots[s], _mm512_permutexvar_epi16(symbols[s], _mm512_load_si512(tables[s]->start)));
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+        const __m512i scaled = _mm512_slli_epi16(frequency[s], 4);
+        rest[s] = _mm512_add_epi16(rest[s], _mm512_mullo_epi16(frequency[s], _mm512_srli_epi16(low[s], 12)));
+        next_low[s] = _mm512_mullo_epi16(scaled, high[s]);
+        next_high[s] = _mm512_mulhi_epu16(scaled, high[s]);
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+        next_low[s] = _mm512_add_epi16(next_low[s], rest[s]);
+        carries[s] = _mm512_cmplt_epu16_mask(next_low[s], rest[s]);
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+        next_high[s] = _mm512_mask_sub_epi16(next_high[s], carries[s], next_high[s], _mm512_set1_epi16(-1));
+        if (kIsGeneral) {
+            const __mmask32 is_single = _mm512_cmpeq_epi16_mask(frequency[s], _mm512_set1_epi16(kFrequencyTotal));
+            next_high[s] = _mm512_mask_mov_epi16(next_high[s], is_single, high[s]);
+        }
+        needs_word[s] = _mm512_testn_epi16_mask(next_high[s], next_high[s]);
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+        if (kIsGeneral) {
+            needs_word[s] &= live;
+            next_high[s] = _mm512_mask_mov_epi16(high[s], live, next_high[s]);
+            high[s] = _mm512_mask_mov_epi16(next_high[s], needs_word[s], next_low[s]);
+            next_low[s] = _mm512_mask_mov_epi16(low[s], live, next_low[s]);
+        } else {
+            high[s] = _mm512_mask_mov_epi16(next_high[s], needs_word[s], next_low[s]);
+        }
+        low[s] = _mm512_mask_expand_epi16(next_low[s], needs_word[s], _mm512_loadu_si512(word[s]));
+        word[s] += 2 * _mm_popcnt_u32(needs_word[s]);
+        // Keeps GCC from packing the pointers of all streams into one vector register.
+        asm("" : "+r"(word[s]));
+    }
 }
 
 // Append the raw bits of a full row: each bit plane is one 32-bit word.
-CACHEGEN_AVX512_INLINE __m512i append_low_bits(__m512i symbols, const uint8_t* planes, int low_bits) {
+CACHEGEN_AVX512_INLINE __m512i append_full_low_bits(__m512i symbols, const uint8_t* planes, int low_bits) {
     symbols = _mm512_sll_epi16(symbols, _mm_cvtsi32_si128(low_bits));
     for (int bit = 0; bit < low_bits; ++bit) {
         uint32_t plane;
@@ -146,40 +151,56 @@ class TileDecoder {
     static constexpr int kPairs = (kStreams + 1) / 2;
     static constexpr int kGroup = kStreams < 4 ? kStreams : 4;
 
-    TileDecoder(const StreamBatch& batch, uint8_t* tile) : batch_(batch), tile_(tile) {}
-
-    CACHEGEN_AVX512 void load() {
+    // `tile` and `words` are memory of tile_bytes() and words_bytes().
+    TileDecoder(const StreamBatch& batch, uint8_t* tile, uint8_t* words)
+        : batch_(batch), tile_(tile), slack_(slack_of(batch.shape)) {
         for (int s = 0; s < kStreams; ++s) {
-            lanes_.low[s] = _mm512_setzero_si512();
-            lanes_.high[s] = _mm512_set1_epi16(1);
-            lanes_.word[s] = batch_.streams[s].words;
-            if (batch_.is_coded)
-                load_states(batch_.streams[s].states, batch_.shape.num_lanes(), &lanes_.low[s], &lanes_.high[s]);
+            const BatchStream& stream = batch.streams[s];
+            word_[s] = stream.words;
+            words_end_[s] = stream.words_end;
+            if (batch.readable_end - stream.words_end >= slack_) continue;
+            const int64_t num_bytes = stream.words_end - stream.words;
+            std::memcpy(words, stream.words, num_bytes);
+            std::memset(words + num_bytes, 0, slack_);
+            word_[s] = words;
+            words_end_[s] = words + num_bytes;
+            words += num_bytes + slack_;
         }
     }
 
-    // Decode the symbols of a tile into [row][pair of streams][channel][64], see block().
+    CACHEGEN_AVX512 void load() {
+        for (int s = 0; s < kStreams && batch_.is_coded; ++s)
+            load_states(batch_.streams[s].states, batch_.shape.num_lanes(), &low_[s], &high_[s]);
+    }
+
+    // Decode the symbols of a tile into blocks, see block().
     CACHEGEN_AVX512 void decode(int64_t first_channel, int num_channels) {
-        const int64_t full_rows = batch_.shape.num_tokens / kNumLanes;
+        for (int s = 0; s < kStreams; ++s) {
+            // A tile takes no more than slack_ bytes, and so many can be read behind the words.
+            if (word_[s] <= words_end_[s]) continue;
+            is_truncated_[s] = true;
+            word_[s] = words_end_[s];
+        }
+        const int64_t num_rows = batch_.shape.num_rows(), full_rows = batch_.shape.num_tokens / kNumLanes;
         const uint8_t traits = traits_of_tile(first_channel, num_channels);
-        bool is_plain = batch_.is_coded && !(traits & kSingleSymbol);
-        const int64_t most_bytes = batch_.shape.num_rows() * num_channels * 64;
-        for (int s = 0; s < kStreams && is_plain; ++s)
-            is_plain = batch_.readable_end - lanes_.word[s] >= most_bytes;
-        for (int channel = 0; channel < num_channels; ++channel) {
-            if (!is_plain) {
-                for (int64_t row = 0; row < batch_.shape.num_rows(); ++row)
-                    decode_any(first_channel + channel, row, block(row) + 64 * channel);
+        for (int i = 0; i < num_channels; ++i) {
+            const int64_t channel = first_channel + i;
+            if (!batch_.is_coded) {
+                for (int64_t row = 0; row < num_rows; ++row) unpack_row(channel, row, block(row) + 64 * i);
+                continue;
+            }
+            if (traits & kSingleSymbol) {
+                decode_channel<true, true, true>(channel, 0, num_rows, block(0) + 64 * i);
                 continue;
             }
             if (batch_.low_bits > 0)
-                decode_full<true, true>(first_channel + channel, full_rows, block(0) + 64 * channel);
+                decode_channel<true, true, false>(channel, 0, full_rows, block(0) + 64 * i);
             else if (traits & kWideTable)
-                decode_full<true, false>(first_channel + channel, full_rows, block(0) + 64 * channel);
+                decode_channel<true, false, false>(channel, 0, full_rows, block(0) + 64 * i);
             else
-                decode_full<false, false>(first_channel + channel, full_rows, block(0) + 64 * channel);
-            if (full_rows < batch_.shape.num_rows())
-                decode_any(first_channel + channel, full_rows, block(full_rows) + 64 * channel);
+                decode_channel<false, false, false>(channel, 0, full_rows, block(0) + 64 * i);
+            if (full_rows < num_rows)
+                decode_channel<true, true, true>(channel, full_rows, num_rows, block(full_rows) + 64 * i);
         }
     }
 
@@ -187,17 +208,32 @@ class TileDecoder {
     // the same tokens of the second. Blocks lie 64 bytes more apart than they are long, or they would share cache sets.
     uint8_t* block(int64_t row, int pair = 0) const { return tile_ + (row * kPairs + pair) * kBlockStride; }
 
-    Status status(int s) const {
-        const BatchStream& stream = batch_.streams[s];
-        if (lanes_.word[s] > stream.words_end) return Status::kTruncated;
-        if (lanes_.word[s] < stream.words_end || !is_at_start(s)) return Status::kCorrupt;
-        return Status::kOk;
+    CACHEGEN_AVX512 Status status(int s) const {
+        if (is_truncated_[s] || word_[s] > words_end_[s]) return Status::kTruncated;
+        if (!batch_.is_coded) return Status::kOk;
+        const bool is_at_start = _mm512_test_epi16_mask(low_[s], low_[s]) == 0 &&
+                                 _mm512_cmpeq_epi16_mask(high_[s], _mm512_set1_epi16(1)) == ~0u;
+        return word_[s] == words_end_[s] && is_at_start ? Status::kOk : Status::kCorrupt;
     }
 
     static size_t tile_bytes(const StreamShape& shape) { return shape.num_rows() * kPairs * kBlockStride; }
 
+    // Of the words that lie so near the end of the payload that a copy is needed.
+    static size_t words_bytes(const StreamBatch& batch) {
+        size_t num_bytes = 0;
+        for (int s = 0; s < kStreams; ++s) {
+            const BatchStream& stream = batch.streams[s];
+            if (batch.readable_end - stream.words_end < slack_of(batch.shape))
+                num_bytes += stream.words_end - stream.words + slack_of(batch.shape);
+        }
+        return num_bytes;
+    }
+
   private:
     static constexpr int64_t kBlockStride = 64 * kTileChannels + 64;
+
+    // The most bytes that a tile reads: a row takes up to 32 words, and the last one loads as many.
+    static int64_t slack_of(const StreamShape& shape) { return (shape.num_rows() * kTileChannels + 1) * 64; }
 
     // What any table of the tile has.
     uint8_t traits_of_tile(int64_t first_channel, int num_channels) const {
@@ -208,76 +244,76 @@ class TileDecoder {
         return traits[0];
     }
 
-    CACHEGEN_AVX512 bool is_at_start(int s) const {
-        return _mm512_test_epi16_mask(lanes_.low[s], lanes_.low[s]) == 0 &&
-               _mm512_cmpeq_epi16_mask(lanes_.high[s], _mm512_set1_epi16(1)) == ~0u;
-    }
-
-    template <bool kWide, bool kHasLowBits>
+    template <bool kWide, bool kHasLowBits, bool kIsGeneral>
     CACHEGEN_AVX512_INLINE void decode_group(int first, int64_t channel, int64_t row, __m512i* low, __m512i* high,
                                              const uint8_t** word, uint8_t* symbols_out) const {
         const FrequencyTable* tables[kGroup];
         __m512i symbols[kGroup + 1];
+        const int live = kIsGeneral ? batch_.shape.live_lanes(row) : kNumLanes;
         for (int s = 0; s < kGroup; ++s) tables[s] = batch_.streams[first + s].tables + channel;
-        decode_rows<kGroup, kWide>(tables, low, high, word, symbols);
-        if (kHasLowBits) {
-            const int64_t position = (row * batch_.shape.num_channels + channel) * batch_.low_bits * 4;
-            for (int s = 0; s < kGroup; ++s)
-                symbols[s] = append_low_bits(symbols[s], batch_.streams[first + s].low_bits + position, batch_.low_bits);
-        }
-        if (kGroup == 1) symbols[1] = _mm512_setzero_si512();
-        for (int s = 0; s < kGroup; s += 2)
-            _mm512_store_si512(symbols_out + (first + s) / 2 * kBlockStride,
-                               _mm512_packus_epi16(symbols[s], symbols[s + 1]));
+        decode_rows<kGroup, kWide, kIsGeneral>(tables, first_lanes(live), low, high, word, symbols);
+        if (kHasLowBits)
+            for (int s = 0; s < kGroup; ++s) symbols[s] = append_low_bits(symbols[s], first + s, channel, row, live);
+        store_symbols<kGroup>(symbols, symbols_out + first / 2 * kBlockStride);
     }
 
-    template <bool kWide, bool kHasLowBits>
-    CACHEGEN_AVX512 void decode_full(int64_t channel, int64_t num_rows, uint8_t* symbols_out) {
+    template <int kCount>
+    CACHEGEN_AVX512_INLINE void store_symbols(__m512i symbols[kCount + 1], uint8_t* symbols_out) const {
+        if (kCount == 1) symbols[1] = _mm512_setzero_si512();
+        for (int s = 0; s < kCount; s += 2)
+            _mm512_store_si512(symbols_out + s / 2 * kBlockStride, _mm512_packus_epi16(symbols[s], symbols[s + 1]));
+    }
+
+    // Append a row's raw bits.
+    CACHEGEN_AVX512_INLINE __m512i append_low_bits(__m512i symbols, int s, int64_t channel, int64_t row,
+                                                   int live) const {
+        const int64_t position = (row * batch_.shape.num_channels * kNumLanes + channel * live) * batch_.low_bits;
+        const uint8_t* const planes = batch_.streams[s].low_bits;
+        return live == kNumLanes ? append_full_low_bits(symbols, planes + position / 8, batch_.low_bits)
+                                 : append_tail_low_bits(symbols, planes, position, batch_.low_bits, live);
+    }
+
+    template <bool kWide, bool kHasLowBits, bool kIsGeneral>
+    CACHEGEN_AVX512 void decode_channel(int64_t channel, int64_t first_row, int64_t last_row, uint8_t* symbols_out) {
         // Local copies, so that the states stay in registers.
         __m512i low[kStreams], high[kStreams];
         const uint8_t* word[kStreams];
 #pragma GCC unroll 8
         for (int s = 0; s < kStreams; ++s) {
-            low[s] = lanes_.low[s];
-            high[s] = lanes_.high[s];
-            word[s] = lanes_.word[s];
+            low[s] = low_[s];
+            high[s] = high_[s];
+            word[s] = word_[s];
         }
-        for (int64_t row = 0; row < num_rows; ++row, symbols_out += kPairs * kBlockStride)
+        for (int64_t row = first_row; row < last_row; ++row, symbols_out += kPairs * kBlockStride)
 #pragma GCC unroll 2
             for (int first = 0; first < kStreams; first += kGroup)
-                decode_group<kWide, kHasLowBits>(first, channel, row, low + first, high + first, word + first,
-                                                 symbols_out);
+                decode_group<kWide, kHasLowBits, kIsGeneral>(first, channel, row, low + first, high + first,
+                                                             word + first, symbols_out);
 #pragma GCC unroll 8
         for (int s = 0; s < kStreams; ++s) {
-            lanes_.low[s] = low[s];
-            lanes_.high[s] = high[s];
-            lanes_.word[s] = word[s];
+            low_[s] = low[s];
+            high_[s] = high[s];
+            word_[s] = word[s];
         }
     }
 
-    CACHEGEN_AVX512 void decode_any(int64_t channel, int64_t row, uint8_t* symbols_out) {
+    // One row of coder `packed`.
+    CACHEGEN_AVX512_INLINE void unpack_row(int64_t channel, int64_t row, uint8_t* symbols_out) const {
         const int live = batch_.shape.live_lanes(row);
         __m512i symbols[kStreams + 1];
-        for (int s = 0; s < kStreams; ++s) {
-            const BatchStream& stream = batch_.streams[s];
-            symbols[s] = _mm512_setzero_si512();
-            if (batch_.is_coded)
-                symbols[s] = decode_any_row(stream.tables[channel], first_lanes(live), stream.words_end, &lanes_.low[s],
-                                            &lanes_.high[s], &lanes_.word[s]);
-            const int64_t bits = (row * batch_.shape.num_channels * kNumLanes + channel * live) * batch_.low_bits;
-            if (live == kNumLanes)
-                symbols[s] = append_low_bits(symbols[s], stream.low_bits + bits / 8, batch_.low_bits);
-            else if (batch_.low_bits > 0)
-                symbols[s] = append_tail_low_bits(symbols[s], stream.low_bits, bits, batch_.low_bits, live);
-        }
-        symbols[kStreams] = _mm512_setzero_si512();
-        for (int s = 0; s < kStreams; s += 2)
-            _mm512_store_si512(symbols_out + s / 2 * kBlockStride, _mm512_packus_epi16(symbols[s], symbols[s + 1]));
+        for (int s = 0; s < kStreams; ++s)
+            symbols[s] = append_low_bits(_mm512_setzero_si512(), s, channel, row, live);
+        store_symbols<kStreams>(symbols, symbols_out);
     }
 
     const StreamBatch& batch_;
     uint8_t* const tile_;
-    Lanes lanes_;
+    const int64_t slack_;
+    __m512i low_[kStreams];
+    __m512i high_[kStreams];
+    const uint8_t* word_[kStreams];
+    const uint8_t* words_end_[kStreams];
+    bool is_truncated_[kStreams] = {};
 };
 
 template <int kStreams>
@@ -285,12 +321,12 @@ CACHEGEN_AVX512 void decode_streams(const StreamBatch& batch, Dtype dtype, Scrat
     using Decoder = TileDecoder<kStreams>;
     const int64_t num_tokens = batch.shape.num_tokens;
     Dequantizer dequantizer(batch, dtype);
-    const size_t tile_bytes = round_up(Decoder::tile_bytes(batch.shape), 64);
-    uint8_t* const memory = scratch.reserve(tile_bytes + dequantizer.table_bytes());
+    const size_t tile_bytes = Decoder::tile_bytes(batch.shape), table_bytes = dequantizer.table_bytes();
+    uint8_t* const memory = scratch.reserve(tile_bytes + table_bytes + Decoder::words_bytes(batch));
     uint8_t* const tables = memory + tile_bytes;
     dequantizer.make_tables(tables);
 
-    Decoder decoder(batch, memory);
+    Decoder decoder(batch, memory, tables + table_bytes);
     decoder.load();
     for (int64_t first = 0; first < batch.shape.num_channels; first += kTileChannels) {
         const int count = static_cast<int>(std::min<int64_t>(kTileChannels, batch.shape.num_channels - first));

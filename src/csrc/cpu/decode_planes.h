@@ -16,6 +16,9 @@ namespace cachegen {
 // Above this many bytes of output, whole cache lines go past the caches: the values will not be read from there.
 constexpr int64_t kBypassBytes = int64_t{8} << 20;
 
+// A longer stream's tile would not fit the caches.
+constexpr int64_t kMaxBatchRows = 256;
+
 // Streams that can share a batch agree in all of this.
 struct BatchKey {
     int64_t num_channels, num_tokens, head_dim;
@@ -28,7 +31,8 @@ struct BatchKey {
           head_dim(plane.head_dim),
           low_bits(plane.coding.low_bits),
           is_coded(plane.coding.tables != nullptr),
-          is_uniform(!plane.coding.has_band_map && plane.coding.table_indices == nullptr) {}
+          is_uniform(!plane.coding.has_band_map && plane.coding.table_indices == nullptr &&
+                     shape.num_rows() <= kMaxBatchRows) {}
 
     bool operator==(const BatchKey& other) const {
         return num_channels == other.num_channels && num_tokens == other.num_tokens && head_dim == other.head_dim &&

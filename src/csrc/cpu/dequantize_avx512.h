@@ -106,47 +106,71 @@ class Dequantizer {
             for (int j = 0; j < 8; ++j) eighths[i][j] = _mm512_load_si512(block + 64 * (8 * i + j));
             transpose_8x8_words(eighths[i]);
         }
+        const bool is_whole_row = batch_.shape.num_tokens - first_token >= kNumLanes;
         for (int member = 0; member < num_members; ++member) {
-            const int64_t stream_token = (first_stream + member) * batch_.shape.num_tokens;
+            const int64_t stream_token = (first_stream + member) * batch_.shape.num_tokens + first_token;
             const auto* table = reinterpret_cast<const uint16_t*>(tables) + stream_token * kEntries;
-            for (int j = 0; j < 4; ++j) {
-                // Each word holds two tokens of one channel.
-                __m512i pairs[4];
-                for (int i = 0; i < 4; ++i) pairs[i] = eighths[i][4 * member + j];
-                transpose_4x4_lanes(pairs);
-                for (int lane = 0; lane < 4; ++lane) {
-                    const int64_t token = first_token + 8 * lane + 2 * j;
-                    const __m512i odd = _mm512_srli_epi16(pairs[lane], 8);
+            if constexpr (kEntries == 0) {
+                write_member<0, Store::kRuns>(eighths, table, first_stream, member, first_token);
+            } else {
+                if (!is_whole_row || !runs_[member].is_whole())
+                    write_member<kEntries, Store::kRuns>(eighths, table, first_stream, member, first_token);
+                else if (batch_.stores_bypass_caches)
+                    write_member<kEntries, Store::kBypass>(eighths, table, first_stream, member, first_token);
+                else
+                    write_member<kEntries, Store::kWhole>(eighths, table, first_stream, member, first_token);
+            }
+        }
+    }
+
+    // How a token's 32 channels are stored: as one vector, as one that bypasses the caches, or head by head.
+    enum class Store { kWhole, kBypass, kRuns };
+
+    template <int kEntries, Store kStore>
+    CACHEGEN_AVX512_INLINE void write_member(const __m512i eighths[4][8], const uint16_t* table, int first_stream,
+                                             int member, int64_t first_token) const {
+        const BatchStream& stream = batch_.streams[first_stream + member];
+        const TileRuns& runs = runs_[member];
+        const int64_t token_stride = stream.token_stride;
+        uint16_t* const values = reinterpret_cast<uint16_t*>(stream.values) + first_token * token_stride;
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            // Each word holds two tokens of one channel.
+            __m512i pairs[4];
+            for (int i = 0; i < 4; ++i) pairs[i] = eighths[i][4 * member + j];
+            transpose_4x4_lanes(pairs);
+#pragma GCC unroll 4
+            for (int lane = 0; lane < 4; ++lane) {
+                const int token = 8 * lane + 2 * j;
+                const __m512i symbols[2] = {pairs[lane], _mm512_srli_epi16(pairs[lane], 8)};
+                for (int odd = 0; odd < 2; ++odd) {
                     if constexpr (kEntries == 0) {
-                        const __m512i even = _mm512_and_si512(pairs[lane], _mm512_set1_epi16(255));
-                        store_float32(first_stream, member, token, even);
-                        store_float32(first_stream, member, token + 1, odd);
+                        store_float32(stream, runs, first_token + token + odd,
+                                      _mm512_and_si512(symbols[odd], _mm512_set1_epi16(255)));
                     } else {
-                        store(first_stream, member, token, look_up<kEntries>(table + token * kEntries, pairs[lane]));
-                        store(first_stream, member, token + 1, look_up<kEntries>(table + (token + 1) * kEntries, odd));
+                        const __m512i row = look_up<kEntries>(table + (token + odd) * kEntries, symbols[odd]);
+                        uint16_t* const address = values + (token + odd) * token_stride;
+                        if constexpr (kStore == Store::kBypass)
+                            _mm512_stream_si512(reinterpret_cast<__m512i*>(address + runs.runs[0].offset), row);
+                        else if constexpr (kStore == Store::kWhole)
+                            _mm512_storeu_si512(address + runs.runs[0].offset, row);
+                        else
+                            store_runs(runs, first_token + token + odd, address, row);
                     }
                 }
             }
         }
     }
 
-    CACHEGEN_AVX512_INLINE void store(int first_stream, int member, int64_t token, __m512i values) const {
+    CACHEGEN_AVX512_INLINE void store_runs(const TileRuns& runs, int64_t token, uint16_t* address, __m512i row) const {
         if (token >= batch_.shape.num_tokens) return;
-        const BatchStream& stream = batch_.streams[first_stream + member];
-        const TileRuns& runs = runs_[member];
-        uint16_t* const row = reinterpret_cast<uint16_t*>(stream.values) + token * stream.token_stride;
-        if (batch_.stores_bypass_caches && runs.is_whole()) {
-            _mm512_stream_si512(reinterpret_cast<__m512i*>(row + runs.runs[0].offset), values);
-            return;
-        }
         for (int i = 0; i < runs.num_runs; ++i)
-            _mm512_mask_storeu_epi16(row + runs.runs[i].offset, runs.runs[i].mask, values);
+            _mm512_mask_storeu_epi16(address + runs.runs[i].offset, runs.runs[i].mask, row);
     }
 
-    CACHEGEN_AVX512_INLINE void store_float32(int first_stream, int member, int64_t token, __m512i symbols) const {
+    CACHEGEN_AVX512_INLINE void store_float32(const BatchStream& stream, const TileRuns& runs, int64_t token,
+                                              __m512i symbols) const {
         if (token >= batch_.shape.num_tokens) return;
-        const BatchStream& stream = batch_.streams[first_stream + member];
-        const TileRuns& runs = runs_[member];
         float* const row = reinterpret_cast<float*>(stream.values) + token * stream.token_stride;
         const int zero_symbol = zero_symbol_of(stream.num_bins);
         const __m512 divisor = _mm512_set1_ps(static_cast<float>(zero_symbol));
