@@ -94,7 +94,7 @@ class TableSet {
         {
             const uint8_t* data = bytes.data();
             py::gil_scoped_release release;
-            parallel_for(static_cast<int64_t>(num_planes), num_threads, [&](int64_t plane, int) {
+            parallel_for(static_cast<int64_t>(num_planes), num_threads, [&](int64_t plane) {
                 good[plane] = read_tables(data + offsets[plane], plane_bytes[plane], plane_channels[plane],
                                           alphabet_sizes[plane], &set.tables_[first_tables[plane]]);
                 for (int64_t index = first_tables[plane]; index < first_tables[plane + 1]; ++index)
@@ -162,7 +162,7 @@ py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_token
     {
         py::gil_scoped_release release;
         with_dtype(dtype, [&](auto tag) {
-            parallel_for(static_cast<int64_t>(planes.size()), num_threads, [&](int64_t i, int) {
+            parallel_for(static_cast<int64_t>(planes.size()), num_threads, [&](int64_t i) {
                 bad_tokens[i] =
                     measure_plane<decltype(tag)>(planes[i], num_tokens, &counts[first_rows[i] * kTableSize]);
             });
@@ -185,11 +185,11 @@ py::tuple encode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens
     {
         py::gil_scoped_release release;
         std::vector<std::vector<uint8_t>> outputs(streams.size());
-        std::vector<StreamWorkspace> workspaces(std::max(num_threads, 1));
         with_dtype(dtype, [&](auto tag) {
-            parallel_for(num_streams, num_threads, [&](int64_t i, int worker) {
+            parallel_for(num_streams, num_threads, [&](int64_t i) {
+                thread_local StreamWorkspace workspace;
                 statuses[i] = encode_plane_stream<decltype(tag)>(planes[streams[i].plane], streams[i],
-                                                                 workspaces[worker], outputs[i]);
+                                                                 workspace, outputs[i]);
                 outputs[i].resize(round_up(outputs[i].size(), kStreamAlignment), 0);
                 index[3 * i] = streams[i].num_bytes;
                 index[3 * i + 1] = streams[i].num_words;
@@ -199,7 +199,7 @@ py::tuple encode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens
         std::vector<int64_t> offsets(streams.size() + 1, 0);
         for (int64_t i = 0; i < num_streams; ++i) offsets[i + 1] = offsets[i] + static_cast<int64_t>(outputs[i].size());
         payload.resize(offsets.back());
-        parallel_for(num_streams, num_threads, [&](int64_t i, int) {
+        parallel_for(num_streams, num_threads, [&](int64_t i) {
             if (!outputs[i].empty()) std::memcpy(&payload[offsets[i]], outputs[i].data(), outputs[i].size());
             std::vector<uint8_t>().swap(outputs[i]);
         });
@@ -252,7 +252,7 @@ py::array_t<uint32_t> checksum_streams(Bytes payload, py::array_t<uint32_t, py::
         const uint8_t* bytes = payload.data();
         py::gil_scoped_release release;
         parallel_for(num_streams, num_threads,
-                     [&](int64_t i, int) { checksums[i] = crc32c(bytes + offsets[i], offsets[i + 1] - offsets[i]); });
+                     [&](int64_t i) { checksums[i] = crc32c(bytes + offsets[i], offsets[i + 1] - offsets[i]); });
     }
     return to_array(std::move(checksums));
 }

@@ -14,7 +14,7 @@
 namespace cachegen {
 
 // Above this many bytes of output, whole cache lines go past the caches: the values will not be read from there.
-constexpr int64_t kBypassBytes = int64_t{8} << 20;
+constexpr int64_t kBypassBytes = int64_t{1} << 20;
 
 // A longer stream's tile would not fit the caches.
 constexpr int64_t kMaxBatchRows = 256;
@@ -149,14 +149,10 @@ void decode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef
     int64_t num_values = 0;
     for (const Plane& plane : planes) num_values += num_tokens * plane.num_channels();
     const bool is_large = num_values * static_cast<int64_t>(sizeof(typename Dtype::Storage)) >= kBypassBytes;
-    struct Worker {
-        StreamWorkspace workspace;
-        std::vector<float> levels;
-        Scratch scratch;
-    };
-    std::vector<Worker> workers(std::max(num_threads, 1));
-    parallel_for(plan.num_batches(), num_threads, [&](int64_t index, int worker_index) {
-        Worker& worker = workers[worker_index];
+    parallel_for(plan.num_batches(), num_threads, [&](int64_t index) {
+        // Kept from call to call: fresh memory would cost a page fault per 4096 bytes.
+        thread_local StreamWorkspace workspace;
+        thread_local Scratch scratch;
         const int64_t* members = &plan.order[plan.begins[index]];
         const int num_members = static_cast<int>(plan.begins[index + 1] - plan.begins[index]);
         const StreamRef& first = streams[members[0]];
@@ -164,13 +160,12 @@ void decode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef
 #if CACHEGEN_X86
         if (path != CpuPath::kPortable && BatchKey(plane, first.shape).is_uniform) {
             decode_with_vectors<Dtype>(planes, streams, members, num_members, payload, payload_bytes, is_large, path,
-                                       worker.scratch, statuses);
+                                       scratch, statuses);
             return;
         }
 #endif
         for (int i = 0; i < num_members; ++i)
-            statuses[members[i]] = decode_plane_stream<Dtype>(plane, streams[members[i]], payload, worker.workspace,
-                                                              worker.levels);
+            statuses[members[i]] = decode_plane_stream<Dtype>(plane, streams[members[i]], payload, workspace);
     });
 }
 

@@ -128,6 +128,7 @@ struct StreamWorkspace {
     BandTable bands;
     std::vector<uint16_t> words;    // the encoder's output, filled from the end
     std::vector<uint16_t> symbols;  // [channels of a tile][padded tokens]
+    std::vector<float> levels;
 };
 
 // Encode one stream and append it to `output`.
