@@ -132,7 +132,11 @@ class Dequantizer {
         const BatchStream& stream = batch_.streams[first_stream + member];
         const TileRuns& runs = runs_[member];
         const int64_t token_stride = stream.token_stride;
-        uint16_t* const values = reinterpret_cast<uint16_t*>(stream.values) + first_token * token_stride;
+        // One pointer per 128-bit lane, each on its way through eight tokens.
+        uint16_t* rows[4];
+        for (int lane = 0; lane < 4; ++lane)
+            rows[lane] = reinterpret_cast<uint16_t*>(stream.values) + (first_token + 8 * lane) * token_stride +
+                         (kStore == Store::kRuns ? 0 : runs.runs[0].offset);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
             // Each word holds two tokens of one channel.
@@ -149,13 +153,14 @@ class Dequantizer {
                                       _mm512_and_si512(symbols[odd], _mm512_set1_epi16(255)));
                     } else {
                         const __m512i row = look_up<kEntries>(table + (token + odd) * kEntries, symbols[odd]);
-                        uint16_t* const address = values + (token + odd) * token_stride;
                         if constexpr (kStore == Store::kBypass)
-                            _mm512_stream_si512(reinterpret_cast<__m512i*>(address + runs.runs[0].offset), row);
+                            _mm512_stream_si512(reinterpret_cast<__m512i*>(rows[lane]), row);
                         else if constexpr (kStore == Store::kWhole)
-                            _mm512_storeu_si512(address + runs.runs[0].offset, row);
+                            _mm512_storeu_si512(rows[lane], row);
                         else
-                            store_runs(runs, first_token + token + odd, address, row);
+                            store_runs(runs, first_token + token + odd, rows[lane], row);
+                        rows[lane] += token_stride;
+                        asm("" : "+r"(rows[lane]));
                     }
                 }
             }
