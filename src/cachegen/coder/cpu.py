@@ -108,6 +108,7 @@ def encode(
     planes: Sequence[PlaneLayout],
     tables: Tables | None,
     num_threads: int = 1,
+    path: str | None = None,
 ) -> tuple[memoryview, list[StreamEntry]]:
     """Quantize and encode the tokens of a chunk.
 
@@ -115,6 +116,7 @@ def encode(
         cache: the chunk's tokens, on the CPU.
         scales: `[num_planes, num_tokens]`, what `measure` found for these tokens.
         tables: None for coder `packed`.
+        path: as for `decode`.
 
     Returns:
         The payload (streams, each padded to a multiple of 16 bytes) and its index.
@@ -123,7 +125,9 @@ def encode(
         ValueError: the tables do not cover the symbols, or the scales are not the cache's.
     """
     native_planes = _native_planes(cache, scales, planes, tables)
-    payload, index, failed, status = _native.encode(native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads)
+    payload, index, failed, status = _native.encode(
+        native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads, _native_path(path)
+    )
     if failed >= 0:
         raise ValueError(f"stream {failed} cannot be encoded: {_native.Status(status).name}")
     return payload.data, [StreamEntry(*row) for row in index.tolist()]

@@ -15,10 +15,11 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/checksum.h"
 #include "cpu/cpu_path.h"
 #include "cpu/decode_planes.h"
+#include "cpu/encode_planes.h"
 #include "cpu/planes.h"
-#include "crc32c.h"
 #include "frequency_tables.h"
 
 namespace py = pybind11;
@@ -174,40 +175,48 @@ py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_token
     return py::make_tuple(to_array(std::move(counts)), bad_plane, bad_plane < 0 ? -1 : bad_tokens[bad_plane]);
 }
 
+// Memory for a NumPy array that is about to be filled: a vector would be filled with zeros first.
+Bytes uninitialized_array(int64_t num_bytes, uint8_t** data) {
+    *data = new uint8_t[num_bytes];
+    py::capsule owner(*data, [](void* pointer) { delete[] static_cast<uint8_t*>(pointer); });
+    return Bytes(num_bytes, *data, owner);
+}
+
 // Quantize and encode all planes. Returns (payload uint8, index uint32 [num_streams, 3] of bytes, words and CRC-32C,
 // failed stream, status).
-py::tuple encode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, int num_threads) {
-    std::vector<StreamRef> streams = list_streams(planes, num_tokens);
-    const int64_t num_streams = static_cast<int64_t>(streams.size());
-    std::vector<Status> statuses(streams.size(), Status::kOk);
-    std::vector<uint32_t> index(3 * streams.size());
-    std::vector<uint8_t> payload;
+py::tuple encode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, int num_threads, CpuPath path) {
+    require_supported(path);
+    const std::vector<StreamRef> streams = list_streams(planes, num_tokens);
+    EncodedStreams encoded;
     {
         py::gil_scoped_release release;
-        std::vector<std::vector<uint8_t>> outputs(streams.size());
         with_dtype(dtype, [&](auto tag) {
-            parallel_for(num_streams, num_threads, [&](int64_t i) {
-                thread_local StreamWorkspace workspace;
-                statuses[i] = encode_plane_stream<decltype(tag)>(planes[streams[i].plane], streams[i],
-                                                                 workspace, outputs[i]);
-                outputs[i].resize(round_up(outputs[i].size(), kStreamAlignment), 0);
-                index[3 * i] = streams[i].num_bytes;
-                index[3 * i + 1] = streams[i].num_words;
-                index[3 * i + 2] = crc32c(outputs[i].data(), outputs[i].size());
-            });
-        });
-        std::vector<int64_t> offsets(streams.size() + 1, 0);
-        for (int64_t i = 0; i < num_streams; ++i) offsets[i + 1] = offsets[i] + static_cast<int64_t>(outputs[i].size());
-        payload.resize(offsets.back());
-        parallel_for(num_streams, num_threads, [&](int64_t i) {
-            if (!outputs[i].empty()) std::memcpy(&payload[offsets[i]], outputs[i].data(), outputs[i].size());
-            std::vector<uint8_t>().swap(outputs[i]);
+            encoded = encode_planes<decltype(tag)>(planes, streams, path, num_threads);
         });
     }
-    const StreamFailure failure = first_failure(statuses);
-    return py::make_tuple(to_array(std::move(payload)),
-                          to_array(std::move(index)).reshape({py::ssize_t{num_streams}, py::ssize_t{3}}), failure.index,
-                          static_cast<int>(failure.status));
+    std::vector<uint32_t> index(3 * streams.size());
+    std::vector<int64_t> offsets(streams.size() + 1, 0);
+    StreamFailure failure;
+    for (size_t i = 0; i < streams.size(); ++i) {
+        const EncodedStream& stream = encoded.streams[i];
+        index[3 * i] = static_cast<uint32_t>(stream.num_bytes);
+        index[3 * i + 1] = stream.num_words;
+        index[3 * i + 2] = encoded.checksums[i];
+        offsets[i + 1] = offsets[i] + stream.padded_bytes();
+        if (failure.index < 0 && stream.status != Status::kOk) failure = {static_cast<int64_t>(i), stream.status};
+    }
+    uint8_t* payload = nullptr;
+    Bytes result = uninitialized_array(offsets.back(), &payload);
+    {
+        py::gil_scoped_release release;
+        parallel_for(static_cast<int64_t>(streams.size()), num_threads, [&](int64_t i) {
+            if (encoded.streams[i].bytes)
+                std::memcpy(payload + offsets[i], encoded.streams[i].bytes.get(), encoded.streams[i].padded_bytes());
+            encoded.streams[i].bytes.reset();
+        });
+    }
+    return py::make_tuple(result, to_array(std::move(index)).reshape({static_cast<py::ssize_t>(streams.size()), py::ssize_t{3}}),
+                          failure.index, static_cast<int>(failure.status));
 }
 
 // Decode all planes from a payload, which must hold the streams of `index` at multiples of 16 bytes.
@@ -252,7 +261,7 @@ py::array_t<uint32_t> checksum_streams(Bytes payload, py::array_t<uint32_t, py::
         const uint8_t* bytes = payload.data();
         py::gil_scoped_release release;
         parallel_for(num_streams, num_threads,
-                     [&](int64_t i) { checksums[i] = crc32c(bytes + offsets[i], offsets[i + 1] - offsets[i]); });
+                     [&](int64_t i) { checksums[i] = checksum(bytes + offsets[i], offsets[i + 1] - offsets[i]); });
     }
     return to_array(std::move(checksums));
 }
@@ -373,7 +382,8 @@ PYBIND11_MODULE(_native, module) {
              py::arg("has_band_map") = false, py::keep_alive<1, 11>());
 
     module.def("measure", &measure, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"));
-    module.def("encode", &encode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"));
+    module.def("encode", &encode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"),
+               py::arg("path"));
     module.def("decode", &decode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"),
                py::arg("payload").noconvert(), py::arg("index"), py::arg("num_threads"), py::arg("path"));
     module.def("checksum_streams", &checksum_streams, py::arg("payload").noconvert(), py::arg("index"),
@@ -386,7 +396,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("crc32c", [](const py::buffer& buffer) {
         const py::buffer_info info = buffer.request();
         if (info.ndim != 1 || info.strides[0] != info.itemsize) throw py::value_error("contiguous bytes are expected");
-        return crc32c(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size * info.itemsize));
+        return checksum(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size * info.itemsize));
     });
 }
 

@@ -88,6 +88,27 @@ inline int num_level_entries(bool is_coded, int low_bits) {
     return spelled < 32 ? 32 : spelled > 256 ? 256 : spelled;
 }
 
+// What the encoder made of a stream.
+struct EncodedStream {
+    Status status = Status::kOk;
+    uint32_t num_words = 0;
+    int64_t num_bytes = 0;  // without padding
+    std::unique_ptr<uint8_t[]> bytes;
+
+    int64_t padded_bytes() const { return round_up(num_bytes, kStreamAlignment); }
+
+    // Memory for the stream; the padding is zero.
+    uint8_t* allocate(int64_t size) {
+        num_bytes = size;
+        bytes.reset(new uint8_t[padded_bytes()]);
+        for (int64_t i = size; i < padded_bytes(); ++i) bytes[i] = 0;
+        return bytes.get();
+    }
+};
+
+// Quantize and encode a batch: the same bytes as encode_stream of rans_portable.h gives.
+void encode_batch_avx512(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded);
+
 // Decode a batch into the cache, one status per stream: the same as decode_stream of rans_portable.h gives, whose
 // checks of the parts' sizes the caller has made.
 void decode_batch_avx512(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
