@@ -124,8 +124,13 @@ class TileEncoder {
                 make_table(source[channel], &tables_[s]);
                 tables[s] = &tables_[s];
             }
-            if (full_rows < num_rows_) encode_row<true>(channel, i, full_rows, tables);
-            for (int64_t row = full_rows - 1; row >= 0; --row) encode_row<false>(channel, i, row, tables);
+            if (full_rows < num_rows_) encode_row<true, true>(channel, i, full_rows, tables);
+            for (int64_t row = full_rows - 1; row >= 0; --row) {
+                if (batch_.low_bits == 0)
+                    encode_row<false, false>(channel, i, row, tables);
+                else
+                    encode_row<false, true>(channel, i, row, tables);
+            }
         }
     }
 
@@ -194,13 +199,18 @@ class TileEncoder {
         const Storage* values = reinterpret_cast<const Storage*>(stream.values) + first_token * stream.token_stride;
         const float* inverses = inverses_ + s * padded_tokens() + first_token;
         __m512i highest = highest_[s];
+        const bool is_plain = runs_[s].is_whole() && first + 16 <= live;
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             __m512i symbols[2];
-            for (int odd = 0; odd < 2; ++odd) {
+#pragma GCC unroll 2
+            for (int odd = 0; odd < 2; ++odd, values += stream.token_stride) {
+                const __m512 inverse = _mm512_set1_ps(inverses[2 * i + odd]);
                 symbols[odd] = _mm512_setzero_si512();
-                if (first + 2 * i + odd >= live) continue;
-                symbols[odd] = quantize_row(load_row<Dtype>(values + (2 * i + odd) * stream.token_stride, runs_[s]),
-                                            _mm512_set1_ps(inverses[2 * i + odd]), zero_symbol);
+                if (is_plain)
+                    symbols[odd] = quantize_row(load_whole_row<Dtype>(values + runs_[s].runs[0].offset), inverse, zero_symbol);
+                else if (first + 2 * i + odd < live)
+                    symbols[odd] = quantize_row(load_row<Dtype>(values, runs_[s]), inverse, zero_symbol);
                 highest = _mm512_max_epu16(highest, symbols[odd]);
             }
             pairs[i] = _mm512_or_si512(symbols[0], _mm512_slli_epi16(symbols[1], 8));
@@ -209,8 +219,9 @@ class TileEncoder {
         transpose_8x8_words(pairs);
     }
 
-    // Encode one row of all streams; kIsTail: some lanes may be dead.
-    template <bool kIsTail>
+    // Encode one row of all streams. Only where kIsTail may lanes be dead; only where kHasLowBits may there be low bits,
+    // or no tables.
+    template <bool kIsTail, bool kHasLowBits>
     CACHEGEN_AVX512_INLINE void encode_row(int64_t channel, int channel_in_tile, int64_t row,
                                            const EncodeTable* const tables[kStreams]) {
         const int live = kIsTail ? batch_.shape.live_lanes(row) : kNumLanes;
@@ -223,12 +234,12 @@ class TileEncoder {
                              _MM_HINT_T1);
             __m512i first = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
             __m512i second = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + 16)));
-            if (batch_.low_bits > 0) {
+            if (kHasLowBits && batch_.low_bits > 0) {
                 store_low_bits(s, channel, row, live, _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes)));
                 first = _mm512_srl_epi32(first, _mm_cvtsi32_si128(batch_.low_bits));
                 second = _mm512_srl_epi32(second, _mm_cvtsi32_si128(batch_.low_bits));
             }
-            if (batch_.is_coded) encode_symbols<kIsTail>(s, first, second, *tables[s], first_lanes(live));
+            if (!kHasLowBits || batch_.is_coded) encode_symbols<kIsTail>(s, first, second, *tables[s], first_lanes(live));
         }
     }
 

@@ -16,6 +16,27 @@ struct WideRow {
     __m512 first, second;
 };
 
+template <class Dtype>
+CACHEGEN_AVX512_INLINE WideRow widen_row(__m512i words) {
+    if constexpr (Dtype::kDtype == cachegen::Dtype::kFloat16)
+        return {_mm512_cvtph_ps(_mm512_castsi512_si256(words)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1))};
+    else
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+                _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
+}
+
+// Read 32 contiguous channels of a token.
+template <class Dtype>
+CACHEGEN_AVX512_INLINE WideRow load_whole_row(const typename Dtype::Storage* row) {
+    if constexpr (Dtype::kDtype == cachegen::Dtype::kFloat32)
+        return {_mm512_loadu_ps(row), _mm512_loadu_ps(row + 16)};
+    else if constexpr (Dtype::kDtype == cachegen::Dtype::kFloat16)
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row))),
+                _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 16)))};
+    else
+        return widen_row<Dtype>(_mm512_loadu_si512(row));
+}
+
 // Read the channels of a tile from a token. Channels that are not there read as zero.
 template <class Dtype>
 CACHEGEN_AVX512_INLINE WideRow load_row(const typename Dtype::Storage* row, const TileRuns& runs) {
@@ -28,20 +49,10 @@ CACHEGEN_AVX512_INLINE WideRow load_row(const typename Dtype::Storage* row, cons
         }
         return wide;
     } else {
-        __m512i words;
-        if (runs.is_whole()) {
-            words = _mm512_loadu_si512(row + runs.runs[0].offset);
-        } else {
-            words = _mm512_setzero_si512();
-            for (int i = 0; i < runs.num_runs; ++i)
-                words = _mm512_mask_loadu_epi16(words, runs.runs[i].mask, row + runs.runs[i].offset);
-        }
-        if constexpr (Dtype::kDtype == cachegen::Dtype::kFloat16) {
-            return {_mm512_cvtph_ps(_mm512_castsi512_si256(words)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1))};
-        } else {
-            return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
-                    _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
-        }
+        __m512i words = _mm512_setzero_si512();
+        for (int i = 0; i < runs.num_runs; ++i)
+            words = _mm512_mask_loadu_epi16(words, runs.runs[i].mask, row + runs.runs[i].offset);
+        return widen_row<Dtype>(words);
     }
 }
 
