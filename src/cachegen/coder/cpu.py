@@ -80,12 +80,13 @@ def load_tables(
 
 
 def measure(
-    cache: KVCache, planes: Sequence[PlaneLayout], num_threads: int = 1
+    cache: KVCache, planes: Sequence[PlaneLayout], num_threads: int = 1, path: str | None = None
 ) -> tuple[torch.Tensor, NDArray[np.uint32]]:
     """Find the scales of all tokens and count the high parts of all symbols.
 
     Args:
         cache: on the CPU.
+        path: as for `decode`.
 
     Returns:
         Scales `[num_planes, num_tokens]` in the cache's dtype, and counts uint32 `[num_tables, 32]`, one row per
@@ -96,7 +97,9 @@ def measure(
     """
     scales = torch.empty(len(planes), cache.num_tokens, dtype=cache.dtype)
     native_planes = _native_planes(cache, scales, planes, None)
-    counts, plane, token = _native.measure(native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads)
+    counts, plane, token = _native.measure(
+        native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads, _native_path(path)
+    )
     if plane >= 0:
         raise not_finite_error(plane, token)
     return scales, counts.reshape(-1, 32)

@@ -155,7 +155,8 @@ StreamFailure first_failure(const std::vector<Status>& statuses) {
 
 // Fill the planes' scales and count symbols. Returns (counts uint32 [sum of channels, 32], plane, token), the last two
 // naming the first token that is not finite, or -1.
-py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, int num_threads) {
+py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, int num_threads, CpuPath path) {
+    require_supported(path);
     std::vector<int64_t> first_rows(planes.size() + 1, 0);
     for (size_t i = 0; i < planes.size(); ++i) first_rows[i + 1] = first_rows[i] + planes[i].num_channels();
     std::vector<uint32_t> counts(first_rows.back() * kTableSize, 0);
@@ -164,8 +165,14 @@ py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_token
         py::gil_scoped_release release;
         with_dtype(dtype, [&](auto tag) {
             parallel_for(static_cast<int64_t>(planes.size()), num_threads, [&](int64_t i) {
-                bad_tokens[i] =
-                    measure_plane<decltype(tag)>(planes[i], num_tokens, &counts[first_rows[i] * kTableSize]);
+                uint32_t* const plane_counts = &counts[first_rows[i] * kTableSize];
+#if CACHEGEN_X86
+                if (path == CpuPath::kAvx512) {
+                    bad_tokens[i] = measure_plane_avx512(planes[i], decltype(tag)::kDtype, num_tokens, plane_counts);
+                    return;
+                }
+#endif
+                bad_tokens[i] = measure_plane<decltype(tag)>(planes[i], num_tokens, plane_counts);
             });
         });
     }
@@ -381,7 +388,8 @@ PYBIND11_MODULE(_native, module) {
              py::arg("tokens_per_stream"), py::arg("tables"), py::arg("first_table"), py::arg("num_tables"),
              py::arg("has_band_map") = false, py::keep_alive<1, 11>());
 
-    module.def("measure", &measure, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"));
+    module.def("measure", &measure, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"),
+               py::arg("path"));
     module.def("encode", &encode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"),
                py::arg("path"));
     module.def("decode", &decode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"),

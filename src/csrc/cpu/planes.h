@@ -86,6 +86,9 @@ int64_t measure_plane(const Plane& plane, int64_t num_tokens, uint32_t* counts) 
     return -1;
 }
 
+// The same with AVX-512.
+int64_t measure_plane_avx512(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts);
+
 // Quantize the tokens of one stream into symbols [num_channels][symbol_stride].
 //
 // The scales must be those of measure_plane. Returns false where a value lies outside its token's scale, which happens
