@@ -19,6 +19,7 @@
 #include "cpu/dequantize_avx512.h"
 #include "cpu/rans_portable.h"
 #include "cpu/stream_batch.h"
+#include "cpu/stream_words.h"
 
 namespace cachegen::avx512 {
 namespace {
@@ -151,22 +152,9 @@ class TileDecoder {
     static constexpr int kPairs = (kStreams + 1) / 2;
     static constexpr int kGroup = kStreams < 4 ? kStreams : 4;
 
-    // `tile` and `words` are memory of tile_bytes() and words_bytes().
+    // `tile` and `words` are memory of tile_bytes() and StreamWords::num_copied_bytes().
     TileDecoder(const StreamBatch& batch, uint8_t* tile, uint8_t* words)
-        : batch_(batch), tile_(tile), slack_(slack_of(batch.shape)) {
-        for (int s = 0; s < kStreams; ++s) {
-            const BatchStream& stream = batch.streams[s];
-            word_[s] = stream.words;
-            words_end_[s] = stream.words_end;
-            if (batch.readable_end - stream.words_end >= slack_) continue;
-            const int64_t num_bytes = stream.words_end - stream.words;
-            std::memcpy(words, stream.words, num_bytes);
-            std::memset(words + num_bytes, 0, slack_);
-            word_[s] = words;
-            words_end_[s] = words + num_bytes;
-            words += num_bytes + slack_;
-        }
-    }
+        : batch_(batch), tile_(tile), words_(batch, words) {}
 
     CACHEGEN_AVX512 void load() {
         for (int s = 0; s < kStreams && batch_.is_coded; ++s)
@@ -175,12 +163,7 @@ class TileDecoder {
 
     // Decode the symbols of a tile into blocks, see block().
     CACHEGEN_AVX512 void decode(int64_t first_channel, int num_channels) {
-        for (int s = 0; s < kStreams; ++s) {
-            // A tile takes no more than slack_ bytes, and so many can be read behind the words.
-            if (word_[s] <= words_end_[s]) continue;
-            is_truncated_[s] = true;
-            word_[s] = words_end_[s];
-        }
+        words_.begin_tile();
         const int64_t num_rows = batch_.shape.num_rows(), full_rows = batch_.shape.num_tokens / kNumLanes;
         const uint8_t traits = traits_of_tile(first_channel, num_channels);
         for (int i = 0; i < num_channels; ++i) {
@@ -209,31 +192,16 @@ class TileDecoder {
     uint8_t* block(int64_t row, int pair = 0) const { return tile_ + (row * kPairs + pair) * kBlockStride; }
 
     CACHEGEN_AVX512 Status status(int s) const {
-        if (is_truncated_[s] || word_[s] > words_end_[s]) return Status::kTruncated;
-        if (!batch_.is_coded) return Status::kOk;
-        const bool is_at_start = _mm512_test_epi16_mask(low_[s], low_[s]) == 0 &&
-                                 _mm512_cmpeq_epi16_mask(high_[s], _mm512_set1_epi16(1)) == ~0u;
-        return word_[s] == words_end_[s] && is_at_start ? Status::kOk : Status::kCorrupt;
+        const bool is_at_start = !batch_.is_coded ||
+                                 (_mm512_test_epi16_mask(low_[s], low_[s]) == 0 &&
+                                  _mm512_cmpeq_epi16_mask(high_[s], _mm512_set1_epi16(1)) == ~0u);
+        return words_.status(s, is_at_start);
     }
 
     static size_t tile_bytes(const StreamShape& shape) { return shape.num_rows() * kPairs * kBlockStride; }
 
-    // Of the words that lie so near the end of the payload that a copy is needed.
-    static size_t words_bytes(const StreamBatch& batch) {
-        size_t num_bytes = 0;
-        for (int s = 0; s < kStreams; ++s) {
-            const BatchStream& stream = batch.streams[s];
-            if (batch.readable_end - stream.words_end < slack_of(batch.shape))
-                num_bytes += stream.words_end - stream.words + slack_of(batch.shape);
-        }
-        return num_bytes;
-    }
-
   private:
     static constexpr int64_t kBlockStride = 64 * kTileChannels + 64;
-
-    // The most bytes that a tile reads: a row takes up to 32 words, and the last one loads as many.
-    static int64_t slack_of(const StreamShape& shape) { return (shape.num_rows() * kTileChannels + 1) * 64; }
 
     // What any table of the tile has.
     uint8_t traits_of_tile(int64_t first_channel, int num_channels) const {
@@ -282,7 +250,7 @@ class TileDecoder {
         for (int s = 0; s < kStreams; ++s) {
             low[s] = low_[s];
             high[s] = high_[s];
-            word[s] = word_[s];
+            word[s] = words_.next[s];
         }
         for (int64_t row = first_row; row < last_row; ++row, symbols_out += kPairs * kBlockStride)
 #pragma GCC unroll 2
@@ -293,7 +261,7 @@ class TileDecoder {
         for (int s = 0; s < kStreams; ++s) {
             low_[s] = low[s];
             high_[s] = high[s];
-            word_[s] = word[s];
+            words_.next[s] = word[s];
         }
     }
 
@@ -308,12 +276,9 @@ class TileDecoder {
 
     const StreamBatch& batch_;
     uint8_t* const tile_;
-    const int64_t slack_;
+    StreamWords words_;
     __m512i low_[kStreams];
     __m512i high_[kStreams];
-    const uint8_t* word_[kStreams];
-    const uint8_t* words_end_[kStreams];
-    bool is_truncated_[kStreams] = {};
 };
 
 template <int kStreams>
@@ -322,7 +287,7 @@ CACHEGEN_AVX512 void decode_streams(const StreamBatch& batch, Dtype dtype, Scrat
     const int64_t num_tokens = batch.shape.num_tokens;
     Dequantizer dequantizer(batch, dtype);
     const size_t tile_bytes = Decoder::tile_bytes(batch.shape), table_bytes = dequantizer.table_bytes();
-    uint8_t* const memory = scratch.reserve(tile_bytes + table_bytes + Decoder::words_bytes(batch));
+    uint8_t* const memory = scratch.reserve(tile_bytes + table_bytes + StreamWords::num_copied_bytes(batch));
     uint8_t* const tables = memory + tile_bytes;
     dequantizer.make_tables(tables);
 
