@@ -18,7 +18,7 @@ inline bool supports(CpuPath path) {
 #if CACHEGEN_X86
     if (path == CpuPath::kAvx2)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
-               __builtin_cpu_supports("fma") && __builtin_cpu_supports("sse4.2");
+               __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (path == CpuPath::kAvx512)
         return supports(CpuPath::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

@@ -45,8 +45,8 @@ void decode_with_vectors(const std::vector<Plane>& planes, const std::vector<Str
         indices[batch.num_streams++] = members[i];
     }
     Status found[kMaxBatch];
-    (void)path;
-    decode_batch_avx512(batch, Dtype::kDtype, scratch, found);
+    const auto decode = path == CpuPath::kAvx512 ? decode_batch_avx512 : decode_batch_avx2;
+    decode(batch, Dtype::kDtype, scratch, found);
     for (int i = 0; i < batch.num_streams; ++i) statuses[indices[i]] = found[i];
 }
 #endif
