@@ -30,12 +30,14 @@ CACHEGEN_HOST_DEVICE inline float float_of(uint32_t bits) {
 // A dtype's storage type, and its exact widening to and correctly rounded narrowing from fp32. On a GPU one instruction
 // does what the integers spell out here; both round to nearest, ties to even.
 struct Float32 {
+    static constexpr Dtype kDtype = Dtype::kFloat32;
     using Storage = float;
     CACHEGEN_HOST_DEVICE static float widen(Storage value) { return value; }
     CACHEGEN_HOST_DEVICE static Storage narrow(float value) { return value; }
 };
 
 struct Bfloat16 {
+    static constexpr Dtype kDtype = Dtype::kBfloat16;
     using Storage = uint16_t;
     CACHEGEN_HOST_DEVICE static float widen(Storage value) { return float_of(static_cast<uint32_t>(value) << 16); }
     // Finite input only: adding half a unit, or just below it where the result is even, rounds ties to even.
@@ -52,6 +54,7 @@ struct Bfloat16 {
 };
 
 struct Float16 {
+    static constexpr Dtype kDtype = Dtype::kFloat16;
     using Storage = uint16_t;
     // Scaling by 2^112 moves the exponent bias from 15 to 127 and makes subnormals come out right.
     CACHEGEN_HOST_DEVICE static float widen(Storage value) {

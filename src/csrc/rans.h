@@ -63,6 +63,19 @@ struct TableEntry {
     CACHEGEN_HOST_DEVICE static uint32_t largest_at(uint32_t slot) { return slot << 16 | 0xFFFFu; }
 };
 
+// What a kernel may want to know of a table before it uses it; bits of a byte.
+enum TableTraits : uint8_t {
+    kSingleSymbol = 1,  // one frequency is 4096
+    kWideTable = 2,     // a symbol above 15 has a frequency
+};
+
+CACHEGEN_HOST_DEVICE inline uint8_t traits_of(const FrequencyTable& table) {
+    uint8_t traits = table.start[kTableSize / 2] < kFrequencyTotal ? kWideTable : 0;
+    for (int symbol = 0; symbol < kTableSize; ++symbol)
+        if (table.frequency[symbol] == kFrequencyTotal) traits |= kSingleSymbol;
+    return traits;
+}
+
 CACHEGEN_HOST_DEVICE inline uint32_t slot_of(uint32_t state) { return state & (kFrequencyTotal - 1); }
 
 // The state after decoding a symbol, before renormalization.

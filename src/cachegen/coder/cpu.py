@@ -33,6 +33,12 @@ Tables: TypeAlias = _native.TableSet
 
 device = torch.device("cpu")
 """Where the planes are that these kernels take."""
+# Of the kernels: all give the same bytes and values, so only tests and benchmarks name one.
+_PATHS = {
+    "portable": _native.CpuPath.PORTABLE,
+    "avx2": _native.CpuPath.AVX2,
+    "avx512": _native.CpuPath.AVX512,
+}
 
 _PROBLEMS = {
     _native.Status.TRUNCATED: "the stream is not whole",
@@ -44,6 +50,11 @@ _PROBLEMS = {
 def default_num_threads() -> int:
     """Return the number of processors this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def supported_paths() -> tuple[str, ...]:
+    """Return the names of the kernels that this processor runs: "portable", "avx2", "avx512"."""
+    return tuple(name for name, path in _PATHS.items() if _native.supports(path))
 
 
 def load_tables(
@@ -71,12 +82,13 @@ def load_tables(
 
 
 def measure(
-    cache: KVCache, planes: Sequence[PlaneLayout], num_threads: int = 1
+    cache: KVCache, planes: Sequence[PlaneLayout], num_threads: int = 1, path: str | None = None
 ) -> tuple[torch.Tensor, NDArray[np.uint32]]:
     """Find the scales of all tokens and count the high parts of all symbols.
 
     Args:
         cache: on the CPU.
+        path: as for `decode`.
 
     Returns:
         Scales `[num_planes, num_tokens]` in the cache's dtype, and counts uint32 `[num_tables, 32]`, one row per
@@ -87,7 +99,9 @@ def measure(
     """
     scales = torch.empty(len(planes), cache.num_tokens, dtype=cache.dtype)
     native_planes = _native_planes(cache, scales, planes, None)
-    counts, plane, token = _native.measure(native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads)
+    counts, plane, token = _native.measure(
+        native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads, _native_path(path)
+    )
     if plane >= 0:
         raise not_finite_error(plane, token)
     return scales, counts.reshape(-1, 32)
@@ -101,6 +115,7 @@ def encode(
     num_threads: int = 1,
     *,
     coder: Coder | None = None,
+    path: str | None = None,
 ) -> tuple[memoryview, list[StreamEntry]]:
     """Quantize and encode the tokens of a chunk.
 
@@ -109,6 +124,7 @@ def encode(
         scales: `[num_planes, num_tokens]`, what `measure` found for these tokens.
         tables: None for coder `packed`.
         coder: None: `rans` with tables, `packed` without.
+        path: as for `decode`.
 
     Returns:
         The payload (streams, each padded to a multiple of 16 bytes) and its index.
@@ -117,7 +133,9 @@ def encode(
         ValueError: the tables do not cover the symbols, or the scales are not the cache's.
     """
     native_planes = _native_planes(cache, scales, planes, tables, coder)
-    payload, index, failed, status = _native.encode(native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads)
+    payload, index, failed, status = _native.encode(
+        native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads, _native_path(path)
+    )
     if failed >= 0:
         raise encode_error(failed, status)
     return payload.data, [StreamEntry(*row) for row in index.tolist()]
@@ -133,6 +151,7 @@ def decode(
     num_threads: int = 1,
     *,
     coder: Coder | None = None,
+    path: str | None = None,
 ) -> None:
     """Decode and dequantize the tokens of a chunk.
 
@@ -142,8 +161,10 @@ def decode(
         tables: None for coder `packed`.
         output: where the tokens go, on the CPU, any strides with contiguous head dims.
         coder: None: `rans` with tables, `packed` without.
+        path: one of `supported_paths()`; None: the fastest of them.
 
     Raises:
+        BackendUnavailableError: this processor does not run `path`.
         BitstreamError: a stream is corrupt; `output` then holds no usable values.
     """
     native_planes = _native_planes(output, scales, planes, tables, coder)
@@ -154,6 +175,7 @@ def decode(
         np.frombuffer(payload, np.uint8),
         _index_array(streams),
         num_threads,
+        _native_path(path),
     )
     if failed >= 0:
         raise decode_error(failed, status)
@@ -179,6 +201,18 @@ def encode_error(stream: int, status: int) -> ValueError:
 def decode_error(stream: int, status: int) -> BitstreamError:
     """Say why a stream could not be decoded, from the status that a kernel gave."""
     return BitstreamError(_PROBLEMS[_native.Status(status)], field=f"stream {stream}")
+
+
+def _native_path(path: str | None) -> _native.CpuPath:
+    if path is None:
+        return _native.best_path()
+    if path not in _PATHS:
+        raise ValueError(f"`path` must be one of {', '.join(_PATHS)}, got {path!r}")
+    if path not in supported_paths():
+        raise BackendUnavailableError(
+            f"this processor does not run the kernels for {path}; it runs {', '.join(supported_paths())}"
+        )
+    return _PATHS[path]
 
 
 def _index_array(streams: Sequence[StreamEntry]) -> NDArray[np.uint32]:

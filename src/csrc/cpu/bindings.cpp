@@ -15,8 +15,11 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/checksum.h"
+#include "cpu/cpu_path.h"
+#include "cpu/decode_planes.h"
+#include "cpu/encode_planes.h"
 #include "cpu/planes.h"
-#include "crc32c.h"
 #include "frequency_tables.h"
 
 namespace py = pybind11;
@@ -65,6 +68,7 @@ class TableSet {
                 start += frequency;
             }
             if (start != kFrequencyTotal) throw py::value_error("the frequencies of a table must sum to 4096");
+            set.traits_[index] = traits_of(set.tables_[index]);
         }
         return set;
     }
@@ -91,9 +95,11 @@ class TableSet {
         {
             const uint8_t* data = bytes.data();
             py::gil_scoped_release release;
-            parallel_for(static_cast<int64_t>(num_planes), num_threads, [&](int64_t plane, int) {
+            parallel_for(static_cast<int64_t>(num_planes), num_threads, [&](int64_t plane) {
                 good[plane] = read_tables(data + offsets[plane], plane_bytes[plane], plane_channels[plane],
                                           alphabet_sizes[plane], &set.tables_[first_tables[plane]]);
+                for (int64_t index = first_tables[plane]; index < first_tables[plane + 1]; ++index)
+                    set.traits_[index] = traits_of(set.tables_[index]);
             });
         }
         for (size_t plane = 0; plane < num_planes; ++plane)
@@ -103,6 +109,7 @@ class TableSet {
 
     int64_t num_tables() const { return static_cast<int64_t>(tables_.size()); }
     const FrequencyTable* data() const { return tables_.data(); }
+    const uint8_t* traits() const { return traits_.data(); }
 
     py::array_t<uint16_t> frequencies() const {
         py::array_t<uint16_t> result({num_tables(), int64_t{kTableSize}});
@@ -112,8 +119,9 @@ class TableSet {
     }
 
   private:
-    explicit TableSet(int64_t num_tables) : tables_(num_tables) {}
+    explicit TableSet(int64_t num_tables) : tables_(num_tables), traits_(num_tables) {}
     std::vector<FrequencyTable> tables_;
+    std::vector<uint8_t> traits_;  // of each table, see TableTraits
 };
 
 // Point a plane at its tables; null tables mean coder `packed`. The caller keeps the set and the arrays alive.
@@ -126,6 +134,7 @@ void set_tables(Plane& plane, const TableSet* tables, int64_t first_table, int64
     if (first_table < 0 || num_tables < plane.num_channels() || first_table + num_tables > tables->num_tables())
         throw py::value_error("the plane's tables lie outside the table set");
     plane.coding.tables = tables->data() + first_table;
+    plane.coding.table_traits = tables->traits() + first_table;
     plane.coding.num_tables = num_tables;
 }
 
@@ -134,6 +143,10 @@ void set_arithmetic(PlaneCoding& coding, bool is_arithmetic, int64_t num_tokens)
     if (is_arithmetic && (coding.tables == nullptr || coding.has_band_map || num_tokens > kMaxCodeTokens))
         throw py::value_error("coder ac takes tables, no band maps and at most 16384 tokens");
     coding.is_arithmetic = is_arithmetic;
+}
+
+void require_supported(CpuPath path) {
+    if (!supports(path)) throw py::value_error("this processor does not support the path");
 }
 
 struct StreamFailure {
@@ -149,7 +162,8 @@ StreamFailure first_failure(const std::vector<Status>& statuses) {
 
 // Fill the planes' scales and count symbols. Returns (counts uint32 [sum of channels, 32], plane, token), the last two
 // naming the first token that is not finite, or -1.
-py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, int num_threads) {
+py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, int num_threads, CpuPath path) {
+    require_supported(path);
     std::vector<int64_t> first_rows(planes.size() + 1, 0);
     for (size_t i = 0; i < planes.size(); ++i) first_rows[i + 1] = first_rows[i] + planes[i].num_channels();
     std::vector<uint32_t> counts(first_rows.back() * kTableSize, 0);
@@ -157,9 +171,15 @@ py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_token
     {
         py::gil_scoped_release release;
         with_dtype(dtype, [&](auto tag) {
-            parallel_for(static_cast<int64_t>(planes.size()), num_threads, [&](int64_t i, int) {
-                bad_tokens[i] =
-                    measure_plane<decltype(tag)>(planes[i], num_tokens, &counts[first_rows[i] * kTableSize]);
+            parallel_for(static_cast<int64_t>(planes.size()), num_threads, [&](int64_t i) {
+                uint32_t* const plane_counts = &counts[first_rows[i] * kTableSize];
+#if CACHEGEN_X86
+                if (path == CpuPath::kAvx512) {
+                    bad_tokens[i] = measure_plane_avx512(planes[i], decltype(tag)::kDtype, num_tokens, plane_counts);
+                    return;
+                }
+#endif
+                bad_tokens[i] = measure_plane<decltype(tag)>(planes[i], num_tokens, plane_counts);
             });
         });
     }
@@ -169,46 +189,55 @@ py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_token
     return py::make_tuple(to_array(std::move(counts)), bad_plane, bad_plane < 0 ? -1 : bad_tokens[bad_plane]);
 }
 
+// Memory for a NumPy array that is about to be filled: a vector would be filled with zeros first.
+Bytes uninitialized_array(int64_t num_bytes, uint8_t** data) {
+    *data = new uint8_t[num_bytes];
+    py::capsule owner(*data, [](void* pointer) { delete[] static_cast<uint8_t*>(pointer); });
+    return Bytes(num_bytes, *data, owner);
+}
+
 // Quantize and encode all planes. Returns (payload uint8, index uint32 [num_streams, 3] of bytes, words and CRC-32C,
 // failed stream, status).
-py::tuple encode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, int num_threads) {
-    std::vector<StreamRef> streams = list_streams(planes, num_tokens);
-    const int64_t num_streams = static_cast<int64_t>(streams.size());
-    std::vector<Status> statuses(streams.size(), Status::kOk);
-    std::vector<uint32_t> index(3 * streams.size());
-    std::vector<uint8_t> payload;
+py::tuple encode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, int num_threads, CpuPath path) {
+    require_supported(path);
+    const std::vector<StreamRef> streams = list_streams(planes, num_tokens);
+    EncodedStreams encoded;
     {
         py::gil_scoped_release release;
-        std::vector<std::vector<uint8_t>> outputs(streams.size());
-        std::vector<StreamWorkspace> workspaces(std::max(num_threads, 1));
-        with_dtype(dtype, [&](auto tag) {
-            parallel_for(num_streams, num_threads, [&](int64_t i, int worker) {
-                statuses[i] = encode_plane_stream<decltype(tag)>(planes[streams[i].plane], streams[i],
-                                                                 workspaces[worker], outputs[i]);
-                outputs[i].resize(round_up(outputs[i].size(), kStreamAlignment), 0);
-                index[3 * i] = streams[i].num_bytes;
-                index[3 * i + 1] = streams[i].num_words;
-                index[3 * i + 2] = crc32c(outputs[i].data(), outputs[i].size());
-            });
-        });
-        std::vector<int64_t> offsets(streams.size() + 1, 0);
-        for (int64_t i = 0; i < num_streams; ++i) offsets[i + 1] = offsets[i] + static_cast<int64_t>(outputs[i].size());
-        payload.resize(offsets.back());
-        parallel_for(num_streams, num_threads, [&](int64_t i, int) {
-            if (!outputs[i].empty()) std::memcpy(&payload[offsets[i]], outputs[i].data(), outputs[i].size());
-            std::vector<uint8_t>().swap(outputs[i]);
+        with_dtype(dtype,
+                   [&](auto tag) { encoded = encode_planes<decltype(tag)>(planes, streams, path, num_threads); });
+    }
+    std::vector<uint32_t> index(3 * streams.size());
+    std::vector<int64_t> offsets(streams.size() + 1, 0);
+    StreamFailure failure;
+    for (size_t i = 0; i < streams.size(); ++i) {
+        const EncodedStream& stream = encoded.streams[i];
+        index[3 * i] = static_cast<uint32_t>(stream.num_bytes);
+        index[3 * i + 1] = stream.num_words;
+        index[3 * i + 2] = encoded.checksums[i];
+        offsets[i + 1] = offsets[i] + stream.padded_bytes();
+        if (failure.index < 0 && stream.status != Status::kOk) failure = {static_cast<int64_t>(i), stream.status};
+    }
+    uint8_t* payload = nullptr;
+    Bytes result = uninitialized_array(offsets.back(), &payload);
+    {
+        py::gil_scoped_release release;
+        parallel_for(static_cast<int64_t>(streams.size()), num_threads, [&](int64_t i) {
+            if (encoded.streams[i].bytes)
+                std::memcpy(payload + offsets[i], encoded.streams[i].bytes.get(), encoded.streams[i].padded_bytes());
+            encoded.streams[i].bytes.reset();
         });
     }
-    const StreamFailure failure = first_failure(statuses);
-    return py::make_tuple(to_array(std::move(payload)),
-                          to_array(std::move(index)).reshape({py::ssize_t{num_streams}, py::ssize_t{3}}), failure.index,
-                          static_cast<int>(failure.status));
+    return py::make_tuple(
+        result, to_array(std::move(index)).reshape({static_cast<py::ssize_t>(streams.size()), py::ssize_t{3}}),
+        failure.index, static_cast<int>(failure.status));
 }
 
 // Decode all planes from a payload, which must hold the streams of `index` at multiples of 16 bytes.
 // Returns (failed stream, status).
 py::tuple decode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens, Bytes payload,
-                 py::array_t<uint32_t, py::array::c_style> index, int num_threads) {
+                 py::array_t<uint32_t, py::array::c_style> index, int num_threads, CpuPath path) {
+    require_supported(path);
     std::vector<StreamRef> streams = list_streams(planes, num_tokens);
     const int64_t num_streams = static_cast<int64_t>(streams.size());
     if (index.ndim() != 2 || index.shape(0) != num_streams || index.shape(1) != 3)
@@ -225,13 +254,9 @@ py::tuple decode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens
     {
         const uint8_t* bytes = payload.data();
         py::gil_scoped_release release;
-        std::vector<StreamWorkspace> workspaces(std::max(num_threads, 1));
-        std::vector<std::vector<float>> levels(workspaces.size());
         with_dtype(dtype, [&](auto tag) {
-            parallel_for(num_streams, num_threads, [&](int64_t i, int worker) {
-                statuses[i] = decode_plane_stream<decltype(tag)>(planes[streams[i].plane], streams[i], bytes,
-                                                                 workspaces[worker], levels[worker]);
-            });
+            decode_planes<decltype(tag)>(planes, streams, num_tokens, bytes, payload.size(), path, num_threads,
+                                         statuses);
         });
     }
     const StreamFailure failure = first_failure(statuses);
@@ -250,7 +275,7 @@ py::array_t<uint32_t> checksum_streams(Bytes payload, py::array_t<uint32_t, py::
         const uint8_t* bytes = payload.data();
         py::gil_scoped_release release;
         parallel_for(num_streams, num_threads,
-                     [&](int64_t i, int) { checksums[i] = crc32c(bytes + offsets[i], offsets[i + 1] - offsets[i]); });
+                     [&](int64_t i) { checksums[i] = checksum(bytes + offsets[i], offsets[i + 1] - offsets[i]); });
     }
     return to_array(std::move(checksums));
 }
@@ -338,6 +363,13 @@ PYBIND11_MODULE(_native, module) {
         .value("NOT_FINITE", Status::kNotFinite)
         .value("BAD_BAND_MAP", Status::kBadBandMap);
 
+    py::enum_<CpuPath>(module, "CpuPath")
+        .value("PORTABLE", CpuPath::kPortable)
+        .value("AVX2", CpuPath::kAvx2)
+        .value("AVX512", CpuPath::kAvx512);
+    module.def("supports", &supports, py::arg("path"));
+    module.def("best_path", &best_path);
+
     py::class_<TableSet>(module, "TableSet")
         .def_static("from_frequencies", &TableSet::from_frequencies, py::arg("frequencies"))
         .def_static("parse", &TableSet::parse, py::arg("bytes"), py::arg("plane_bytes"), py::arg("plane_channels"),
@@ -370,10 +402,12 @@ PYBIND11_MODULE(_native, module) {
              py::arg("tokens_per_stream"), py::arg("tables"), py::arg("first_table"), py::arg("num_tables"),
              py::arg("has_band_map") = false, py::arg("is_arithmetic") = false, py::keep_alive<1, 11>());
 
-    module.def("measure", &measure, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"));
-    module.def("encode", &encode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"));
+    module.def("measure", &measure, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"),
+               py::arg("path"));
+    module.def("encode", &encode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"),
+               py::arg("path"));
     module.def("decode", &decode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"),
-               py::arg("payload").noconvert(), py::arg("index"), py::arg("num_threads"));
+               py::arg("payload").noconvert(), py::arg("index"), py::arg("num_threads"), py::arg("path"));
     module.def("checksum_streams", &checksum_streams, py::arg("payload").noconvert(), py::arg("index"),
                py::arg("num_threads"));
     module.def("encode_symbols", &encode_symbols, py::arg("symbols"), py::arg("tables"), py::arg("low_bits"),
@@ -385,7 +419,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("crc32c", [](const py::buffer& buffer) {
         const py::buffer_info info = buffer.request();
         if (info.ndim != 1 || info.strides[0] != info.itemsize) throw py::value_error("contiguous bytes are expected");
-        return crc32c(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size * info.itemsize));
+        return checksum(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.size * info.itemsize));
     });
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/arithmetic_portable.h"
+#include "cpu/cpu_path.h"
 #include "cpu/parallel.h"
 #include "cpu/rans_portable.h"
 #include "quantization.h"
@@ -86,6 +87,9 @@ int64_t measure_plane(const Plane& plane, int64_t num_tokens, uint32_t* counts) 
     return -1;
 }
 
+// The same with AVX-512.
+int64_t measure_plane_avx512(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts);
+
 // Quantize the tokens of one stream into symbols [num_channels][symbol_stride].
 //
 // The scales must be those of measure_plane. Returns false where a value lies outside its token's scale, which happens
@@ -128,12 +132,13 @@ Status encode_plane_stream(const Plane& plane, StreamRef& stream, StreamWorkspac
 
 template <class Dtype>
 Status decode_plane_stream(const Plane& plane, const StreamRef& stream, const uint8_t* payload,
-                           StreamWorkspace& workspace, std::vector<float>& levels) {
+                           StreamWorkspace& workspace) {
     using Storage = typename Dtype::Storage;
     const int zero_symbol = zero_symbol_of(plane.num_bins);
     // Levels of every symbol that bits can spell, so that corrupt streams stay inside the table. Band maps can spell
     // wider ones.
     const int max_low_bits = plane.coding.has_band_map ? kMaxLowBits : plane.coding.low_bits;
+    std::vector<float>& levels = workspace.levels;
     levels.resize(size_t{kTableSize} << max_low_bits);
     for (size_t symbol = 0; symbol < levels.size(); ++symbol)
         levels[symbol] = level_of(static_cast<int>(symbol), zero_symbol);

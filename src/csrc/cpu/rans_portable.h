@@ -16,6 +16,7 @@ namespace cachegen {
 // How the streams of a plane are coded.
 struct PlaneCoding {
     const FrequencyTable* tables = nullptr;  // null: coder `packed`
+    const uint8_t* table_traits = nullptr;   // per table, see TableTraits; the vector kernels want them
     int64_t num_tables = 0;
     const uint16_t* table_indices = nullptr;  // per channel; null: table c codes channel c
     int low_bits = 0;                         // of all symbols, where there is no band map
@@ -99,6 +100,7 @@ struct StreamWorkspace {
     std::vector<uint16_t> words;    // the encoder's output, filled from the end
     std::vector<uint16_t> symbols;  // [channels of a tile][padded tokens]
     std::vector<uint8_t> code;      // of one channel, coder `ac`
+    std::vector<float> levels;
 };
 
 // Encode one stream and append it to `output`.

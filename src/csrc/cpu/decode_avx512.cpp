@@ -1,0 +1,329 @@
+// Decoding with AVX-512: rANS of up to eight streams in flight, transposition and dequantization, tile by tile.
+//
+// A tile is 32 channels of all tokens of the batch's streams. First the symbols are decoded channel by channel, in the
+// order of the bitstream; then blocks of 32 channels by 64 tokens are transposed and written as token rows.
+//
+// The 32-bit states of a row lie in two vectors of 16-bit halves, so that 32 lanes fill one register each:
+//     x' = f * (x >> 12) + slot - start
+//        = (16 f * high) + (f * (low >> 12) + slot - start),    where the second part is below 2^16.
+// 16 f does not fit 16 bits where f = 4096, the only symbol of its table: such lanes keep their high half.
+
+#include "cpu/cpu_path.h"
+
+#if CACHEGEN_X86
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/avx512.h"
+#include "cpu/dequantize_avx512.h"
+#include "cpu/rans_portable.h"
+#include "cpu/stream_batch.h"
+#include "cpu/stream_words.h"
+
+namespace cachegen::avx512 {
+namespace {
+
+CACHEGEN_AVX512_INLINE __m512i low_words(__m512i first, __m512i second) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(first)), _mm512_cvtepi32_epi16(second), 1);
+}
+
+CACHEGEN_AVX512 void load_states(const uint8_t* bytes, int num_lanes, __m512i* low, __m512i* high) {
+    const __m512i start = _mm512_set1_epi32(kStateLow);
+    const __mmask32 live = first_lanes(num_lanes);
+    const __m512i first = _mm512_mask_loadu_epi32(start, static_cast<__mmask16>(live), bytes);
+    const __m512i second = _mm512_mask_loadu_epi32(start, static_cast<__mmask16>(live >> 16), bytes + 64);
+    *low = low_words(first, second);
+    *high = low_words(_mm512_srli_epi32(first, 16), _mm512_srli_epi32(second, 16));
+}
+
+// One step of a binary search in several streams: add kStep to the symbols whose successor by kStep starts at or below
+// the slot. Loads that begin within `start` may end within `frequency`, but no lane looks there.
+template <int kCount, int kStep>
+CACHEGEN_AVX512_INLINE void search_step(const FrequencyTable* const tables[kCount], const __m512i slots[kCount],
+                                        __m512i symbols[kCount]) {
+    __m512i starts[kCount];
+    __mmask32 is_above[kCount];
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s)
+        starts[s] = _mm512_permutexvar_epi16(symbols[s], _mm512_loadu_si512(tables[s]->start + kStep));
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) is_above[s] = _mm512_cmpge_epu16_mask(slots[s], starts[s]);
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s)
+        symbols[s] = _mm512_mask_add_epi16(symbols[s], is_above[s], symbols[s], _mm512_set1_epi16(kStep));
+}
+
+// The last symbol whose start is at most the slot.
+template <int kCount, bool kWide>
+CACHEGEN_AVX512_INLINE void find_symbols(const FrequencyTable* const tables[kCount], const __m512i slots[kCount],
+                                         __m512i symbols[kCount]) {
+    constexpr int kFirst = kWide ? 16 : 8;
+    const __m512i first = _mm512_set1_epi16(kFirst);
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+        const __m512i starts = _mm512_permutexvar_epi16(first, _mm512_load_si512(tables[s]->start));
+        symbols[s] = _mm512_maskz_mov_epi16(_mm512_cmpge_epu16_mask(slots[s], starts), first);
+    }
+    if (kWide) search_step<kCount, 8>(tables, slots, symbols);
+    search_step<kCount, 4>(tables, slots, symbols);
+    search_step<kCount, 2>(tables, slots, symbols);
+    search_step<kCount, 1>(tables, slots, symbols);
+}
+
+// One row of several streams, with 64 readable bytes at every `word`. Only where kIsGeneral may lanes be dead or tables
+// have a single symbol.
+template <int kCount, bool kWide, bool kIsGeneral>
+CACHEGEN_AVX512_INLINE void decode_rows(const FrequencyTable* const tables[kCount], __mmask32 live, __m512i low[kCount],
+                                        __m512i high[kCount], const uint8_t* word[kCount], __m512i symbols[kCount]) {
+    const __m512i slot_mask = _mm512_set1_epi16(kFrequencyTotal - 1);
+    // Step by step through all streams: processors look only so far ahead for something to do.
+    __m512i slots[kCount], frequency[kCount], rest[kCount], next_low[kCount], next_high[kCount];
+    __mmask32 carries[kCount], needs_word[kCount];
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) slots[s] = _mm512_and_si512(low[s], slot_mask);
+    find_symbols<kCount, kWide>(tables, slots, symbols);
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+        frequency[s] = _mm512_permutexvar_epi16(symbols[s], _mm512_load_si512(tables[s]->frequency));
+        rest[s] = _mm512_sub_epi16(slots[s], _mm512_permutexvar_epi16(symbols[s], _mm512_load_si512(tables[s]->start)));
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+        const __m512i scaled = _mm512_slli_epi16(frequency[s], 4);
+        rest[s] = _mm512_add_epi16(rest[s], _mm512_mullo_epi16(frequency[s], _mm512_srli_epi16(low[s], 12)));
+        next_low[s] = _mm512_mullo_epi16(scaled, high[s]);
+        next_high[s] = _mm512_mulhi_epu16(scaled, high[s]);
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+        next_low[s] = _mm512_add_epi16(next_low[s], rest[s]);
+        carries[s] = _mm512_cmplt_epu16_mask(next_low[s], rest[s]);
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+        next_high[s] = _mm512_mask_sub_epi16(next_high[s], carries[s], next_high[s], _mm512_set1_epi16(-1));
+        if (kIsGeneral) {
+            const __mmask32 is_single = _mm512_cmpeq_epi16_mask(frequency[s], _mm512_set1_epi16(kFrequencyTotal));
+            next_high[s] = _mm512_mask_mov_epi16(next_high[s], is_single, high[s]);
+        }
+        needs_word[s] = _mm512_testn_epi16_mask(next_high[s], next_high[s]);
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+        if (kIsGeneral) {
+            needs_word[s] &= live;
+            next_high[s] = _mm512_mask_mov_epi16(high[s], live, next_high[s]);
+            high[s] = _mm512_mask_mov_epi16(next_high[s], needs_word[s], next_low[s]);
+            next_low[s] = _mm512_mask_mov_epi16(low[s], live, next_low[s]);
+        } else {
+            high[s] = _mm512_mask_mov_epi16(next_high[s], needs_word[s], next_low[s]);
+        }
+        low[s] = _mm512_mask_expand_epi16(next_low[s], needs_word[s], _mm512_loadu_si512(word[s]));
+        word[s] += 2 * _mm_popcnt_u32(needs_word[s]);
+        // Keeps GCC from packing the pointers of all streams into one vector register.
+        asm("" : "+r"(word[s]));
+    }
+}
+
+// Append the raw bits of a full row: each bit plane is one 32-bit word.
+CACHEGEN_AVX512_INLINE __m512i append_full_low_bits(__m512i symbols, const uint8_t* planes, int low_bits) {
+    symbols = _mm512_sll_epi16(symbols, _mm_cvtsi32_si128(low_bits));
+    for (int bit = 0; bit < low_bits; ++bit) {
+        uint32_t plane;
+        std::memcpy(&plane, planes + 4 * bit, 4);
+        symbols = _mm512_mask_add_epi16(symbols, plane, symbols, _mm512_set1_epi16(static_cast<int16_t>(1 << bit)));
+    }
+    return symbols;
+}
+
+CACHEGEN_AVX512 __m512i append_tail_low_bits(__m512i symbols, const uint8_t* bytes, int64_t position, int low_bits,
+                                             int live) {
+    symbols = _mm512_sll_epi16(symbols, _mm_cvtsi32_si128(low_bits));
+    for (int bit = 0; bit < low_bits; ++bit, position += live)
+        symbols = _mm512_mask_add_epi16(symbols, read_bits(bytes, position, live), symbols,
+                                        _mm512_set1_epi16(static_cast<int16_t>(1 << bit)));
+    return symbols;
+}
+
+template <int kStreams>
+class TileDecoder {
+  public:
+    static constexpr int kPairs = (kStreams + 1) / 2;
+    static constexpr int kGroup = kStreams < 4 ? kStreams : 4;
+
+    // `tile` and `words` are memory of tile_bytes() and StreamWords::num_copied_bytes().
+    TileDecoder(const StreamBatch& batch, uint8_t* tile, uint8_t* words)
+        : batch_(batch), tile_(tile), words_(batch, words) {}
+
+    CACHEGEN_AVX512 void load() {
+        for (int s = 0; s < kStreams && batch_.is_coded; ++s)
+            load_states(batch_.streams[s].states, batch_.shape.num_lanes(), &low_[s], &high_[s]);
+    }
+
+    // Decode the symbols of a tile into blocks, see block().
+    CACHEGEN_AVX512 void decode(int64_t first_channel, int num_channels) {
+        words_.begin_tile();
+        const int64_t num_rows = batch_.shape.num_rows(), full_rows = batch_.shape.num_tokens / kNumLanes;
+        const uint8_t traits = traits_of_tile(first_channel, num_channels);
+        for (int i = 0; i < num_channels; ++i) {
+            const int64_t channel = first_channel + i;
+            if (!batch_.is_coded) {
+                for (int64_t row = 0; row < num_rows; ++row) unpack_row(channel, row, block(row) + 64 * i);
+                continue;
+            }
+            if (traits & kSingleSymbol) {
+                decode_channel<true, true, true>(channel, 0, num_rows, block(0) + 64 * i);
+                continue;
+            }
+            if (batch_.low_bits > 0)
+                decode_channel<true, true, false>(channel, 0, full_rows, block(0) + 64 * i);
+            else if (traits & kWideTable)
+                decode_channel<true, false, false>(channel, 0, full_rows, block(0) + 64 * i);
+            else
+                decode_channel<false, false, false>(channel, 0, full_rows, block(0) + 64 * i);
+            if (full_rows < num_rows)
+                decode_channel<true, true, true>(channel, full_rows, num_rows, block(full_rows) + 64 * i);
+        }
+    }
+
+    // A pair's symbols of one row: per channel 64 bytes, in each 16 of which lie eight tokens of the first stream, then
+    // the same tokens of the second. Blocks lie 64 bytes more apart than they are long, or they would share cache sets.
+    uint8_t* block(int64_t row, int pair = 0) const { return tile_ + (row * kPairs + pair) * kBlockStride; }
+
+    CACHEGEN_AVX512 Status status(int s) const {
+        const bool is_at_start = !batch_.is_coded || (_mm512_test_epi16_mask(low_[s], low_[s]) == 0 &&
+                                                      _mm512_cmpeq_epi16_mask(high_[s], _mm512_set1_epi16(1)) == ~0u);
+        return words_.status(s, is_at_start);
+    }
+
+    static size_t tile_bytes(const StreamShape& shape) { return shape.num_rows() * kPairs * kBlockStride; }
+
+  private:
+    static constexpr int64_t kBlockStride = 64 * kTileChannels + 64;
+
+    // What any table of the tile has.
+    uint8_t traits_of_tile(int64_t first_channel, int num_channels) const {
+        uint8_t traits[kTileChannels] = {};
+        for (int s = 0; s < kStreams && batch_.is_coded; ++s)
+            for (int i = 0; i < num_channels; ++i) traits[i] |= batch_.streams[s].table_traits[first_channel + i];
+        for (int i = 1; i < kTileChannels; ++i) traits[0] |= traits[i];
+        return traits[0];
+    }
+
+    template <bool kWide, bool kHasLowBits, bool kIsGeneral>
+    CACHEGEN_AVX512_INLINE void decode_group(int first, int64_t channel, int64_t row, __m512i* low, __m512i* high,
+                                             const uint8_t** word, uint8_t* symbols_out) const {
+        const FrequencyTable* tables[kGroup];
+        __m512i symbols[kGroup + 1];
+        const int live = kIsGeneral ? batch_.shape.live_lanes(row) : kNumLanes;
+        for (int s = 0; s < kGroup; ++s) tables[s] = batch_.streams[first + s].tables + channel;
+        decode_rows<kGroup, kWide, kIsGeneral>(tables, first_lanes(live), low, high, word, symbols);
+        if (kHasLowBits)
+            for (int s = 0; s < kGroup; ++s) symbols[s] = append_low_bits(symbols[s], first + s, channel, row, live);
+        store_symbols<kGroup>(symbols, symbols_out + first / 2 * kBlockStride);
+    }
+
+    template <int kCount>
+    CACHEGEN_AVX512_INLINE void store_symbols(__m512i symbols[kCount + 1], uint8_t* symbols_out) const {
+        if (kCount == 1) symbols[1] = _mm512_setzero_si512();
+        for (int s = 0; s < kCount; s += 2)
+            _mm512_store_si512(symbols_out + s / 2 * kBlockStride, _mm512_packus_epi16(symbols[s], symbols[s + 1]));
+    }
+
+    // Append a row's raw bits.
+    CACHEGEN_AVX512_INLINE __m512i append_low_bits(__m512i symbols, int s, int64_t channel, int64_t row,
+                                                   int live) const {
+        const int64_t position = (row * batch_.shape.num_channels * kNumLanes + channel * live) * batch_.low_bits;
+        const uint8_t* const planes = batch_.streams[s].low_bits;
+        return live == kNumLanes ? append_full_low_bits(symbols, planes + position / 8, batch_.low_bits)
+                                 : append_tail_low_bits(symbols, planes, position, batch_.low_bits, live);
+    }
+
+    template <bool kWide, bool kHasLowBits, bool kIsGeneral>
+    CACHEGEN_AVX512 void decode_channel(int64_t channel, int64_t first_row, int64_t last_row, uint8_t* symbols_out) {
+        // Local copies, so that the states stay in registers.
+        __m512i low[kStreams], high[kStreams];
+        const uint8_t* word[kStreams];
+#pragma GCC unroll 8
+        for (int s = 0; s < kStreams; ++s) {
+            low[s] = low_[s];
+            high[s] = high_[s];
+            word[s] = words_.next[s];
+        }
+        for (int64_t row = first_row; row < last_row; ++row, symbols_out += kPairs * kBlockStride)
+#pragma GCC unroll 2
+            for (int first = 0; first < kStreams; first += kGroup)
+                decode_group<kWide, kHasLowBits, kIsGeneral>(first, channel, row, low + first, high + first,
+                                                             word + first, symbols_out);
+#pragma GCC unroll 8
+        for (int s = 0; s < kStreams; ++s) {
+            low_[s] = low[s];
+            high_[s] = high[s];
+            words_.next[s] = word[s];
+        }
+    }
+
+    // One row of coder `packed`.
+    CACHEGEN_AVX512_INLINE void unpack_row(int64_t channel, int64_t row, uint8_t* symbols_out) const {
+        const int live = batch_.shape.live_lanes(row);
+        __m512i symbols[kStreams + 1];
+        for (int s = 0; s < kStreams; ++s) symbols[s] = append_low_bits(_mm512_setzero_si512(), s, channel, row, live);
+        store_symbols<kStreams>(symbols, symbols_out);
+    }
+
+    const StreamBatch& batch_;
+    uint8_t* const tile_;
+    StreamWords words_;
+    __m512i low_[kStreams];
+    __m512i high_[kStreams];
+};
+
+template <int kStreams>
+CACHEGEN_AVX512 void decode_streams(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses) {
+    using Decoder = TileDecoder<kStreams>;
+    const int64_t num_tokens = batch.shape.num_tokens;
+    Dequantizer dequantizer(batch, dtype);
+    const size_t tile_bytes = Decoder::tile_bytes(batch.shape), table_bytes = dequantizer.table_bytes();
+    uint8_t* const memory = scratch.reserve(tile_bytes + table_bytes + StreamWords::num_copied_bytes(batch));
+    uint8_t* const tables = memory + tile_bytes;
+    dequantizer.make_tables(tables);
+
+    Decoder decoder(batch, memory, tables + table_bytes);
+    decoder.load();
+    for (int64_t first = 0; first < batch.shape.num_channels; first += kTileChannels) {
+        const int count = static_cast<int>(std::min<int64_t>(kTileChannels, batch.shape.num_channels - first));
+        decoder.decode(first, count);
+        for (int pair = 0; pair < Decoder::kPairs; ++pair) {
+            const int num_members = std::min(2, kStreams - 2 * pair);
+            dequantizer.begin_tile(2 * pair, num_members, first, count);
+            for (int64_t token = 0; token < num_tokens; token += kNumLanes)
+                dequantizer.write_block(decoder.block(token / kNumLanes, pair), tables, 2 * pair, num_members, token);
+        }
+    }
+    if (batch.stores_bypass_caches) _mm_sfence();
+    for (int s = 0; s < kStreams; ++s) statuses[s] = decoder.status(s);
+}
+
+}  // namespace
+}  // namespace cachegen::avx512
+
+namespace cachegen {
+
+void decode_batch_avx512(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses) {
+    StreamBatch part = batch;
+    for (int done = 0; done < batch.num_streams; done += part.num_streams) {
+        const int rest = batch.num_streams - done;
+        part.num_streams = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
+        std::copy(batch.streams + done, batch.streams + done + part.num_streams, part.streams);
+        const auto decode = part.num_streams == 8   ? avx512::decode_streams<8>
+                            : part.num_streams == 4 ? avx512::decode_streams<4>
+                            : part.num_streams == 2 ? avx512::decode_streams<2>
+                                                    : avx512::decode_streams<1>;
+        decode(part, dtype, scratch, statuses + done);
+    }
+}
+
+}  // namespace cachegen
+
+#endif  // CACHEGEN_X86

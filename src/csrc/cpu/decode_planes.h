@@ -1,0 +1,84 @@
+// Decoding the planes of a chunk: streams of one shape are put together in batches, threads take batches.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/cpu_path.h"
+#include "cpu/parallel.h"
+#include "cpu/planes.h"
+#include "cpu/stream_batch.h"
+#include "cpu/stream_planning.h"
+
+namespace cachegen {
+
+// Above this many bytes of output, whole cache lines go past the caches: the values will not be read from there.
+constexpr int64_t kBypassBytes = int64_t{1} << 20;
+
+template <class Dtype>
+bool allows_bypass(const Plane& plane) {
+    constexpr int64_t kLine = 64 / sizeof(typename Dtype::Storage);
+    return reinterpret_cast<uintptr_t>(plane.values) % 64 == 0 && plane.token_stride % kLine == 0 &&
+           plane.head_stride % kLine == 0 && plane.head_dim % kLine == 0;
+}
+
+#if CACHEGEN_X86
+// Decode a batch of uniform streams with vector instructions.
+template <class Dtype>
+void decode_with_vectors(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams,
+                         const int64_t* members, int num_members, const uint8_t* payload, int64_t payload_bytes,
+                         bool bypasses_caches, CpuPath path, Scratch& scratch, std::vector<Status>& statuses) {
+    StreamBatch batch = describe_batch(planes[streams[members[0]].plane], streams[members[0]].shape);
+    batch.stores_bypass_caches = bypasses_caches;
+    batch.readable_end = payload + payload_bytes;
+    int64_t indices[kMaxBatch];
+    for (int i = 0; i < num_members; ++i) {
+        const StreamRef& stream = streams[members[i]];
+        const Plane& plane = planes[stream.plane];
+        BatchStream& opened = batch.streams[batch.num_streams];
+        opened = describe_stream(plane, stream, sizeof(typename Dtype::Storage));
+        statuses[members[i]] = open_stream(plane.coding, stream, payload, &opened);
+        if (statuses[members[i]] != Status::kOk) continue;
+        batch.stores_bypass_caches &= allows_bypass<Dtype>(plane);
+        indices[batch.num_streams++] = members[i];
+    }
+    Status found[kMaxBatch];
+    const auto decode = path == CpuPath::kAvx512 ? decode_batch_avx512 : decode_batch_avx2;
+    decode(batch, Dtype::kDtype, scratch, found);
+    for (int i = 0; i < batch.num_streams; ++i) statuses[indices[i]] = found[i];
+}
+#endif
+
+// Decode streams, whose offsets and sizes must lie within the payload; one status per stream.
+template <class Dtype>
+void decode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams, int64_t num_tokens,
+                   const uint8_t* payload, int64_t payload_bytes, CpuPath path, int num_threads,
+                   std::vector<Status>& statuses) {
+    const BatchPlan plan = plan_batches(planes, streams, num_threads, path != CpuPath::kPortable);
+    int64_t num_values = 0;
+    for (const Plane& plane : planes) num_values += num_tokens * plane.num_channels();
+    const bool is_large = num_values * static_cast<int64_t>(sizeof(typename Dtype::Storage)) >= kBypassBytes;
+    parallel_for(plan.num_batches(), num_threads, [&](int64_t index) {
+        // Kept from call to call: fresh memory would cost a page fault per 4096 bytes.
+        thread_local StreamWorkspace workspace;
+        thread_local Scratch scratch;
+        const int64_t* members = &plan.order[plan.begins[index]];
+        const int num_members = static_cast<int>(plan.begins[index + 1] - plan.begins[index]);
+        const StreamRef& first = streams[members[0]];
+        const Plane& plane = planes[first.plane];
+#if CACHEGEN_X86
+        if (path != CpuPath::kPortable && BatchKey(plane, first.shape).is_uniform) {
+            decode_with_vectors<Dtype>(planes, streams, members, num_members, payload, payload_bytes, is_large, path,
+                                       scratch, statuses);
+            return;
+        }
+#endif
+        for (int i = 0; i < num_members; ++i)
+            statuses[members[i]] =
+                decode_plane_stream<Dtype>(planes[streams[members[i]].plane], streams[members[i]], payload, workspace);
+    });
+}
+
+}  // namespace cachegen

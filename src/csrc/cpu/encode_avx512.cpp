@@ -1,0 +1,375 @@
+// Encoding with AVX-512: quantization, transposition and rANS of up to eight streams, tile by tile and backwards.
+//
+// A tile is 32 channels of all tokens of the batch's streams; each value of the cache is read once, and the next tile's
+// are prefetched meanwhile. The quotient of a state by a frequency is an fp32 product with a reciprocal that is a
+// little too small: it is exact or one too small, which the remainder tells.
+//
+// Why: after renormalization the quotient x/f is below 2^20. Rounding x to fp32, the reciprocal's own error and
+// rounding the product come to less than 2^-22 of it together; the reciprocal is lowered by 2^-21. So the product lies
+// between x/f (1 - 2^-20) > x/f - 1 and x/f, and its integer part is that of x/f or one less.
+
+#include "cpu/cpu_path.h"
+
+#if CACHEGEN_X86
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/avx512.h"
+#include "cpu/quantize_avx512.h"
+#include "cpu/rans_portable.h"
+#include "cpu/stream_batch.h"
+
+namespace cachegen::avx512 {
+namespace {
+
+// A channel's table as the encoder wants it: 32 entries each.
+struct alignas(64) EncodeTable {
+    uint32_t start_frequency[kTableSize];  // start << 16 | frequency; kAbsent where the frequency is 0
+    float reciprocal[kTableSize];
+};
+
+constexpr uint32_t kAbsent = 0x8000;
+
+CACHEGEN_AVX512_INLINE void make_table(const FrequencyTable& table, EncodeTable* made) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        const auto* starts = reinterpret_cast<const __m256i*>(table.start + 16 * half);
+        const auto* frequencies = reinterpret_cast<const __m256i*>(table.frequency + 16 * half);
+        const __m512i start = _mm512_cvtepu16_epi32(_mm256_load_si256(starts));
+        __m512i frequency = _mm512_cvtepu16_epi32(_mm256_load_si256(frequencies));
+        frequency =
+            _mm512_mask_mov_epi32(frequency, _mm512_testn_epi32_mask(frequency, frequency), _mm512_set1_epi32(kAbsent));
+        _mm512_store_si512(made->start_frequency + 16 * half, _mm512_or_si512(_mm512_slli_epi32(start, 16), frequency));
+        // One Newton step from 14 bits.
+        const __m512 exact = _mm512_cvtepi32_ps(frequency);
+        const __m512 rough = _mm512_rcp14_ps(exact);
+        const __m512 error = _mm512_fnmadd_ps(exact, rough, _mm512_set1_ps(1.0f));
+        const __m512 reciprocal = _mm512_fmadd_ps(rough, error, rough);
+        _mm512_store_ps(made->reciprocal + 16 * half, _mm512_mul_ps(reciprocal, _mm512_set1_ps(1.0f - 0x1p-21f)));
+    }
+}
+
+// Encode 16 lanes: the states after the symbols, where they have given up their words.
+CACHEGEN_AVX512_INLINE __m512i encode_lanes(__m512i states, __m512i frequency, __m512i start, __m512 reciprocal) {
+    const __m512i quotient = _mm512_cvttps_epi32(_mm512_mul_ps(_mm512_cvtepu32_ps(states), reciprocal));
+    const __m512i remainder = _mm512_sub_epi32(states, _mm512_mullo_epi32(quotient, frequency));
+    const __mmask16 is_short = _mm512_cmpge_epu32_mask(remainder, frequency);
+    const __m512i coded =
+        _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(quotient, kFrequencyBits), remainder), start);
+    // One more to the quotient is 2^12 more to the state, and one frequency less to the remainder.
+    return _mm512_mask_add_epi32(coded, is_short, coded,
+                                 _mm512_sub_epi32(_mm512_set1_epi32(kFrequencyTotal), frequency));
+}
+
+template <class Dtype, int kStreams>
+class TileEncoder {
+  public:
+    using Storage = typename Dtype::Storage;
+    static constexpr int kPairs = (kStreams + 1) / 2;
+
+    TileEncoder(const StreamBatch& batch, uint8_t* memory) : batch_(batch), num_rows_(batch.shape.num_rows()) {
+        tile_ = memory;
+        memory += tile_bytes(batch.shape);
+        inverses_ = reinterpret_cast<float*>(memory);
+        memory += kStreams * padded_tokens() * 4;
+        for (int s = 0; s < kStreams; ++s) {
+            low_bits_[s] = memory;
+            memory += low_bits_bytes(batch);
+        }
+        for (int s = 0; s < kStreams; ++s) {
+            memory += words_bytes(batch);
+            words_end_[s] = word_[s] = reinterpret_cast<uint16_t*>(memory);
+        }
+    }
+
+    static size_t memory_bytes(const StreamBatch& batch) {
+        const int64_t padded = batch.shape.num_rows() * kNumLanes;
+        return tile_bytes(batch.shape) + kStreams * (padded * 4 + low_bits_bytes(batch) + words_bytes(batch));
+    }
+
+    CACHEGEN_AVX512 void start() {
+        for (int s = 0; s < kStreams; ++s) {
+            const BatchStream& stream = batch_.streams[s];
+            const auto* scales = reinterpret_cast<const Storage*>(stream.scales);
+            const int zero_symbol = zero_symbol_of(stream.num_bins);
+            for (int64_t token = 0; token < batch_.shape.num_tokens; ++token)
+                inverses_[s * padded_tokens() + token] = inverse_step(Dtype::widen(scales[token]), zero_symbol);
+            std::memset(low_bits_[s], 0, low_bits_bytes(batch_));
+            first_[s] = second_[s] = _mm512_set1_epi32(kStateLow);
+            seen_[s] = highest_[s] = _mm512_setzero_si512();
+        }
+    }
+
+    CACHEGEN_AVX512 void encode(int64_t first_channel, int num_channels) {
+        for (int s = 0; s < kStreams; ++s)
+            runs_[s] = TileRuns(first_channel, num_channels, batch_.head_dim, batch_.streams[s].head_stride);
+        for (int64_t row = 0; row < num_rows_; ++row)
+            for (int pair = 0; pair < kPairs; ++pair) quantize_block(row, pair);
+        // The next tile, for the prefetches.
+        const int64_t next = std::max<int64_t>(first_channel - kTileChannels, 0);
+        for (int s = 0; s < kStreams; ++s)
+            next_tile_[s] = reinterpret_cast<const Storage*>(batch_.streams[s].values) +
+                            next / batch_.head_dim * batch_.streams[s].head_stride + next % batch_.head_dim;
+
+        const int64_t full_rows = batch_.shape.num_tokens / kNumLanes;
+        for (int i = num_channels - 1; i >= 0; --i) {
+            const int64_t channel = first_channel + i;
+            const EncodeTable* tables[kStreams] = {};
+            for (int s = 0; s < kStreams && batch_.is_coded; ++s) {
+                // Streams of one plane share their tables.
+                const FrequencyTable* source = batch_.streams[s].tables;
+                if (s > 0 && source == batch_.streams[s - 1].tables) {
+                    tables[s] = tables[s - 1];
+                    continue;
+                }
+                make_table(source[channel], &tables_[s]);
+                tables[s] = &tables_[s];
+            }
+            if (full_rows < num_rows_) encode_row<true, true>(channel, i, full_rows, tables);
+            for (int64_t row = full_rows - 1; row >= 0; --row) {
+                if (batch_.low_bits == 0)
+                    encode_row<false, false>(channel, i, row, tables);
+                else
+                    encode_row<false, true>(channel, i, row, tables);
+            }
+        }
+    }
+
+    CACHEGEN_AVX512 void finish(int s, EncodedStream* encoded) const {
+        const int zero_symbol = zero_symbol_of(batch_.streams[s].num_bins);
+        const __m512i highest = _mm512_set1_epi16(static_cast<int16_t>(2 * zero_symbol));
+        encoded->status = Status::kOk;
+        if (_mm512_cmpgt_epu16_mask(highest_[s], highest))
+            encoded->status = Status::kNotFinite;
+        else if (_mm512_test_epi32_mask(seen_[s], _mm512_set1_epi32(kAbsent)))
+            encoded->status = Status::kNoFrequency;
+        if (encoded->status != Status::kOk) return;
+        const int64_t states_bytes = batch_.is_coded ? batch_.shape.states_bytes() : 0;
+        const int64_t low_bytes =
+            round_up((batch_.shape.num_tokens * batch_.shape.num_channels * batch_.low_bits + 7) / 8, 4);
+        encoded->num_words = static_cast<uint32_t>(words_end_[s] - word_[s]);
+        uint8_t* bytes = encoded->allocate(states_bytes + low_bytes + 2 * int64_t{encoded->num_words});
+        uint32_t states[kNumLanes];
+        _mm512_storeu_si512(states, first_[s]);
+        _mm512_storeu_si512(states + 16, second_[s]);
+        std::memcpy(bytes, states, states_bytes);
+        std::memcpy(bytes + states_bytes, low_bits_[s], low_bytes);
+        std::memcpy(bytes + states_bytes + low_bytes, word_[s], 2 * encoded->num_words);
+    }
+
+  private:
+    static constexpr int64_t kBlockStride = 64 * kTileChannels + 64;
+    static size_t tile_bytes(const StreamShape& shape) { return shape.num_rows() * kPairs * kBlockStride; }
+    // A symbol gives up at most one word.
+    static size_t words_bytes(const StreamBatch& batch) {
+        return batch.is_coded ? round_up(2 * batch.shape.num_tokens * batch.shape.num_channels, 64) : 0;
+    }
+    // With 8 bytes more: tail rows are written by bits.
+    static size_t low_bits_bytes(const StreamBatch& batch) {
+        return round_up(batch.shape.num_tokens * batch.shape.num_channels * batch.low_bits / 8 + 16, 64);
+    }
+    int64_t padded_tokens() const { return num_rows_ * kNumLanes; }
+
+    uint8_t* block(int64_t row, int pair) const { return tile_ + (row * kPairs + pair) * kBlockStride; }
+
+    // Quantize 32 channels of 32 tokens of two streams into [channel][64]: the first stream's tokens, then the
+    // second's.
+    CACHEGEN_AVX512 void quantize_block(int64_t row, int pair) {
+        // [token pairs by eights][pair]: words are channels, each with two tokens.
+        __m512i eighths[4][8];
+        for (int member = 0; member < 2; ++member)
+            for (int i = 0; i < 2; ++i) quantize_tokens(row, 2 * pair + member, 16 * i, eighths[2 * member + i]);
+        uint8_t* const out = block(row, pair);
+        for (int j = 0; j < 8; ++j) {
+            __m512i lanes[4];
+            for (int i = 0; i < 4; ++i) lanes[i] = eighths[i][j];
+            transpose_4x4_lanes(lanes);
+            for (int lane = 0; lane < 4; ++lane)
+                _mm512_store_si512(out + 64 * channel_at<Dtype>(8 * lane + j), lanes[lane]);
+        }
+    }
+
+    // Sixteen tokens from `first` of a row on, in pairs, each 128-bit lane transposed.
+    CACHEGEN_AVX512_INLINE void quantize_tokens(int64_t row, int s, int first, __m512i pairs[8]) {
+        if (s >= kStreams) {
+            for (int i = 0; i < 8; ++i) pairs[i] = _mm512_setzero_si512();
+            return;
+        }
+        const BatchStream& stream = batch_.streams[s];
+        const int live = batch_.shape.live_lanes(row);
+        const __m512i zero_symbol = _mm512_set1_epi16(static_cast<int16_t>(zero_symbol_of(stream.num_bins)));
+        const int64_t first_token = row * kNumLanes + first;
+        const Storage* values = reinterpret_cast<const Storage*>(stream.values) + first_token * stream.token_stride;
+        const float* inverses = inverses_ + s * padded_tokens() + first_token;
+        __m512i highest = highest_[s];
+        const bool is_plain = runs_[s].is_whole() && first + 16 <= live;
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            __m512i symbols[2];
+#pragma GCC unroll 2
+            for (int odd = 0; odd < 2; ++odd, values += stream.token_stride) {
+                const __m512 inverse = _mm512_set1_ps(inverses[2 * i + odd]);
+                symbols[odd] = _mm512_setzero_si512();
+                if (is_plain)
+                    symbols[odd] =
+                        quantize_row(load_whole_row<Dtype>(values + runs_[s].runs[0].offset), inverse, zero_symbol);
+                else if (first + 2 * i + odd < live)
+                    symbols[odd] = quantize_row(load_row<Dtype>(values, runs_[s]), inverse, zero_symbol);
+                highest = _mm512_max_epu16(highest, symbols[odd]);
+            }
+            pairs[i] = _mm512_or_si512(symbols[0], _mm512_slli_epi16(symbols[1], 8));
+        }
+        highest_[s] = highest;
+        transpose_8x8_words(pairs);
+    }
+
+    // Encode one row of all streams. Only where kIsTail may lanes be dead; only where kHasLowBits may there be low
+    // bits, or no tables.
+    template <bool kIsTail, bool kHasLowBits>
+    CACHEGEN_AVX512_INLINE void encode_row(int64_t channel, int channel_in_tile, int64_t row,
+                                           const EncodeTable* const tables[kStreams]) {
+        const int live = kIsTail ? batch_.shape.live_lanes(row) : kNumLanes;
+#pragma GCC unroll 8
+        for (int s = 0; s < kStreams; ++s) {
+            const uint8_t* const bytes = block(row, s / 2) + 64 * channel_in_tile + 32 * (s % 2);
+            // As many prefetches as the next tile has rows.
+            if (!kIsTail)
+                _mm_prefetch(next_tile_[s] + (row * kNumLanes + channel_in_tile) * batch_.streams[s].token_stride,
+                             _MM_HINT_T1);
+            __m512i first = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+            __m512i second = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + 16)));
+            if (kHasLowBits && batch_.low_bits > 0) {
+                store_low_bits(s, channel, row, live, _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes)));
+                first = _mm512_srl_epi32(first, _mm_cvtsi32_si128(batch_.low_bits));
+                second = _mm512_srl_epi32(second, _mm_cvtsi32_si128(batch_.low_bits));
+            }
+            if (!kHasLowBits || batch_.is_coded)
+                encode_symbols<kIsTail>(s, first, second, *tables[s], first_lanes(live));
+        }
+    }
+
+    template <bool kIsTail>
+    CACHEGEN_AVX512_INLINE void encode_symbols(int s, __m512i first_symbols, __m512i second_symbols,
+                                               const EncodeTable& table, __mmask32 live) {
+        const __m512i low_entries = _mm512_load_si512(table.start_frequency);
+        const __m512i high_entries = _mm512_load_si512(table.start_frequency + 16);
+        __m512i first_entry = _mm512_permutex2var_epi32(low_entries, first_symbols, high_entries);
+        __m512i second_entry = _mm512_permutex2var_epi32(low_entries, second_symbols, high_entries);
+        const __m512 low_reciprocals = _mm512_load_ps(table.reciprocal);
+        const __m512 high_reciprocals = _mm512_load_ps(table.reciprocal + 16);
+        const __m512 first_reciprocal = _mm512_permutex2var_ps(low_reciprocals, first_symbols, high_reciprocals);
+        const __m512 second_reciprocal = _mm512_permutex2var_ps(low_reciprocals, second_symbols, high_reciprocals);
+        if (kIsTail) {
+            // Dead lanes: no symbol seen, no word.
+            const auto seen = _mm512_maskz_mov_epi32(static_cast<__mmask16>(live), first_entry);
+            seen_[s] = _mm512_or_si512(seen_[s], seen);
+            seen_[s] =
+                _mm512_or_si512(seen_[s], _mm512_maskz_mov_epi32(static_cast<__mmask16>(live >> 16), second_entry));
+        } else {
+            seen_[s] = _mm512_ternarylogic_epi32(seen_[s], first_entry, second_entry, 0xFE);  // or of three
+        }
+        const __m512i low_half = _mm512_set1_epi32(0xFFFF);
+        const __m512i first_frequency = _mm512_and_si512(first_entry, low_half);
+        const __m512i second_frequency = _mm512_and_si512(second_entry, low_half);
+
+        __m512i first = first_[s], second = second_[s];
+        __mmask16 first_gives = _mm512_cmpge_epu32_mask(_mm512_srli_epi32(first, 32 - kFrequencyBits), first_frequency);
+        __mmask16 second_gives =
+            _mm512_cmpge_epu32_mask(_mm512_srli_epi32(second, 32 - kFrequencyBits), second_frequency);
+        if (kIsTail) {
+            first_gives &= static_cast<__mmask16>(live);
+            second_gives &= static_cast<__mmask16>(live >> 16);
+        }
+        const __mmask32 gives = _mm512_kunpackw(second_gives, first_gives);
+        const int num_words = _mm_popcnt_u32(gives);
+        const __m512i words = _mm512_maskz_compress_epi16(gives, low_words(first, second));
+        uint16_t* const word = word_[s] - num_words;
+        word_[s] = word;
+        _mm512_mask_storeu_epi16(word, _bzhi_u32(~0u, num_words), words);
+        first = _mm512_mask_srli_epi32(first, first_gives, first, kWordBits);
+        second = _mm512_mask_srli_epi32(second, second_gives, second, kWordBits);
+        first = encode_lanes(first, first_frequency, _mm512_srli_epi32(first_entry, 16), first_reciprocal);
+        second = encode_lanes(second, second_frequency, _mm512_srli_epi32(second_entry, 16), second_reciprocal);
+        first_[s] = kIsTail ? _mm512_mask_mov_epi32(first_[s], static_cast<__mmask16>(live), first) : first;
+        second_[s] = kIsTail ? _mm512_mask_mov_epi32(second_[s], static_cast<__mmask16>(live >> 16), second) : second;
+    }
+
+    // The low words of 32 states.
+    CACHEGEN_AVX512_INLINE static __m512i low_words(__m512i first, __m512i second) {
+        alignas(64) static constexpr uint16_t kEven[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
+                                                           22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
+                                                           44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+        return _mm512_permutex2var_epi16(first, _mm512_load_si512(kEven), second);
+    }
+
+    // The low bits of 32 symbols, as bit planes.
+    CACHEGEN_AVX512_INLINE void store_low_bits(int s, int64_t channel, int64_t row, int live, __m256i symbols) {
+        int64_t position = (row * batch_.shape.num_channels * kNumLanes + channel * live) * batch_.low_bits;
+        for (int bit = 0; bit < batch_.low_bits; ++bit, position += live) {
+            const uint32_t plane = _mm256_test_epi8_mask(symbols, _mm256_set1_epi8(static_cast<char>(1 << bit)));
+            if (live == kNumLanes)
+                std::memcpy(low_bits_[s] + position / 8, &plane, 4);
+            else
+                write_bits(low_bits_[s], position, live, _bzhi_u32(plane, live));
+        }
+    }
+
+    const StreamBatch& batch_;
+    const int64_t num_rows_;
+    uint8_t* tile_;
+    float* inverses_;  // [stream][padded tokens]
+    uint8_t* low_bits_[kStreams];
+    uint16_t* words_end_[kStreams];
+    uint16_t* word_[kStreams];
+    const Storage* next_tile_[kStreams];
+    TileRuns runs_[kStreams];
+    EncodeTable tables_[kStreams];
+    __m512i first_[kStreams], second_[kStreams];  // states of lanes 0 to 15 and 16 to 31
+    __m512i seen_[kStreams];                      // the or of all table entries
+    __m512i highest_[kStreams];                   // the largest symbols
+};
+
+template <class Dtype, int kStreams>
+CACHEGEN_AVX512 void encode_streams(const StreamBatch& batch, Scratch& scratch, EncodedStream* encoded) {
+    using Encoder = TileEncoder<Dtype, kStreams>;
+    Encoder encoder(batch, scratch.reserve(Encoder::memory_bytes(batch)));
+    encoder.start();
+    const int64_t num_channels = batch.shape.num_channels;
+    for (int64_t first = (num_channels - 1) / kTileChannels * kTileChannels; first >= 0; first -= kTileChannels)
+        encoder.encode(first, static_cast<int>(std::min<int64_t>(kTileChannels, num_channels - first)));
+    for (int s = 0; s < kStreams; ++s) encoder.finish(s, &encoded[s]);
+}
+
+template <class Dtype>
+void encode_batch(const StreamBatch& batch, Scratch& scratch, EncodedStream* encoded) {
+    StreamBatch part = batch;
+    for (int done = 0; done < batch.num_streams; done += part.num_streams) {
+        const int rest = batch.num_streams - done;
+        part.num_streams = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
+        std::copy(batch.streams + done, batch.streams + done + part.num_streams, part.streams);
+        const auto encode = part.num_streams == 8   ? encode_streams<Dtype, 8>
+                            : part.num_streams == 4 ? encode_streams<Dtype, 4>
+                            : part.num_streams == 2 ? encode_streams<Dtype, 2>
+                                                    : encode_streams<Dtype, 1>;
+        encode(part, scratch, encoded + done);
+    }
+}
+
+}  // namespace
+}  // namespace cachegen::avx512
+
+namespace cachegen {
+
+void encode_batch_avx512(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
+    if (dtype == Dtype::kFloat16)
+        avx512::encode_batch<Float16>(batch, scratch, encoded);
+    else if (dtype == Dtype::kBfloat16)
+        avx512::encode_batch<Bfloat16>(batch, scratch, encoded);
+    else
+        avx512::encode_batch<Float32>(batch, scratch, encoded);
+}
+
+}  // namespace cachegen
+
+#endif  // CACHEGEN_X86
