@@ -60,9 +60,15 @@ class Entry:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    """Seconds per call once it is warm: after one that does not count, the mean of at least ten milliseconds."""
     call()
-    return time.perf_counter() - start
+    num_calls, start = 0, time.perf_counter()
+    while True:
+        call()
+        num_calls += 1
+        elapsed = time.perf_counter() - start
+        if elapsed > 0.01:
+            return elapsed / num_calls
 
 
 def our_entries(document: Document, paths: tuple[str, ...], thread_counts: tuple[int, ...]) -> list[Entry]:

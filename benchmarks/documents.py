@@ -80,7 +80,7 @@ class Document:
     def digest_output(self) -> str:
         digest = hashlib.sha256()
         for plane in self.output.planes:
-            digest.update(plane.view(torch.uint8).numpy())
+            digest.update(plane.contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def file_bytes(self, payload, index) -> int:
@@ -110,8 +110,8 @@ def synthetic_cache(num_planes: int, num_tokens: int, num_kv_heads: int, head_di
         deviation = torch.exp(0.35 * torch.randn(num_channels, generator=generator))
         values = torch.randn(num_tokens, num_channels, generator=generator)
         is_laplacian = torch.rand(num_channels, generator=generator) < 0.5
-        # |normal| * normal is close enough to a Laplacian's peak and tails.
-        values = torch.where(is_laplacian, values.abs() * values, values) * deviation
+        laplacian = torch.empty(values.shape).exponential_(generator=generator) * values.sign() / 2**0.5
+        values = torch.where(is_laplacian, laplacian, values) * deviation
         return values.half().reshape(num_tokens, num_kv_heads, head_dim)
 
     planes = [make_plane() for _ in range(num_planes)]

@@ -144,15 +144,28 @@ Status decode_plane_stream(const Plane& plane, const StreamRef& stream, const ui
         levels[symbol] = level_of(static_cast<int>(symbol), zero_symbol);
     const auto* scales = reinterpret_cast<const Storage*>(plane.scales) + stream.first_token;
     auto* values = reinterpret_cast<Storage*>(plane.values) + stream.first_token * plane.token_stride;
+    // Each token's values, where it has more channels than levels.
+    const int64_t num_levels = static_cast<int64_t>(levels.size());
+    const bool has_tables = num_levels <= stream.shape.num_channels / 2;
+    if (has_tables)
+        workspace.values.resize(std::max<size_t>(workspace.values.size(), stream.shape.num_tokens * num_levels));
+    auto* const tables = reinterpret_cast<Storage*>(workspace.values.data());
+    for (int64_t token = 0; has_tables && token < stream.shape.num_tokens; ++token) {
+        const float scale = Dtype::widen(scales[token]);
+        for (int64_t symbol = 0; symbol < num_levels; ++symbol)
+            tables[token * num_levels + symbol] = Dtype::narrow(levels[symbol] * scale);
+    }
     const auto dequantize = [&](int64_t first_channel, int64_t num_channels, const uint16_t* symbols,
                                 int64_t symbol_stride) {
         for (int64_t token = 0; token < stream.shape.num_tokens; ++token) {
             const float scale = Dtype::widen(scales[token]);
+            const Storage* table = has_tables ? tables + token * num_levels : nullptr;
             int64_t head = first_channel / plane.head_dim;
             int64_t dim = first_channel % plane.head_dim;
             Storage* row = values + token * plane.token_stride + head * plane.head_stride;
             for (int64_t channel = 0; channel < num_channels; ++channel) {
-                row[dim] = Dtype::narrow(levels[symbols[channel * symbol_stride + token]] * scale);
+                const uint16_t symbol = symbols[channel * symbol_stride + token];
+                row[dim] = has_tables ? table[symbol] : Dtype::narrow(levels[symbol] * scale);
                 if (++dim == plane.head_dim) {
                     dim = 0;
                     row += plane.head_stride;

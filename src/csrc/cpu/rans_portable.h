@@ -101,6 +101,7 @@ struct StreamWorkspace {
     std::vector<uint16_t> symbols;  // [channels of a tile][padded tokens]
     std::vector<uint8_t> code;      // of one channel, coder `ac`
     std::vector<float> levels;
+    std::vector<uint32_t> values;  // per token all its levels, in the cache's dtype
 };
 
 // Encode one stream and append it to `output`.
@@ -166,13 +167,63 @@ inline Status encode_stream(const uint16_t* symbols, int64_t symbol_stride, cons
     return Status::kOk;
 }
 
+// The thresholds of a table that tell symbols apart: those of absent symbols at either end tell nothing.
+struct Thresholds {
+    int first = 1, last = kTableSize;  // symbols `first` to `last` - 1 have a start that some slot is below
+
+    explicit Thresholds(const FrequencyTable& table) {
+        while (first < kTableSize && table.start[first] == 0) ++first;
+        while (last > first && table.start[last - 1] == kFrequencyTotal) --last;
+    }
+};
+
 // The last symbol whose start is at most the slot, for every lane: a count of thresholds, which vectorizes.
 inline void find_symbols(const uint16_t slots[kNumLanes], const FrequencyTable& table, uint16_t symbols[kNumLanes]) {
-    std::fill(symbols, symbols + kNumLanes, uint16_t{0});
-    for (int symbol = 1; symbol < kTableSize; ++symbol) {
+    const Thresholds thresholds(table);
+    // A local count, so that compilers see that nothing else can change it.
+    uint16_t counts[kNumLanes];
+    std::fill(counts, counts + kNumLanes, static_cast<uint16_t>(thresholds.first - 1));
+    for (int symbol = thresholds.first; symbol < thresholds.last; ++symbol) {
         const uint16_t start = table.start[symbol];
-        for (int lane = 0; lane < kNumLanes; ++lane) symbols[lane] += slots[lane] >= start;
+        for (int lane = 0; lane < kNumLanes; ++lane) counts[lane] += slots[lane] >= start;
     }
+    std::copy(counts, counts + kNumLanes, symbols);
+}
+
+// Decode one row: `live` symbols into lane_symbols. Returns false where the words run out.
+inline bool decode_row(const FrequencyTable& table, int live, uint32_t states[kNumLanes], const uint8_t** next_word,
+                       const uint8_t* words_end, uint16_t lane_symbols[kNumLanes]) {
+    uint16_t slots[kNumLanes];
+    uint32_t frequencies[kNumLanes], offsets[kNumLanes];
+    for (int lane = 0; lane < kNumLanes; ++lane) slots[lane] = static_cast<uint16_t>(slot_of(states[lane]));
+    find_symbols(slots, table, lane_symbols);
+    const uint8_t* word = *next_word;
+    if (live == kNumLanes && words_end - word >= 2 * kNumLanes) {
+        // The common case in steps of constant length: lookups, then arithmetic, then words.
+        for (int lane = 0; lane < kNumLanes; ++lane) {
+            frequencies[lane] = table.frequency[lane_symbols[lane]];
+            offsets[lane] = slots[lane] - table.start[lane_symbols[lane]];
+        }
+        for (int lane = 0; lane < kNumLanes; ++lane)
+            states[lane] = frequencies[lane] * (states[lane] >> kFrequencyBits) + offsets[lane];
+        for (int lane = 0; lane < kNumLanes; ++lane) {
+            const bool needs_word = decode_needs_word(states[lane]);
+            const uint32_t refilled = decode_take_word(states[lane], load_u16(word));
+            states[lane] = needs_word ? refilled : states[lane];
+            word += needs_word ? 2 : 0;
+        }
+    } else {
+        for (int lane = 0; lane < live; ++lane) {
+            const int symbol = lane_symbols[lane];
+            states[lane] = decode_step(states[lane], table.start[symbol], table.frequency[symbol]);
+            if (!decode_needs_word(states[lane])) continue;
+            if (word == words_end) return false;
+            states[lane] = decode_take_word(states[lane], load_u16(word));
+            word += 2;
+        }
+    }
+    *next_word = word;
+    return true;
 }
 
 // Decode one stream of `num_bytes` bytes, calling sink(first_channel, num_channels, symbols, symbol_stride) with every
@@ -213,29 +264,7 @@ Status decode_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words
                 if (coding.tables != nullptr) {
                     const FrequencyTable& table =
                         coding.tables[BandTable::table_index(coding, channel) + band.table_offset];
-                    uint16_t slots[kNumLanes];
-                    for (int lane = 0; lane < kNumLanes; ++lane)
-                        slots[lane] = static_cast<uint16_t>(slot_of(states[lane]));
-                    find_symbols(slots, table, lane_symbols);
-                    for (int lane = 0; lane < live; ++lane) {
-                        const int symbol = lane_symbols[lane];
-                        states[lane] = decode_step(states[lane], table.start[symbol], table.frequency[symbol]);
-                    }
-                    if (words_end - word >= 2 * kNumLanes) {
-                        for (int lane = 0; lane < live; ++lane) {
-                            const bool needs_word = decode_needs_word(states[lane]);
-                            const uint32_t refilled = decode_take_word(states[lane], load_u16(word));
-                            states[lane] = needs_word ? refilled : states[lane];
-                            word += needs_word ? 2 : 0;
-                        }
-                    } else {
-                        for (int lane = 0; lane < live; ++lane) {
-                            if (!decode_needs_word(states[lane])) continue;
-                            if (word == words_end) return Status::kTruncated;
-                            states[lane] = decode_take_word(states[lane], load_u16(word));
-                            word += 2;
-                        }
-                    }
+                    if (!decode_row(table, live, states, &word, words_end, lane_symbols)) return Status::kTruncated;
                 } else {
                     std::fill(lane_symbols, lane_symbols + kNumLanes, uint16_t{0});
                 }
