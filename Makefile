@@ -10,7 +10,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu lint format bench clean
+.PHONY: help venv demo test test-gpu lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -50,6 +50,20 @@ format: $(INSTALLED) ## Rewrite the sources in the house style
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 	@$(BIN)/clang-format -i $(NATIVE_SOURCES) $(EMULATION_SOURCES)
+
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := decoders round_trip tables
+fuzz: ## Fuzz the native decoders with clang's libFuzzer, FUZZ_SECONDS each
+	@mkdir -p build/fuzz
+	@for target in $(FUZZ_TARGETS); do \
+	    echo "make: fuzzing the $$target"; \
+	    clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -ffp-contract=off \
+	        -Isrc/csrc -Itests/fuzz tests/fuzz/fuzz_$$target.cpp -o build/fuzz/$$target -pthread || exit 1; \
+	    mkdir -p build/fuzz/corpus_$$target; \
+	    build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/ \
+	        build/fuzz/corpus_$$target >build/fuzz/$$target.log 2>&1 || { tail -40 build/fuzz/$$target.log >&2; exit 1; }; \
+	    grep stat::number build/fuzz/$$target.log; \
+	done
 
 bench: $(INSTALLED) ## Measure the coders: bytes first, then times
 	@$(IN_VENV) python benchmarks/coder_throughput.py
