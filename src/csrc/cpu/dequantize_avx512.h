@@ -45,9 +45,10 @@ class Dequantizer {
     Dequantizer(const StreamBatch& batch, Dtype dtype)
         : batch_(batch), dtype_(dtype), num_entries_(num_level_entries(batch.is_coded, batch.low_bits)) {}
 
-    // One table per token of every stream.
+    // One table per token of every stream; and a row more, which the dead lanes of the last row look into.
     size_t table_bytes() const {
-        return dtype_ == Dtype::kFloat32 ? 0 : size_t(2) * num_entries_ * batch_.num_streams * batch_.shape.num_tokens;
+        const size_t num_tables = batch_.num_streams * batch_.shape.num_tokens + kNumLanes;
+        return dtype_ == Dtype::kFloat32 ? 0 : sizeof(uint16_t) * num_entries_ * num_tables;
     }
 
     CACHEGEN_AVX512 void make_tables(uint8_t* memory) const {
