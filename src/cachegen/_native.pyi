@@ -91,7 +91,6 @@ def decode_symbols(
     is_arithmetic: bool = False,
 ) -> tuple[NDArray[np.uint16], int]: ...
 def crc32c(content: bytes | bytearray | memoryview) -> int: ...
-
 def encode_components(
     fine: NDArray[np.int32],
     coarse: NDArray[np.int32],

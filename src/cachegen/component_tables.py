@@ -10,6 +10,7 @@ empirical entropy) than to Laplace (1.8 %) or Gauss (0.7 %) distributions; docs/
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -36,7 +37,8 @@ _MAX_COARSE = 255
 HALF_STEPS = (
     50829154, 82583111, 124203549, 175055925, 233618040, 297780020, 365188370, 433549153, 500844747, 565454562,
     626193282, 682290157, 733333452, 779199726, 819981656, 855922588, 887361706, 914690841, 938322225, 958665677,
-    976113404, 991030681, 1003750874, 1014573522, 1023764517, 1031557604, 1038156681, 1043738484, 1048455425, 1052438380,
+    976113404, 991030681, 1003750874, 1014573522, 1023764517, 1031557604, 1038156681, 1043738484, 1048455425,
+    1052438380,
 )  # fmt: skip
 
 
@@ -120,7 +122,7 @@ def _tail_probabilities(index: int, count: int) -> list[int]:
 def _coded_weights(index: int) -> list[int]:
     """Weights of the high parts 0 to 31, for components -16 to 15."""
     tails = _tail_probabilities(index, TABLE_SIZE // 2 + 2)
-    probabilities = [low - high for low, high in zip(tails, tails[1:], strict=False)]  # of components 0 to 16
+    probabilities = [low - high for low, high in itertools.pairwise(tails)]  # of components 0 to 16
     middle = TABLE_SIZE // 2
     return [_weight(probabilities[abs(symbol - middle)]) for symbol in range(TABLE_SIZE)]
 
@@ -128,7 +130,7 @@ def _coded_weights(index: int) -> list[int]:
 def _refinement_weights(index: int) -> list[int]:
     """Weights of the three thirds of a cell: towards zero, middle, away from it."""
     tails = _tail_probabilities(index + _THIRD, 3 * _MAX_COARSE + 3)
-    fine = [low - high for low, high in zip(tails, tails[1:], strict=False)]  # of fine components 0, 1, 2, ...
+    fine = [low - high for low, high in itertools.pairwise(tails)]  # of fine components 0, 1, 2, ...
     # The cell of zero is symmetric; the others count twice, once for each sign.
     inner, middle, outer = fine[1], fine[0], fine[1]
     for coarse in range(1, _MAX_COARSE + 1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -152,16 +153,14 @@ class Profile:
     def expect(self, step_log: int) -> CurvePoint | None:
         """Return the interpolated curve at a step; None where the profile has no curve or the step lies outside."""
         points = sorted(self.curve, key=lambda point: point.step_log)
-        for low, high in zip(points, points[1:], strict=False):
+        for low, high in itertools.pairwise(points):
             if low.step_log <= step_log <= high.step_log:
                 share = (step_log - low.step_log) / max(high.step_log - low.step_log, 1)
 
                 def between(a: float, b: float, share: float = share) -> float:
                     return math.exp((1 - share) * math.log(max(a, 1e-12)) + share * math.log(max(b, 1e-12)))
 
-                return CurvePoint(
-                    step_log, between(low.bits_per_value, high.bits_per_value), between(low.kl, high.kl)
-                )
+                return CurvePoint(step_log, between(low.bits_per_value, high.bits_per_value), between(low.kl, high.kl))
         return None
 
 
@@ -385,7 +384,7 @@ def _interpolate(x: float, xs: Sequence[float], ys: Sequence[int]) -> float:
     points = sorted(zip(xs, ys, strict=True))
     if x <= points[0][0]:
         return points[0][1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return points[-1][1]
