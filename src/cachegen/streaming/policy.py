@@ -1,7 +1,7 @@
 """What a streaming policy sees and what it answers: plain data, no clock, no socket, no model.
 
-A policy is a function `decide(state: LoadState) -> Decision`. It is pure: the same state gives the same decision, and the
-state holds what is known at that moment, nothing of the future. The simulator and the real client call the same
+A policy is a function `decide(state: LoadState) -> Decision`. It is pure: the same state gives the same decision, and
+the state holds what is known at that moment, nothing of the future. The simulator and the real client call the same
 function, after every event: a piece of a body arrived, a file is complete or failed, a chunk was computed or decoded,
 or `Decision.wake_at_seconds` has come. Three workers are fed by it, each with at most one thing at a time but the
 network, which has `LoadState.num_connections`:
@@ -74,6 +74,12 @@ class ChunkLevels:
         """Return the bytes of all files that using `level` takes."""
         return sum(self.file_bytes[needed - 1] for needed in self.files_of(level))
 
+    def obtainable_levels(self, missing: Set[int]) -> tuple[int, ...]:
+        """Return the levels that can be used without the files of the levels `missing`, in order."""
+        return tuple(
+            level for level in range(1, self.num_levels + 1) if not any(n in missing for n in self.files_of(level))
+        )
+
     def usable_level(self, files: Set[int]) -> int:
         """Return the best level that the files of these levels give; 0 for none."""
         for level in range(self.num_levels, 0, -1):
@@ -90,7 +96,8 @@ class ChunkProgress:
         arrived: levels whose files are here, complete and checked.
         missing: levels whose files cannot be had: absent, corrupt, or given up after retries.
         decoded_level: the level whose keys and values are ready for the model; 0 for none.
-        is_computed: its keys and values were computed from text, on exact keys and values before it.
+        is_computed: its keys and values were computed from text. They count as exact, even where those before them
+            are not; the two-ended policy computes a prefix, where they are.
         choice: what the policy last put into `Decision.choices` for this chunk; None before that. The client only
             keeps it: a policy that commits itself finds its commitment here.
     """
@@ -145,7 +152,7 @@ class Work:
 
 @dataclass(frozen=True)
 class PrefillSpeed:
-    """How long the model takes for a span of tokens: `overhead * (n / R + 2 k n (p + n / 2))` for n tokens at position p.
+    """How long the model takes for n tokens at position p: `overhead * (n / R + 2 k n (p + n / 2))`.
 
     A whole document of S tokens then takes `overhead * (S / R + k S^2)`: linear layers and attention.
 
