@@ -90,7 +90,9 @@ def _choose_decode(state: LoadState, end_seconds: float) -> Decode | None:
                 continue
             gain = float("inf")
         else:
-            if is_computing or not state.is_complete or state.elapsed_seconds + seconds > end_seconds:
+            if not state.is_complete or state.elapsed_seconds + seconds > end_seconds:
+                continue
+            if is_computing and seconds > compute_seconds:
                 continue
             gain = (chunk.loss[progress.decoded_level - 1] - chunk.loss[level - 1]) / max(seconds, 1e-9)
         if best is None or (gain, i) > best[:2]:
@@ -159,13 +161,19 @@ def _bytes_in_flight(state: LoadState) -> int:
 def _refining_fetches(state: LoadState, end_seconds: float) -> list[Fetch]:
     """Return the files that lower the loss of covered chunks, by loss reduction per byte, ties from the back.
 
-    Only those that can be here and decoded in time, and none once what is on its way is good enough.
+    Only those that can be here and decoded in time, and none once what is on its way is good enough. Where it is so
+    only with the chunk that the model computes now, files count that come before that is done.
     """
-    if _loss_of_what_is_coming(state) <= state.objective.target_loss:
+    target = state.objective.target_loss
+    if _loss_of_what_is_coming(state, with_computing=False) <= target:
         return []
+    computing = state.computing.chunk if state.computing is not None else None
+    if computing is not None and _loss_of_what_is_coming(state, with_computing=True) <= target:
+        end_seconds = min(end_seconds, state.elapsed_seconds + state.compute_seconds_left())
+        computing = None
     found: list[tuple[float, int, Fetch]] = []
     for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
-        if progress.is_computed or (state.computing is not None and state.computing.chunk == i):
+        if progress.is_computed or i == computing:
             continue
         expected = state.expected_files(i)
         current = max(chunk.usable_level(expected), progress.decoded_level)
@@ -175,10 +183,8 @@ def _refining_fetches(state: LoadState, end_seconds: float) -> list[Fetch]:
             files = [n for n in chunk.files_of(level) if n not in expected]
             num_bytes = sum(chunk.file_bytes[n - 1] for n in files)
             gain = chunk.loss[current - 1] - chunk.loss[level - 1]
-            ready = (
-                state.elapsed_seconds + _arrival_seconds(state, num_bytes) + state.speeds.decode.seconds(chunk, level)
-            )
-            if gain > 0 and ready <= end_seconds:
+            seconds = _arrival_seconds(state, num_bytes) + state.speeds.decode.seconds(chunk, level)
+            if gain > 0 and state.elapsed_seconds + seconds <= end_seconds:
                 found.append((gain / num_bytes, i, Fetch(i, files[0])))
     found.sort(key=lambda candidate: candidate[:2], reverse=True)
     best_of_chunk: dict[int, Fetch] = {}
@@ -187,11 +193,11 @@ def _refining_fetches(state: LoadState, end_seconds: float) -> list[Fetch]:
     return list(best_of_chunk.values())
 
 
-def _loss_of_what_is_coming(state: LoadState) -> float:
-    """Return the expected loss when all that is here or in flight is decoded and the chunk under way is computed."""
+def _loss_of_what_is_coming(state: LoadState, *, with_computing: bool) -> float:
+    """Return the expected loss when all that is here or in flight is decoded, and the chunk under way is computed."""
     total = 0.0
     for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
-        is_computing = state.computing is not None and state.computing.chunk == i
+        is_computing = with_computing and state.computing is not None and state.computing.chunk == i
         level = max(chunk.usable_level(state.expected_files(i)), progress.decoded_level)
         if not progress.is_computed and not is_computing and level:
             total += chunk.loss[level - 1]
