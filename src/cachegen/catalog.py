@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,7 +123,8 @@ def publish_document(
         descriptions.append(description)
         chunk_files.append(files)
     manifest = Manifest(
-        model_id=metadata.model_id,
+        # A folder's path is its owner's business; a store may be public.
+        model_id=Path(metadata.model_id).name if Path(metadata.model_id).is_absolute() else metadata.model_id,
         model_fingerprint=metadata.model_fingerprint,
         rope_hash=metadata.rope_hash,
         dtype=header.dtype.name.lower(),
