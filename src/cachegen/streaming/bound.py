@@ -22,8 +22,8 @@ def clairvoyant_bound(
     """Return a time to first token, and the loss then, that no loader computing a prefix can be better than.
 
     It knows the trace, computes and loads single tokens instead of chunks, uses parts of files, decodes in no time, and
-    waits for one first byte only. It aims as the policies do: for the target loss; at the deadline for what loss it can;
-    and for the first time at which all is there, if that is later.
+    waits for one first byte only. It aims as the policies do: for the target loss; at the deadline for what loss it
+    can; and for the first time at which all is there, if that is later.
     """
     text_seconds = sum(speeds.prefill.seconds(chunk.first_token, chunk.num_tokens) for chunk in chunks)
 

@@ -38,11 +38,16 @@ def plan_levels(state: LoadState, uncovered: Sequence[int], end_seconds: float) 
     def raised(count: int) -> dict[int, int]:
         return lowest | {i: level for _, i, level in raises[:count]}
 
+    # What is covered badly already may be loaded again later; it takes nothing from the part of those that wait.
+    num_tokens = sum(state.chunks[i].num_tokens for i in uncovered)
+    target = state.objective.target_loss
+    allowed_loss = max(target - _loss_of_covered(state), target * num_tokens / state.chunks[-1].end_token)
+
     # Both the time and (downwards) the loss grow with the number of raises: two bisections.
     low, high = 0, len(raises)
     while low < high:
         middle = (low + high) // 2
-        if _plan(state, uncovered, raised(middle), throughput)[1] <= state.objective.target_loss:
+        if _plan(state, uncovered, raised(middle), throughput)[1] <= allowed_loss:
             high = middle
         else:
             low = middle + 1
@@ -76,14 +81,14 @@ def _raises(state: LoadState, index: int) -> list[tuple[float, int, int]]:
 
 
 def _plan(state: LoadState, uncovered: Sequence[int], levels: dict[int, int], throughput: float) -> tuple[float, float]:
-    """Return in how many seconds all chunks are ready, and the loss then, if the throughput stays as it is."""
+    """Return in how many seconds all chunks are ready, and what `uncovered` then adds to the loss."""
     in_flight = sum(state.chunks[t.chunk].file_bytes[t.level - 1] - t.num_bytes for t in state.in_flight)
     loaded_seconds = in_flight / throughput
     computed_seconds = state.compute_seconds_left()
     waiting = list(uncovered)
     if state.computing is not None and state.computing.chunk in waiting:
         waiting.remove(state.computing.chunk)
-    loss = _loss_of_covered(state)
+    loss = 0.0
     last_decode_seconds = 0.0
     while waiting:
         # The earlier of the two takes its next chunk, as the workers will.

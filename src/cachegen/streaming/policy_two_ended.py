@@ -24,8 +24,9 @@ GUARD_FRACTION = 0.02
 def decide_two_ended(state: LoadState) -> Decision:
     """Decide by the rules at the top of this module."""
     end_seconds = _end_of_refinement(state)
-    decode = _choose_decode(state, end_seconds) if state.decoding is None else None
     fetch = tuple(_choose_fetches(state, end_seconds))
+    is_loading = bool(fetch or state.in_flight)
+    decode = _choose_decode(state, end_seconds, is_loading) if state.decoding is None else None
     compute = _choose_compute(state, end_seconds) if state.computing is None else None
     if state.is_complete and (
         state.loss <= state.objective.target_loss
@@ -69,7 +70,7 @@ def _can_be_loaded(state: LoadState, chunk: int) -> bool:
     return bool(state.chunks[chunk].obtainable_levels(state.progress[chunk].missing))
 
 
-def _choose_decode(state: LoadState, end_seconds: float) -> Decode | None:
+def _choose_decode(state: LoadState, end_seconds: float, is_loading: bool) -> Decode | None:
     """Return what the idle decoder does next: chunks that are not ready, from the back; then the largest gain in loss.
 
     A chunk is decoded only where that costs the model no more time than computing the chunk would, or has left.
@@ -84,6 +85,8 @@ def _choose_decode(state: LoadState, end_seconds: float) -> Decode | None:
         is_computing = state.computing is not None and state.computing.chunk == i
         compute_seconds = state.compute_seconds_left() if is_computing else state.prefill_seconds(i)
         if not progress.is_ready:
+            if is_loading and level < _sufficient_level(state, i) and _refinement_is_near(state, end_seconds):
+                continue
             # The chunk under way is decoded only to be ready earlier; any other only at no cost to the model.
             cost = seconds if is_computing else seconds * speed.compute_slowdown
             if cost > compute_seconds:
@@ -98,6 +101,34 @@ def _choose_decode(state: LoadState, end_seconds: float) -> Decode | None:
         if best is None or (gain, i) > best[:2]:
             best = (gain, i, Decode(i, level))
     return best[2] if best else None
+
+
+def _sufficient_level(state: LoadState, chunk: int) -> int:
+    """Return the smallest level with which the chunk has no more than its part of the target loss; else its best."""
+    levels = state.chunks[chunk]
+    part = state.objective.target_loss * levels.num_tokens / state.chunks[-1].end_token
+    return next((n for n, loss in enumerate(levels.loss, 1) if loss <= part), levels.num_levels)
+
+
+def _refinement_is_near(state: LoadState, end_seconds: float) -> bool:
+    """Tell whether what lacks of all sufficient levels comes in less time than decoding twice would cost.
+
+    Decoding waits then. It does not while nothing comes, nothing is known or the deadline is too near.
+    """
+    throughput = recent_throughput(state)
+    if not throughput:
+        return False
+    num_bytes = _bytes_in_flight(state)
+    decode_seconds = 0.0
+    for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
+        if progress.is_computed or not chunk.num_levels:
+            continue
+        level = _sufficient_level(state, i)
+        expected = state.expected_files(i)
+        num_bytes += sum(chunk.file_bytes[n - 1] for n in chunk.files_of(level) if n not in expected)
+        decode_seconds += state.speeds.decode.seconds(chunk, level)
+    seconds = num_bytes / throughput
+    return seconds < decode_seconds and state.elapsed_seconds + seconds + decode_seconds < end_seconds
 
 
 def _choose_fetches(state: LoadState, end_seconds: float) -> Iterator[Fetch]:

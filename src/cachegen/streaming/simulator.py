@@ -206,6 +206,9 @@ class _World:
 
     def advance(self, wake_at: float | None) -> bool:
         """Go to the next event; return False where the only thing waited for is a link that gives nothing any more."""
+        if not self._requests and self._sample_started is not None:
+            self._end_sample()
+            self._sample_started = None
         rates = self._link_rates()
         compute_rate = 1.0 - (self._true.decode.compute_slowdown if self._decoding is not None else 0.0)
         waits = [r.bytes_left / rate if rate > 0 else math.inf for r, rate in zip(self._requests, rates, strict=True)]
@@ -299,12 +302,15 @@ class _World:
             return
         length = self._now - self._sample_started
         if length >= SAMPLE_SECONDS - _TINY or (done and length >= SHORTEST_SAMPLE_SECONDS):
+            self._end_sample()
+
+    def _end_sample(self) -> None:
+        """Note the sample and begin the next."""
+        assert self._sample_started is not None
+        length = self._now - self._sample_started
+        if length > 0:
             self._samples.append(ThroughputSample(length, int(self._sample_bytes)))
-            self._sample_started = None
-        if not self._requests:
-            self._sample_started = None
-        elif self._sample_started is None:
-            self._sample_started, self._sample_bytes = self._now, 0.0
+        self._sample_started, self._sample_bytes = self._now, 0.0
 
     def _note_fetch(self, kind: str, request: _Request) -> None:
         num_bytes = int(request.num_bytes - request.bytes_left)
