@@ -25,6 +25,10 @@ SHARED_CPU_SLOWDOWN = 0.5
 """What the model loses while chunks decode on the processor that it computes on: both want all of its cores."""
 
 
+class _Interrupted(Exception):
+    """Leave a forward pass in the middle."""
+
+
 @dataclass
 class ModelWorkers:
     """A `loader.Workers` of a document in a store and a model with its cache.
@@ -68,14 +72,26 @@ class ModelWorkers:
 
         return place
 
-    def compute(self, start: int, stop: int) -> None:
-        """Compute a block; see `loader.Workers`."""
+    def compute(self, start: int, stop: int, should_stop: Callable[[], bool]) -> bool:
+        """Compute a block; see `loader.Workers`. It can break off before every layer."""
         from cachegen.pipeline.model_cache import set_length
         from cachegen.pipeline.prefill import extend_cache
 
+        def look(*_: object) -> None:
+            if should_stop():
+                raise _Interrupted
+
         set_length(self.cache, start)
-        extend_cache(self.loaded, self.cache, self.token_ids[start:stop], self.block_size)
-        _wait_for(self.loaded.device)
+        hooks = [layer.register_forward_pre_hook(look) for layer in self.loaded.layers]
+        try:
+            extend_cache(self.loaded, self.cache, self.token_ids[start:stop], self.block_size)
+            _wait_for(self.loaded.device)
+        except _Interrupted:
+            return False
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return True
 
 
 def find_for_model(

@@ -188,7 +188,7 @@ class Loader:
     def _wait_for_compute(self) -> int | None:
         """Return the next chunk to compute; None at the end."""
         with self._changed:
-            while not self._is_over and (self._computing is None or self._placing == self._computing.chunk):
+            while not self._is_over and self._computing is None:
                 self._changed.wait()
             return None if self._is_over or self._computing is None else self._computing.chunk
 
@@ -196,7 +196,7 @@ class Loader:
         """Compute a chunk block by block, until it is done, decoded meanwhile, or nobody needs it any more."""
         chunk = self._chunks[index]
         first, end = chunk.levels.first_token, chunk.levels.end_token
-        position = first
+        position = first + chunk.num_exact_tokens
         while position < end:
             stop = min(position + self._workers.block_size, end)
             start_seconds = self._now()
@@ -208,7 +208,7 @@ class Loader:
                 self._log("compute", index, TEXT, start_seconds)
                 self._computed[0] += self._now() - start_seconds
                 self._computed[1] += self._speeds.prefill.seconds(position, stop - position)
-                chunk.num_exact_tokens = max(chunk.num_exact_tokens, stop - first)
+                chunk.num_exact_tokens = stop - first
                 position = stop
                 if self._should_stop_computing() and position < end:
                     break
@@ -254,13 +254,14 @@ class Loader:
         """Copy a decoded chunk into the cache, behind what was computed of it."""
         chunk = self._chunks[index]
         with self._changed:
+            self._placing = index  # from here on nobody begins to compute it
             while self._computing is not None and self._computing.chunk == index and not self._is_over:
                 self._is_compute_unwanted = True
                 self._changed.wait()
             if self._is_over or chunk.is_computed:
+                self._placing = None
                 self._log("copy", index, level, self._now(), outcome="discarded")
                 return
-            self._placing = index
         start_seconds = self._now()
         place(chunk.levels.first_token + chunk.num_exact_tokens)
         with self._changed:
@@ -365,7 +366,7 @@ class Loader:
             if compute is None:
                 self._end()
                 return
-        if compute is not None and self._computing is None:
+        if compute is not None and self._computing is None and compute != self._placing:
             self._computing = Work(compute, TEXT, self._now())
         self._changed.notify_all()
 

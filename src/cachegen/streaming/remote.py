@@ -1,4 +1,4 @@
-"""An encoded document in a store, as the loader sees it: its files, fetched and checked, and what a policy knows of it."""
+"""A document in a store, as the loader sees it: its files, fetched and checked, and what a policy knows of it."""
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ class RemoteDocument:
             ConfigError: there are not so many.
         """
         if num_chunks is not None and num_chunks > self.num_chunks:
-            raise ConfigError(
-                f"{self.address}: --num_chunks {num_chunks} asked for, {self.num_chunks} are of this text"
-            )
+            raise ConfigError(f"{self.address}: --num_chunks {num_chunks} asked for, {self.num_chunks} are there")
         self.num_chunks = num_chunks or self.num_chunks
 
     def list_levels(self) -> tuple[ChunkLevels, ...]:
@@ -200,9 +198,7 @@ class RemoteDocument:
             MismatchError: the manifest's dtype is another one.
         """
         if dtype != self.dtype:
-            raise MismatchError(
-                f"{self.address}: dtype is {self.dtype}, but the model's cache has {dtype}: give --dtype"
-            )
+            raise MismatchError(f"{self.address}: dtype is {self.dtype}, but the model has {dtype}: give --dtype auto")
         self._plane_shapes = list(shapes)
         for level, document in self._documents.items():
             self._check_document(document, self.describe(self.manifest.levels[level - 1].tables))
