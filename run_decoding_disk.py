@@ -8,56 +8,28 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 SCRIPT_FOLDER = Path(__file__).resolve().parent
 # In a clone that is not installed, the package is beside the script; an installed one comes first.
 sys.path.append(str(SCRIPT_FOLDER / "src"))
 
 from cachegen import command_line  # noqa: E402
-from cachegen.device import DEVICE_NAMES, DTYPE_NAMES, choose_kernels, resolve_device, resolve_dtype  # noqa: E402
+from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
+from cachegen.pipeline.answers import (  # noqa: E402
+    add_answer_flags,
+    append_questions,
+    list_answers,
+    report_answers,
+    verify_answers,
+)
 from cachegen.pipeline.context import read_context  # noqa: E402
-
-if TYPE_CHECKING:
-    import torch
-
-    from cachegen.pipeline.generate import Answer
-    from cachegen.pipeline.model import LoadedModel
-    from cachegen.pipeline.model_cache import Cache
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = command_line.CommandLineParser(description=__doc__)
-    add = parser.add_argument
-    model_default = command_line.default_input(SCRIPT_FOLDER, "models/tiny-mistral")
-    context_default = command_line.default_input(SCRIPT_FOLDER, "9k_prompts/0.txt")
-    add("--path_to_encoded_kv", default="encoded", help="a folder of run_encoding.py")
-    add("--model_id", default=model_default, help="Hugging Face id or local folder of the model")
-    add("--path_to_context", default=context_default, help="the text whose cache was encoded")
-    add("--num_chunks", type=command_line.positive_int, help="decode only the first chunks; None decodes all")
-    add("--quantization_config", help="a JSON file; if given, the chunk files must agree with it")
-    add("--model_config", help="a JSON file; if given, the chunk files must agree with it")
-    add("--max_new_tokens", type=command_line.positive_int, default=10, help="tokens to generate per answer")
-    add(
-        "--question",
-        action="append",
-        metavar="TEXT",
-        help="text to append to the context before generating; may be given several times, each is answered from "
-        "the same cache. None continues the context itself",
-    )
-    add("--verify", action="store_true", help="prefill the context again and compare with the uncompressed cache")
-    add(
-        "--device",
-        choices=DEVICE_NAMES,
-        default="auto",
-        help="where the model runs and chunks decode; auto is cuda where torch has it",
-    )
-    add("--dtype", choices=DTYPE_NAMES, default="auto", help="auto is the encoded cache's; others must equal it")
-    add("--load_in_8bit", action="store_true", help="keep the weights in 8 bits (needs bitsandbytes)")
-    add("--num_gpus", type=command_line.positive_int, help="spread the layers over so many GPUs (needs accelerate)")
-    add("--max_gpu_memory", type=command_line.positive_int, help="GiB of weights on each GPU at most")
-    add("--threads", type=command_line.positive_int, help="CPU threads for decoding; None takes all processors")
-    command_line.add_common_flags(parser)
+    parser.add_argument("--path_to_encoded_kv", default="encoded", help="a folder of run_encoding.py")
+    add_answer_flags(parser, SCRIPT_FOLDER)
     return parser
 
 
@@ -106,7 +78,8 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     token_ids = tokenize(loaded, text)
     num_cached = sum(chunk_tokens)
     folder.check_context(token_ids, num_cached, args.path_to_context)
-    prompts = [_append_question(loaded, token_ids, question) for question in args.question or [None]]
+    questions = args.question or [None]
+    prompts = append_questions(loaded, token_ids, questions)
     capacity = max(map(len, prompts)) + args.max_new_tokens
     cache = allocate_cache(folder.plane_shapes, capacity, folder.dtype, loaded.layer_devices)
 
@@ -133,11 +106,17 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
         "token_ids": answers[0].token_ids,
     }
     if args.verify:
-        record |= _verify(args, loaded, token_ids, prompts, answers, cache, num_cached, block_size)
-    record["answers"] = [
-        {"question": question, "text": answer.text, "token_ids": answer.token_ids}
-        for question, answer in zip(args.question or [None], answers, strict=True)
-    ]
+        record |= verify_answers(
+            loaded,
+            token_ids,
+            prompts,
+            answers,
+            cache,
+            num_cached=num_cached,
+            max_new_tokens=args.max_new_tokens,
+            block_size=block_size,
+        )
+    record["answers"] = list_answers(questions, answers)
     record["device"] = str(loaded.device)
     record["decoding_device"] = str(chosen.device)
     record["config"] = command_line.effective_config(args)
@@ -146,66 +125,6 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     _report(report, record)
     if args.json is not None:
         command_line.write_json(args.json, record)
-
-
-def _append_question(loaded: LoadedModel, token_ids: torch.Tensor, question: str | None) -> torch.Tensor:
-    """Return the context's tokens, followed by those of a question."""
-    import torch
-
-    from cachegen.errors import ConfigError
-    from cachegen.pipeline.prefill import tokenize
-
-    if question is None:
-        return token_ids
-    question_ids = tokenize(loaded, question, add_special_tokens=False)
-    if len(question_ids) == 0:
-        raise ConfigError("--question must not be empty")
-    return torch.cat([token_ids, question_ids])
-
-
-def _verify(
-    args: argparse.Namespace,
-    loaded: LoadedModel,
-    token_ids: torch.Tensor,
-    prompts: Sequence[torch.Tensor],
-    answers: Sequence[Answer],
-    decoded_cache: Cache,
-    num_cached: int,
-    block_size: int,
-) -> dict[str, Any]:
-    """Prefill again, uncompressed, and compare predictions and answers."""
-    from cachegen.pipeline.generate import generate_answer
-    from cachegen.pipeline.prefill import prefill
-    from cachegen.pipeline.verify import compare_caches
-
-    num_reference = len(token_ids) - 1
-    capacity = max(map(len, prompts)) + args.max_new_tokens
-    start = time.perf_counter()
-    reference_cache = prefill(loaded, token_ids[:num_reference], block_size, capacity=capacity)
-    references = [
-        generate_answer(loaded, reference_cache, num_reference, prompt, args.max_new_tokens, block_size)
-        for prompt in prompts
-    ]
-    text_prefill_seconds = references[0].first_token_at - start
-    fidelity = compare_caches(
-        loaded,
-        token_ids,
-        reference_cache,
-        decoded_cache,
-        num_reference_tokens=num_reference,
-        num_decoded_tokens=num_cached,
-        block_size=block_size,
-    )
-    return {
-        "kl": fidelity.kl,
-        "next_token_agreement": fidelity.next_token_agreement,
-        "nll_delta": fidelity.nll_delta,
-        "verified_tokens": fidelity.verified_tokens,
-        "greedy_match": all(a.token_ids == r.token_ids for a, r in zip(answers, references, strict=True)),
-        "text_uncompressed": references[0].text,
-        "texts_uncompressed": [reference.text for reference in references],
-        "text_prefill_seconds": text_prefill_seconds,
-    }
 
 
 def _report(report: command_line.Reporter, record: dict[str, Any]) -> None:
@@ -217,19 +136,7 @@ def _report(report: command_line.Reporter, record: dict[str, Any]) -> None:
     report.row(
         "first token after", f"{record['ttft_seconds']:.3f} s, {record['prefill_seconds']:.3f} s of it the model"
     )
-    if "kl" in record:
-        report.row("  from text", f"{record['text_prefill_seconds']:.3f} s")
-        report.row("KL", f"{record['kl']:.6f} nats over the last {record['verified_tokens']} tokens")
-        report.row("agreement", f"{100 * record['next_token_agreement']:.1f} % of next tokens")
-        report.row("NLL difference", f"{record['nll_delta']:+.5f} nats")
-        report.row("same answer", "yes" if record["greedy_match"] else "NO")
-    uncompressed = record.get("texts_uncompressed", [None] * len(record["answers"]))
-    for answer, reference in zip(record["answers"], uncompressed, strict=True):
-        if answer["question"] is not None:
-            report.row("question", repr(answer["question"]))
-        report.row("answer", repr(answer["text"]))
-        if reference is not None and reference != answer["text"]:
-            report.row("  uncompressed", repr(reference))
+    report_answers(report, record)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import cachegen
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "cachegen"
-SCRIPTS = ("main.py", "run_encoding.py", "run_decoding_disk.py")
+SCRIPTS = ("main.py", "run_encoding.py", "run_decoding_disk.py", "run_publishing.py", "run_decoding_remote.py")
 
 LAYERS = {
     # `cachegen` itself (its version) and what C++ built stand below everything.
@@ -29,6 +29,7 @@ LAYERS = {
     "config": 0,
     "kv_cache": 0,
     "format": 0,
+    "manifest": 0,
     "quantization": 1,
     "transform": 1,
     "coder": 2,
@@ -36,6 +37,7 @@ LAYERS = {
     "codec": 3,
     "container": 3,
     "store": 3,
+    "catalog": 3,
     "pipeline": 4,
     "streaming": 4,
     "evaluation": 4,

@@ -135,6 +135,22 @@ def non_negative_int(text: str) -> int:
     return _bounded_int(text, 0)
 
 
+def positive_float(text: str) -> float:
+    """Parse a flag's value that must be a finite number above 0; for argparse's `type`."""
+    value = _finite_float(text)
+    if value is None or value <= 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """Parse a flag's value that must be a finite number of at least 0; for argparse's `type`."""
+    value = _finite_float(text)
+    if value is None or value < 0:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return value
+
+
 def default_input(script_folder: str | os.PathLike[str], relative: str) -> str:
     """Return the default of a flag that names an input of the repository, valid from any working directory.
 
@@ -201,6 +217,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (os.PathLike, torch.dtype, torch.device)):
         return str(value).removeprefix("torch.")
     return value
+
+
+def _finite_float(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _bounded_int(text: str, minimum: int) -> int:

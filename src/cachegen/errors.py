@@ -25,6 +25,29 @@ class InputError(CacheGenError):
     exit_code = 3
 
 
+class StoreError(InputError):
+    """Report a store that cannot be reached, lacks an object, or answers otherwise than it must.
+
+    Attributes:
+        is_missing: the store answered: there is no such object.
+        is_temporary: the same request may succeed later.
+        is_range_ignored: a part was asked for and the whole came.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        is_missing: bool = False,
+        is_temporary: bool = False,
+        is_range_ignored: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.is_range_ignored = is_range_ignored
+        self.is_missing = is_missing
+        self.is_temporary = is_temporary
+
+
 class BitstreamError(CacheGenError):
     """Report a file of ours whose bytes are not what the format says: truncated, corrupt or foreign."""
 

@@ -86,19 +86,7 @@ class EncodedFolder:
         Raises:
             MismatchError: naming the field that differs.
         """
-        header = self.document.header
-        gates = [
-            ("model_fingerprint", header.model_fingerprint.hex()[:12], loaded.fingerprint[:12]),
-            ("rope_hash", header.rope_hash.hex()[:12], hash_rotary_embeddings(loaded.rotary_embeddings)[:12]),
-            ("num_layers", len(header.planes) // 2, loaded.num_layers),
-            ("dtype", self.dtype, loaded.dtype),
-        ]
-        for field, found, expected in gates:
-            if found != expected:
-                raise MismatchError(
-                    f"{self.tables_path}: {field} is {found}, but {loaded.model_id} has {expected}: "
-                    "give --model_id (and --dtype) of the model that computed the cache"
-                )
+        check_model(self.document, self.tables_path, loaded)
 
     def check_context(self, token_ids: torch.Tensor, num_cached_tokens: int, context_name: object) -> None:
         """Refuse a context that is not the one that was encoded.
@@ -154,7 +142,15 @@ class EncodedFolder:
             tokens = output.slice(stops[index] - chunk_tokens[index], stops[index])
             path = self.path / container.chunk_name(index)
             try:
-                self._decode_chunk(content, tokens, stops[index] - chunk_tokens[index], hashes[index])
+                _decode_and_copy(
+                    content,
+                    self.document,
+                    tokens,
+                    first_token=stops[index] - chunk_tokens[index],
+                    token_hash=hashes[index],
+                    num_threads=self._num_threads,
+                    kernels=self._kernels,
+                )
             except BitstreamError as error:
                 raise error.at(path) from error
             except MismatchError as error:
@@ -165,23 +161,6 @@ class EncodedFolder:
             if progress is not None:
                 progress(chunk_tokens[index])
         return DecodeResult(sum(chunk_tokens), encoded_bytes, load_seconds, decode_seconds)
-
-    def _decode_chunk(self, content: bytes, output: KVCache, first_token: int, token_hash: str) -> None:
-        """Decode straight into the output, or by way of the kernels' device where the output is elsewhere."""
-        is_direct = all(plane.device.type == self._kernels.device.type for plane in output.planes)
-        target = output if is_direct else _empty_on(self._kernels.device, output)
-        decode_chunk(
-            content,
-            self.document,
-            target,
-            first_token=first_token,
-            token_hash=bytes.fromhex(token_hash),
-            num_threads=self._num_threads,
-            kernels=self._kernels,
-        )
-        if not is_direct:
-            for plane, decoded in zip(output.planes, target.planes, strict=True):
-                plane.copy_(decoded)
 
     def _read_ahead(self, num_chunks: int) -> Iterator[tuple[bytes, float]]:
         """Yield the chunk files and how long reading each took; the next one is being read meanwhile."""
@@ -210,9 +189,72 @@ class EncodedFolder:
         return document_dtype(self.document)
 
 
-def _empty_on(device: torch.device, cache: KVCache) -> KVCache:
+def check_model(document: Document, tables_name: object, loaded: LoadedModel) -> None:
+    """Refuse a model that is not the one whose cache was encoded.
+
+    Args:
+        tables_name: of the document's tables file, for messages.
+
+    Raises:
+        MismatchError: naming the field that differs.
+    """
+    header = document.header
+    gates = [
+        ("model_fingerprint", header.model_fingerprint.hex()[:12], loaded.fingerprint[:12]),
+        ("rope_hash", header.rope_hash.hex()[:12], hash_rotary_embeddings(loaded.rotary_embeddings)[:12]),
+        ("num_layers", len(header.planes) // 2, loaded.num_layers),
+        ("dtype", document_dtype(document), loaded.dtype),
+    ]
+    for field, found, expected in gates:
+        if found != expected:
+            raise MismatchError(
+                f"{tables_name}: {field} is {found}, but {loaded.model_id} has {expected}: "
+                "give --model_id (and --dtype) of the model that computed the cache"
+            )
+
+
+def empty_on(device: torch.device, cache: KVCache, num_tokens: int | None = None) -> KVCache:
+    """Return an undefined cache of the shapes and dtype of `cache` on another device, pinned on the CPU for a GPU's.
+
+    Args:
+        num_tokens: None for as many as `cache` has.
+    """
+
     def like(plane: torch.Tensor) -> torch.Tensor:
         is_pinned = device.type == "cpu" and plane.device.type == "cuda"
-        return torch.empty(plane.shape, dtype=plane.dtype, device=device, pin_memory=is_pinned)
+        shape = (plane.shape[0] if num_tokens is None else num_tokens, *plane.shape[1:])
+        return torch.empty(shape, dtype=plane.dtype, device=device, pin_memory=is_pinned)
 
     return KVCache([like(plane) for plane in cache.keys], [like(plane) for plane in cache.values])
+
+
+def copy_cache(source: KVCache, target: KVCache) -> None:
+    """Copy tokens between caches of one shape, on any devices."""
+    for plane, copied in zip(target.planes, source.planes, strict=True):
+        plane.copy_(copied)
+
+
+def _decode_and_copy(
+    content: bytes,
+    document: Document,
+    output: KVCache,
+    *,
+    first_token: int,
+    token_hash: str,
+    num_threads: int,
+    kernels,
+) -> None:
+    """Decode straight into the output, or by way of the kernels' device where the output is elsewhere."""
+    is_direct = all(plane.device.type == kernels.device.type for plane in output.planes)
+    target = output if is_direct else empty_on(kernels.device, output)
+    decode_chunk(
+        content,
+        document,
+        target,
+        first_token=first_token,
+        token_hash=bytes.fromhex(token_hash),
+        num_threads=num_threads,
+        kernels=kernels,
+    )
+    if not is_direct:
+        copy_cache(target, output)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cachegen import container
+from cachegen.catalog import EncodedLevel
 from cachegen.codec import DocumentEncoder
-from cachegen.errors import BitstreamError, OutputError
+from cachegen.errors import BitstreamError, ConfigError, OutputError
 from cachegen.files import atomic_write, is_temporary, remove_stale_temporaries, write_file
 from cachegen.format import TablesHeader
 
@@ -88,6 +90,40 @@ def encode_document(
         if progress is not None:
             progress(encoder.document.header.chunk_tokens[index])
     return EncodeResult(encoder.document.header, sizes, num_reused)
+
+
+def read_encoded_levels(
+    folders: Sequence[str | os.PathLike[str]], kl: Sequence[float] | None = None
+) -> list[EncodedLevel]:
+    """Open encodings of one cache as the levels of a document, the smallest first; chunks are read when asked for.
+
+    Args:
+        folders: written by `encode_document`.
+        kl: the expected loss of each, in nats per token.
+
+    Raises:
+        InputError: a file is missing.
+        BitstreamError: a tables file is corrupt.
+        ConfigError: not one loss per folder, or losses that grow with the size.
+    """
+    if kl is not None and len(kl) != len(folders):
+        raise ConfigError(f"--kl must have one value per folder, got {len(kl)} for {len(folders)}")
+    sized: list[tuple[int, EncodedLevel]] = []
+    for index, folder in enumerate(map(Path, folders)):
+        tables_file = container.read_whole(folder / container.TABLES_NAME)
+        try:
+            num_chunks = len(container.parse_tables(tables_file)[0].chunk_tokens)
+        except BitstreamError as error:
+            raise error.at(folder / container.TABLES_NAME) from error
+        paths = [folder / container.chunk_name(i) for i in range(num_chunks)]
+        chunks = [functools.partial(container.read_whole, path) for path in paths]
+        num_bytes = sum(path.stat().st_size for path in paths if path.is_file())
+        sized.append((num_bytes, EncodedLevel(tables_file, chunks, kl=kl[index] if kl else None)))
+    levels = [level for _, level in sorted(sized, key=lambda pair: pair[0])]
+    losses = [level.kl for level in levels if level.kl is not None]
+    if losses != sorted(losses, reverse=True):
+        raise ConfigError("--kl must not be larger for a larger encoding: leave the worse one out")
+    return levels
 
 
 def _add_chunk(sizes: EncodedSizes, encoder: DocumentEncoder, index: int, file_bytes: int) -> EncodedSizes:

@@ -85,14 +85,21 @@ class LoadedModel:
         return getattr(self.text_config, "max_position_embeddings", None)
 
     @property
-    def layer_devices(self) -> list[torch.device]:
-        """Where each layer's keys and values belong."""
+    def layers(self) -> list[torch.nn.Module]:
+        """The decoder's layers in order; empty for a model that does not keep them in one list."""
         for module in self.model.get_decoder().modules():
             if isinstance(module, torch.nn.ModuleList) and len(module) == self.num_layers:
-                devices = [next(layer.parameters()).device for layer in module]
-                # Weights that accelerate keeps elsewhere show as meta; they are computed where the ids go in.
-                return [self.device if device.type == "meta" else device for device in devices]
-        return [self.device] * self.num_layers
+                return list(module)
+        return []
+
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """Where each layer's keys and values belong."""
+        devices = [next(layer.parameters()).device for layer in self.layers]
+        # Weights that accelerate keeps elsewhere show as meta; they are computed where the ids go in.
+        return [
+            self.device if device.type == "meta" else device for device in devices or [self.device] * self.num_layers
+        ]
 
     @functools.cached_property
     def can_limit_logits(self) -> bool:

@@ -1,0 +1,260 @@
+#!/usr/bin/env python3
+"""Load a context's cache from a store over a network, in time for an objective, and answer from it.
+
+Each chunk is fetched at the level that the policy chooses, or computed from its text, whichever is sooner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+SCRIPT_FOLDER = Path(__file__).resolve().parent
+# In a clone that is not installed, the package is beside the script; an installed one comes first.
+sys.path.append(str(SCRIPT_FOLDER / "src"))
+
+from cachegen import command_line  # noqa: E402
+from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
+from cachegen.pipeline.answers import (  # noqa: E402
+    add_answer_flags,
+    append_questions,
+    list_answers,
+    report_answers,
+    verify_answers,
+)
+from cachegen.pipeline.context import read_context  # noqa: E402
+from cachegen.streaming.policies import POLICIES  # noqa: E402
+
+if TYPE_CHECKING:
+    from cachegen.pipeline.model import LoadedModel
+    from cachegen.streaming.load_report import LoadResult
+    from cachegen.streaming.policy import Policy
+    from cachegen.streaming.remote import RemoteDocument
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_line.CommandLineParser(description=__doc__)
+    add = parser.add_argument
+    add(
+        "--path_to_encoded_kv",
+        default="store",
+        metavar="URL",
+        help="a store of run_publishing.py: http://host:port/path, s3://bucket/path, gs://..., az://... or a folder",
+    )
+    add("--slo", type=command_line.positive_float, default=1.0, help="objective: seconds to the first token")
+    add("--policy", choices=sorted(POLICIES), default="ours", help="what to fetch, at which level, and what to compute")
+    add("--level", type=command_line.positive_int, help="fetch every chunk at this level, whatever the policy")
+    add(
+        "--target_kl",
+        type=command_line.non_negative_float,
+        default=0.0,
+        help="expected loss that is good enough, in nats per token: nothing waits to get below it",
+    )
+    add("--num_connections", type=command_line.positive_int, default=1, help="requests in flight together")
+    add(
+        "--stall_seconds",
+        type=command_line.positive_float,
+        default=2.0,
+        help="a connection that is silent for so long is given up and tried again",
+    )
+    add_answer_flags(parser, SCRIPT_FOLDER)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command_line.run(_load_and_answer, build_parser(), argv)
+
+
+def _load_and_answer(args: argparse.Namespace) -> None:
+    from cachegen.coder.cpu import default_num_threads
+    from cachegen.store import RetryRule, open_store
+
+    report = command_line.Reporter(args)
+    # Everything that needs no model comes first: a wrong path or flag shows at once.
+    num_threads = args.threads or default_num_threads()
+    device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
+    chosen = choose_kernels(args.device)
+    store = open_store(args.path_to_encoded_kv, retry=RetryRule(stall_seconds=args.stall_seconds))
+    text = read_context(Path(args.path_to_context))
+
+    # transformers takes seconds to import, more than it takes to say that a file is missing.
+    from cachegen.pipeline.generate import generate_answer
+    from cachegen.pipeline.model import load_model
+    from cachegen.pipeline.model_cache import empty_cache, set_length
+    from cachegen.pipeline.prefill import tokenize
+    from cachegen.streaming.client import find_for_model, make_loader, measure_speeds
+    from cachegen.streaming.policy import Objective
+
+    load = functools.partial(
+        load_model,
+        args.model_id,
+        device=device,
+        load_in_8bit=args.load_in_8bit,
+        num_gpus=args.num_gpus,
+        max_gpu_memory=args.max_gpu_memory,
+    )
+    loaded = load(dtype=dtype)
+    token_ids = tokenize(loaded, text)
+    lookup_start = time.perf_counter()
+    document = find_for_model(store, loaded, token_ids, num_threads=num_threads, kernels=chosen.kernels)
+    lookup_seconds = time.perf_counter() - lookup_start
+    document.limit_chunks(args.num_chunks)
+    if dtype == "auto" and loaded.dtype != document.dtype:
+        loaded = load(dtype=document.dtype)
+    _check_configs(args, document)
+    policy = _choose_policy(args, document)
+    questions = args.question or [None]
+    prompts = append_questions(loaded, token_ids, questions)
+    num_cached, block_size = document.num_tokens, document.manifest.prefill_block_size
+    cache = empty_cache(loaded.num_layers, max(map(len, prompts)) + args.max_new_tokens)
+    speeds = measure_speeds(loaded, cache, num_cached, token_ids, block_size, chosen.device)
+
+    # From here on the clock runs: what a server with the model in memory would do, finding the document included.
+    start = time.perf_counter() - lookup_seconds
+    loader = make_loader(
+        document,
+        loaded,
+        cache,
+        token_ids,
+        policy,
+        Objective(args.slo, args.target_kl),
+        speeds,
+        kernels=chosen.kernels,
+        num_connections=args.num_connections,
+        elapsed_seconds=lookup_seconds,
+    )
+    with loader:
+        loading = loader.run()
+        set_length(cache, num_cached)
+        answers = [
+            generate_answer(loaded, cache, num_cached, prompt, args.max_new_tokens, block_size) for prompt in prompts
+        ]
+    ttft_seconds = answers[0].first_token_at - start
+    record = {
+        "stage": "decode_remote",
+        "policy": f"level {args.level}" if args.level is not None else args.policy,
+        "slo_seconds": args.slo,
+        "slo_met": ttft_seconds <= args.slo,
+        "ttft_seconds": ttft_seconds,
+        "lookup_seconds": lookup_seconds,
+        "ready_seconds": loading.ready_seconds,
+        "prefill_seconds": answers[0].prefill_seconds,
+        **_describe_loading(loading, len(token_ids)),
+        "text": answers[0].text,
+        "token_ids": answers[0].token_ids,
+    }
+    if args.verify:
+        record |= verify_answers(
+            loaded,
+            token_ids,
+            prompts,
+            answers,
+            cache,
+            num_cached=num_cached,
+            max_new_tokens=args.max_new_tokens,
+            block_size=block_size,
+        )
+    record["answers"] = list_answers(questions, answers)
+    record |= _describe_run(args, document, loaded, str(chosen.device), loading)
+    for problem in loading.problems:
+        report.warn(problem)
+    report.row("decoding on", chosen)
+    _report(report, record)
+    if args.json is not None:
+        command_line.write_json(args.json, record)
+
+
+def _check_configs(args: argparse.Namespace, document: RemoteDocument) -> None:
+    """Refuse a document that does not agree with the configs given; needs its tables, and fetches them."""
+    from cachegen.config import load_model_config, load_quantization_config
+
+    checks = []
+    if args.quantization_config is not None:
+        config = load_quantization_config(args.quantization_config)
+        checks.append(lambda header, place: config.check_planes(header.method, header.planes, place))
+    if args.model_config is not None:
+        model_config = load_model_config(args.model_config)
+        checks.append(lambda header, place: model_config.check_planes(header.planes, place))
+    levels = document.manifest.levels if args.level is None else document.manifest.levels[args.level - 1 : args.level]
+    for level in levels if checks else []:
+        header = document.open_level(level.level).header
+        for check in checks:
+            check(header, document.describe(level.tables))
+
+
+def _choose_policy(args: argparse.Namespace, document: RemoteDocument) -> Policy:
+    from cachegen.errors import ConfigError
+    from cachegen.streaming.policy_front_to_back import decide_fixed_level
+
+    if args.level is None:
+        return POLICIES[args.policy]
+    if args.level > len(document.manifest.levels):
+        raise ConfigError(f"--level {args.level} asked for, {document.address} has {len(document.manifest.levels)}")
+    return functools.partial(decide_fixed_level, level=args.level)
+
+
+def _describe_loading(loading: LoadResult, num_prompt_tokens: int) -> dict[str, Any]:
+    """Return the counts and times of the disk script's JSON, and those that only a network has."""
+    num_exact = sum(chunk.num_exact_tokens for chunk in loading.chunks if chunk.source == "text")
+    num_tokens = sum(chunk.num_tokens for chunk in loading.chunks)
+
+    def seconds_of(worker: str) -> float:
+        return sum(span.end_seconds - span.start_seconds for span in loading.spans if span.worker == worker)
+
+    return {
+        "num_cached_tokens": num_tokens - num_exact,
+        "num_recomputed_tokens": num_exact + num_prompt_tokens - 1 - num_tokens,
+        "num_chunks": len(loading.chunks),
+        "encoded_bytes": loading.received_bytes,
+        "load_seconds": seconds_of("fetch"),
+        "decode_seconds": seconds_of("decode"),
+        "copy_seconds": seconds_of("copy"),
+        "compute_seconds": seconds_of("compute"),
+        "expected_kl": loading.expected_loss,
+    }
+
+
+def _describe_run(
+    args: argparse.Namespace, document: RemoteDocument, loaded: LoadedModel, decoding_device: str, loading: LoadResult
+) -> dict[str, Any]:
+    return {
+        "manifest": document.address,
+        "chunks": [asdict(chunk) for chunk in loading.chunks],
+        "timeline": [asdict(span) for span in loading.spans],
+        "throughput_samples": [asdict(sample) for sample in loading.samples],
+        "speeds": asdict(loading.speeds),
+        "problems": loading.problems,
+        "device": str(loaded.device),
+        "decoding_device": decoding_device,
+        "config": command_line.effective_config(args),
+        "versions": command_line.collect_versions(),
+    }
+
+
+def _report(report: command_line.Reporter, record: dict[str, Any]) -> None:
+    report.row(
+        "tokens", f"{record['num_cached_tokens']:,} from the store, {record['num_recomputed_tokens']:,} computed"
+    )
+    for chunk in record["chunks"]:
+        rate = f" at {8e-6 * chunk['num_bytes'] / chunk['seconds']:.1f} Mbit/s" if chunk["seconds"] > 0 else ""
+        size = f", {command_line.format_bytes(chunk['num_bytes'])} fetched{rate}" if chunk["num_bytes"] else ""
+        how = "computed" if chunk["source"] == "text" else f"level {chunk['level']}"
+        report.row(f"chunk {chunk['chunk']}", f"{how}{size}")
+    report.row("received", f"{command_line.format_bytes(record['encoded_bytes'])} in {record['load_seconds']:.3f} s")
+    report.row("decoded in", f"{record['decode_seconds']:.3f} s")
+    verdict = "met" if record["slo_met"] else "MISSED"
+    report.row(
+        "first token after", f"{record['ttft_seconds']:.3f} s; objective of {record['slo_seconds']:g} s {verdict}"
+    )
+    report.row("expected KL", f"{record['expected_kl']:.6f} nats")
+    report_answers(report, record)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

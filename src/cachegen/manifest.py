@@ -1,0 +1,297 @@
+"""The manifest of an encoded document: which objects of a store hold which chunk at which level.
+
+JSON, read as strictly as a bitstream: it comes from a server that may be wrong or worse. Every size in it is bounded
+before anything is allocated or fetched, every name stays below the store's root. docs/store.md is the specification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cachegen.errors import BitstreamError, UnsupportedVersionError
+from cachegen.format import MAX_CHUNK_TOKENS, MAX_CHUNKS, Coder, Method
+
+MANIFEST_FORMAT = "cachegen-manifest"
+MANIFEST_VERSION = 1
+MAX_MANIFEST_BYTES = 32 << 20
+MAX_LEVELS = 16
+MAX_OBJECT_BYTES = 4 << 30
+MAX_TABLES_BYTES = 256 << 20
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"(?!.*(?:^|/)\.{1,2}(?:/|$))[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+){0,7}")
+_MAX_NAME_CHARACTERS = 512
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One object: its name below the store's root, its size in bytes, and the SHA-256 of its content in hex."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """One of several encodings of a document's chunks; number 1 is the smallest.
+
+    Attributes:
+        level: its number.
+        refines: the level whose files its own refine; None where its files stand alone. Level l refines l - 1.
+        method, coder: lower-case names of `format.Method` and `format.Coder`; for people, and to choose by.
+        tables: the tables file; levels that refine each other may share one.
+        bits_per_value: of this level's files and those that it refines, tables included.
+        kl: expected loss of the whole document at this level, in nats per token; None where nobody measured it.
+    """
+
+    level: int
+    refines: int | None
+    method: str
+    coder: str
+    tables: StoredObject
+    bits_per_value: float
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class ChunkEntry:
+    """One chunk: the span of tokens, what identifies them, and one object per level, level 1 first."""
+
+    first_token: int
+    num_tokens: int
+    token_hash: str
+    files: tuple[StoredObject, ...]
+
+    @property
+    def end_token(self) -> int:
+        """The position after its last token."""
+        return self.first_token + self.num_tokens
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An encoded document in a store. Hashes are in hex.
+
+    Attributes:
+        model_id: for people, not compared.
+        dtype: of the cache, as torch names it.
+        num_cache_tokens: of the saved cache; chunks may cover fewer.
+        token_hash: of those tokens.
+        values_per_token: scalars of keys and values of all layers; bounds every file's size.
+    """
+
+    model_id: str
+    model_fingerprint: str
+    rope_hash: str
+    dtype: str
+    num_cache_tokens: int
+    token_hash: str
+    prefill_block_size: int
+    values_per_token: int
+    levels: tuple[Level, ...]
+    chunks: tuple[ChunkEntry, ...]
+
+    @property
+    def num_covered_tokens(self) -> int:
+        """Tokens from the first on that the chunks hold."""
+        return self.chunks[-1].end_token
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether each level's files refine those of the level below."""
+        return len(self.levels) > 1 and self.levels[1].refines is not None
+
+    def files_of(self, level: int) -> tuple[int, ...]:
+        """Return the levels whose files are needed to use `level`, in the order in which a decoder takes them."""
+        return tuple(range(1, level + 1)) if self.is_embedded else (level,)
+
+
+def pack_manifest(manifest: Manifest) -> bytes:
+    """Return the manifest as it is stored; equal manifests give equal bytes."""
+    content = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **asdict(manifest)}
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def unpack_manifest(content: bytes, address: object = None) -> Manifest:
+    """Parse a manifest, believing nothing.
+
+    Args:
+        address: where it came from, for messages.
+
+    Raises:
+        BitstreamError: it is not a manifest, or a field is not what it must be.
+        UnsupportedVersionError: it was written by a later release.
+    """
+    try:
+        return _read_manifest(_load_json(content))
+    except BitstreamError as error:
+        raise error if address is None else error.at(address) from None
+
+
+def chunk_object(
+    content_sha256: str, num_bytes: int, *, model_fingerprint: str, token_hash: str, level: Level
+) -> StoredObject:
+    """Return the object of a chunk at a level, named after all that its bytes depend on, and after the bytes.
+
+    The name begins with the model and the chained hash of the tokens up to the chunk's end, so that what belongs
+    together lies together; the profile or tables are in the hash of the content, which holds their hashes.
+    """
+    variant = f"{level.method}-{level.coder}-L{level.level}-{content_sha256[:32]}"
+    return StoredObject(f"chunks/{model_fingerprint[:16]}/{token_hash[:32]}/{variant}.cgc", num_bytes, content_sha256)
+
+
+def tables_object(content: bytes) -> StoredObject:
+    """Return the object of a tables file, named after its bytes."""
+    digest = hashlib.sha256(content).hexdigest()
+    return StoredObject(f"tables/{digest[:32]}.cgt", len(content), digest)
+
+
+def manifest_name(manifest: Manifest) -> str:
+    """Return the name of a manifest's object: the model, the tokens that the chunks cover, and the manifest's bytes."""
+    digest = hashlib.sha256(pack_manifest(manifest)).hexdigest()
+    tokens = manifest.chunks[-1].token_hash[:32]
+    return f"documents/{manifest.model_fingerprint[:16]}/{tokens}/{digest[:32]}.json"
+
+
+def is_object_name(name: object) -> bool:
+    """Tell whether this is a name that a store of ours may have: a relative path of plain characters."""
+    return isinstance(name, str) and len(name) <= _MAX_NAME_CHARACTERS and _NAME.fullmatch(name) is not None
+
+
+def _load_json(content: bytes) -> dict[str, Any]:
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise BitstreamError(f"has {len(content)} bytes, more than the {MAX_MANIFEST_BYTES} of a manifest")
+
+    def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a field appears twice")
+        return found
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        loaded = json.loads(content.decode("utf-8"), object_pairs_hook=refuse_twins, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
+        raise BitstreamError(f"not the JSON of a manifest ({str(error)[:100]})") from None
+    if not isinstance(loaded, dict) or loaded.get("format") != MANIFEST_FORMAT:
+        raise BitstreamError(f"must be {MANIFEST_FORMAT}: not a manifest of cachegen", field="format")
+    if loaded.get("version") != MANIFEST_VERSION:
+        raise UnsupportedVersionError(
+            f"{str(loaded.get('version'))[:20]} is not supported, this release reads {MANIFEST_VERSION}",
+            field="version",
+        )
+    return {name: value for name, value in loaded.items() if name not in ("format", "version")}
+
+
+class _Fields:
+    """The fields of one JSON object, each to be taken once, none to be left."""
+
+    def __init__(self, content: Any, place: str, names: Sequence[str]) -> None:
+        self._place = place
+        if not isinstance(content, dict) or set(content) != set(names):
+            raise BitstreamError(f"must be an object of {', '.join(names)}", field=place or "the manifest")
+        self._content: dict[str, Any] = content
+
+    def where(self, name: str) -> str:
+        return f"{self._place}.{name}" if self._place else name
+
+    def take(self, name: str, is_right: Callable[[Any], bool], wanted: str) -> Any:
+        value = self._content[name]
+        if not is_right(value):
+            raise BitstreamError(f"must be {wanted}, got {json.dumps(value)[:80]}", field=self.where(name))
+        return value
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        return self.take(name, lambda v: type(v) is int and low <= v <= high, f"an integer, {low} to {high}")
+
+    def number(self, name: str) -> float:
+        return float(self.take(name, lambda v: type(v) in (int, float) and 0 <= v <= 1e6, "a number, 0 to 1e6"))
+
+    def text(self, name: str, choices: Sequence[str] | None = None) -> str:
+        if choices is not None:
+            return self.take(name, lambda v: v in choices, f"one of {', '.join(choices)}")
+        return self.take(name, lambda v: isinstance(v, str) and len(v) <= 1024 and v.isprintable(), "a short text")
+
+    def hash(self, name: str) -> str:
+        return self.take(name, lambda v: isinstance(v, str) and _HASH.fullmatch(v) is not None, "a SHA-256 in hex")
+
+    def items(self, name: str, limit: int) -> list[Any]:
+        return self.take(name, lambda v: isinstance(v, list) and 0 < len(v) <= limit, f"a list of 1 to {limit}")
+
+    def stored(self, name: str, limit: int) -> StoredObject:
+        return _read_object(self._content[name], self.where(name), limit)
+
+    def is_null(self, name: str) -> bool:
+        return self._content[name] is None
+
+
+def _read_object(content: Any, place: str, max_bytes: int) -> StoredObject:
+    fields = _Fields(content, place, ("name", "bytes", "sha256"))
+    name = fields.take("name", is_object_name, "a relative path of letters, digits, dots, dashes and underscores")
+    return StoredObject(name, fields.integer("bytes", 1, max_bytes), fields.hash("sha256"))
+
+
+def _read_manifest(content: dict[str, Any]) -> Manifest:
+    fields = _Fields(content, "", tuple(Manifest.__dataclass_fields__))
+    levels = tuple(_read_level(item, i) for i, item in enumerate(fields.items("levels", MAX_LEVELS)))
+    if len({level.refines is None for level in levels[1:]}) > 1:
+        raise BitstreamError("must be null for all levels, or the level below for all but the first", field="refines")
+    values_per_token = fields.integer("values_per_token", 1, 1 << 30)
+    num_cache_tokens = fields.integer("num_cache_tokens", 1, 1 << 40)
+    chunks: list[ChunkEntry] = []
+    for item in fields.items("chunks", MAX_CHUNKS):
+        first_token = chunks[-1].end_token if chunks else 0
+        chunks.append(_read_chunk(item, f"chunks[{len(chunks)}]", first_token, len(levels), values_per_token))
+    if chunks[-1].end_token > num_cache_tokens:
+        raise BitstreamError(f"cover more than {num_cache_tokens} tokens", field="chunks")
+    return Manifest(
+        model_id=fields.text("model_id"),
+        model_fingerprint=fields.hash("model_fingerprint"),
+        rope_hash=fields.hash("rope_hash"),
+        dtype=fields.text("dtype", ("float16", "bfloat16", "float32")),
+        num_cache_tokens=num_cache_tokens,
+        token_hash=fields.hash("token_hash"),
+        prefill_block_size=fields.integer("prefill_block_size", 1, (1 << 32) - 1),
+        values_per_token=values_per_token,
+        levels=levels,
+        chunks=tuple(chunks),
+    )
+
+
+def _read_level(content: Any, index: int) -> Level:
+    fields = _Fields(content, f"levels[{index}]", tuple(Level.__dataclass_fields__))
+    number = fields.integer("level", index + 1, index + 1)
+    return Level(
+        level=number,
+        refines=fields.take("refines", lambda v: v is None or (type(v) is int and v == index > 0), "null or level - 1"),
+        method=fields.text("method", [method.name.lower() for method in Method]),
+        coder=fields.text("coder", [coder.name.lower() for coder in Coder]),
+        tables=fields.stored("tables", MAX_TABLES_BYTES),
+        bits_per_value=fields.number("bits_per_value"),
+        kl=None if fields.is_null("kl") else fields.number("kl"),
+    )
+
+
+def _read_chunk(content: Any, place: str, first_token: int, num_levels: int, values_per_token: int) -> ChunkEntry:
+    fields = _Fields(content, place, tuple(ChunkEntry.__dataclass_fields__))
+    fields.integer("first_token", first_token, first_token)
+    num_tokens = fields.integer("num_tokens", 1, MAX_CHUNK_TOKENS)
+    files = fields.items("files", num_levels)
+    if len(files) != num_levels:
+        raise BitstreamError(f"must have {num_levels} files, one per level", field=fields.where("files"))
+    # No coder needs more than raw fp32 values, a scale per token and plane, and a header with its index.
+    limit = min(MAX_OBJECT_BYTES, 8 * num_tokens * values_per_token + (1 << 20))
+    return ChunkEntry(
+        first_token=first_token,
+        num_tokens=num_tokens,
+        token_hash=fields.hash("token_hash"),
+        files=tuple(_read_object(item, f"{place}.files[{i}]", limit) for i, item in enumerate(files)),
+    )

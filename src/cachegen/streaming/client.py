@@ -1,0 +1,202 @@
+"""Load a context from a store into a model's cache, computing what does not come in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cachegen.coder import cpu
+from cachegen.kv_cache import hash_rotary_embeddings
+from cachegen.pipeline.decode import copy_cache, empty_on
+from cachegen.store import Store
+from cachegen.streaming.loader import Loader
+from cachegen.streaming.policy import DecodeSpeed, Objective, Policy, PrefillSpeed, Speeds
+from cachegen.streaming.remote import FetchedFile, RemoteDocument
+
+if TYPE_CHECKING:
+    from cachegen.pipeline.model import LoadedModel
+    from cachegen.pipeline.model_cache import Cache
+
+SHARED_CPU_SLOWDOWN = 0.5
+"""What the model loses while chunks decode on the processor that it computes on: both want all of its cores."""
+
+
+class _Interrupted(Exception):
+    """Leave a forward pass in the middle."""
+
+
+@dataclass
+class ModelWorkers:
+    """A `loader.Workers` of a document in a store and a model with its cache.
+
+    Attributes:
+        cache: with room for the context, its buffers allocated.
+        token_ids: the context's, integers `[num_tokens]`.
+        block_size: tokens per step of the model.
+    """
+
+    document: RemoteDocument
+    loaded: LoadedModel
+    cache: Cache
+    token_ids: torch.Tensor
+    block_size: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        from cachegen.pipeline.model_cache import view_kv_cache
+
+        self._target = view_kv_cache(self.cache, self.document.num_tokens)
+        longest = max(chunk.num_tokens for chunk in self.document.manifest.chunks[: self.document.num_chunks])
+        self._staging = empty_on(self.device, self._target, longest)
+        shapes = [tuple(plane.shape[1:]) for plane in self._target.planes]
+        self.document.expect_planes(shapes, self._target.dtype)
+
+    def fetch(self, chunk: int, level: int, on_bytes: Callable[[int], object]) -> FetchedFile:
+        """Fetch a file; see `loader.Workers`."""
+        return self.document.fetch(chunk, level, on_bytes)
+
+    def decode(self, chunk: int, level: int, contents: Mapping[int, bytearray]) -> Callable[[int], object]:
+        """Decode into the staging memory; see `loader.Workers`."""
+        entry = self.document.manifest.chunks[chunk]
+        staged = self._staging.slice(0, entry.num_tokens)
+        self.document.decode(chunk, level, contents, staged)
+
+        def place(start: int) -> None:
+            if start < entry.end_token:
+                part = staged.slice(start - entry.first_token, entry.num_tokens)
+                copy_cache(part, self._target.slice(start, entry.end_token))
+
+        return place
+
+    def compute(self, start: int, stop: int, should_stop: Callable[[], bool]) -> bool:
+        """Compute a block; see `loader.Workers`. It can break off before every layer."""
+        from cachegen.pipeline.model_cache import set_length
+        from cachegen.pipeline.prefill import extend_cache
+
+        def look(*_: object) -> None:
+            if should_stop():
+                raise _Interrupted
+
+        set_length(self.cache, start)
+        hooks = [layer.register_forward_pre_hook(look) for layer in self.loaded.layers]
+        try:
+            extend_cache(self.loaded, self.cache, self.token_ids[start:stop], self.block_size)
+            _wait_for(self.loaded.device)
+        except _Interrupted:
+            return False
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return True
+
+
+def find_for_model(
+    store: Store, loaded: LoadedModel, token_ids: torch.Tensor, *, num_threads: int, kernels=cpu
+) -> RemoteDocument:
+    """Find the document that covers the longest prefix of a text, for this model.
+
+    Raises:
+        StoreError, BitstreamError, MismatchError: as `RemoteDocument.find`.
+    """
+    return RemoteDocument.find(
+        store,
+        token_ids,
+        model_fingerprint=loaded.fingerprint,
+        rope_hash=hash_rotary_embeddings(loaded.rotary_embeddings),
+        num_threads=num_threads,
+        kernels=kernels,
+    )
+
+
+def make_loader(
+    document: RemoteDocument,
+    loaded: LoadedModel,
+    cache: Cache,
+    token_ids: torch.Tensor,
+    policy: Policy,
+    objective: Objective,
+    speeds: Speeds,
+    *,
+    kernels=cpu,
+    num_connections: int = 1,
+    elapsed_seconds: float = 0.0,
+) -> Loader:
+    """Return a loader that fills `cache` with the document's tokens; run it, then `set_length` and generate.
+
+    Args:
+        cache: from `allocate_cache` or `prefill`: its buffers must be there.
+        token_ids: the context's, integers `[num_tokens]`.
+        kernels: that decode.
+    """
+    workers = ModelWorkers(
+        document, loaded, cache, token_ids, document.manifest.prefill_block_size, torch.device(kernels.device)
+    )
+    return Loader(
+        document.list_levels(),
+        workers,
+        policy,
+        objective,
+        speeds,
+        num_connections=num_connections,
+        elapsed_seconds=elapsed_seconds,
+    )
+
+
+@torch.inference_mode()
+def measure_speeds(
+    loaded: LoadedModel,
+    cache: Cache,
+    num_tokens: int,
+    token_ids: torch.Tensor,
+    block_size: int,
+    decoding_device: torch.device,
+) -> Speeds:
+    """Measure how fast the model computes, as a server knows from earlier requests; also warms it up.
+
+    Two blocks tell the two parameters: one at the beginning, where attention costs next to nothing, and one at the
+    end. The decoder's speed is not known before it has decoded; until then it is taken to cost nothing.
+
+    Args:
+        cache: from `allocate_cache` or `empty_cache`; its first `num_tokens` tokens are overwritten.
+        num_tokens: of the context that will be loaded.
+        token_ids: at least that many and one more.
+    """
+    from cachegen.pipeline.generate import generate_answer
+    from cachegen.pipeline.model_cache import set_length, view_kv_cache
+    from cachegen.pipeline.prefill import extend_cache
+
+    num_block = min(block_size, num_tokens)
+    last = num_tokens - num_block
+
+    def time_block(start: int) -> float:
+        set_length(cache, start)
+        begin = time.perf_counter()
+        extend_cache(loaded, cache, token_ids[start : start + num_block], block_size)
+        _wait_for(loaded.device)
+        return time.perf_counter() - begin
+
+    time_block(0)  # also allocates
+    for plane in view_kv_cache(cache, num_tokens).slice(num_block, num_tokens).planes:
+        plane.zero_()  # what was never written may be NaN
+    first_seconds, last_seconds = time_block(0), time_block(last)
+    slope = max(last_seconds - first_seconds, 0.0)
+    attention_seconds = slope / (2 * num_block * last) if last else 0.0
+    linear_seconds = max(first_seconds - attention_seconds * num_block**2, first_seconds / 10)
+    answer = generate_answer(loaded, cache, num_tokens, token_ids[: num_tokens + 1], 1, block_size)
+    is_shared = decoding_device.type == loaded.device.type
+    slowdown = (1.0 if decoding_device.type == "cuda" else SHARED_CPU_SLOWDOWN) if is_shared else 0.0
+    return Speeds(
+        prefill=PrefillSpeed(num_block / linear_seconds, attention_seconds),
+        decode=DecodeSpeed(compute_slowdown=slowdown),
+        first_token_seconds=answer.prefill_seconds,
+    )
+
+
+def _wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what was asked of it, so that times and orders are what they seem."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,111 @@
+"""Choose the levels of all chunks that are still to be loaded, to be asked again before each.
+
+With embedded levels there is nothing to choose: the base level comes first, and whatever comes after it adds to it.
+With independent levels, a better level fetched later repeats all bits, so the level is chosen before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cachegen.streaming.estimator import conservative_throughput
+from cachegen.streaming.policy import LoadState
+
+
+def plan_levels(state: LoadState, uncovered: Sequence[int], end_seconds: float) -> dict[int, int]:
+    """Return the level at which each chunk that nothing covers shall be loaded.
+
+    From the smallest levels, chunks are raised along the lower convex hull of (bytes, loss), the largest loss
+    reduction per byte first, ties from the back, as long as the model from the front and the network from the back
+    still meet in time at a conservative throughput, and no further than the objective's loss.
+
+    Args:
+        state: what is known.
+        uncovered: indices of the chunks, ascending, each with at least one level that can be had.
+        end_seconds: when all must be ready.
+
+    Source: the greedy solution of the multiple-choice knapsack problem (Sinha and Zoltners, Operations Research 27,
+    1979), whose items are the levels of a chunk.
+    """
+    lowest = {i: state.chunks[i].obtainable_levels(state.progress[i].missing)[0] for i in uncovered}
+    throughput = conservative_throughput(state)
+    if throughput is None or throughput <= 0 or all(state.chunks[i].is_embedded for i in uncovered):
+        return lowest
+    raises = sorted(
+        (step for i in uncovered for step in _raises(state, i)), key=lambda step: (step[0], step[1]), reverse=True
+    )
+
+    def raised(count: int) -> dict[int, int]:
+        return lowest | {i: level for _, i, level in raises[:count]}
+
+    # What is covered badly already may be loaded again later; it takes nothing from the part of those that wait.
+    num_tokens = sum(state.chunks[i].num_tokens for i in uncovered)
+    target = state.objective.target_loss
+    allowed_loss = max(target - _loss_of_covered(state), target * num_tokens / state.chunks[-1].end_token)
+
+    # Both the time and (downwards) the loss grow with the number of raises: two bisections.
+    low, high = 0, len(raises)
+    while low < high:
+        middle = (low + high) // 2
+        if _plan(state, uncovered, raised(middle), throughput)[1] <= allowed_loss:
+            high = middle
+        else:
+            low = middle + 1
+    enough = low
+    low, high = 0, enough
+    while low < high:
+        middle = (low + high + 1) // 2
+        if state.elapsed_seconds + _plan(state, uncovered, raised(middle), throughput)[0] <= end_seconds:
+            low = middle
+        else:
+            high = middle - 1
+    return raised(low)
+
+
+def _raises(state: LoadState, index: int) -> list[tuple[float, int, int]]:
+    """Return the steps up the chunk's hull: (loss reduction per byte, chunk, level), the first steps the best."""
+    chunk = state.chunks[index]
+    levels = chunk.obtainable_levels(state.progress[index].missing)
+    steps = []
+    current = levels[0]
+    while True:
+        options = [
+            ((chunk.loss[current - 1] - chunk.loss[n - 1]) / (chunk.bytes_of(n) - chunk.bytes_of(current)), index, n)
+            for n in levels
+            if chunk.bytes_of(n) > chunk.bytes_of(current) and chunk.loss[n - 1] < chunk.loss[current - 1]
+        ]
+        if not options:
+            return steps
+        steps.append(max(options))
+        current = steps[-1][2]
+
+
+def _plan(state: LoadState, uncovered: Sequence[int], levels: dict[int, int], throughput: float) -> tuple[float, float]:
+    """Return in how many seconds all chunks are ready, and what `uncovered` then adds to the loss."""
+    in_flight = sum(state.chunks[t.chunk].file_bytes[t.level - 1] - t.num_bytes for t in state.in_flight)
+    loaded_seconds = in_flight / throughput
+    computed_seconds = state.compute_seconds_left()
+    waiting = list(uncovered)
+    if state.computing is not None and state.computing.chunk in waiting:
+        waiting.remove(state.computing.chunk)
+    loss = 0.0
+    last_decode_seconds = 0.0
+    while waiting:
+        # The earlier of the two takes its next chunk, as the workers will.
+        if computed_seconds <= loaded_seconds:
+            computed_seconds += state.prefill_seconds(waiting.pop(0))
+        else:
+            i = waiting.pop()
+            loaded_seconds += state.chunks[i].bytes_of(levels[i]) / throughput
+            last_decode_seconds = state.speeds.decode.seconds(state.chunks[i], levels[i])
+            loss += state.chunks[i].loss[levels[i] - 1]
+    return max(computed_seconds, loaded_seconds + last_decode_seconds), loss
+
+
+def _loss_of_covered(state: LoadState) -> float:
+    loss = 0.0
+    for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
+        level = max(progress.decoded_level, chunk.usable_level(state.expected_files(i)))
+        if level and not progress.is_computed:
+            loss += chunk.loss[level - 1]
+    return loss

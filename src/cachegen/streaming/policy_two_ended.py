@@ -1,0 +1,261 @@
+"""Two-ended loading: the model computes from the front while files arrive from the back, until they meet.
+
+The three workers are decided for one after the other, each by its own function below; docs/streaming.md derives the
+rules. In short:
+
+- the model is never idle and waits for no estimate: it computes the first chunk that was not computed;
+- the network loads the last chunk that nothing covers yet, base level first; when every chunk is covered, refinements
+  by loss reduction per byte;
+- it ends when every chunk is ready and the loss is good enough, or nothing can improve before the deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cachegen.streaming.estimator import recent_throughput
+from cachegen.streaming.plan_levels import plan_levels
+from cachegen.streaming.policy import Decision, Decode, Fetch, LoadState
+
+GUARD_FRACTION = 0.02
+"""Of the deadline: kept free for what the client itself needs between the last event and the first token."""
+
+
+def decide_two_ended(state: LoadState) -> Decision:
+    """Decide by the rules at the top of this module."""
+    end_seconds = _end_of_refinement(state)
+    fetch = tuple(_choose_fetches(state, end_seconds))
+    is_loading = bool(fetch or state.in_flight)
+    decode = _choose_decode(state, end_seconds, is_loading) if state.decoding is None else None
+    compute = _choose_compute(state, end_seconds) if state.computing is None else None
+    if state.is_complete and (
+        state.loss <= state.objective.target_loss
+        or not (compute is not None or decode or fetch or _something_running_improves(state, end_seconds))
+    ):
+        return Decision(is_finished=True)
+    return Decision(
+        fetch=fetch,
+        cancel=tuple(_useless_requests(state)),
+        compute=compute,
+        decode=decode,
+        wake_at_seconds=end_seconds if end_seconds > state.elapsed_seconds else None,
+    )
+
+
+def _end_of_refinement(state: LoadState) -> float:
+    """Return the time by which the cache must be complete for the first token to meet the deadline."""
+    objective = state.objective
+    return objective.deadline_seconds * (1 - GUARD_FRACTION) - state.speeds.first_token_seconds
+
+
+def _choose_compute(state: LoadState, end_seconds: float) -> int | None:
+    """Return the chunk that the idle model computes next.
+
+    While a chunk is missing, the model is never idle: computing all chunks in order is what text alone would do. A
+    chunk that no file can give any more is computed as soon as all before it are ready. When nothing is missing,
+    only what is done in time makes the cache better.
+    """
+    missing = state.first_not_ready()
+    if missing < len(state.chunks) and not _can_be_loaded(state, missing):
+        return missing
+    front = state.first_not_computed()
+    if front == len(state.chunks):
+        return None
+    if missing < len(state.chunks) or state.elapsed_seconds + state.prefill_seconds(front) <= end_seconds:
+        return front
+    return None
+
+
+def _can_be_loaded(state: LoadState, chunk: int) -> bool:
+    return bool(state.chunks[chunk].obtainable_levels(state.progress[chunk].missing))
+
+
+def _choose_decode(state: LoadState, end_seconds: float, is_loading: bool) -> Decode | None:
+    """Return what the idle decoder does next: chunks that are not ready, from the back; then the largest gain in loss.
+
+    A chunk is decoded only where that costs the model no more time than computing the chunk would, or has left.
+    """
+    best: tuple[float, int, Decode] | None = None
+    speed = state.speeds.decode
+    for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
+        level = chunk.usable_level(progress.arrived)
+        if progress.is_computed or level <= progress.decoded_level:
+            continue
+        seconds = speed.seconds(chunk, level)
+        is_computing = state.computing is not None and state.computing.chunk == i
+        compute_seconds = state.compute_seconds_left() if is_computing else state.prefill_seconds(i)
+        if not progress.is_ready:
+            if is_loading and level < _sufficient_level(state, i) and _refinement_is_near(state, end_seconds):
+                continue
+            # The chunk under way is decoded only to be ready earlier; any other only at no cost to the model.
+            cost = seconds if is_computing else seconds * speed.compute_slowdown
+            if cost > compute_seconds:
+                continue
+            gain = float("inf")
+        else:
+            if not state.is_complete or state.elapsed_seconds + seconds > end_seconds:
+                continue
+            if is_computing and seconds > compute_seconds:
+                continue
+            gain = (chunk.loss[progress.decoded_level - 1] - chunk.loss[level - 1]) / max(seconds, 1e-9)
+        if best is None or (gain, i) > best[:2]:
+            best = (gain, i, Decode(i, level))
+    return best[2] if best else None
+
+
+def _sufficient_level(state: LoadState, chunk: int) -> int:
+    """Return the smallest level with which the chunk has no more than its part of the target loss; else its best."""
+    levels = state.chunks[chunk]
+    part = state.objective.target_loss * levels.num_tokens / state.chunks[-1].end_token
+    return next((n for n, loss in enumerate(levels.loss, 1) if loss <= part), levels.num_levels)
+
+
+def _refinement_is_near(state: LoadState, end_seconds: float) -> bool:
+    """Tell whether what lacks of all sufficient levels comes in less time than decoding twice would cost.
+
+    Decoding waits then. It does not while nothing comes, nothing is known or the deadline is too near.
+    """
+    throughput = recent_throughput(state)
+    if not throughput:
+        return False
+    num_bytes = _bytes_in_flight(state)
+    decode_seconds = 0.0
+    for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
+        if progress.is_computed or not chunk.num_levels:
+            continue
+        level = _sufficient_level(state, i)
+        expected = state.expected_files(i)
+        num_bytes += sum(chunk.file_bytes[n - 1] for n in chunk.files_of(level) if n not in expected)
+        decode_seconds += state.speeds.decode.seconds(chunk, level)
+    seconds = num_bytes / throughput
+    return seconds < decode_seconds and state.elapsed_seconds + seconds + decode_seconds < end_seconds
+
+
+def _choose_fetches(state: LoadState, end_seconds: float) -> Iterator[Fetch]:
+    """Yield as many requests as there are free connections: what covers chunks first, then what refines them."""
+    num_free = state.num_free_connections
+    if num_free == 0:
+        return
+    candidates = _covering_fetches(state, end_seconds)
+    if not candidates:
+        candidates = _refining_fetches(state, end_seconds)
+    yield from candidates[:num_free]
+
+
+def _covering_fetches(state: LoadState, end_seconds: float) -> list[Fetch]:
+    """Return the first file of each chunk that nothing covers, from the last chunk to the first."""
+    uncovered = [
+        i
+        for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True))
+        if not progress.is_computed
+        and not _is_covered(state, i)
+        and _can_be_loaded(state, i)
+        and state.speeds.decode.compute_slowdown * state.speeds.decode.seconds(chunk, 1) <= state.prefill_seconds(i)
+    ]
+    if state.computing is not None and state.computing.chunk in uncovered and not _wins_race(state):
+        uncovered.remove(state.computing.chunk)
+    if not uncovered:
+        return []
+    levels = plan_levels(state, uncovered, end_seconds)
+    return [
+        Fetch(i, next(n for n in state.chunks[i].files_of(levels[i]) if n not in state.expected_files(i)))
+        for i in reversed(uncovered)
+    ]
+
+
+def _is_covered(state: LoadState, chunk: int) -> bool:
+    """Tell whether the files of some level of `chunk` are here or on their way."""
+    return state.progress[chunk].is_ready or state.chunks[chunk].usable_level(state.expected_files(chunk)) > 0
+
+
+def _wins_race(state: LoadState) -> bool:
+    """Tell whether the chunk that the model computes now would be loaded sooner; yes while no throughput is known."""
+    assert state.computing is not None
+    chunk = state.chunks[state.computing.chunk]
+    level = chunk.obtainable_levels(state.progress[state.computing.chunk].missing)[0]
+    seconds = _arrival_seconds(state, chunk.bytes_of(level)) + state.speeds.decode.seconds(chunk, level)
+    return seconds < state.compute_seconds_left()
+
+
+def _arrival_seconds(state: LoadState, num_bytes: int) -> float:
+    """Return in how many seconds `num_bytes` requested now are expected, after all that is in flight."""
+    throughput = recent_throughput(state)
+    if throughput is None:
+        return 0.0
+    return (_bytes_in_flight(state) + num_bytes) / throughput if throughput > 0 else float("inf")
+
+
+def _bytes_in_flight(state: LoadState) -> int:
+    return sum(state.chunks[t.chunk].file_bytes[t.level - 1] - t.num_bytes for t in state.in_flight)
+
+
+def _refining_fetches(state: LoadState, end_seconds: float) -> list[Fetch]:
+    """Return the files that lower the loss of covered chunks, by loss reduction per byte, ties from the back.
+
+    Only those that can be here and decoded in time, and none once what is on its way is good enough. Where it is so
+    only with the chunk that the model computes now, files count that come before that is done.
+    """
+    target = state.objective.target_loss
+    if _loss_of_what_is_coming(state, with_computing=False) <= target:
+        return []
+    computing = state.computing.chunk if state.computing is not None else None
+    if computing is not None and _loss_of_what_is_coming(state, with_computing=True) <= target:
+        end_seconds = min(end_seconds, state.elapsed_seconds + state.compute_seconds_left())
+        computing = None
+    found: list[tuple[float, int, Fetch]] = []
+    for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
+        if progress.is_computed or i == computing:
+            continue
+        expected = state.expected_files(i)
+        current = max(chunk.usable_level(expected), progress.decoded_level)
+        for level in chunk.obtainable_levels(progress.missing):
+            if current == 0 or level <= current:
+                continue
+            files = [n for n in chunk.files_of(level) if n not in expected]
+            num_bytes = sum(chunk.file_bytes[n - 1] for n in files)
+            gain = chunk.loss[current - 1] - chunk.loss[level - 1]
+            seconds = _arrival_seconds(state, num_bytes) + state.speeds.decode.seconds(chunk, level)
+            if gain > 0 and state.elapsed_seconds + seconds <= end_seconds:
+                found.append((gain / num_bytes, i, Fetch(i, files[0])))
+    found.sort(key=lambda candidate: candidate[:2], reverse=True)
+    best_of_chunk: dict[int, Fetch] = {}
+    for _, i, fetch in found:
+        best_of_chunk.setdefault(i, fetch)
+    return list(best_of_chunk.values())
+
+
+def _loss_of_what_is_coming(state: LoadState, *, with_computing: bool) -> float:
+    """Return the expected loss when all that is here or in flight is decoded, and the chunk under way is computed."""
+    total = 0.0
+    for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
+        is_computing = with_computing and state.computing is not None and state.computing.chunk == i
+        level = max(chunk.usable_level(state.expected_files(i)), progress.decoded_level)
+        if not progress.is_computed and not is_computing and level:
+            total += chunk.loss[level - 1]
+    return total
+
+
+def _something_running_improves(state: LoadState, end_seconds: float) -> bool:
+    """Tell whether what is computed, decoded or in flight now makes a complete cache better before `end_seconds`."""
+    now = state.elapsed_seconds
+    if now >= end_seconds:
+        return False
+    if state.computing is not None and now + state.compute_seconds_left() <= end_seconds:
+        return True
+    if state.decoding is not None and now + state.decode_seconds_left() <= end_seconds:
+        return True
+    for transfer in state.in_flight:
+        chunk = state.chunks[transfer.chunk]
+        level = chunk.usable_level(state.expected_files(transfer.chunk))
+        if level <= state.progress[transfer.chunk].decoded_level or state.progress[transfer.chunk].is_computed:
+            continue
+        if now + _arrival_seconds(state, 0) + state.speeds.decode.seconds(chunk, level) <= end_seconds:
+            return True
+    return False
+
+
+def _useless_requests(state: LoadState) -> Iterator[Fetch]:
+    """Yield the requests in flight for chunks that have been computed meanwhile."""
+    for transfer in state.in_flight:
+        if state.progress[transfer.chunk].is_computed:
+            yield Fetch(transfer.chunk, transfer.level)

@@ -1,0 +1,222 @@
+"""Publishing a document, and finding the one that covers the longest prefix, on a store that cannot list."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import make_metadata, read_folder
+from stores import CHUNK_TOKENS, NUM_TOKENS, make_document, publish, serve
+
+from cachegen.catalog import EncodedLevel, FoundDocument, find_document, publish_document
+from cachegen.errors import (
+    BitstreamError,
+    CacheGenError,
+    MismatchError,
+    OutputError,
+    StoreError,
+    UnsupportedVersionError,
+)
+from cachegen.files import atomic_write
+from cachegen.store import Store, open_store
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    return make_document(tmp_path_factory.mktemp("document"))
+
+
+@pytest.fixture
+def folder(tmp_path, document):
+    publish(tmp_path / "store", document)
+    return tmp_path / "store"
+
+
+def find(store: Store, token_ids: torch.Tensor, document) -> FoundDocument | None:
+    metadata = document.metadata
+    return find_document(store, token_ids, model_fingerprint=metadata.model_fingerprint, rope_hash=metadata.rope_hash)
+
+
+def with_more(token_ids: torch.Tensor, num_more: int = 1) -> torch.Tensor:
+    return torch.cat([token_ids, torch.full((num_more,), 4000, dtype=torch.int32)])
+
+
+class TestPublish:
+    """What is in a store afterwards."""
+
+    def test_every_object_is_named_by_its_content(self, folder, document):
+        files = read_folder(folder)
+        kinds = {name.split("/")[0] for name in files}
+        assert kinds == {"store.json", "tables", "chunks", "documents", "prefixes"}
+        assert sum(name.startswith("chunks/") for name in files) == 3 * len(CHUNK_TOKENS)
+        # Blocks of 256 tokens, and the end.
+        assert sum(name.startswith("prefixes/") for name in files) == 3
+
+    def test_publishing_again_writes_nothing(self, folder, document):
+        before = read_folder(folder)
+        assert publish(folder, document).num_written == 0 and read_folder(folder) == before
+
+    def test_two_documents_share_a_store(self, folder, document, tmp_path):
+        other = make_document(tmp_path, seed=1)
+        publish(folder, other)
+        for published in (document, other):
+            found = find(open_store(folder), with_more(published.metadata.token_ids), published)
+            assert found is not None and found.num_chunks == len(CHUNK_TOKENS)
+
+    def test_an_interrupted_publishing_shows_nothing_and_resumes(self, tmp_path, document, monkeypatch):
+        store = open_store(tmp_path / "store", create=True)
+        put = Store.put
+        for limit in range(0, 20, 3):
+            count = 0
+
+            def fail_late(self, name, content, limit=limit, **flags):
+                nonlocal count
+                count += 1
+                if count > limit + 1:
+                    raise OutputError("the disk is full")
+                return put(self, name, content, **flags)
+
+            monkeypatch.setattr(Store, "put", fail_late)
+            with pytest.raises(OutputError):
+                publish_document(store, document.levels, document.metadata)
+            found = find(store, with_more(document.metadata.token_ids), document)
+            assert found is None or found.num_chunks == len(CHUNK_TOKENS)
+        monkeypatch.setattr(Store, "put", put)
+        publish_document(store, document.levels, document.metadata)
+        assert find(store, with_more(document.metadata.token_ids), document) is not None
+
+    def test_a_damaged_chunk_is_not_published(self, tmp_path, document):
+        content = bytearray(document.levels[0].chunks[1]())
+        content[len(content) // 2] ^= 1
+        chunks = [*document.levels[0].chunks]
+        chunks[1] = lambda: bytes(content)
+        with pytest.raises(BitstreamError):
+            publish_document(
+                open_store(tmp_path / "s", create=True),
+                [dataclasses.replace(document.levels[0], chunks=chunks)],
+                document.metadata,
+            )
+
+    @pytest.mark.parametrize("what", ["tokens", "model", "chunks", "cache"])
+    def test_what_does_not_belong_together_is_refused(self, tmp_path, document, what):
+        levels, metadata = list(document.levels), document.metadata
+        if what == "tokens":
+            metadata = make_metadata(NUM_TOKENS, seed=5)
+        elif what == "model":
+            metadata = dataclasses.replace(metadata, model_fingerprint="cd" * 32)
+        elif what == "chunks":
+            levels[1] = make_document(tmp_path, chunk_tokens=(320, 320)).levels[1]
+        else:
+            levels[1] = make_document(tmp_path, num_layers=3).levels[1]
+        with pytest.raises(MismatchError, match="encode the same cache with the same --num_chunks"):
+            publish_document(open_store(tmp_path / "s", create=True), levels, metadata)
+
+    def test_chunks_of_another_level_are_refused(self, tmp_path, document):
+        first, second, _ = document.levels
+        mixed = EncodedLevel(first.tables_file, second.chunks)
+        with pytest.raises(MismatchError, match="level 1, chunk 0: is of another document than its tables file"):
+            publish_document(open_store(tmp_path / "s", create=True), [mixed], document.metadata)
+
+
+class TestFind:
+    """Longest prefix, by requests for names only."""
+
+    @pytest.mark.parametrize("num_more", [1, 2, 300, 5000])
+    def test_a_text_that_continues_the_context_finds_all_of_it(self, folder, document, num_more):
+        with serve(folder) as server:
+            found = find(server.open(), with_more(document.metadata.token_ids, num_more), document)
+            num_asked = sum(method == "HEAD" for method, _, _ in server.requests)
+        assert found is not None and found.num_chunks == len(CHUNK_TOKENS)
+        assert num_asked <= 1 + (640 + num_more).bit_length() - 8 + 1
+
+    @pytest.mark.parametrize(
+        ("num_shared", "num_chunks"), [(639, 3), (600, 3), (599, 2), (500, 2), (499, 1), (300, 1), (256, 0)]
+    )
+    def test_a_text_that_differs_later_shares_the_chunks_before(self, folder, document, num_shared, num_chunks):
+        token_ids = with_more(document.metadata.token_ids[:num_shared], 100)
+        found = find(open_store(folder), token_ids, document)
+        assert found is not None and found.num_chunks == num_chunks
+
+    def test_a_chunk_that_ends_with_the_text_is_not_used(self, folder, document):
+        # Generation begins with the last token.
+        found = find(open_store(folder), document.metadata.token_ids[:600], document)
+        assert found is not None and found.num_chunks == 2
+
+    @pytest.mark.parametrize("num_shared", [0, 1, 255])
+    def test_nothing_is_found_below_a_block(self, folder, document, num_shared):
+        token_ids = with_more(document.metadata.token_ids[:num_shared], 700)
+        assert find(open_store(folder), token_ids, document) is None
+
+    @pytest.mark.parametrize("num_tokens", [1, 2, 256])
+    def test_a_short_text_finds_nothing(self, folder, document, num_tokens):
+        assert find(open_store(folder), document.metadata.token_ids[:num_tokens], document) is None
+
+    def test_a_document_shorter_than_a_block_is_found_by_its_end(self, tmp_path):
+        short = make_document(tmp_path, chunk_tokens=(60, 40))
+        publish(tmp_path / "s", short)
+        found = find(open_store(tmp_path / "s"), with_more(short.metadata.token_ids), short)
+        assert found is not None and found.num_chunks == 2
+
+    def test_another_model_finds_nothing(self, folder, document):
+        for changes in ({"model_fingerprint": "cd" * 32}, {"rope_hash": "cd" * 32}):
+            flags = {
+                "model_fingerprint": document.metadata.model_fingerprint,
+                "rope_hash": document.metadata.rope_hash,
+            }
+            token_ids = with_more(document.metadata.token_ids)
+            assert find_document(open_store(folder), token_ids, **(flags | changes)) is None
+
+    def test_an_empty_store_says_what_it_lacks(self, tmp_path, document):
+        with pytest.raises(StoreError, match=r"store.json: no such object: not a store of cachegen"):
+            find(open_store(tmp_path), with_more(document.metadata.token_ids), document)
+
+    @pytest.mark.parametrize(
+        ("content", "error"),
+        [
+            (b"", BitstreamError),
+            (b"[]", BitstreamError),
+            (b'{"format": "cachegen-store", "version": 2, "tokens_per_block": 256}', UnsupportedVersionError),
+            (b'{"format": "other", "version": 1, "tokens_per_block": 256}', BitstreamError),
+            (b'{"format": "cachegen-store", "version": 1, "tokens_per_block": 0}', BitstreamError),
+            (b'{"format": "cachegen-store", "version": 1, "tokens_per_block": "256"}', BitstreamError),
+            (b"x" * 100_000, StoreError),
+        ],
+    )
+    def test_a_wrong_description_is_refused(self, folder, document, content, error):
+        (folder / "store.json").write_bytes(content)
+        with pytest.raises(error, match=r"store\.json"):
+            find(open_store(folder), with_more(document.metadata.token_ids), document)
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"{}", b'{"manifest": "../x"}', b'{"manifest": "tables/x"}', b'{"manifest": 7}', b"[" * 9999]
+    )
+    def test_a_wrong_pointer_is_refused(self, folder, document, content):
+        for path in (folder / "prefixes").rglob("*.json"):
+            path.write_bytes(content)
+        with pytest.raises(BitstreamError, match="prefixes/"):
+            find(open_store(folder), with_more(document.metadata.token_ids), document)
+
+    def test_a_pointer_to_another_models_document_is_refused(self, folder, document, tmp_path):
+        (path,) = (folder / "documents").rglob("*.json")
+        path.write_text(path.read_text().replace(document.metadata.model_fingerprint, "ef" * 32))
+        with pytest.raises(MismatchError, match="model_fingerprint is efefefefefef, but the pointer to it was for"):
+            find(open_store(folder), with_more(document.metadata.token_ids), document)
+
+    def test_a_document_of_other_tokens_shares_no_chunk(self, folder, document, tmp_path):
+        other = make_document(tmp_path, seed=1)
+        published = publish(folder, other)
+        (pointers,) = (folder / "prefixes").iterdir()
+        for path in pointers.iterdir():
+            with atomic_write(path) as stream:
+                stream.write(b'{"manifest": "%s"}' % published.name.encode())
+        found = find(open_store(folder), with_more(document.metadata.token_ids), document)
+        assert found is not None and found.num_chunks == 0
+
+    def test_every_error_is_one_line(self, folder, document):
+        with serve(folder) as server:
+            for path in folder.rglob("*.json"):
+                path.write_bytes(b"\n\n\n{")
+            with pytest.raises(CacheGenError) as caught:
+                find(server.open(), with_more(document.metadata.token_ids), document)
+        assert "\n" not in str(caught.value)

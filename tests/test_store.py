@@ -1,0 +1,221 @@
+"""The store: the same interface over every backend, and the right bytes or one clear error from any server."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+
+import pytest
+from stores import QUICK, Misbehaviour, serve
+
+from cachegen.errors import BackendUnavailableError, ConfigError, OutputError, StoreError
+from cachegen.store import RetryRule, open_store
+
+CONTENT = bytes(range(256)) * 1024  # 256 KiB: several pieces
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.bin").write_bytes(CONTENT)
+    with serve(tmp_path) as running:
+        yield running
+
+
+class TestInterface:
+    """What every place can do."""
+
+    @pytest.fixture(params=["folder", "memory"])
+    def store(self, request, tmp_path):
+        return open_store("memory://" if request.param == "memory" else tmp_path / "new" / "store", create=True)
+
+    def test_an_object_is_read_back_whole_and_in_part(self, store):
+        assert store.put("a/b.bin", CONTENT)
+        assert store.get("a/b.bin", len(CONTENT)) == CONTENT
+        assert store.get_exactly("a/b.bin", len(CONTENT), sha256=SHA256) == CONTENT
+        assert store.get_range("a/b.bin", 1000, 70_000) == CONTENT[1000:70_000]
+
+    def test_what_is_there_stays_unless_overwritten(self, store):
+        assert store.put("x", b"first") and not store.put("x", b"second")
+        assert store.get("x", 100) == b"first"
+        assert store.put("x", b"third", overwrite=True) and store.get("x", 100) == b"third"
+
+    def test_names_can_be_listed_and_asked_for(self, store):
+        for name in ("a/1", "a/b/2", "c"):
+            store.put(name, b"x")
+        assert sorted(store.list()) == ["a/1", "a/b/2", "c"] and sorted(store.list("a")) == ["a/1", "a/b/2"]
+        assert store.exists("a/1") and not store.exists("a/2")
+
+    def test_what_is_not_there_is_said(self, store):
+        for read in (
+            lambda: store.get("q", 10),
+            lambda: store.get_exactly("q", 10),
+            lambda: store.get_range("q", 0, 1),
+        ):
+            with pytest.raises(StoreError, match="q: no such object") as caught:
+                read()
+            assert caught.value.is_missing and not caught.value.is_temporary
+
+    def test_an_object_larger_than_allowed_is_not_read(self, store):
+        store.put("x", CONTENT)
+        with pytest.raises(StoreError, match="has 262144 bytes, more than the 1000 allowed"):
+            store.get("x", 1000)
+
+    def test_an_object_of_another_size_or_content_is_refused(self, store):
+        store.put("x", CONTENT)
+        with pytest.raises(StoreError, match="has 262144 bytes, 262143 are expected"):
+            store.get_exactly("x", len(CONTENT) - 1)
+        with pytest.raises(StoreError, match="x: is corrupt, its SHA-256 differs"):
+            store.get_exactly("x", len(CONTENT), sha256="0" * 64)
+
+    def test_a_name_cannot_leave_the_store(self, store):
+        with pytest.raises((StoreError, OutputError)):
+            store.put("a/../../x", b"x")
+
+
+def test_a_folder_holds_whole_files_only(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OutputError, match="No space left"):
+        store.put("a/x", CONTENT)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("location", ["ftp://host/x", "nonsense://x", "://x"])
+def test_an_unknown_kind_of_store_is_refused(location):
+    with pytest.raises((ConfigError, StoreError), match=r"a store is a folder or a URL of http|no such folder"):
+        open_store(location)
+
+
+def test_a_missing_folder_is_said(tmp_path):
+    with pytest.raises(StoreError, match=r"nowhere: no such folder \(make one with run_publishing"):
+        open_store(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/path", "gs://bucket/path", "https://account.blob.core.windows.net/container"])
+def test_the_clouds_stores_open_without_a_request(url):
+    assert open_store(url).describe("x") == f"{url}/x"
+
+
+def test_without_obstore_the_command_that_installs_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(BackendUnavailableError, match=r'pip install "cachegen\[streaming\]"'):
+        open_store(tmp_path)
+
+
+def test_pauses_between_attempts_grow_and_differ():
+    rule = RetryRule(first_pause_seconds=1.0)
+    for num_failures, longest in ((1, 1.0), (2, 2.0), (3, 4.0)):
+        pauses = {rule.pause_seconds(num_failures) for _ in range(20)}
+        assert len(pauses) > 1 and all(longest / 2 <= pause <= longest for pause in pauses)
+
+
+class TestWebServer:
+    """Reading over HTTP from servers good and bad."""
+
+    def test_whole_objects_need_no_ranges(self, server):
+        assert server.open().get_exactly("a/b.bin", len(CONTENT), sha256=SHA256) == CONTENT
+        assert server.requests == [("GET", "/a/b.bin", None)]
+
+    def test_parts_are_asked_for_by_range(self, server):
+        assert server.open().get_range("a/b.bin", 5, 10) == CONTENT[5:10]
+        assert server.requests == [("GET", "/a/b.bin", "bytes=5-9")]
+
+    def test_what_is_missing_is_not_asked_for_again(self, server):
+        with pytest.raises(StoreError, match="no such object"):
+            server.open().get("nope", 10)
+        assert not server.open().exists("nope") and server.open().exists("a/b.bin")
+        assert [method for method, _, _ in server.requests] == ["GET", "HEAD", "HEAD"]
+
+    @pytest.mark.parametrize("how", ["hang up", "stall"])
+    def test_a_broken_body_is_continued_where_it_broke(self, server, how):
+        server.faults = [Misbehaviour("b.bin", how, times=1, position=150_000)]
+        counted, retries = [], []
+        content = server.open().get_exactly(
+            "a/b.bin", len(CONTENT), sha256=SHA256, on_bytes=counted.append, on_retry=retries.append
+        )
+        assert content == CONTENT and sum(counted) == len(CONTENT) and len(retries) == 1
+        (_, _, first), (_, _, second) = server.requests
+        assert first is None and second is not None and 0 < int(second[6:].split("-")[0]) <= 150_000
+
+    def test_a_server_that_ignores_ranges_is_asked_for_the_whole_again(self, server):
+        server.faults = [
+            Misbehaviour("b.bin", "hang up", times=1, position=150_000),
+            Misbehaviour("b.bin", "ignore range", times=1),
+        ]
+        assert server.open().get_exactly("a/b.bin", len(CONTENT), sha256=SHA256) == CONTENT
+        assert [span is None for _, _, span in server.requests] == [True, False, True]
+
+    @pytest.mark.parametrize("status", [b"500", b"503", b"429", b"408"])
+    def test_a_busy_server_is_asked_again(self, server, status):
+        server.faults = [Misbehaviour("b.bin", "status", times=2, body=status)]
+        assert server.open().get("a/b.bin", len(CONTENT)) == CONTENT and len(server.requests) == 3
+
+    @pytest.mark.parametrize("status", [b"400", b"401", b"403", b"410"])
+    def test_a_refusal_is_final(self, server, status):
+        server.faults = [Misbehaviour("b.bin", "status", body=status)]
+        with pytest.raises(StoreError, match=r"b.bin: .+"):
+            server.open().get("a/b.bin", len(CONTENT))
+        assert len(server.requests) == 1
+
+    def test_a_flipped_bit_is_fetched_again(self, server):
+        server.faults = [Misbehaviour("b.bin", "flip", times=1, position=77_777)]
+        assert server.open().get_exactly("a/b.bin", len(CONTENT), sha256=SHA256) == CONTENT
+        assert [span for _, _, span in server.requests] == [None, None]
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            (Misbehaviour("b.bin", "flip", position=9), "is corrupt, its SHA-256 differs"),
+            (Misbehaviour("b.bin", "other body", body=CONTENT[::-1]), "is corrupt, its SHA-256 differs"),
+            (Misbehaviour("b.bin", "other body", body=b"<html>Welcome!</html>"), "has 21 bytes, 262144 are expected"),
+            (Misbehaviour("b.bin", "short", position=1000), "has 1000 bytes, 262144 are expected"),
+            (Misbehaviour("b.bin", "long"), "has 263144 bytes, 262144 are expected"),
+            (Misbehaviour("b.bin", "huge length"), f"has {1 << 60} bytes, 262144 are expected"),
+            (Misbehaviour("b.bin", "hang up", position=0), "HTTP error"),
+            (Misbehaviour("b.bin", "stall", position=0), "HTTP error"),
+            (Misbehaviour("b.bin", "no length"), "Content-Length Header missing"),
+            (Misbehaviour("b.bin", "garbage"), "HTTP error"),
+            (Misbehaviour("b.bin", "status", body=b"503"), "503 Service Unavailable"),
+        ],
+    )
+    def test_a_server_that_keeps_lying_ends_in_one_line(self, server, fault, message):
+        server.faults = [fault]
+        with pytest.raises(StoreError, match=message) as caught:
+            server.open().get_exactly("a/b.bin", len(CONTENT), sha256=SHA256)
+        assert "\n" not in str(caught.value) and f"{server.url}/a/b.bin: " in str(caught.value)
+        assert len(server.requests) <= QUICK.max_attempts
+
+    @pytest.mark.parametrize("how", ["wrong range", "ignore range"])
+    def test_a_part_of_somewhere_else_is_refused(self, server, how):
+        server.faults = [Misbehaviour("b.bin", how)]
+        with pytest.raises(StoreError, match=r"Requested 0\.\.100, got 7\.\.107|Range request not supported"):
+            server.open().get_range("a/b.bin", 0, 100)
+
+    def test_an_endless_object_of_unknown_size_is_not_read(self, server):
+        server.faults = [Misbehaviour("b.bin", "huge length")]
+        with pytest.raises(StoreError, match="more than the 1000000 allowed"):
+            server.open().get("a/b.bin", 1_000_000)
+
+    def test_a_caller_can_stop_in_the_middle(self, server):
+        class Enough(Exception):
+            pass
+
+        def stop(_):
+            raise Enough
+
+        with pytest.raises(Enough):
+            server.open().get_exactly("a/b.bin", len(CONTENT), on_bytes=stop)
+
+    def test_a_plain_server_lists_nothing_and_says_so(self, server):
+        with pytest.raises(StoreError, match="PROPFIND"):
+            list(server.open().list())
+
+    def test_no_server_at_all(self):
+        with pytest.raises(StoreError, match=r"http://127.0.0.1:9/x: .*HTTP error"):
+            open_store("http://127.0.0.1:9", retry=QUICK).get("x", 10)
