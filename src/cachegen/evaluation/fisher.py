@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as functional
 from transformers.cache_utils import Cache, DynamicLayer
 
+from cachegen.errors import InputError
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
 from cachegen.pipeline.model import LoadedModel
 from cachegen.transform import BLOCK_TOKENS, join_planes
@@ -64,6 +65,9 @@ def accumulate_fisher(
 
     Returns:
         The number of outer products added.
+
+    Raises:
+        InputError: what the model predicts is not finite.
     """
     token_hash = hash_token_prefixes(metadata.token_ids, [cache.num_tokens])[0]
     generator = torch.Generator().manual_seed((int(token_hash[:12], 16) + seed) % (1 << 63))
@@ -113,6 +117,8 @@ def _sample_gradients(
     inputs = window.to(device=loaded.device, dtype=torch.int64)[None]
     with torch.enable_grad():
         logits = loaded.model(input_ids=inputs, past_key_values=Cache(layers=layers), use_cache=True).logits[0].float()
+        if not torch.isfinite(logits).all():
+            raise InputError("the model's predictions from it are NaN or infinite; the cache or the model is damaged")
         # Drawn on the CPU, so that every device draws the same from the same probabilities.
         probabilities = logits.detach().softmax(-1).cpu()
         for sample in range(num_samples):

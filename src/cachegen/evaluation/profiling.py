@@ -257,18 +257,21 @@ def _measure_fisher(
         totals = [torch.zeros(n, n, dtype=torch.float64, device=device) for n in num_channels]
     progress(len(done))
     for context in contexts[len(done) :]:
-        accumulate_fisher(
-            loaded,
-            context.cache,
-            context.metadata,
-            layer_groups,
-            totals,
-            num_forced=settings.fisher_tokens,
-            num_samples=settings.fisher_samples,
-            seed=settings.seed,
-        )
+        try:
+            accumulate_fisher(
+                loaded,
+                context.cache,
+                context.metadata,
+                layer_groups,
+                totals,
+                num_forced=settings.fisher_tokens,
+                num_samples=settings.fisher_samples,
+                seed=settings.seed,
+            )
+        except InputError as error:
+            raise InputError(f"{context.path}: {error}") from error
         if not all(torch.isfinite(total).all() for total in totals):
-            raise InputError(f"{context.path}: its gradients hold NaN or infinity; is the cache or the model damaged?")
+            raise InputError(f"{context.path}: its gradients hold NaN or infinity; the cache or the model is damaged")
         done.append(context.token_hash)
         tensors = {f"fisher.{index}": total.cpu() for index, total in enumerate(totals)}
         write_file(path, save_tensors(tensors, {"key": json.dumps(key), "done": json.dumps(done)}))
