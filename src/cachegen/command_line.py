@@ -135,6 +135,22 @@ def non_negative_int(text: str) -> int:
     return _bounded_int(text, 0)
 
 
+def positive_float(text: str) -> float:
+    """Parse a flag's value that must be a finite number above 0; for argparse's `type`."""
+    value = _finite_float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """Parse a flag's value that must be a finite number of at least 0; for argparse's `type`."""
+    value = _finite_float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return value
+
+
 def default_input(script_folder: str | os.PathLike[str], relative: str) -> str:
     """Return the default of a flag that names an input of the repository, valid from any working directory.
 
@@ -211,6 +227,15 @@ def _bounded_int(text: str, minimum: int) -> int:
     if value < minimum:
         raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}, got {text!r}")
     return value
+
+
+def _finite_float(text: str) -> float:
+    """Return the number, NaN where there is none: no comparison holds for it."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def _one_line(text: str) -> str:
