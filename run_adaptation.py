@@ -156,7 +156,7 @@ def _report(report: command_line.Reporter, record: dict, args: argparse.Namespac
     report.row("text", f"{record['text_seconds']:.3f} s, {record['prefill_tokens_per_second']:,.0f} tokens/s")
     report.row("objective", f"{args.slo:g} s, KL {args.target_kl:g}")
     for name, source in record["sources"].items():
-        report.row(f"source: {name}"[:18], source)
+        report.row("from", f"{name}: {source}")
     group = None
     for row in record["summaries"]:
         if row["trace"] != group:
@@ -164,7 +164,7 @@ def _report(report: command_line.Reporter, record: dict, args: argparse.Namespac
             report.line()
             report.line(f"{group} ({row['num_requests']} requests)")
             report.line(
-                f"  {'':24}{'mean s':>8}{'p50':>8}{'p95':>8}{'max':>8}{'misses':>9}{'KL mean':>10}{'x text, max':>13}"
+                f"  {'':24}{'mean s':>8}{'p50':>8}{'p95':>8}{'max':>8}{'misses':>9}{'KL mean':>10}{'KL max':>10}{'/ours':>8}{'worst/text':>12}"
             )
         times = "".join(f"{row[f'ttft_{name}_seconds']:8.3f}" for name in ("mean", "median", "p95", "max"))
         share = f"{100 * row['miss_share']:.1f} %"

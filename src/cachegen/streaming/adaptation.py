@@ -8,7 +8,7 @@ import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -124,7 +124,13 @@ def run_cases(
     num_connections: int = 1,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
 ) -> Iterator[Outcome]:
-    """Yield the outcome of each system on each trace, trace by trace."""
+    """Yield the outcome of each system on each trace, trace by trace.
+
+    `Speeds.stop_seconds` is replaced by what the document's last block takes.
+    """
+    end_token = systems[0].chunks[-1].end_token
+    last_block_seconds = speeds.prefill.seconds(max(0, end_token - block_tokens), min(block_tokens, end_token))
+    speeds = replace(speeds, stop_seconds=last_block_seconds)
     for case in cases:
         for system in systems:
             if system.policy is None:
@@ -150,7 +156,8 @@ def summarize(outcomes: Sequence[Outcome], deadline_seconds: float) -> list[dict
     """Return one summary per group of traces and system, in the order of `outcomes`.
 
     A first token that never comes is infinitely late and misses; it is left out of the mean loss and of the mean bytes.
-    "worst_over_text" is the largest ratio of a time to first token to that of `text` on the same trace.
+    "worst_over_text" is the largest ratio of a time to first token to that of `text` on the same trace,
+    "mean_over_ours" the ratio of the mean time to that of `ours`.
     """
     grouped: dict[tuple[str, str], list[Outcome]] = {}
     text = {}
@@ -158,9 +165,11 @@ def summarize(outcomes: Sequence[Outcome], deadline_seconds: float) -> list[dict
         grouped.setdefault((outcome.case.group, outcome.system), []).append(outcome)
         if outcome.system == "text":
             text[id(outcome.case)] = outcome.ttft_seconds
-    return [
+    rows = [
         _summarize_group(group, system, found, text, deadline_seconds) for (group, system), found in grouped.items()
     ]
+    ours = {row["trace"]: row["ttft_mean_seconds"] for row in rows if row["system"] == "ours"}
+    return [row | {"mean_over_ours": row["ttft_mean_seconds"] / ours.get(row["trace"], math.nan)} for row in rows]
 
 
 def _summarize_group(
