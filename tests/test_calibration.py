@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-# The longest run of tokens that both folders have, besides records and frame, is 36 long: a sentence that the PostgreSQL
+# The longest run of tokens that both folders have, besides records and frame, has 36: a sentence that the PostgreSQL
 # manual has in two chapters. Below that it is the Bible's formulas ("And the LORD spake unto Moses, saying, ...").
 SHARED_TOKENS = 40
 RECORD = re.compile(r"^register (\S+): (\d{5})$", re.MULTILINE)
