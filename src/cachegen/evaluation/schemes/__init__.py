@@ -1,0 +1,16 @@
+"""The schemes that are compared, one file per family; a new one is a line in `make_schemes`."""
+
+from __future__ import annotations
+
+from cachegen.evaluation.schemes.absmax import CacheGenScheme, UniformScheme
+from cachegen.evaluation.schemes.anchor_delta import AnchorDeltaScheme
+from cachegen.evaluation.schemes.base import ByteCount, Recoded, SavedCache, Scheme
+from cachegen.evaluation.schemes.grouped import GroupedScheme
+from cachegen.evaluation.schemes.pca import PcaScheme
+
+__all__ = ["ByteCount", "Recoded", "SavedCache", "Scheme", "make_schemes"]
+
+
+def make_schemes() -> list[Scheme]:
+    """Return every scheme, not fitted yet, in the order of the table."""
+    return [UniformScheme(), CacheGenScheme(), AnchorDeltaScheme(), GroupedScheme(), PcaScheme()]
