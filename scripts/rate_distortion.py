@@ -22,6 +22,7 @@ from cachegen.evaluation.schemes import make_schemes
 from cachegen.files import write_file
 from cachegen.pipeline.model import load_model
 from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE
+from cachegen.profile import load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,6 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_id", default=str(ROOT / "models/tiny-mistral"), help="Hugging Face id or local folder of the model")
     add("--path_to_context", type=Path, default=ROOT / "9k_prompts", help="a folder of N.txt and questions.json")
     add("--path_to_calibration", type=Path, default=ROOT / "calibration_prompts", help="the same, to fit methods on")
+    add(
+        "--profile",
+        default=str(ROOT / "profiles/tiny-mistral"),
+        help="the model's profile, for method transform; none leaves that method out",
+    )
     add("--output_path", type=Path, required=True, help="folder of the results")
     add("--kv_folder", type=Path, help="folder of saved caches, test/ and calibration/; None: OUTPUT_PATH/kv")
     add("--num_contexts", type=command_line.positive_int, help="measure only the first contexts")
@@ -58,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace) -> None:
     report = command_line.Reporter(args)
-    schemes = make_schemes()
+    profile = load_profile(args.profile, for_encoding=True) if args.profile != "none" else None
+    schemes = make_schemes(profile)
     if args.schemes is not None:
         unknown = sorted(set(args.schemes) - {scheme.name for scheme in schemes})
         if unknown:
