@@ -67,7 +67,7 @@ class Peer:
         python = make_environment(folder)
         script = Path(__file__).with_name("peer_coders.py")
         self.name = name
-        self._messages = tempfile.TemporaryFile()
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
             [str(python), str(script), name, str(symbols), str(frequencies)],
             stdin=subprocess.PIPE,
