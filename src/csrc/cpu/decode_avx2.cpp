@@ -30,16 +30,6 @@ struct alignas(16) SplitTable {
     uint16_t root;
 };
 
-CACHEGEN_AVX2_INLINE void split_words(const uint16_t words[16], uint8_t low[16], uint8_t high[16]) {
-    const __m128i first = _mm_load_si128(reinterpret_cast<const __m128i*>(words));
-    const __m128i second = _mm_load_si128(reinterpret_cast<const __m128i*>(words + 8));
-    const __m128i mask = _mm_set1_epi16(0x00FF);
-    _mm_store_si128(reinterpret_cast<__m128i*>(low),
-                    _mm_packus_epi16(_mm_and_si128(first, mask), _mm_and_si128(second, mask)));
-    _mm_store_si128(reinterpret_cast<__m128i*>(high),
-                    _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8)));
-}
-
 // The bytes of the tree's nodes from those of the starts.
 CACHEGEN_AVX2_INLINE void make_tree(const uint8_t starts[32], uint8_t upper[16], uint8_t lowest[16]) {
     const __m128i first = _mm_load_si128(reinterpret_cast<const __m128i*>(starts));
@@ -64,10 +54,6 @@ CACHEGEN_AVX2_INLINE void split_table(const FrequencyTable& table, SplitTable* s
     split->root = table.start[16];
 }
 
-CACHEGEN_AVX2_INLINE __m256i load_twice(const uint8_t bytes[16]) {
-    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
-}
-
 // One step down the tree for 32 lanes. `places` are nodes plus one.
 CACHEGEN_AVX2_INLINE __m256i descend(const uint8_t low[16], const uint8_t high[16], const __m256i slots[2],
                                      __m256i places) {
@@ -77,17 +63,6 @@ CACHEGEN_AVX2_INLINE __m256i descend(const uint8_t low[16], const uint8_t high[1
                                              _mm256_cmpgt_epi16(_mm256_unpackhi_epi8(low_bytes, high_bytes), slots[1]));
     // The children of node n are 2n and 2n + 1, that is 2p - 1 and 2p in places.
     return _mm256_add_epi8(_mm256_add_epi8(places, places), below);
-}
-
-// The entries of 32 symbols as words, in the lanes' layout.
-CACHEGEN_AVX2_INLINE void look_up_words(const uint8_t low[32], const uint8_t high[32], __m256i symbols,
-                                        __m256i is_upper, __m256i words[2]) {
-    const __m256i low_bytes = _mm256_blendv_epi8(_mm256_shuffle_epi8(load_twice(low), symbols),
-                                                 _mm256_shuffle_epi8(load_twice(low + 16), symbols), is_upper);
-    const __m256i high_bytes = _mm256_blendv_epi8(_mm256_shuffle_epi8(load_twice(high), symbols),
-                                                  _mm256_shuffle_epi8(load_twice(high + 16), symbols), is_upper);
-    words[0] = _mm256_unpacklo_epi8(low_bytes, high_bytes);
-    words[1] = _mm256_unpackhi_epi8(low_bytes, high_bytes);
 }
 
 // For each mask of eight lanes, where each lane's word lies among the words that those lanes take.
@@ -124,14 +99,6 @@ CACHEGEN_AVX2_INLINE const uint8_t* take_words(const uint8_t* word, uint32_t mas
 struct States {
     __m256i low[2], high[2];
 };
-
-// A byte of all ones for every set bit.
-CACHEGEN_AVX2_INLINE __m256i bytes_of_bits(uint32_t bits) {
-    const __m256i which = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-    const __m256i select = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
-    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), which);
-    return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, select), select);
-}
 
 // One row of one stream: 32 symbols as bytes. Only where kIsGeneral may lanes be dead or the table have a single
 // symbol.

@@ -152,10 +152,6 @@ class Dequantizer {
         }
     }
 
-    CACHEGEN_AVX2_INLINE static __m256i load_twice(const uint8_t bytes[16]) {
-        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
-    }
-
     const StreamBatch& batch_;
     const Dtype dtype_;
     const bool has_tables_;
