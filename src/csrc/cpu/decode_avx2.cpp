@@ -44,6 +44,15 @@ CACHEGEN_AVX2_INLINE void make_tree(const uint8_t starts[32], uint8_t upper[16],
     _mm_store_si128(reinterpret_cast<__m128i*>(lowest), _mm_alignr_epi8(odd, odd, 15));
 }
 
+// A bit for every symbol that occurs.
+CACHEGEN_AVX2_INLINE uint32_t present_symbols(const FrequencyTable& table) {
+    const __m256i zero = _mm256_setzero_si256();
+    const auto* frequencies = reinterpret_cast<const __m256i*>(table.frequency);
+    const __m256i absent = _mm256_packs_epi16(_mm256_cmpeq_epi16(_mm256_load_si256(frequencies), zero),
+                                              _mm256_cmpeq_epi16(_mm256_load_si256(frequencies + 1), zero));
+    return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(absent, 0xD8)));
+}
+
 CACHEGEN_AVX2_INLINE void split_table(const FrequencyTable& table, SplitTable* split) {
     for (int half = 0; half < 2; ++half) {
         split_words(table.start + 16 * half, split->start_low + 16 * half, split->start_high + 16 * half);
@@ -184,6 +193,7 @@ class TileDecoder {
     // Decode the symbols of a tile into blocks of [channel][32 tokens].
     CACHEGEN_AVX2 void decode(int64_t first_channel, int num_channels) {
         words_.begin_tile();
+        std::fill(present_, present_ + kMaxBatch, 0);
         const int64_t num_rows = batch_.shape.num_rows();
         uint8_t traits = 0;
         for (int s = 0; s < batch_.num_streams && batch_.is_coded; ++s)
@@ -196,7 +206,10 @@ class TileDecoder {
             for (int s = 0; s < batch_.num_streams && batch_.is_coded; ++s) {
                 // Streams of one plane share their tables.
                 const bool is_shared = s > 0 && batch_.streams[s].tables == batch_.streams[s - 1].tables;
-                if (!is_shared) split_table(batch_.streams[s].tables[channel], &tables[s]);
+                if (!is_shared) {
+                    split_table(batch_.streams[s].tables[channel], &tables[s]);
+                    present_[s] |= present_symbols(batch_.streams[s].tables[channel]);
+                }
                 table_of[s] = is_shared ? table_of[s - 1] : &tables[s];
             }
             for (int64_t row = 0; row < num_rows; ++row) {
@@ -205,6 +218,13 @@ class TileDecoder {
                 if (s < batch_.num_streams) decode_row<1>(table_of, is_general, s, channel, i, row);
             }
         }
+    }
+
+    // The largest symbol that the last tile can spell, low bits aside.
+    int highest_symbol(int s) const {
+        if (!batch_.is_coded) return (1 << batch_.low_bits) - 1;
+        while (s > 0 && batch_.streams[s].tables == batch_.streams[s - 1].tables) --s;
+        return 31 - __builtin_clz(present_[s] | 1);
     }
 
     uint8_t* block(int64_t row, int s) const { return tile_ + (row * batch_.num_streams + s) * kBlockStride; }
@@ -271,6 +291,7 @@ class TileDecoder {
     uint8_t* const tile_;
     StreamWords words_;
     States states_[kMaxBatch];
+    uint32_t present_[kMaxBatch];  // the symbols of the last tile, where a stream does not share its tables
 };
 
 }  // namespace
@@ -287,7 +308,7 @@ CACHEGEN_AVX2 void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& 
         const int count = static_cast<int>(std::min<int64_t>(kTileChannels, batch.shape.num_channels - first));
         decoder.decode(first, count);
         for (int s = 0; s < batch.num_streams; ++s) {
-            dequantizer.begin_tile(s, first, count);
+            dequantizer.begin_tile(s, first, count, decoder.highest_symbol(s));
             for (int64_t row = 0; row < batch.shape.num_rows(); ++row)
                 dequantizer.write_block(decoder.block(row, s), tables, s, row * kNumLanes);
         }
