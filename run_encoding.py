@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -103,6 +104,16 @@ def _encode(args: argparse.Namespace) -> None:
             "payload": sizes.payload,
         },
         "bits_per_value": 8 * sizes.total / num_values,
+        # What run_adaptation.py reads. Level 0: files that are not one of several levels.
+        "levels": [{"level": 0, "bits_per_value": 8 * sizes.total / num_values, "expected_kl": None}],
+        "levels_are_embedded": False,
+        "shared_bytes": sizes.total - sum(result.chunk_bytes),
+        "chunks": [
+            {"first_token": stop - num, "num_tokens": num, "bytes": {"0": num_bytes}}
+            for stop, num, num_bytes in zip(
+                itertools.accumulate(chunk_tokens), chunk_tokens, result.chunk_bytes, strict=True
+            )
+        ],
         "ratio_vs_fp16": BYTES_PER_FP16 * num_values / sizes.total,
         "ratio_vs_int8": num_values / sizes.total,
         "seconds": seconds,

@@ -46,11 +46,13 @@ class EncodeResult:
 
     Attributes:
         num_reused_chunks: chunks that an interrupted run had finished.
+        chunk_bytes: size of each chunk's file; the rest of `sizes.total` is the tables file, which all chunks share.
     """
 
     header: TablesHeader
     sizes: EncodedSizes
     num_reused_chunks: int
+    chunk_bytes: tuple[int, ...]
 
 
 def encode_document(
@@ -78,6 +80,7 @@ def encode_document(
         encoder.document.header.header_bytes, encoder.document.header.tables_bytes, scales=0, payload=0
     )
     num_reused = 0
+    chunk_bytes = []
     for index in range(encoder.num_chunks):
         path = folder / container.chunk_name(index)
         if _is_finished(path, encoder, index):
@@ -86,10 +89,11 @@ def encode_document(
             with atomic_write(path) as stream:
                 for part in encoder.encode_chunk(index):
                     stream.write(part)
-        sizes = _add_chunk(sizes, encoder, index, path.stat().st_size)
+        chunk_bytes.append(path.stat().st_size)
+        sizes = _add_chunk(sizes, encoder, index, chunk_bytes[-1])
         if progress is not None:
             progress(encoder.document.header.chunk_tokens[index])
-    return EncodeResult(encoder.document.header, sizes, num_reused)
+    return EncodeResult(encoder.document.header, sizes, num_reused, tuple(chunk_bytes))
 
 
 def read_encoded_levels(
