@@ -127,7 +127,7 @@ class RemoteDocument:
                 tables = self.manifest.levels[level - 1].tables
                 content = self._store.get_exactly(tables.name, tables.bytes, sha256=tables.sha256, on_bytes=on_bytes)
                 try:
-                    document = load_document(content, num_threads=self._num_threads, kernels=self._kernels)
+                    document = load_document(memoryview(content), num_threads=self._num_threads, kernels=self._kernels)
                 except BitstreamError as error:
                     raise error.at(self.describe(tables)) from error
                 self._check_document(document, self.describe(tables))
@@ -174,7 +174,7 @@ class RemoteDocument:
         stored = entry.files[level - 1]
         try:
             decode_chunk(
-                contents[level],
+                memoryview(contents[level]),
                 self.open_level(level),
                 output,
                 first_token=entry.first_token,
