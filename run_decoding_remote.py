@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load_and_answer(args: argparse.Namespace) -> None:
     from cachegen.coder.cpu import default_num_threads
+    from cachegen.pipeline.profiles import profile_finder
     from cachegen.store import RetryRule, open_store
 
     report = command_line.Reporter(args)
@@ -104,7 +105,14 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     loaded = load(dtype=dtype)
     token_ids = tokenize(loaded, text)
     lookup_start = time.perf_counter()
-    document = find_for_model(store, loaded, token_ids, num_threads=num_threads, kernels=chosen.kernels)
+    document = find_for_model(
+        store,
+        loaded,
+        token_ids,
+        num_threads=num_threads,
+        kernels=chosen.kernels,
+        find_profile=profile_finder(args.profile, SCRIPT_FOLDER / "profiles"),
+    )
     lookup_seconds = time.perf_counter() - lookup_start
     document.limit_chunks(args.num_chunks)
     if dtype == "auto" and loaded.dtype != document.dtype:

@@ -91,3 +91,24 @@ def decode_symbols(
     is_arithmetic: bool = False,
 ) -> tuple[NDArray[np.uint16], int]: ...
 def crc32c(content: bytes | bytearray | memoryview) -> int: ...
+def encode_components(
+    fine: NDArray[np.int32],
+    coarse: NDArray[np.int32],
+    tables: TableSet,
+    table_indices: NDArray[np.uint16],
+    low_bits: NDArray[np.uint8],
+    num_refined: int,
+    tokens_per_stream: int,
+    num_threads: int,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint32], int, int]: ...
+def decode_components(
+    payload: NDArray[np.uint8],
+    index: NDArray[np.uint32],
+    components: NDArray[np.int32],
+    tables: TableSet,
+    table_indices: NDArray[np.uint16],
+    low_bits: NDArray[np.uint8],
+    num_refined: int,
+    tokens_per_stream: int,
+    num_threads: int,
+) -> tuple[int, int]: ...

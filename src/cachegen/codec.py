@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import torch
 
@@ -27,9 +28,13 @@ from cachegen.format import (
     PlaneLayout,
     TablesHeader,
 )
+from cachegen.framing import Buffer
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
+from cachegen.profile import Profile
 from cachegen.quantization import low_bits_for
 from cachegen.symbol_model import choose_weight_classes, pack_tables
+from cachegen.transform_codec import TransformDocument, decode_component_chunk, load_transform_document
+from cachegen.transform_format import TransformTablesHeader
 
 # A lane costs about 24 bits beyond its symbols (its state, less what the state carries). At 4096 symbols of 2 to 3 bits
 # that is a quarter of a percent; longer lanes would leave a GPU, one warp per stream, too few streams. A code of coder
@@ -113,13 +118,16 @@ class DocumentEncoder:
             chunk_tokens=tuple(chunk_tokens),
         )
         self.tables_file = container.build_tables(header, b"".join(plane_tables))
-        self.document = load_document(self.tables_file, num_threads=num_threads, kernels=kernels)
+        self.document = cast(Document, load_document(self.tables_file, num_threads=num_threads, kernels=kernels))
 
     @property
     def num_chunks(self) -> int:
         return len(self._stops)
 
-    def expected_header(self, index: int) -> ChunkHeader:
+    levels = (0,)
+    """The levels of its chunks: these methods have one."""
+
+    def expected_header(self, index: int, level: int = 0) -> ChunkHeader:
         """Return a chunk's header but for its stream index and checksums, which only encoding tells."""
         document, stop = self.document.header, self._stops[index]
         num_tokens = document.chunk_tokens[index]
@@ -129,7 +137,7 @@ class DocumentEncoder:
             method=document.method,
             coder=self._coder,
             dtype=document.dtype,
-            level=0,
+            level=level,
             scales_crc=0,
             model_fingerprint=document.model_fingerprint,
             token_hash=bytes.fromhex(self._token_hashes[index]),
@@ -145,17 +153,23 @@ class DocumentEncoder:
             stream_index=b"",
         )
 
-    def is_encoding_of(self, index: int, content: bytes | memoryview) -> bool:
+    def expected_kl(self, level: int) -> None:
+        """Return what a level is expected to lose: nobody measured it for these methods."""
+        return None
+
+    def is_encoding_of(self, index: int, content: bytes | memoryview, level: int = 0) -> bool:
         """Tell whether `content` is this chunk, whole and unchanged, from this document and configuration."""
         try:
             header = container.parse_chunk(content, self._num_threads).header
         except BitstreamError:
             return False
-        return dataclasses.replace(header, scales_crc=0, stream_index=b"") == self.expected_header(index)
+        if not isinstance(header, ChunkHeader):
+            return False
+        return dataclasses.replace(header, scales_crc=0, stream_index=b"") == self.expected_header(index, level)
 
-    def encode_chunk(self, index: int) -> list[bytes | memoryview]:
+    def encode_chunk(self, index: int, level: int = 0) -> list[bytes | memoryview]:
         """Encode one chunk; returns its file as parts to be written one after the other."""
-        header = self.expected_header(index)
+        header = self.expected_header(index, level)
         start, stop = header.first_token, header.first_token + header.num_tokens
         scales = self._scales[:, start:stop].contiguous()
         payload, streams = self._kernels.encode(
@@ -169,22 +183,57 @@ class DocumentEncoder:
         return container.build_chunk(header, scales, streams, payload)
 
 
-def load_document(tables_file: bytes | memoryview, *, num_threads: int = 1, kernels=cpu) -> Document:
+FindProfile: TypeAlias = Callable[[bytes], Profile]
+"""Returns the profile of a hash of 32 bytes."""
+
+
+def load_document(
+    tables_file: Buffer, *, num_threads: int = 1, kernels=cpu, find_profile: FindProfile | None = None
+) -> Document | TransformDocument:
     """Parse a tables file.
+
+    Args:
+        find_profile: called where the document is of method `transform`; None where nothing will be decoded.
 
     Raises:
         BitstreamError: the file is corrupt.
+        MismatchError: the profile found is not the one that the document names.
     """
     content = bytes(tables_file)
     header, tables = container.parse_tables(content)
+    if isinstance(header, TransformTablesHeader):
+        profile = find_profile(header.profile_hash) if find_profile is not None else None
+        return load_transform_document(content, header, profile, kernels.device)
     loaded = None
     if header.tables_bytes:
         loaded = kernels.load_tables(tables, header.planes, header.plane_table_bytes, num_threads)
     return Document(header, loaded, hashlib.sha256(content).digest())
 
 
+def decode_levels(
+    contents: Sequence[Buffer],
+    document: Document | TransformDocument,
+    output: KVCache,
+    *,
+    first_token: int,
+    token_hash: bytes,
+    num_threads: int = 1,
+    kernels=cpu,
+) -> None:
+    """Decode one chunk from all files it needs: one, or with method `transform` those of level 1, level 2, ...
+
+    Args and errors: as `decode_chunk` and `decode_component_chunk`.
+    """
+    where = {"first_token": first_token, "token_hash": token_hash, "num_threads": num_threads}
+    if isinstance(document, TransformDocument):
+        decode_component_chunk(contents, document, output, **where)
+        return
+    (content,) = contents
+    decode_chunk(content, document, output, kernels=kernels, **where)
+
+
 def decode_chunk(
-    content: bytes | memoryview,
+    content: Buffer,
     document: Document,
     output: KVCache,
     *,
@@ -210,6 +259,11 @@ def decode_chunk(
     """
     chunk = container.parse_chunk(content, num_threads)
     header, expected = chunk.header, document.header
+    if not isinstance(header, ChunkHeader):
+        raise MismatchError(
+            f"method is {_show(header.method)}, but the tables file says {_show(expected.method)}: "
+            "the chunk is of another document"
+        )
     shapes = tuple(dataclasses.replace(plane, tokens_per_stream=0) for plane in header.planes)
     gates = [
         ("model_fingerprint", header.model_fingerprint, expected.model_fingerprint),
@@ -255,7 +309,7 @@ def choose_tokens_per_stream(num_channels: int, num_tokens: int, coder: Coder = 
     return LANES * -(-num_tokens // (num_streams * LANES))
 
 
-def document_dtype(document: Document) -> torch.dtype:
+def document_dtype(document: Document | TransformDocument) -> torch.dtype:
     """Return the torch dtype of a document's cache."""
     return next(dtype for dtype, number in cpu.DTYPES.items() if number == document.header.dtype)
 

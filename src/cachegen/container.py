@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -28,28 +29,39 @@ from cachegen.format import (
     unpack_chunk_header,
     unpack_tables_header,
 )
+from cachegen.framing import Buffer, read_version
+from cachegen.transform_format import (
+    TRANSFORM_FORMAT_VERSION,
+    ComponentChunkHeader,
+    TransformTablesHeader,
+    pack_component_chunk_header,
+    pack_transform_tables_header,
+    unpack_component_chunk_header,
+    unpack_transform_tables_header,
+)
 
 TABLES_NAME = "tables.cgt"
 CHUNK_SUFFIX = ".cgc"
 
+_Header = TypeVar("_Header", ChunkHeader, ComponentChunkHeader, ChunkHeader | ComponentChunkHeader)
 _TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
 
 
-def chunk_name(index: int) -> str:
-    """Return the file name of a document's chunk."""
-    return f"chunk_{index:05d}{CHUNK_SUFFIX}"
+def chunk_name(index: int, level: int = 0) -> str:
+    """Return the file name of a document's chunk; level 0 is that of methods without levels."""
+    return f"chunk_{index:05d}{f'.L{level}' if level else ''}{CHUNK_SUFFIX}"
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Chunk(Generic[_Header]):
     """A chunk file taken apart.
 
     Attributes:
-        scales: `[num_planes, num_tokens]` in the cache's dtype.
+        scales: `[num_planes, num_tokens]` in the cache's dtype; empty with method `transform`, which has none.
         payload: the streams, each padded to a multiple of 16 bytes.
     """
 
-    header: ChunkHeader
+    header: _Header
     scales: torch.Tensor
     payload: memoryview
 
@@ -75,24 +87,38 @@ def build_chunk(
     return [pack_chunk_header(header, crc32c), padded_scales, payload]
 
 
-def parse_chunk(content: bytes | memoryview, num_threads: int = 1) -> Chunk:
-    """Take a chunk file apart and check all of it.
+def build_component_chunk(
+    header: ComponentChunkHeader, streams: Sequence[StreamEntry], payloads: Sequence[bytes | memoryview]
+) -> list[bytes | memoryview]:
+    """Join the parts of a chunk of method `transform`; the header's `stream_index` is filled in here.
+
+    Args:
+        payloads: of each group of layers.
+
+    Returns:
+        The file, as parts to be written one after the other.
+    """
+    header = dataclasses.replace(header, stream_index=np.array(streams, dtype="<u4").tobytes())
+    return [pack_component_chunk_header(header, crc32c), *payloads]
+
+
+def parse_chunk(content: Buffer, num_threads: int = 1) -> Chunk[ChunkHeader] | Chunk[ComponentChunkHeader]:
+    """Take a chunk file of any version apart and check all of it.
 
     Raises:
         BitstreamError: the file is not whole, or any bit of it has changed.
         UnsupportedVersionError: this release does not read it.
     """
     content = memoryview(content)
+    if read_version(content) == TRANSFORM_FORMAT_VERSION:
+        component_header = unpack_component_chunk_header(content, crc32c)
+        payload = _check_streams(content, component_header, num_threads)
+        return Chunk(component_header, torch.empty(0), payload)
     header = unpack_chunk_header(content, crc32c)
     padded_scales = content[header.header_bytes : header.payload_offset]
     if crc32c(padded_scales) != header.scales_crc:
         raise BitstreamError("does not match, the scales are corrupt", offset=44, field="scales_crc")
-    payload, streams = content[header.payload_offset :], header.streams
-    found = checksum_streams(payload, streams, num_threads)
-    corrupt = np.flatnonzero(found != np.array([stream.crc for stream in streams], dtype=np.uint32))
-    if len(corrupt):
-        offset = header.payload_offset + sum(round_up(s.num_bytes, ALIGNMENT) for s in streams[: corrupt[0]])
-        raise BitstreamError("does not match its checksum", offset=offset, field=f"stream {corrupt[0]}")
+    payload = _check_streams(content, header, num_threads)
     # A copy: torch wants writable memory, and scales are few.
     scale_bytes = torch.frombuffer(bytearray(padded_scales[: header.scales_bytes]), dtype=torch.uint8)
     scales = scale_bytes.view(_TORCH_DTYPES[header.dtype]).reshape(len(header.planes), header.num_tokens)
@@ -101,19 +127,37 @@ def parse_chunk(content: bytes | memoryview, num_threads: int = 1) -> Chunk:
     return Chunk(header, scales, payload)
 
 
+def _check_streams(content: memoryview, header: ChunkHeader | ComponentChunkHeader, num_threads: int) -> memoryview:
+    """Return the streams of a chunk, all of whose checksums match."""
+    payload, streams = content[header.payload_offset :], header.streams
+    found = checksum_streams(payload, streams, num_threads)
+    corrupt = np.flatnonzero(found != np.array([stream.crc for stream in streams], dtype=np.uint32))
+    if len(corrupt):
+        offset = header.payload_offset + sum(round_up(s.num_bytes, ALIGNMENT) for s in streams[: corrupt[0]])
+        raise BitstreamError("does not match its checksum", offset=offset, field=f"stream {corrupt[0]}")
+    return payload
+
+
 def build_tables(header: TablesHeader, tables: bytes) -> bytes:
     """Join a tables file's parts; the header's `tables_crc` is filled in here."""
     header = dataclasses.replace(header, tables_crc=crc32c(tables))
     return pack_tables_header(header, crc32c) + tables
 
 
-def parse_tables(content: bytes) -> tuple[TablesHeader, bytes]:
-    """Take a tables file apart and check all of it.
+def build_transform_tables(header: TransformTablesHeader) -> bytes:
+    """Return the tables file of a document of method `transform`: a header alone."""
+    return pack_transform_tables_header(header, crc32c)
+
+
+def parse_tables(content: bytes) -> tuple[TablesHeader | TransformTablesHeader, bytes]:
+    """Take a tables file of any version apart and check all of it.
 
     Raises:
         BitstreamError: the file is not whole, or any bit of it has changed.
         UnsupportedVersionError: this release does not read it.
     """
+    if read_version(content) == TRANSFORM_FORMAT_VERSION:
+        return unpack_transform_tables_header(content, crc32c), b""
     header = unpack_tables_header(content, crc32c)
     tables = content[header.header_bytes :]
     if crc32c(tables) != header.tables_crc:

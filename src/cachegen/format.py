@@ -7,14 +7,24 @@ streams, tables) are opaque here: a header says how long they are and holds thei
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from cachegen.errors import BitstreamError, UnsupportedVersionError
+from cachegen.framing import (
+    CRC,
+    PREFIX,
+    Buffer,
+    Checksum,
+    check_file_bytes,
+    known,
+    open_header,
+    require,
+    seal_header,
+    unpack_record,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of the files described here; those of method `transform` are in transform_format.py
 CHUNK_MAGIC = b"\x89KVC\r\n\x1a\n"
 TABLES_MAGIC = b"\x89KVT\r\n\x1a\n"
 NO_HASH = bytes(32)
@@ -28,16 +38,10 @@ MAX_CHUNK_TOKENS = 1 << 24
 MAX_CHUNKS = 1 << 20
 MAX_CODE_TOKENS = 1 << 14  # of a stream of coder `ac`: a code's length in bytes must fit in 16 bits
 
-Buffer = bytes | bytearray | memoryview
-Checksum = Callable[[Buffer], int]
-_Member = TypeVar("_Member", bound=IntEnum)
-
-_PREFIX = struct.Struct("<8sHHIQ")  # magic, version, flags, header_bytes, file_bytes
 _CHUNK_FIELDS = struct.Struct("<QIHBBBBHI32s32s32s32s32s")
 _TABLES_FIELDS = struct.Struct("<QIHBBBBHII32s32s32s32s")
 _PLANE = struct.Struct("<HHHBBI")
-_STREAM = struct.Struct("<III")
-_CRC = struct.Struct("<I")
+STREAM = struct.Struct("<III")
 
 
 class Method(IntEnum):
@@ -45,6 +49,7 @@ class Method(IntEnum):
 
     CACHEGEN = 1
     UNIFORM = 2
+    TRANSFORM = 3
 
 
 class Coder(IntEnum):
@@ -146,7 +151,7 @@ class ChunkHeader:
 
     @property
     def streams(self) -> list[StreamEntry]:
-        return [StreamEntry(*fields) for fields in _STREAM.iter_unpack(self.stream_index)]
+        return [StreamEntry(*fields) for fields in STREAM.iter_unpack(self.stream_index)]
 
     @property
     def header_bytes(self) -> int:
@@ -235,7 +240,7 @@ def pack_chunk_header(header: ChunkHeader, checksum: Checksum) -> bytes:
     )
     body = fields + b"".join(_pack_plane(p, p.tokens_per_stream) for p in header.planes) + header.stream_index
     file_bytes = header.payload_offset + header.payload_bytes
-    return _seal(CHUNK_MAGIC, header.header_bytes, file_bytes, body, checksum)
+    return seal_header(CHUNK_MAGIC, header.header_bytes, file_bytes, body, checksum, FORMAT_VERSION)
 
 
 def pack_tables_header(header: TablesHeader, checksum: Checksum) -> bytes:
@@ -258,7 +263,9 @@ def pack_tables_header(header: TablesHeader, checksum: Checksum) -> bytes:
     )
     planes = b"".join(map(_pack_plane, header.planes, header.plane_table_bytes))
     body = fields + planes + struct.pack(f"<{len(header.chunk_tokens)}I", *header.chunk_tokens)
-    return _seal(TABLES_MAGIC, header.header_bytes, header.header_bytes + header.tables_bytes, body, checksum)
+    return seal_header(
+        TABLES_MAGIC, header.header_bytes, header.header_bytes + header.tables_bytes, body, checksum, FORMAT_VERSION
+    )
 
 
 def unpack_chunk_header(content: Buffer, checksum: Checksum) -> ChunkHeader:
@@ -272,7 +279,7 @@ def unpack_chunk_header(content: Buffer, checksum: Checksum) -> ChunkHeader:
         BitstreamError: the bytes are not a whole, unchanged chunk file's (the sections' own checksums aside).
         UnsupportedVersionError: the version, method, coder or dtype is not one this release reads.
     """
-    header_bytes = _open(content, CHUNK_MAGIC, "chunk", checksum)
+    header_bytes = open_header(content, CHUNK_MAGIC, "chunk", checksum, FORMAT_VERSION)
     (
         first_token,
         num_tokens,
@@ -288,37 +295,37 @@ def unpack_chunk_header(content: Buffer, checksum: Checksum) -> ChunkHeader:
         rope_hash,
         tables_hash,
         profile_hash,
-    ) = _unpack(_CHUNK_FIELDS, content, _PREFIX.size, header_bytes)
-    _require(reserved == 0, "reserved bits are set, a later release may read them", 42, "reserved", unsupported=True)
-    _require(0 < num_tokens <= MAX_CHUNK_TOKENS, f"must be 1 to {MAX_CHUNK_TOKENS}, got {num_tokens}", 32, "num_tokens")
-    planes_at = _PREFIX.size + _CHUNK_FIELDS.size
+    ) = unpack_record(_CHUNK_FIELDS, content, PREFIX.size, header_bytes)
+    require(reserved == 0, "reserved bits are set, a later release may read them", 42, "reserved", unsupported=True)
+    require(0 < num_tokens <= MAX_CHUNK_TOKENS, f"must be 1 to {MAX_CHUNK_TOKENS}, got {num_tokens}", 32, "num_tokens")
+    planes_at = PREFIX.size + _CHUNK_FIELDS.size
     records = _unpack_planes(content, planes_at, num_layers, header_bytes)
     for plane, (layout, tokens_per_stream) in enumerate(records):
         in_range = 0 < tokens_per_stream <= MAX_CHUNK_TOKENS and tokens_per_stream % LANES == 0
         at = planes_at + plane * _PLANE.size
-        _require(in_range, f"must be a multiple of {LANES}, got {tokens_per_stream}", at + 8, "tokens_per_stream")
+        require(in_range, f"must be a multiple of {LANES}, got {tokens_per_stream}", at + 8, "tokens_per_stream")
         if coder == Coder.PACKED:
-            _require(layout.alphabet_size == 1, "coder packed has no tables for a high part", at + 6, "low_bits")
+            require(layout.alphabet_size == 1, "coder packed has no tables for a high part", at + 6, "low_bits")
         if coder == Coder.AC:
-            _require(layout.band_mode == BandMode.NONE, "coder ac has no band maps", at + 7, "band_mode")
+            require(layout.band_mode == BandMode.NONE, "coder ac has no band maps", at + 7, "band_mode")
             is_short = tokens_per_stream <= MAX_CODE_TOKENS
-            _require(is_short, f"must be at most {MAX_CODE_TOKENS} with coder ac", at + 8, "tokens_per_stream")
+            require(is_short, f"must be at most {MAX_CODE_TOKENS} with coder ac", at + 8, "tokens_per_stream")
     planes = tuple(
         PlaneLayout(p.num_kv_heads, p.head_dim, p.num_bins, p.low_bits, p.band_mode, tokens_per_stream)
         for p, tokens_per_stream in records
     )
     num_streams = count_streams(planes, num_tokens)
     expected_bytes = _chunk_header_bytes(len(planes), num_streams)
-    _require(header_bytes == expected_bytes, f"must be {expected_bytes}, got {header_bytes}", 12, "header_bytes")
+    require(header_bytes == expected_bytes, f"must be {expected_bytes}, got {header_bytes}", 12, "header_bytes")
     index_at = planes_at + len(planes) * _PLANE.size
-    index_end = index_at + num_streams * _STREAM.size
-    _require(not any(content[index_end : header_bytes - _CRC.size]), "padding must be zero", index_end, "padding")
+    index_end = index_at + num_streams * STREAM.size
+    require(not any(content[index_end : header_bytes - CRC.size]), "padding must be zero", index_end, "padding")
     header = ChunkHeader(
         first_token=first_token,
         num_tokens=num_tokens,
-        method=_known(Method, method, 38, "method"),
-        coder=_known(Coder, coder, 39, "coder"),
-        dtype=_known(Dtype, dtype, 40, "dtype"),
+        method=_known_method(method),
+        coder=known(Coder, coder, 39, "coder"),
+        dtype=known(Dtype, dtype, 40, "dtype"),
         level=level,
         scales_crc=scales_crc,
         model_fingerprint=model_fingerprint,
@@ -329,7 +336,7 @@ def unpack_chunk_header(content: Buffer, checksum: Checksum) -> ChunkHeader:
         planes=planes,
         stream_index=bytes(content[index_at:index_end]),
     )
-    _check_file_bytes(content, header.payload_offset + header.payload_bytes)
+    check_file_bytes(content, header.payload_offset + header.payload_bytes)
     return header
 
 
@@ -340,7 +347,7 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
         BitstreamError: as `unpack_chunk_header`.
         UnsupportedVersionError: as `unpack_chunk_header`.
     """
-    header_bytes = _open(content, TABLES_MAGIC, "tables", checksum)
+    header_bytes = open_header(content, TABLES_MAGIC, "tables", checksum, FORMAT_VERSION)
     (
         num_cache_tokens,
         num_chunks,
@@ -356,25 +363,25 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
         token_hash,
         rope_hash,
         profile_hash,
-    ) = _unpack(_TABLES_FIELDS, content, _PREFIX.size, header_bytes)
+    ) = unpack_record(_TABLES_FIELDS, content, PREFIX.size, header_bytes)
     is_clear = reserved == reserved_coder == reserved_level == 0
-    _require(is_clear, "reserved bits are set, a later release may read them", 39, "reserved", unsupported=True)
-    _require(0 < num_chunks <= MAX_CHUNKS, f"must be 1 to {MAX_CHUNKS}, got {num_chunks}", 32, "num_chunks")
-    _require(prefill_block_size > 0, "must be positive", 44, "prefill_block_size")
-    planes_at = _PREFIX.size + _TABLES_FIELDS.size
+    require(is_clear, "reserved bits are set, a later release may read them", 39, "reserved", unsupported=True)
+    require(0 < num_chunks <= MAX_CHUNKS, f"must be 1 to {MAX_CHUNKS}, got {num_chunks}", 32, "num_chunks")
+    require(prefill_block_size > 0, "must be positive", 44, "prefill_block_size")
+    planes_at = PREFIX.size + _TABLES_FIELDS.size
     records = _unpack_planes(content, planes_at, num_layers, header_bytes)
     expected_bytes = _tables_header_bytes(len(records), num_chunks)
-    _require(header_bytes == expected_bytes, f"must be {expected_bytes}, got {header_bytes}", 12, "header_bytes")
+    require(header_bytes == expected_bytes, f"must be {expected_bytes}, got {header_bytes}", 12, "header_bytes")
     chunks_at = planes_at + len(records) * _PLANE.size
     chunk_tokens = struct.unpack_from(f"<{num_chunks}I", content, chunks_at)
-    _require(min(chunk_tokens) > 0, "a chunk must have tokens", chunks_at, "chunk_tokens")
-    _require(max(chunk_tokens) <= MAX_CHUNK_TOKENS, "a chunk has too many tokens", chunks_at, "chunk_tokens")
+    require(min(chunk_tokens) > 0, "a chunk must have tokens", chunks_at, "chunk_tokens")
+    require(max(chunk_tokens) <= MAX_CHUNK_TOKENS, "a chunk has too many tokens", chunks_at, "chunk_tokens")
     covers = sum(chunk_tokens) <= num_cache_tokens
-    _require(covers, "the chunks have more tokens than the cache", chunks_at, "chunk_tokens")
+    require(covers, "the chunks have more tokens than the cache", chunks_at, "chunk_tokens")
     header = TablesHeader(
         num_cache_tokens=num_cache_tokens,
-        method=_known(Method, method, 38, "method"),
-        dtype=_known(Dtype, dtype, 40, "dtype"),
+        method=_known_method(method),
+        dtype=known(Dtype, dtype, 40, "dtype"),
         prefill_block_size=prefill_block_size,
         tables_crc=tables_crc,
         model_fingerprint=model_fingerprint,
@@ -385,17 +392,17 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
         plane_table_bytes=tuple(table_bytes for _, table_bytes in records),
         chunk_tokens=chunk_tokens,
     )
-    _check_file_bytes(content, header.header_bytes + header.tables_bytes)
+    check_file_bytes(content, header.header_bytes + header.tables_bytes)
     return header
 
 
 def _chunk_header_bytes(num_planes: int, num_streams: int) -> int:
-    fields = _PREFIX.size + _CHUNK_FIELDS.size + num_planes * _PLANE.size + num_streams * _STREAM.size
-    return round_up(fields + _CRC.size, ALIGNMENT)
+    fields = PREFIX.size + _CHUNK_FIELDS.size + num_planes * _PLANE.size + num_streams * STREAM.size
+    return round_up(fields + CRC.size, ALIGNMENT)
 
 
 def _tables_header_bytes(num_planes: int, num_chunks: int) -> int:
-    return _PREFIX.size + _TABLES_FIELDS.size + num_planes * _PLANE.size + 4 * num_chunks + _CRC.size
+    return PREFIX.size + _TABLES_FIELDS.size + num_planes * _PLANE.size + 4 * num_chunks + CRC.size
 
 
 def _pack_plane(plane: PlaneLayout, last_field: int) -> bytes:
@@ -404,74 +411,25 @@ def _pack_plane(plane: PlaneLayout, last_field: int) -> bytes:
 
 def _unpack_planes(content: Buffer, offset: int, num_layers: int, header_bytes: int) -> list[tuple[PlaneLayout, int]]:
     """Parse the plane records; returns each with its last field, which differs between the file kinds."""
-    _require(num_layers > 0, "must be positive", 36, "num_layers")
+    require(num_layers > 0, "must be positive", 36, "num_layers")
     records = []
     for at in range(offset, offset + 2 * num_layers * _PLANE.size, _PLANE.size):
-        num_kv_heads, head_dim, num_bins, low_bits, band_mode, last_field = _unpack(_PLANE, content, at, header_bytes)
-        num_channels = num_kv_heads * head_dim
-        _require(0 < num_channels <= MAX_CHANNELS, f"{num_channels} channels are not 1 to {MAX_CHANNELS}", at, "shape")
-        _require(4 <= num_bins <= 256 and num_bins % 2 == 0, "must be even, 4 to 256", at + 4, "num_bins")
-        _require(low_bits <= MAX_LOW_BITS, f"must be at most {MAX_LOW_BITS}", at + 6, "low_bits")
-        layout = PlaneLayout(
-            num_kv_heads, head_dim, num_bins, low_bits, _known(BandMode, band_mode, at + 7, "band_mode")
+        num_kv_heads, head_dim, num_bins, low_bits, band_mode, last_field = unpack_record(
+            _PLANE, content, at, header_bytes
         )
-        _require(layout.alphabet_size <= TABLE_SIZE, "too few for this number of bins", at + 6, "low_bits")
+        num_channels = num_kv_heads * head_dim
+        require(0 < num_channels <= MAX_CHANNELS, f"{num_channels} channels are not 1 to {MAX_CHANNELS}", at, "shape")
+        require(4 <= num_bins <= 256 and num_bins % 2 == 0, "must be even, 4 to 256", at + 4, "num_bins")
+        require(low_bits <= MAX_LOW_BITS, f"must be at most {MAX_LOW_BITS}", at + 6, "low_bits")
+        layout = PlaneLayout(
+            num_kv_heads, head_dim, num_bins, low_bits, known(BandMode, band_mode, at + 7, "band_mode")
+        )
+        require(layout.alphabet_size <= TABLE_SIZE, "too few for this number of bins", at + 6, "low_bits")
         records.append((layout, last_field))
     return records
 
 
-def _seal(magic: bytes, header_bytes: int, file_bytes: int, body: bytes, checksum: Checksum) -> bytes:
-    content = _PREFIX.pack(magic, FORMAT_VERSION, 0, header_bytes, file_bytes) + body
-    content = content.ljust(header_bytes - _CRC.size, b"\0")
-    return content + _CRC.pack(checksum(content))
-
-
-def _open(content: Buffer, magic: bytes, kind: str, checksum: Checksum) -> int:
-    """Check what all files begin with, and the header's checksum; returns the header's length."""
-    if bytes(content[: len(magic)]) != magic[: len(content)]:
-        raise BitstreamError(f"not a {kind} file of cachegen", offset=0, field="magic")
-    _, version, flags, header_bytes, file_bytes = _unpack(_PREFIX, content, 0, _PREFIX.size)
-    if version != FORMAT_VERSION:
-        raise UnsupportedVersionError(
-            f"{version} is not supported, this release reads {FORMAT_VERSION}", offset=8, field="version"
-        )
-    _require(flags == 0, "reserved bits are set, a later release may read them", 10, "flags", unsupported=True)
-    if not _PREFIX.size + _CRC.size <= header_bytes <= file_bytes or header_bytes > len(content):
-        raise BitstreamError(_wrong_length(header_bytes, len(content)), offset=12, field="header_bytes")
-    (expected,) = _CRC.unpack_from(content, header_bytes - _CRC.size)
-    if checksum(content[: header_bytes - _CRC.size]) != expected:
-        raise BitstreamError("does not match, the header is corrupt", offset=header_bytes - 4, field="header_crc")
-    _check_file_bytes(content, file_bytes)
-    return header_bytes
-
-
-def _check_file_bytes(content: Buffer, file_bytes: int) -> None:
-    if len(content) != file_bytes:
-        raise BitstreamError(_wrong_length(file_bytes, len(content)), offset=16, field="file_bytes")
-
-
-def _wrong_length(expected: int, found: int) -> str:
-    return f"the file is not whole: {expected} bytes expected, {found} found"
-
-
-def _unpack(record: struct.Struct, content: Buffer, offset: int, end: int) -> tuple:
-    if offset + record.size > min(end, len(content)):
-        raise BitstreamError(
-            f"the file is not whole: it ends before byte {offset + record.size}", offset=offset, field="header"
-        )
-    return record.unpack_from(content, offset)
-
-
-def _require(condition: bool, problem: str, offset: int, field: str, *, unsupported: bool = False) -> None:
-    if not condition:
-        raise (UnsupportedVersionError if unsupported else BitstreamError)(problem, offset=offset, field=field)
-
-
-def _known(kind: type[_Member], value: int, offset: int, field: str) -> _Member:
-    try:
-        return kind(value)
-    except ValueError:
-        known = ", ".join(f"{member.value} ({member.name.lower()})" for member in kind)
-        raise UnsupportedVersionError(
-            f"{value} is not supported, this release reads {known}", offset=offset, field=field
-        ) from None
+def _known_method(value: int) -> Method:
+    method = known(Method, value, 38, "method")
+    require(method is not Method.TRANSFORM, "transform is not of this version", 38, "method", unsupported=True)
+    return method

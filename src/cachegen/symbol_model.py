@@ -53,16 +53,27 @@ def choose_weight_classes(counts: NDArray[np.uint32]) -> NDArray[np.int64]:
 
 
 def normalize(weight_classes: NDArray[np.int64]) -> NDArray[np.uint16]:
-    """Turn weight classes into frequencies that sum to 4096.
+    """Turn weight classes into frequencies that sum to 4096; see `normalize_weights`.
 
     Args:
         weight_classes: `[num_tables, 32]`, each row with a non-zero class.
 
     Returns:
+        uint16 `[num_tables, 32]`.
+    """
+    return normalize_weights(WEIGHTS[weight_classes])
+
+
+def normalize_weights(weights: NDArray[np.int64]) -> NDArray[np.uint16]:
+    """Turn weights into frequencies that sum to 4096.
+
+    Args:
+        weights: `[num_tables, 32]`, each row with a sum of 1 to 2^19.
+
+    Returns:
         uint16 `[num_tables, 32]`: weights scaled to a sum of 4096 and floored, but at least 1 where the weight is not
         0; the first of the largest weights takes what is left over.
     """
-    weights = WEIGHTS[weight_classes]
     scaled = weights * FREQUENCY_TOTAL // weights.sum(axis=1, keepdims=True)
     frequencies = np.where(weights > 0, np.maximum(scaled, 1), 0)
     rows = np.arange(len(weights))

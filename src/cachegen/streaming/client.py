@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cachegen.codec import FindProfile
 from cachegen.coder import cpu
 from cachegen.kv_cache import hash_rotary_embeddings
 from cachegen.pipeline.decode import copy_cache, empty_on
@@ -95,7 +96,13 @@ class ModelWorkers:
 
 
 def find_for_model(
-    store: Store, loaded: LoadedModel, token_ids: torch.Tensor, *, num_threads: int, kernels=cpu
+    store: Store,
+    loaded: LoadedModel,
+    token_ids: torch.Tensor,
+    *,
+    num_threads: int,
+    kernels=cpu,
+    find_profile: FindProfile | None = None,
 ) -> RemoteDocument:
     """Find the document that covers the longest prefix of a text, for this model.
 
@@ -109,6 +116,7 @@ def find_for_model(
         rope_hash=hash_rotary_embeddings(loaded.rotary_embeddings),
         num_threads=num_threads,
         kernels=kernels,
+        find_profile=find_profile,
     )
 
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/checksum.h"
+#include "cpu/components.h"
 #include "cpu/cpu_path.h"
 #include "cpu/decode_planes.h"
 #include "cpu/encode_planes.h"
@@ -350,6 +351,113 @@ py::tuple decode_symbols(Bytes bytes, uint32_t num_words, int64_t num_tokens, in
     return py::make_tuple(symbols, static_cast<int>(status));
 }
 
+// The coding of components by arrays that must outlive it: table indices uint16 and low bits uint8, one per component.
+ComponentCoding make_component_coding(const TableSet& tables,
+                                      const py::array_t<uint16_t, py::array::c_style>& table_indices,
+                                      const Bytes& low_bits, int64_t num_refined, int64_t tokens_per_stream) {
+    ComponentCoding coding;
+    coding.tables = tables.data();
+    coding.num_tables = tables.num_tables();
+    coding.table_indices = table_indices.data();
+    coding.low_bits = low_bits.data();
+    coding.num_components = table_indices.size();
+    coding.num_refined = num_refined;
+    if (low_bits.size() != coding.num_components) throw py::value_error("one number of low bits per component");
+    if (num_refined < 0 || num_refined > coding.num_components) throw py::value_error("num_refined is out of range");
+    if (tokens_per_stream < 1 || tokens_per_stream % kNumLanes != 0 ||
+        tokens_per_stream * std::max<int64_t>(coding.num_components, 1) > int64_t{UINT32_MAX})
+        throw py::value_error("tokens_per_stream is out of range");
+    for (int64_t c = 0; c < coding.num_components; ++c) {
+        if (coding.table_indices[c] >= coding.num_tables) throw py::value_error("a table index is out of range");
+        if (coding.low_bits[c] > (c < num_refined ? 0 : kMaxLowBits)) throw py::value_error("low_bits out of range");
+    }
+    return coding;
+}
+
+using Components = py::array_t<int32_t, py::array::c_style>;
+
+// Encode the components of one group of layers at one level: fine int32 [num_tokens, num_components], coarse int32
+// [num_tokens, >= num_refined]. Returns (payload uint8, index uint32 [num_streams, 3], failed stream, status).
+py::tuple encode_components_of(const Components& fine, const Components& coarse, const TableSet& tables,
+                               const py::array_t<uint16_t, py::array::c_style>& table_indices, const Bytes& low_bits,
+                               int64_t num_refined, int64_t tokens_per_stream, int num_threads) {
+    const ComponentCoding coding =
+        make_component_coding(tables, table_indices, low_bits, num_refined, tokens_per_stream);
+    const int64_t num_tokens = fine.shape(0);
+    if (fine.ndim() != 2 || fine.shape(1) != coding.num_components) throw py::value_error("fine has another shape");
+    if (coarse.ndim() != 2 || coarse.shape(0) != num_tokens || coarse.shape(1) < num_refined)
+        throw py::value_error("coarse has another shape");
+    const int64_t num_streams = (num_tokens + tokens_per_stream - 1) / tokens_per_stream;
+    std::vector<std::vector<uint8_t>> outputs(num_streams);
+    std::vector<uint32_t> index(3 * num_streams);
+    std::vector<Status> statuses(num_streams, Status::kOk);
+    {
+        const int32_t* const fine_data = fine.data();
+        const int32_t* const coarse_data = coarse.data();
+        const int64_t fine_stride = fine.shape(1), coarse_stride = coarse.shape(1);
+        py::gil_scoped_release release;
+        parallel_for(num_streams, num_threads, [&](int64_t i) {
+            thread_local StreamWorkspace workspace;
+            const int64_t first = i * tokens_per_stream;
+            const int64_t count = std::min(tokens_per_stream, num_tokens - first);
+            std::vector<uint8_t>& output = outputs[i];
+            statuses[i] = encode_components(fine_data + first * fine_stride, fine_stride,
+                                            coarse_data + first * coarse_stride, coarse_stride, count, coding,
+                                            workspace, output, &index[3 * i + 1]);
+            index[3 * i] = static_cast<uint32_t>(output.size());
+            output.resize(round_up(static_cast<int64_t>(output.size()), kStreamAlignment), 0);
+            index[3 * i + 2] = checksum(output.data(), output.size());
+        });
+    }
+    int64_t total = 0;
+    for (const auto& output : outputs) total += static_cast<int64_t>(output.size());
+    uint8_t* payload = nullptr;
+    Bytes result = uninitialized_array(total, &payload);
+    for (const auto& output : outputs) {
+        if (!output.empty()) std::memcpy(payload, output.data(), output.size());
+        payload += output.size();
+    }
+    const StreamFailure failure = first_failure(statuses);
+    return py::make_tuple(result, to_array(std::move(index)).reshape({static_cast<py::ssize_t>(num_streams), py::ssize_t{3}}),
+                          failure.index, static_cast<int>(failure.status));
+}
+
+// The inverse: decode into components int32 [num_tokens, >= num_components], whose first num_refined columns hold the
+// level before's. Returns (failed stream, status).
+py::tuple decode_components_of(const Bytes& payload, const py::array_t<uint32_t, py::array::c_style>& index,
+                               Components components, const TableSet& tables,
+                               const py::array_t<uint16_t, py::array::c_style>& table_indices, const Bytes& low_bits,
+                               int64_t num_refined, int64_t tokens_per_stream, int num_threads) {
+    const ComponentCoding coding =
+        make_component_coding(tables, table_indices, low_bits, num_refined, tokens_per_stream);
+    if (components.ndim() != 2 || components.shape(1) < coding.num_components)
+        throw py::value_error("components has another shape");
+    const int64_t num_tokens = components.shape(0);
+    const int64_t num_streams = (num_tokens + tokens_per_stream - 1) / tokens_per_stream;
+    if (index.ndim() != 2 || index.shape(0) != num_streams || index.shape(1) != 3)
+        throw py::value_error("the index must have one row of three per stream");
+    std::vector<int64_t> offsets(num_streams + 1, 0);
+    for (int64_t i = 0; i < num_streams; ++i) offsets[i + 1] = offsets[i] + round_up(index.at(i, 0), kStreamAlignment);
+    if (offsets.back() != payload.size()) throw py::value_error("the payload is not as long as its streams");
+    std::vector<Status> statuses(num_streams, Status::kOk);
+    {
+        const uint8_t* const bytes = payload.data();
+        const uint32_t* const records = index.data();
+        int32_t* const data = components.mutable_data();
+        const int64_t stride = components.shape(1);
+        py::gil_scoped_release release;
+        parallel_for(num_streams, num_threads, [&](int64_t i) {
+            thread_local StreamWorkspace workspace;
+            const int64_t first = i * tokens_per_stream;
+            statuses[i] = decode_components(bytes + offsets[i], records[3 * i], records[3 * i + 1],
+                                            std::min(tokens_per_stream, num_tokens - first), coding, workspace,
+                                            data + first * stride, stride);
+        });
+    }
+    const StreamFailure failure = first_failure(statuses);
+    return py::make_tuple(failure.index, static_cast<int>(failure.status));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -416,6 +524,12 @@ PYBIND11_MODULE(_native, module) {
     module.def("decode_symbols", &decode_symbols, py::arg("bytes"), py::arg("num_words"), py::arg("num_tokens"),
                py::arg("num_channels"), py::arg("tables"), py::arg("low_bits"), py::arg("table_indices") = py::none(),
                py::arg("has_band_map") = false, py::arg("is_arithmetic") = false);
+    module.def("encode_components", &encode_components_of, py::arg("fine"), py::arg("coarse"), py::arg("tables"),
+               py::arg("table_indices"), py::arg("low_bits"), py::arg("num_refined"), py::arg("tokens_per_stream"),
+               py::arg("num_threads"));
+    module.def("decode_components", &decode_components_of, py::arg("payload").noconvert(), py::arg("index"),
+               py::arg("components").noconvert(), py::arg("tables"), py::arg("table_indices"), py::arg("low_bits"),
+               py::arg("num_refined"), py::arg("tokens_per_stream"), py::arg("num_threads"));
     module.def("crc32c", [](const py::buffer& buffer) {
         const py::buffer_info info = buffer.request();
         if (info.ndim != 1 || info.strides[0] != info.itemsize) throw py::value_error("contiguous bytes are expected");

@@ -20,6 +20,7 @@ struct PlaneCoding {
     int64_t num_tables = 0;
     const uint16_t* table_indices = nullptr;  // per channel; null: table c codes channel c
     int low_bits = 0;                         // of all symbols, where there is no band map
+    const uint8_t* channel_low_bits = nullptr;  // per channel, in the place of low_bits; then there is no band map
     const uint8_t* band_map = nullptr;        // encoder only: [num_rows][num_bands], see BandCoding
     bool has_band_map = false;
     bool is_arithmetic = false;  // coder `ac` (cpu/arithmetic_portable.h); has tables and no band maps
@@ -37,13 +38,15 @@ class BandTable {
 
     // `band_map` is null where the plane has none. Returns kBadBandMap for entries out of range.
     Status build(const StreamShape& shape, const PlaneCoding& coding, const uint8_t* band_map) {
-        num_bands_ = shape.num_bands();
-        entries_.resize(shape.num_rows() * num_bands_);
+        if (coding.channel_low_bits != nullptr) return build_per_channel(shape, coding);
+        channels_per_entry_ = kBandChannels;
+        num_entries_ = shape.num_bands();
+        entries_.resize(shape.num_rows() * num_entries_);
         int64_t position = 0;
         for (int64_t row = 0; row < shape.num_rows(); ++row) {
-            for (int64_t band = 0; band < num_bands_; ++band) {
+            for (int64_t band = 0; band < num_entries_; ++band) {
                 BandCoding band_coding{coding.low_bits, 0};
-                if (band_map != nullptr) band_coding = BandCoding::from_byte(band_map[row * num_bands_ + band]);
+                if (band_map != nullptr) band_coding = BandCoding::from_byte(band_map[row * num_entries_ + band]);
                 if (band_coding.low_bits > kMaxLowBits) return Status::kBadBandMap;
                 const int64_t first = band * kBandChannels;
                 const int64_t last = std::min<int64_t>(first + kBandChannels, shape.num_channels);
@@ -53,7 +56,7 @@ class BandTable {
                         if (index < 0 || index >= coding.num_tables) return Status::kBadBandMap;
                     }
                 }
-                entries_[row * num_bands_ + band] = {band_coding.low_bits, band_coding.table_offset, position};
+                entries_[row * num_entries_ + band] = {band_coding.low_bits, band_coding.table_offset, position};
                 position += (last - first) * band_coding.low_bits * shape.live_lanes(row);
             }
         }
@@ -65,12 +68,36 @@ class BandTable {
         return coding.table_indices != nullptr ? coding.table_indices[channel] : channel;
     }
 
-    const Entry& at(int64_t row, int64_t channel) const { return entries_[row * num_bands_ + channel / kBandChannels]; }
+    const Entry& at(int64_t row, int64_t channel) const {
+        return entries_[row * num_entries_ + channel / channels_per_entry_];
+    }
+    // Where bit `bit` of the lanes of a row and channel begins.
+    int64_t bit_position(const Entry& entry, int64_t channel, int bit, int live) const {
+        return entry.bit_position + ((channel % channels_per_entry_) * entry.low_bits + bit) * int64_t{live};
+    }
     int64_t num_low_bits() const { return num_low_bits_; }
 
   private:
+    Status build_per_channel(const StreamShape& shape, const PlaneCoding& coding) {
+        channels_per_entry_ = 1;
+        num_entries_ = shape.num_channels;
+        entries_.resize(shape.num_rows() * num_entries_);
+        int64_t position = 0;
+        for (int64_t row = 0; row < shape.num_rows(); ++row) {
+            for (int64_t channel = 0; channel < num_entries_; ++channel) {
+                const int low_bits = coding.channel_low_bits[channel];
+                if (low_bits > kMaxLowBits) return Status::kBadBandMap;
+                entries_[row * num_entries_ + channel] = {low_bits, 0, position};
+                position += int64_t{low_bits} * shape.live_lanes(row);
+            }
+        }
+        num_low_bits_ = position;
+        return Status::kOk;
+    }
+
     std::vector<Entry> entries_;
-    int64_t num_bands_ = 0;
+    int64_t num_entries_ = 0;  // of a row
+    int64_t channels_per_entry_ = kBandChannels;
     int64_t num_low_bits_ = 0;
 };
 
@@ -126,8 +153,7 @@ inline Status encode_stream(const uint16_t* symbols, int64_t symbol_stride, cons
             for (int bit = 0; bit < band.low_bits; ++bit) {
                 uint32_t plane = 0;
                 for (int lane = 0; lane < live; ++lane) plane |= ((lane_symbols[lane] >> bit) & 1u) << lane;
-                const int64_t position =
-                    band.bit_position + ((channel % kBandChannels) * band.low_bits + bit) * int64_t{live};
+                const int64_t position = bands.bit_position(band, channel, bit, live);
                 write_bits(&output[begin + parts.low_bits], position, live, plane);
             }
         }
@@ -272,8 +298,7 @@ Status decode_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words
                     for (int lane = 0; lane < live; ++lane)
                         lane_symbols[lane] = static_cast<uint16_t>(lane_symbols[lane] << band.low_bits);
                     for (int bit = 0; bit < band.low_bits; ++bit) {
-                        const int64_t position =
-                            band.bit_position + ((channel % kBandChannels) * band.low_bits + bit) * int64_t{live};
+                        const int64_t position = bands.bit_position(band, channel, bit, live);
                         const uint32_t plane = read_bits(bytes + parts.low_bits, position, live);
                         for (int lane = 0; lane < live; ++lane) lane_symbols[lane] |= ((plane >> lane) & 1u) << bit;
                     }

@@ -1,0 +1,1 @@
+"""Measure what compression costs: bytes against quality, of this project's methods and of others'."""

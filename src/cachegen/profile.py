@@ -1,0 +1,390 @@
+"""What calibration learnt about a model: the transform's bases, its components' scales, and the measured curve.
+
+A profile is a folder: `profile.json`, `synthesis.safetensors`, which every decoder needs, and `analysis.safetensors`,
+which only encoders read. The JSON holds the SHA-256 of both, and its own SHA-256 is the profile's hash, which stands in
+every chunk. Nothing in the folder can run. docs/profile.md is the specification.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from cachegen.errors import BitstreamError, InputError, MismatchError, UnsupportedVersionError
+from cachegen.files import write_file
+from cachegen.kv_cache import RotaryEmbedding, hash_rotary_embeddings
+
+PROFILE_NAME = "profile.json"
+SYNTHESIS_NAME = "synthesis.safetensors"
+ANALYSIS_NAME = "analysis.safetensors"
+FILE_FORMAT = "cachegen-profile"
+FILE_VERSION = 1
+SCALE_LOGS_PER_OCTAVE = 16
+"""Scales and steps are compared as integers: 16 times their binary logarithm, rounded."""
+
+_MAX_JSON_BYTES = 1 << 24
+_MAX_SCALE_LOG = 1 << 14
+
+
+@dataclass(frozen=True)
+class TransformGroup:
+    """Consecutive layers whose keys and values are transformed together, per token.
+
+    Per token the vector x is, layer after layer, the keys with their rotary embedding undone and the values. It is
+    coded as components c = (x - mean) @ analysis and rebuilt as mean + c @ synthesis.
+
+    Attributes:
+        first_layer, num_layers: the group's layers.
+        mean: fp32 `[num_channels]`, of the vectors.
+        synthesis: fp16 `[num_components, num_channels]`.
+        scale_logs: int16 `[num_components]`, not increasing: 16 log2 of each component's standard deviation.
+        analysis: fp16 `[num_channels, num_components]`; None where only decoding was asked for.
+    """
+
+    first_layer: int
+    num_layers: int
+    mean: torch.Tensor
+    synthesis: torch.Tensor
+    scale_logs: torch.Tensor
+    analysis: torch.Tensor | None = None
+
+    @property
+    def num_components(self) -> int:
+        return self.synthesis.shape[0]
+
+    @property
+    def num_channels(self) -> int:
+        return self.synthesis.shape[1]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One measured point: what a quantization step costs and gives.
+
+    Attributes:
+        step_log: 16 log2 of the step.
+        bits_per_value: of whole documents, every byte but the profile's counted.
+        kl: in nats per token, mean over the measured contexts.
+    """
+
+    step_log: int
+    bits_per_value: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model's profile.
+
+    Attributes:
+        model_fingerprint: SHA-256 in hex, as in a KV cache file.
+        rotary_embeddings: the model's; the first one is undone in keys. Empty: keys are taken as they are.
+        plane_shapes: (num_kv_heads, head_dim) of the keys and the values of layer 0, of layer 1, ...
+        groups: in layer order, covering all layers.
+        curve: in descending order of step; empty where nothing was measured.
+        calibration: what the profile was made from, for people.
+        profile_hash: SHA-256 in hex of profile.json.
+        num_bytes: of the files that decoding needs.
+    """
+
+    model_fingerprint: str
+    rotary_embeddings: tuple[RotaryEmbedding, ...]
+    plane_shapes: tuple[tuple[int, int], ...]
+    groups: tuple[TransformGroup, ...]
+    curve: tuple[CurvePoint, ...]
+    calibration: dict[str, Any]
+    profile_hash: str = ""
+    num_bytes: int = 0
+
+    @property
+    def rope_hash(self) -> str:
+        """SHA-256 in hex of the rotary embeddings; see `hash_rotary_embeddings`."""
+        return hash_rotary_embeddings(self.rotary_embeddings)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.plane_shapes) // 2
+
+    def channels_of(self, first_layer: int, num_layers: int) -> int:
+        """Return the channels of keys and values of consecutive layers together."""
+        planes = self.plane_shapes[2 * first_layer : 2 * (first_layer + num_layers)]
+        return sum(heads * dim for heads, dim in planes)
+
+    def choose_step(self, *, bits_per_value: float | None = None, kl: float | None = None) -> int:
+        """Return the largest step that keeps a target, by interpolation in the measured curve.
+
+        Args:
+            bits_per_value: the target; the step is the smallest that costs at most so many bits.
+            kl: the target instead, in nats per token; the step is the largest that keeps at most this divergence.
+
+        Returns:
+            16 log2 of the step.
+
+        Raises:
+            InputError: the profile has no curve.
+            ValueError: not exactly one target is given, or it is not positive.
+        """
+        if (bits_per_value is None) == (kl is None):
+            raise ValueError("exactly one of `bits_per_value` and `kl` must be given")
+        if len(self.curve) < 2:
+            raise InputError("the profile has no measured curve to choose a step from; make it with run_profiling.py")
+        target = bits_per_value if bits_per_value is not None else kl
+        if target is None or not target > 0:
+            raise ValueError(f"the target must be positive, got {target}")
+        costs = [(p.bits_per_value if bits_per_value is not None else p.kl, p.step_log) for p in self.curve]
+        costs.sort(key=lambda cost: cost[1])
+        step = _interpolate(math.log(target), [math.log(max(c, 1e-12)) for c, _ in costs], [s for _, s in costs])
+        # Fewer bits: a larger step; a smaller divergence: a smaller one.
+        return math.ceil(step) if bits_per_value is not None else math.floor(step)
+
+    def expect(self, step_log: int) -> CurvePoint | None:
+        """Return the interpolated curve at a step; None where the profile has no curve or the step lies outside."""
+        points = sorted(self.curve, key=lambda point: point.step_log)
+        for low, high in itertools.pairwise(points):
+            if low.step_log <= step_log <= high.step_log:
+                share = (step_log - low.step_log) / max(high.step_log - low.step_log, 1)
+
+                def between(a: float, b: float, share: float = share) -> float:
+                    return math.exp((1 - share) * math.log(max(a, 1e-12)) + share * math.log(max(b, 1e-12)))
+
+                return CurvePoint(step_log, between(low.bits_per_value, high.bits_per_value), between(low.kl, high.kl))
+        return None
+
+
+def save_profile(folder: str | os.PathLike[str], profile: Profile) -> Profile:
+    """Write a profile's three files, `profile.json` last, each whole or not at all.
+
+    Returns:
+        The profile with its hash and size filled in.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    folder = Path(folder)
+    synthesis: dict[str, torch.Tensor] = {}
+    analysis: dict[str, torch.Tensor] = {}
+    for index, group in enumerate(profile.groups):
+        if group.analysis is None:
+            raise ValueError(f"`analysis` of group {index} is needed to save a profile")
+        synthesis[f"mean.{index}"] = group.mean.float().contiguous()
+        synthesis[f"synthesis.{index}"] = group.synthesis.half().contiguous()
+        synthesis[f"scale_logs.{index}"] = group.scale_logs.to(torch.int16).contiguous()
+        analysis[f"analysis.{index}"] = group.analysis.half().contiguous()
+    contents = {SYNTHESIS_NAME: save_tensors(synthesis), ANALYSIS_NAME: save_tensors(analysis)}
+    record = {
+        "format": FILE_FORMAT,
+        "version": FILE_VERSION,
+        "model_fingerprint": profile.model_fingerprint,
+        "rotary_embeddings": [
+            {**dataclasses.asdict(rotary), "inv_freq": list(rotary.inv_freq)} for rotary in profile.rotary_embeddings
+        ],
+        "plane_shapes": [list(shape) for shape in profile.plane_shapes],
+        "groups": [
+            {"first_layer": g.first_layer, "num_layers": g.num_layers, "num_components": g.num_components}
+            for g in profile.groups
+        ],
+        "curve": [dataclasses.asdict(point) for point in profile.curve],
+        "calibration": profile.calibration,
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+    }
+    text = (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()
+    for name, content in contents.items():
+        write_file(folder / name, content)
+    write_file(folder / PROFILE_NAME, text)
+    return dataclasses.replace(
+        profile, profile_hash=hashlib.sha256(text).hexdigest(), num_bytes=len(text) + len(contents[SYNTHESIS_NAME])
+    )
+
+
+def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) -> Profile:
+    """Read a profile.
+
+    Args:
+        for_encoding: read the analysis matrices as well.
+
+    Raises:
+        InputError: there is none.
+        BitstreamError: a file is corrupt or not a profile's.
+        UnsupportedVersionError: it was written by a later release.
+    """
+    folder = Path(folder)
+    path = folder / PROFILE_NAME
+    text = _read(path)
+    if len(text) > _MAX_JSON_BYTES:
+        raise BitstreamError(f"{len(text)} bytes are too many for a profile", path=path)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BitstreamError(f"not JSON ({error})", path=path) from error
+    if not isinstance(record, dict) or record.get("format") != FILE_FORMAT:
+        raise BitstreamError("not a profile of run_profiling.py", path=path, field="format")
+    if record.get("version") != FILE_VERSION:
+        raise UnsupportedVersionError(
+            f"{record.get('version')} is not supported, this release reads {FILE_VERSION}", path=path, field="version"
+        )
+    try:
+        profile = _parse(record)
+        synthesis, num_bytes = _load_tensors(folder / SYNTHESIS_NAME, record["sha256"][SYNTHESIS_NAME])
+        analysis: dict[str, torch.Tensor] = {}
+        if for_encoding:
+            analysis, _ = _load_tensors(folder / ANALYSIS_NAME, record["sha256"][ANALYSIS_NAME])
+        groups = tuple(
+            _parse_group(index, shape, profile, synthesis, analysis if for_encoding else None)
+            for index, shape in enumerate(record["groups"])
+        )
+        covered = [layer for g in groups for layer in range(g.first_layer, g.first_layer + g.num_layers)]
+        if covered != list(range(profile.num_layers)):
+            raise BitstreamError("the groups do not cover the layers, each once and in order", field="groups")
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise BitstreamError(f"a field of the profile is missing or wrong ({error})", path=path) from error
+    except BitstreamError as error:
+        raise error if error.path else error.at(path) from error
+    return dataclasses.replace(
+        profile,
+        groups=groups,
+        profile_hash=hashlib.sha256(text).hexdigest(),
+        num_bytes=len(text) + num_bytes,
+    )
+
+
+def check_profile(profile: Profile, model_fingerprint: str, rope_hash: str, source: object) -> None:
+    """Refuse a profile of another model.
+
+    Raises:
+        MismatchError: naming the field that differs.
+    """
+    for field, found, expected in (
+        ("model_fingerprint", profile.model_fingerprint, model_fingerprint),
+        ("rope_hash", profile.rope_hash, rope_hash),
+    ):
+        if found != expected:
+            raise MismatchError(
+                f"the profile's {field} is {found[:12]}, but {source} has {expected[:12]}: it is another model's, "
+                "give --profile the one made for this model"
+            )
+
+
+def _parse(record: dict[str, Any]) -> Profile:
+    """Check the JSON's own fields; the groups' tensors come later."""
+    shapes = tuple((_integer(heads, 1, 65535), _integer(dim, 1, 65535)) for heads, dim in record["plane_shapes"])
+    if not shapes or len(shapes) % 2 or len(shapes) > 2 * 65535:
+        raise BitstreamError("must be two shapes per layer", field="plane_shapes")
+    rotary_embeddings = tuple(
+        RotaryEmbedding(
+            name=str(rotary["name"]),
+            rope_type=str(rotary["rope_type"]),
+            inv_freq=tuple(_number(frequency) for frequency in rotary["inv_freq"]),
+            attention_scaling=_number(rotary["attention_scaling"]),
+        )
+        for rotary in record["rotary_embeddings"]
+    )
+    for rotary in rotary_embeddings[:1]:
+        if rotary.attention_scaling == 0:
+            raise BitstreamError("must not be 0", field="attention_scaling")
+        if any(2 * len(rotary.inv_freq) > dim for _, dim in shapes[0::2]):
+            raise BitstreamError("more frequencies than a head has pairs", field="inv_freq")
+    fingerprint = record["model_fingerprint"]
+    if not isinstance(fingerprint, str) or len(bytes.fromhex(fingerprint)) != 32:
+        raise BitstreamError("must be a SHA-256 in hex", field="model_fingerprint")
+    curve = tuple(
+        CurvePoint(
+            _integer(point["step_log"], -_MAX_SCALE_LOG, _MAX_SCALE_LOG),
+            _number(point["bits_per_value"]),
+            _number(point["kl"]),
+        )
+        for point in record["curve"]
+    )
+    if not isinstance(record["calibration"], dict):
+        raise BitstreamError("must be an object", field="calibration")
+    return Profile(fingerprint.lower(), rotary_embeddings, shapes, (), curve, record["calibration"])
+
+
+def _parse_group(
+    index: int,
+    record: dict[str, Any],
+    profile: Profile,
+    synthesis: dict[str, torch.Tensor],
+    analysis: dict[str, torch.Tensor] | None,
+) -> TransformGroup:
+    first_layer = _integer(record["first_layer"], 0, profile.num_layers - 1)
+    num_layers = _integer(record["num_layers"], 1, profile.num_layers - first_layer)
+    num_channels = profile.channels_of(first_layer, num_layers)
+    num_components = _integer(record["num_components"], 1, min(num_channels, 65535))
+    group = TransformGroup(
+        first_layer,
+        num_layers,
+        _tensor(synthesis, f"mean.{index}", torch.float32, [num_channels]),
+        _tensor(synthesis, f"synthesis.{index}", torch.float16, [num_components, num_channels]),
+        _tensor(synthesis, f"scale_logs.{index}", torch.int16, [num_components]),
+        None
+        if analysis is None
+        else _tensor(analysis, f"analysis.{index}", torch.float16, [num_channels, num_components]),
+    )
+    logs = group.scale_logs
+    if (logs[1:] > logs[:-1]).any() or logs.abs().max() > _MAX_SCALE_LOG:
+        raise BitstreamError("must not increase, and lie within 2^14", field=f"scale_logs.{index}")
+    return group
+
+
+def _tensor(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    tensor = tensors[name]
+    if tensor.dtype != dtype or list(tensor.shape) != shape:
+        raise BitstreamError(f"must be {dtype} {shape}, got {tensor.dtype} {list(tensor.shape)}", field=name)
+    if dtype.is_floating_point and not torch.isfinite(tensor).all():
+        raise BitstreamError("holds NaN or infinity", field=name)
+    return tensor
+
+
+def _load_tensors(path: Path, expected_hash: object) -> tuple[dict[str, torch.Tensor], int]:
+    content = _read(path)
+    if hashlib.sha256(content).hexdigest() != expected_hash:
+        raise BitstreamError(f"is not the file that {PROFILE_NAME} names, or has changed", path=path, field="sha256")
+    try:
+        return load_tensors(content), len(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BitstreamError(f"not a safetensors file ({error})", path=path) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such file (--profile takes a folder of run_profiling.py)") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _integer(value: object, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"must be an integer, {low} to {high}, got {value!r}")
+    return value
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"must be a number, got {value!r}")
+    return float(value)
+
+
+def _interpolate(x: float, xs: Sequence[float], ys: Sequence[int]) -> float:
+    """Piecewise-linear y at x over points in any monotone order; the ends beyond them are extended flat."""
+    points = sorted(zip(xs, ys, strict=True))
+    if x <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]

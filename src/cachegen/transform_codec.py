@@ -1,0 +1,331 @@
+"""The codec of method `transform`: chunks of a KV cache to bytes and back, by way of a model's profile.
+
+A document is one saved cache, coded at one step and up to four levels; each file of a level refines the files of the
+levels before it. It is composed of the transform, its quantizer, the tables by scale index, the coder of components
+and the container.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from cachegen import container
+from cachegen.coder.components import decode_components, encode_components
+from cachegen.coder.cpu import DTYPES
+from cachegen.coder.reference import not_finite_error
+from cachegen.component_tables import LevelCoding, plan_level
+from cachegen.errors import BitstreamError, InputError, MismatchError
+from cachegen.format import ALIGNMENT, LANES, Coder, StreamEntry, round_up
+from cachegen.framing import Buffer
+from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
+from cachegen.profile import Profile, check_profile
+from cachegen.transform import LEVEL_RATIO_LOG, GroupTransform, quantize_components, step_of_level
+from cachegen.transform_format import ComponentChunkHeader, PlaneShape, TransformTablesHeader
+
+# A lane costs about 24 bits beyond its symbols; many components cost only tenths of a bit.
+SYMBOLS_PER_LANE = 16384
+
+
+@dataclass(frozen=True)
+class TransformDocument:
+    """What decoding needs: the tables file, the profile it names, and where to compute.
+
+    Attributes:
+        tables_hash: SHA-256 of the tables file.
+        profile: None where nothing is to be decoded.
+        device: of the matrix products, and of the outputs that chunks are decoded into.
+    """
+
+    header: TransformTablesHeader
+    tables_hash: bytes
+    profile: Profile | None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def transforms(self) -> list[GroupTransform]:
+        """One per group of layers.
+
+        Raises:
+            InputError: the document was loaded without a profile.
+        """
+        if self.profile is None:
+            raise InputError(f"the document needs the profile {self.header.profile_hash.hex()[:12]} (--profile)")
+        return [GroupTransform(self.profile, group, self.device) for group in self.profile.groups]
+
+    def codings(self, level: int) -> list[LevelCoding]:
+        """Return how each group's components are coded at a level."""
+        step_log = self.header.step_log - LEVEL_RATIO_LOG * (level - 1)
+        coarse = step_log + LEVEL_RATIO_LOG if level > 1 else None
+        return [plan_level(t.group.scale_logs.numpy(), step_log, coarse) for t in self.transforms]
+
+
+class TransformEncoder:
+    """Encodes one saved cache with a profile: its chunks and levels in any order.
+
+    Attributes:
+        document: what a decoder will know.
+        tables_file: the tables file's bytes.
+        levels: their numbers, 1 to the last.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        metadata: ContextMetadata,
+        profile: Profile,
+        chunk_tokens: Sequence[int],
+        *,
+        step_log: int,
+        num_levels: int = 1,
+        num_threads: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        """Check that cache and profile belong together.
+
+        Args:
+            cache: on the CPU; may be memory-mapped.
+            profile: loaded for encoding.
+            chunk_tokens: the chunks' token counts, at most the cache's in all.
+            step_log: 16 log2 of level 1's step.
+            device: of the matrix products; None is the CPU.
+
+        Raises:
+            MismatchError: the profile is another model's.
+        """
+        if sum(chunk_tokens) > cache.num_tokens or min(chunk_tokens, default=0) < 1:
+            raise ValueError(f"`chunk_tokens` must be positive and at most {cache.num_tokens} in all")
+        check_profile(profile, metadata.model_fingerprint, metadata.rope_hash, "the KV cache")
+        if [tuple(plane.shape[1:]) for plane in cache.planes] != list(profile.plane_shapes):
+            raise MismatchError("the profile's shapes are not the KV cache's: it is another model's")
+        self._cache, self._num_threads = cache, num_threads
+        self._device = device or torch.device("cpu")
+        self._stops = [sum(chunk_tokens[: i + 1]) for i in range(len(chunk_tokens))]
+        self._token_hashes = hash_token_prefixes(metadata.token_ids, self._stops)
+        header = TransformTablesHeader(
+            num_cache_tokens=cache.num_tokens,
+            num_levels=num_levels,
+            dtype=DTYPES[cache.dtype],
+            prefill_block_size=metadata.block_size,
+            step_log=step_log,
+            model_fingerprint=bytes.fromhex(metadata.model_fingerprint),
+            token_hash=bytes.fromhex(hash_token_prefixes(metadata.token_ids, [cache.num_tokens])[0]),
+            rope_hash=bytes.fromhex(metadata.rope_hash),
+            profile_hash=bytes.fromhex(profile.profile_hash),
+            planes=tuple(PlaneShape(*shape) for shape in profile.plane_shapes),
+            chunk_tokens=tuple(chunk_tokens),
+        )
+        self.tables_file = container.build_transform_tables(header)
+        tables_hash = hashlib.sha256(self.tables_file).digest()
+        self.document = TransformDocument(header, tables_hash, profile, self._device)
+        self.levels = tuple(range(1, num_levels + 1))
+        self._codings = {level: self.document.codings(level) for level in self.levels}
+        # Of the chunk that was asked for last: its levels are usually encoded one after the other.
+        self._quantized: tuple[int, list[list[torch.Tensor]]] | None = None
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self._stops)
+
+    def expected_header(self, index: int, level: int) -> ComponentChunkHeader:
+        """Return a chunk's header but for its stream index, which only encoding tells."""
+        document = self.document.header
+        num_tokens = document.chunk_tokens[index]
+        return ComponentChunkHeader(
+            first_token=self._stops[index] - num_tokens,
+            num_tokens=num_tokens,
+            num_layers=len(document.planes) // 2,
+            coder=Coder.RANS,
+            dtype=document.dtype,
+            level=level,
+            step_log=document.step_log,
+            model_fingerprint=document.model_fingerprint,
+            token_hash=bytes.fromhex(self._token_hashes[index]),
+            rope_hash=document.rope_hash,
+            tables_hash=self.document.tables_hash,
+            profile_hash=document.profile_hash,
+            tokens_per_stream=tuple(
+                choose_component_stream(coding.num_components, num_tokens) for coding in self._codings[level]
+            ),
+        )
+
+    def expected_kl(self, level: int) -> float | None:
+        """Return the loss that the profile's curve says for a level, in nats per token; None beyond the curve."""
+        profile = self.document.profile
+        point = profile.expect(self.document.header.step_log - LEVEL_RATIO_LOG * (level - 1)) if profile else None
+        return point.kl if point is not None else None
+
+    def is_encoding_of(self, index: int, content: bytes | memoryview, level: int) -> bool:
+        """Tell whether `content` is this chunk at this level, whole and unchanged, from this document."""
+        try:
+            header = container.parse_chunk(content, self._num_threads).header
+        except BitstreamError:
+            return False
+        if not isinstance(header, ComponentChunkHeader):
+            return False
+        return dataclasses.replace(header, stream_index=b"") == self.expected_header(index, level)
+
+    def encode_chunk(self, index: int, level: int) -> list[bytes | memoryview]:
+        """Encode one chunk at one level; returns its file as parts to be written one after the other.
+
+        Raises:
+            InputError: the cache holds NaN or infinity.
+        """
+        header = self.expected_header(index, level)
+        parts: list[bytes | memoryview] = []
+        streams: list[StreamEntry] = []
+        for group, coding in enumerate(self._codings[level]):
+            quantized = self._quantize(index)[group]
+            coarse = quantized[level - 2].numpy() if level > 1 else None
+            payload, entries = encode_components(
+                quantized[level - 1].numpy(), coarse, coding, header.tokens_per_stream[group], self._num_threads
+            )
+            parts.append(payload)
+            streams += entries
+        return container.build_component_chunk(header, streams, parts)
+
+    def _quantize(self, index: int) -> list[list[torch.Tensor]]:
+        """Return a chunk's quantized components, per group and level."""
+        if self._quantized is None or self._quantized[0] != index:
+            num_tokens = self.document.header.chunk_tokens[index]
+            first_token = self._stops[index] - num_tokens
+            tokens = self._cache.slice(first_token, self._stops[index])
+            for number, plane in enumerate(tokens.planes):
+                if not torch.isfinite(plane).all():
+                    bad = (~torch.isfinite(plane)).flatten(1).any(1).nonzero()[0].item()
+                    raise not_finite_error(number, first_token + int(bad))
+            if self._device.type != "cpu":
+                tokens = KVCache(
+                    [plane.to(self._device) for plane in tokens.keys],
+                    [plane.to(self._device) for plane in tokens.values],
+                )
+            step = step_of_level(self.document.header.step_log, 1)
+            groups = []
+            for group, transform in enumerate(self.document.transforms):
+                num_coded = [self._codings[level][group].num_components for level in self.levels]
+                components = transform.analyze(tokens, first_token, num_coded[-1]).cpu()
+                groups.append(quantize_components(components, step, num_coded))
+            self._quantized = (index, groups)
+        return self._quantized[1]
+
+
+def load_transform_document(
+    tables_file: bytes, header: TransformTablesHeader, profile: Profile | None, device: torch.device
+) -> TransformDocument:
+    """Put a document's parts together, its tables file already parsed.
+
+    Raises:
+        MismatchError: the profile is not the one that the document names.
+    """
+    if profile is not None and bytes.fromhex(profile.profile_hash) != header.profile_hash:
+        raise MismatchError(
+            f"profile_hash is {profile.profile_hash[:12]}, but the document was encoded with the profile "
+            f"{header.profile_hash.hex()[:12]}: give --profile its folder"
+        )
+    if profile is not None and [(p.num_kv_heads, p.head_dim) for p in header.planes] != list(profile.plane_shapes):
+        raise MismatchError("planes have other shapes than the profile's")
+    return TransformDocument(header, hashlib.sha256(tables_file).digest(), profile, device)
+
+
+def decode_component_chunk(
+    contents: Sequence[Buffer],
+    document: TransformDocument,
+    output: KVCache,
+    *,
+    first_token: int,
+    token_hash: bytes,
+    num_threads: int = 1,
+) -> ComponentChunkHeader:
+    """Decode one chunk from the files of its levels 1 to n, refusing those that do not belong here.
+
+    Args:
+        contents: the files of level 1, of level 2, ...; more of them give a finer result.
+        output: where the chunk's tokens go: exactly as many as it must have, on the document's device.
+        first_token: where in the context the chunk must begin.
+        token_hash: hash of the context's tokens up to the chunk's end.
+
+    Returns:
+        The header of the last level's file.
+
+    Raises:
+        BitstreamError: a file is corrupt; `output` then holds no usable values.
+        MismatchError: a file is of another document, model, context or level, naming the field.
+    """
+    if not contents:
+        raise ValueError("`contents` must have at least the file of level 1")
+    chunks = [container.parse_chunk(content, num_threads) for content in contents]
+    headers = [
+        _check_gates(chunk.header, document, level, output.num_tokens, first_token, token_hash)
+        for level, chunk in enumerate(chunks, 1)
+    ]
+    codings = [document.codings(level) for level in range(1, len(chunks) + 1)]
+    offsets = [0] * len(chunks)
+    starts = [0] * len(chunks)
+    step = step_of_level(document.header.step_log, len(chunks))
+    for group, transform in enumerate(document.transforms):
+        components = torch.zeros(output.num_tokens, codings[-1][group].num_components, dtype=torch.int32)
+        for level, (chunk, header) in enumerate(zip(chunks, headers, strict=True)):
+            streams = header.streams[starts[level] : starts[level] + header.streams_of_groups[group]]
+            num_bytes = sum(round_up(stream.num_bytes, ALIGNMENT) for stream in streams)
+            try:
+                decode_components(
+                    chunk.payload[offsets[level] : offsets[level] + num_bytes],
+                    streams,
+                    components.numpy(),
+                    codings[level][group],
+                    header.tokens_per_stream[group],
+                    num_threads,
+                )
+            except BitstreamError as error:
+                raise BitstreamError(error.problem, field=f"level {level + 1}, group {group}, {error.field}") from error
+            starts[level] += len(streams)
+            offsets[level] += num_bytes
+        transform.synthesize(components, step, output, first_token)
+    return headers[-1]
+
+
+def choose_component_stream(num_components: int, num_tokens: int) -> int:
+    """Return how many tokens to put in a stream so that lanes have about `SYMBOLS_PER_LANE` symbols.
+
+    Returns:
+        A multiple of 32. A chunk's streams come out about equally long.
+    """
+    target = LANES * max(1, round(SYMBOLS_PER_LANE / max(num_components, 1)))
+    num_streams = max(1, round(num_tokens / target))
+    return LANES * -(-num_tokens // (num_streams * LANES))
+
+
+def _check_gates(
+    header: object, document: TransformDocument, level: int, num_tokens: int, first_token: int, token_hash: bytes
+) -> ComponentChunkHeader:
+    """Refuse a chunk that does not belong here; returns its header."""
+    if not isinstance(header, ComponentChunkHeader):
+        raise MismatchError("method is not transform, but the tables file says so: the chunk is of another document")
+    expected = document.header
+    gates = [
+        ("model_fingerprint", header.model_fingerprint, expected.model_fingerprint),
+        ("rope_hash", header.rope_hash, expected.rope_hash),
+        ("first_token", header.first_token, first_token),
+        ("num_tokens", header.num_tokens, num_tokens),
+        ("token_hash", header.token_hash, token_hash),
+        ("dtype", header.dtype, expected.dtype),
+        ("num_layers", header.num_layers, len(expected.planes) // 2),
+        ("level", header.level, level),
+        ("step_log", header.step_log, expected.step_log),
+        ("profile_hash", header.profile_hash, expected.profile_hash),
+        ("tables_hash", header.tables_hash, document.tables_hash),
+        ("num_groups", len(header.tokens_per_stream), len(document.transforms)),
+    ]
+    for field_name, found, wanted in gates:
+        if found != wanted:
+            shown = [value.hex()[:12] if isinstance(value, bytes) else value for value in (found, wanted)]
+            raise MismatchError(
+                f"{field_name} is {shown[0]}, but the tables file, the profile and the context say {shown[1]}: "
+                "the chunk is of another document, model, profile or level"
+            )
+    return header
