@@ -31,6 +31,8 @@ from cachegen.pipeline.answers import (  # noqa: E402
 from cachegen.pipeline.context import read_context  # noqa: E402
 from cachegen.streaming.policies import POLICIES  # noqa: E402
 
+SILENT_STALLS = 2.5  # in a row, after which a request is given up for good
+
 if TYPE_CHECKING:
     from cachegen.pipeline.model import LoadedModel
     from cachegen.streaming.load_report import LoadResult
@@ -136,6 +138,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
         kernels=chosen.kernels,
         num_connections=args.num_connections,
         elapsed_seconds=lookup_seconds,
+        silence_seconds=SILENT_STALLS * args.stall_seconds,
     )
     with loader:
         loading = loader.run()

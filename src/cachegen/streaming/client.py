@@ -14,7 +14,7 @@ from cachegen.coder import cpu
 from cachegen.kv_cache import hash_rotary_embeddings
 from cachegen.pipeline.decode import copy_cache, empty_on
 from cachegen.store import Store
-from cachegen.streaming.loader import Loader
+from cachegen.streaming.loader import SILENCE_SECONDS, Loader
 from cachegen.streaming.policy import DecodeSpeed, Objective, Policy, PrefillSpeed, Speeds
 from cachegen.streaming.remote import FetchedFile, RemoteDocument
 
@@ -132,6 +132,7 @@ def make_loader(
     kernels=cpu,
     num_connections: int = 1,
     elapsed_seconds: float = 0.0,
+    silence_seconds: float = SILENCE_SECONDS,
 ) -> Loader:
     """Return a loader that fills `cache` with the document's tokens; run it, then `set_length` and generate.
 
@@ -151,6 +152,7 @@ def make_loader(
         speeds,
         num_connections=num_connections,
         elapsed_seconds=elapsed_seconds,
+        silence_seconds=silence_seconds,
     )
 
 
