@@ -29,6 +29,11 @@ from cachegen.pipeline.context import read_context  # noqa: E402
 def build_parser() -> argparse.ArgumentParser:
     parser = command_line.CommandLineParser(description=__doc__)
     parser.add_argument("--path_to_encoded_kv", default="encoded", help="a folder of run_encoding.py")
+    parser.add_argument(
+        "--level",
+        type=command_line.positive_int,
+        help="with method transform, decode levels 1 to this one; None is all",
+    )
     add_answer_flags(parser, SCRIPT_FOLDER)
     return parser
 
@@ -41,13 +46,17 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     from cachegen.coder.cpu import default_num_threads
     from cachegen.config import load_model_config, load_quantization_config
     from cachegen.pipeline.decode import EncodedFolder
+    from cachegen.pipeline.profiles import profile_finder
 
     report = command_line.Reporter(args)
     # Everything that needs no model comes first: a wrong path or config shows at once.
     num_threads = args.threads or default_num_threads()
     device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
     chosen = choose_kernels(args.device)
-    folder = EncodedFolder(args.path_to_encoded_kv, num_threads, chosen.kernels)
+    find_profile = profile_finder(args.profile, SCRIPT_FOLDER / "profiles")
+    folder = EncodedFolder(
+        args.path_to_encoded_kv, num_threads, chosen.kernels, find_profile=find_profile, level=args.level
+    )
     header = folder.document.header
     if args.quantization_config is not None:
         load_quantization_config(args.quantization_config).check_planes(
@@ -97,6 +106,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
         "num_cached_tokens": num_cached,
         "num_recomputed_tokens": len(token_ids) - 1 - num_cached,
         "num_chunks": len(chunk_tokens),
+        "level": folder.num_levels,
         "encoded_bytes": decoded.encoded_bytes,
         "load_seconds": decoded.load_seconds,
         "decode_seconds": decoded.decode_seconds,

@@ -31,6 +31,8 @@ from cachegen.pipeline.answers import (  # noqa: E402
 from cachegen.pipeline.context import read_context  # noqa: E402
 from cachegen.streaming.policies import POLICIES  # noqa: E402
 
+SILENT_STALLS = 2.5  # in a row, after which a request is given up for good
+
 if TYPE_CHECKING:
     from cachegen.pipeline.model import LoadedModel
     from cachegen.streaming.load_report import LoadResult
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load_and_answer(args: argparse.Namespace) -> None:
     from cachegen.coder.cpu import default_num_threads
+    from cachegen.pipeline.profiles import profile_finder
     from cachegen.store import RetryRule, open_store
 
     report = command_line.Reporter(args)
@@ -102,7 +105,14 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     loaded = load(dtype=dtype)
     token_ids = tokenize(loaded, text)
     lookup_start = time.perf_counter()
-    document = find_for_model(store, loaded, token_ids, num_threads=num_threads, kernels=chosen.kernels)
+    document = find_for_model(
+        store,
+        loaded,
+        token_ids,
+        num_threads=num_threads,
+        kernels=chosen.kernels,
+        find_profile=profile_finder(args.profile, SCRIPT_FOLDER / "profiles"),
+    )
     lookup_seconds = time.perf_counter() - lookup_start
     document.limit_chunks(args.num_chunks)
     if dtype == "auto" and loaded.dtype != document.dtype:
@@ -128,6 +138,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
         kernels=chosen.kernels,
         num_connections=args.num_connections,
         elapsed_seconds=lookup_seconds,
+        silence_seconds=SILENT_STALLS * args.stall_seconds,
     )
     with loader:
         loading = loader.run()

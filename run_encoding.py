@@ -4,18 +4,29 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 SCRIPT_FOLDER = Path(__file__).resolve().parent
 # In a clone that is not installed, the package is beside the script; an installed one comes first.
 sys.path.append(str(SCRIPT_FOLDER / "src"))
 
 from cachegen import command_line  # noqa: E402
-from cachegen.device import DEVICE_NAMES, choose_kernels  # noqa: E402
-from cachegen.format import Coder  # noqa: E402
+from cachegen.device import DEVICE_NAMES, KernelChoice, choose_kernels  # noqa: E402
+from cachegen.errors import ConfigError  # noqa: E402
+from cachegen.format import Coder, Method  # noqa: E402
+from cachegen.transform_format import MAX_LEVELS  # noqa: E402
+
+if TYPE_CHECKING:
+    from cachegen.config import QuantizationConfig, TransformConfig
+    from cachegen.kv_cache import ContextMetadata, KVCache
+    from cachegen.pipeline.encode import Encoder, EncodeResult
+    from cachegen.transform_codec import TransformEncoder
 
 BYTES_PER_FP16 = 2
 
@@ -38,6 +49,30 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens per chunk, 1500 where --num_chunks is not given either; "
         "with --num_chunks, tokens beyond their product stay uncovered and are recomputed from text at decoding",
     )
+    add("--profile", help="a profile's folder, for method transform; None takes the config's")
+    add(
+        "--levels",
+        metavar="1,2,...",
+        type=_parse_levels,
+        help="levels to write, for method transform: 1,2 or 1,2,3 ...",
+    )
+    add(
+        "--target_bits",
+        type=command_line.positive_float,
+        help="bits per value of level 1, for method transform, by the profile's curve; replaces the config's step",
+    )
+    add(
+        "--target_kl",
+        type=command_line.positive_float,
+        help="loss of level 1 in nats per token, for method transform, by the profile's curve",
+    )
+    add(
+        "--recompute_last",
+        type=command_line.non_negative_int,
+        default=0,
+        metavar="TOKENS",
+        help="leave so many last tokens out of the chunks: they are recomputed from text at decoding",
+    )
     coder_names = [coder.name.lower() for coder in Coder]
     add("--coder", choices=coder_names, help="entropy coder; None takes the config's")
     add(
@@ -56,29 +91,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command_line.run(_encode, build_parser(), argv)
 
 
+def _parse_levels(text: str) -> int:
+    """Return the number of levels in "1,2,...": each refines the one before, so none can be left out."""
+    numbers = text.split(",")
+    if numbers != [str(level) for level in range(1, len(numbers) + 1)] or len(numbers) > MAX_LEVELS:
+        raise argparse.ArgumentTypeError(f"must be 1 or 1,2 and so on up to {MAX_LEVELS}, got {text!r}")
+    return len(numbers)
+
+
 def _encode(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from cachegen.codec import DocumentEncoder
     from cachegen.coder.cpu import default_num_threads
-    from cachegen.config import load_quantization_config
+    from cachegen.config import TransformConfig
     from cachegen.kv_cache import load_kv_cache
     from cachegen.pipeline.chunking import plan_chunks
     from cachegen.pipeline.encode import encode_document
 
     report = command_line.Reporter(args)
     chosen = choose_kernels(args.device)
-    config = load_quantization_config(args.quantization_config)
+    config = _effective_config(args)
     coder = Coder[args.coder.upper()] if args.coder else config.coder
     num_threads = args.threads or default_num_threads()
     cache, metadata = load_kv_cache(args.path_to_kv)
-    chunk_tokens = plan_chunks(cache.num_tokens, args.num_chunks, args.chunk_size)
+    num_coded = cache.num_tokens - args.recompute_last
+    if num_coded < 1:
+        raise ConfigError(
+            f"--recompute_last {args.recompute_last} leaves none of the cache's {cache.num_tokens} tokens"
+        )
+    chunk_tokens = plan_chunks(num_coded, args.num_chunks, args.chunk_size)
     num_tokens = sum(chunk_tokens)
 
     start = time.perf_counter()
-    encoder = DocumentEncoder(
-        cache, metadata, config, chunk_tokens, coder, num_threads=num_threads, kernels=chosen.kernels
-    )
+    if isinstance(config, TransformConfig):
+        encoder = _make_transform_encoder(config, cache, metadata, chunk_tokens, num_threads, chosen)
+    else:
+        encoder = DocumentEncoder(
+            cache, metadata, config, chunk_tokens, coder, num_threads=num_threads, kernels=chosen.kernels
+        )
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         result = encode_document(encoder, args.output_path, overwrite=args.overwrite, progress=bar.update)
     seconds = time.perf_counter() - start
@@ -103,6 +154,7 @@ def _encode(args: argparse.Namespace) -> None:
             "payload": sizes.payload,
         },
         "bits_per_value": 8 * sizes.total / num_values,
+        **_describe_levels(encoder, result, num_values),
         "ratio_vs_fp16": BYTES_PER_FP16 * num_values / sizes.total,
         "ratio_vs_int8": num_values / sizes.total,
         "seconds": seconds,
@@ -116,6 +168,80 @@ def _encode(args: argparse.Namespace) -> None:
     _report(report, record, args)
     if args.json is not None:
         command_line.write_json(args.json, record)
+
+
+def _effective_config(args: argparse.Namespace) -> QuantizationConfig | TransformConfig:
+    """Read the config and put the flags of method `transform` in the place of its values."""
+    from cachegen.config import TransformConfig, load_quantization_config
+
+    config = load_quantization_config(args.quantization_config)
+    flags = {"--profile": args.profile, "--levels": args.levels}
+    flags |= {"--target_bits": args.target_bits, "--target_kl": args.target_kl}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if not isinstance(config, TransformConfig):
+        if given:
+            raise ConfigError(f"{given[0]} is for method transform, {args.quantization_config} says otherwise")
+        return config
+    if args.coder not in (None, "rans"):
+        raise ConfigError(f"--coder {args.coder}: method transform is coded with rans")
+    if args.target_bits is not None and args.target_kl is not None:
+        raise ConfigError("--target_bits and --target_kl exclude each other")
+    if args.target_bits is not None or args.target_kl is not None:
+        config = dataclasses.replace(config, step_log=None, target_bits=args.target_bits, target_kl=args.target_kl)
+    return dataclasses.replace(
+        config, profile=args.profile or config.profile, num_levels=args.levels or config.num_levels
+    )
+
+
+def _make_transform_encoder(
+    config: TransformConfig,
+    cache: KVCache,
+    metadata: ContextMetadata,
+    chunk_tokens: Sequence[int],
+    num_threads: int,
+    chosen: KernelChoice,
+) -> TransformEncoder:
+    from cachegen.pipeline.profiles import choose_step
+    from cachegen.profile import load_profile
+    from cachegen.transform_codec import TransformEncoder
+
+    profile = load_profile(config.profile, for_encoding=True)
+    return TransformEncoder(
+        cache,
+        metadata,
+        profile,
+        chunk_tokens,
+        step_log=choose_step(config, profile),
+        num_levels=config.num_levels,
+        num_threads=num_threads,
+        device=chosen.device,
+    )
+
+
+def _describe_levels(encoder: Encoder, result: EncodeResult, num_values: int) -> dict[str, Any]:
+    """Return what run_adaptation.py reads: the size of every file, and what each level is expected to lose."""
+    shared_bytes = result.sizes.total - sum(map(sum, result.chunk_bytes.values()))
+    levels, num_bytes = [], shared_bytes
+    for level, sizes in result.chunk_bytes.items():
+        num_bytes += sum(sizes)
+        expected = encoder.expected_kl(level)
+        levels.append({"level": level, "bits_per_value": 8 * num_bytes / num_values, "expected_kl": expected})
+    tokens = result.header.chunk_tokens
+    return {
+        # Level 0: files that are not one of several levels.
+        "levels": levels,
+        "levels_are_embedded": len(levels) > 1,
+        "shared_bytes": shared_bytes,
+        "chunks": [
+            {
+                "first_token": stop - num_tokens,
+                "num_tokens": num_tokens,
+                "bytes": {str(level): sizes[index] for level, sizes in result.chunk_bytes.items()},
+            }
+            for index, (stop, num_tokens) in enumerate(zip(itertools.accumulate(tokens), tokens, strict=True))
+        ],
+        "profile_hash": result.header.profile_hash.hex() if result.header.method is Method.TRANSFORM else None,
+    }
 
 
 def _report(report: command_line.Reporter, record: dict, args: argparse.Namespace) -> None:

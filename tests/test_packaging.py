@@ -36,12 +36,17 @@ LAYERS = {
     "config": 0,
     "kv_cache": 0,
     "format": 0,
+    "framing": 0,
+    "profile": 0,
+    "transform_format": 0,
     "manifest": 0,
     "quantization": 1,
     "transform": 1,
     "coder": 2,
+    "component_tables": 2,
     "symbol_model": 2,
     "codec": 3,
+    "transform_codec": 3,
     "container": 3,
     "store": 3,
     "catalog": 3,
@@ -294,5 +299,6 @@ def test_sdist_holds_the_native_sources_and_neither_model_nor_prompts_nor_builds
     native = {path.relative_to(ROOT).as_posix() for path in (ROOT / "src" / "csrc").rglob("*") if path.is_file()}
     modules = {f"src/cachegen/{name}" for name in SOURCES}
     profiles = {path.relative_to(ROOT).as_posix() for path in (ROOT / "profiles").rglob("*") if path.is_file()}
-    assert native | modules | profiles | {"setup.py", "pyproject.toml", "constraints.txt", "env.yml", "LICENSE"} <= shipped
+    others = {"setup.py", "pyproject.toml", "constraints.txt", "env.yml", "LICENSE"}
+    assert native | modules | profiles | others <= shipped
     assert shipped.isdisjoint(unwanted)

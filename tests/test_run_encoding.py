@@ -95,6 +95,16 @@ class TestResults:
         assert record["config"]["num_chunks"] == 3 and record["config"]["output_path"] == str(output)
         assert record["versions"]["torch"] == torch.__version__
 
+    def test_json_has_each_chunks_span_and_bytes(self, argv, output, capsys):
+        record = encode_to_json(argv, capsys)
+        sizes = [len(content) for name, content in sorted(read_folder(output).items()) if name.startswith("chunk_")]
+        assert record["chunks"] == [
+            {"first_token": 20 * i, "num_tokens": 20, "bytes": {"0": size}} for i, size in enumerate(sizes)
+        ]
+        assert record["shared_bytes"] + sum(sizes) == record["encoded_bytes"]
+        assert record["levels"] == [{"level": 0, "bits_per_value": record["bits_per_value"], "expected_kl": None}]
+        assert record["levels_are_embedded"] is False
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_kv_bytes_are_two_per_value_whatever_the_dtype(self, tmp_path, argv, capsys, dtype):
         save_cache(tmp_path / "kv.pkl", 60, dtype=dtype)

@@ -218,6 +218,15 @@ def write_contexts(contexts: Sequence[Context], output: Path) -> None:
     (output / "questions.json").write_text(text, encoding="utf-8", newline="\n")
 
 
+def load_encoder(model: Path) -> Encode:
+    """Return the function from text to tokens, without <s>, of a model's folder."""
+    # Only the tokenizer is needed, and transformers takes seconds to import.
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(description="Make the long contexts and their questions.")
@@ -231,14 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     args = build_parser().parse_args(argv)
-    # Only the tokenizer is needed, and transformers takes seconds to import.
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
+    encode = load_encoder(args.model)
     contexts = make_contexts(args.packages, args.words.read_text().split(), encode)
     sizes = check_contexts(contexts, encode)
     write_contexts(contexts, args.output)

@@ -36,6 +36,7 @@ from cachegen.manifest import (
     unpack_manifest,
 )
 from cachegen.store import Store
+from cachegen.transform_format import TransformTablesHeader
 
 STORE_INFO_NAME = "store.json"
 STORE_FORMAT = "cachegen-store"
@@ -229,7 +230,7 @@ def _publish_level(
     writer: _Writer,
     number: int,
     level: EncodedLevel,
-    header: TablesHeader,
+    header: TablesHeader | TransformTablesHeader,
     tables: StoredObject,
     hashes: Sequence[str],
     stops: Sequence[int],
@@ -277,7 +278,7 @@ def _sum_bits(levels: Sequence[Level]) -> list[Level]:
     return summed
 
 
-def _check_together(headers: Sequence[TablesHeader], metadata: ContextMetadata) -> None:
+def _check_together(headers: Sequence[TablesHeader | TransformTablesHeader], metadata: ContextMetadata) -> None:
     """Refuse levels of different contexts, models, cache shapes or chunk plans, and tokens that are not theirs."""
     if not 0 < len(headers) <= MAX_LEVELS:
         raise MismatchError(f"a document has 1 to {MAX_LEVELS} levels, got {len(headers)}")
@@ -301,11 +302,11 @@ def _check_together(headers: Sequence[TablesHeader], metadata: ContextMetadata) 
                 )
 
 
-def _shapes(header: TablesHeader) -> list[tuple[int, int]]:
+def _shapes(header: TablesHeader | TransformTablesHeader) -> list[tuple[int, int]]:
     return [(plane.num_kv_heads, plane.head_dim) for plane in header.planes]
 
 
-def _values_per_token(header: TablesHeader) -> int:
+def _values_per_token(header: TablesHeader | TransformTablesHeader) -> int:
     return sum(plane.num_channels for plane in header.planes)
 
 

@@ -28,6 +28,7 @@ from cachegen.format import (
     PlaneLayout,
     TablesHeader,
 )
+from cachegen.framing import Buffer
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
 from cachegen.profile import Profile
 from cachegen.quantization import low_bits_for
@@ -152,6 +153,10 @@ class DocumentEncoder:
             stream_index=b"",
         )
 
+    def expected_kl(self, level: int) -> None:
+        """Return what a level is expected to lose: nobody measured it for these methods."""
+        return None
+
     def is_encoding_of(self, index: int, content: bytes | memoryview, level: int = 0) -> bool:
         """Tell whether `content` is this chunk, whole and unchanged, from this document and configuration."""
         try:
@@ -183,7 +188,7 @@ FindProfile: TypeAlias = Callable[[bytes], Profile]
 
 
 def load_document(
-    tables_file: bytes | memoryview, *, num_threads: int = 1, kernels=cpu, find_profile: FindProfile | None = None
+    tables_file: Buffer, *, num_threads: int = 1, kernels=cpu, find_profile: FindProfile | None = None
 ) -> Document | TransformDocument:
     """Parse a tables file.
 
@@ -206,7 +211,7 @@ def load_document(
 
 
 def decode_levels(
-    contents: Sequence[bytes | memoryview],
+    contents: Sequence[Buffer],
     document: Document | TransformDocument,
     output: KVCache,
     *,
@@ -228,7 +233,7 @@ def decode_levels(
 
 
 def decode_chunk(
-    content: bytes | memoryview,
+    content: Buffer,
     document: Document,
     output: KVCache,
     *,

@@ -138,7 +138,7 @@ def non_negative_int(text: str) -> int:
 def positive_float(text: str) -> float:
     """Parse a flag's value that must be a finite number above 0; for argparse's `type`."""
     value = _finite_float(text)
-    if value is None or value <= 0:
+    if not value > 0:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return value
 
@@ -146,7 +146,7 @@ def positive_float(text: str) -> float:
 def non_negative_float(text: str) -> float:
     """Parse a flag's value that must be a finite number of at least 0; for argparse's `type`."""
     value = _finite_float(text)
-    if value is None or value < 0:
+    if not value >= 0:
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
     return value
 
@@ -219,14 +219,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _finite_float(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 def _bounded_int(text: str, minimum: int) -> int:
     try:
         value = int(text)
@@ -235,6 +227,15 @@ def _bounded_int(text: str, minimum: int) -> int:
     if value < minimum:
         raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}, got {text!r}")
     return value
+
+
+def _finite_float(text: str) -> float:
+    """Return the number, NaN where there is none: no comparison holds for it."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def _one_line(text: str) -> str:

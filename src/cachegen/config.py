@@ -15,6 +15,7 @@ from typing import Any
 
 from cachegen.errors import ConfigError, InputError, MismatchError
 from cachegen.format import Coder, Method, PlaneLayout
+from cachegen.transform_format import MAX_LEVELS, MAX_STEP_LOG, PlaneShape
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class QuantizationConfig:
             by_kind.append(of_layer)
         return [group for pair in zip(*by_kind, strict=True) for group in pair]
 
-    def check_planes(self, method: Method, planes: Sequence[PlaneLayout], path: object) -> None:
+    def check_planes(self, method: Method, planes: Sequence[PlaneLayout] | Sequence[PlaneShape], path: object) -> None:
         """Refuse a file that was quantized otherwise.
 
         Raises:
@@ -78,11 +79,47 @@ class QuantizationConfig:
                 f"{path}: method is {method.name.lower()}, but {self.source} says {self.method.name.lower()}"
             )
         for index, (plane, group) in enumerate(zip(planes, self.groups_of_planes(len(planes) // 2), strict=True)):
-            if plane.num_bins != group.num_bins:
+            if isinstance(plane, PlaneLayout) and plane.num_bins != group.num_bins:
                 raise MismatchError(
                     f"{path}: {group.field} is {plane.num_bins} (layer {index // 2}), "
                     f"but {self.source} says {group.num_bins}"
                 )
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """How method `transform` codes a cache: with which profile, how finely, in how many levels.
+
+    Attributes:
+        profile: the profile's folder.
+        step_log: 16 log2 of level 1's step; None where a target chooses it.
+        target_bits: bits per value that level 1 may cost, by the profile's curve.
+        target_kl: nats per token that level 1 may lose, by the profile's curve.
+        num_levels: 1 to 4; each divides the step of the one before by three.
+    """
+
+    profile: str
+    step_log: int | None
+    target_bits: float | None
+    target_kl: float | None
+    num_levels: int = 1
+    source: str = field(default="", compare=False)
+
+    method = Method.TRANSFORM
+    coder = Coder.RANS
+
+    def __post_init__(self) -> None:
+        if [self.step_log, self.target_bits, self.target_kl].count(None) != 2:
+            raise ConfigError(f"{self.source}: give exactly one of step_log, target_bits and target_kl")
+
+    def check_planes(self, method: Method, planes: Sequence[object], path: object) -> None:
+        """Refuse a file of another method.
+
+        Raises:
+            MismatchError: it is.
+        """
+        if method != self.method:
+            raise MismatchError(f"{path}: method is {method.name.lower()}, but {self.source} says transform")
 
 
 @dataclass(frozen=True)
@@ -95,7 +132,7 @@ class ModelConfig:
     head_dim: int | None = None
     source: str = field(default="", compare=False)
 
-    def check_planes(self, planes: Sequence[PlaneLayout], path: object) -> None:
+    def check_planes(self, planes: Sequence[PlaneLayout] | Sequence[PlaneShape], path: object) -> None:
         """Refuse a file of a model of another shape.
 
         Raises:
@@ -120,11 +157,12 @@ _CACHEGEN_FIELDS = {
     for place in places
     for what in ("layers", "bins")
 }
+_TRANSFORM_FIELDS = {"profile", "levels", "step_log", "target_bits", "target_kl"}
 _MODEL_FIELDS = {"description", "model_id", "layers", "channels", "kv_heads", "head_dim"}
 
 
-def load_quantization_config(path: str | os.PathLike[str]) -> QuantizationConfig:
-    """Read a quantization config.
+def load_quantization_config(path: str | os.PathLike[str]) -> QuantizationConfig | TransformConfig:
+    """Read a quantization config; its method decides which kind it is.
 
     Raises:
         InputError: there is no such file.
@@ -144,7 +182,10 @@ def load_quantization_config(path: str | os.PathLike[str]) -> QuantizationConfig
         bits = _read_integer(path, content, "bits", 2, 8)
         groups = (LayerGroup(None, 1 << bits, "bits"),)
         return QuantizationConfig(Method.UNIFORM, groups, groups, _read_coder(path, content, Coder.PACKED), str(path))
-    raise ConfigError(f'{path}: method must be "cachegen" or "uniform", got {json.dumps(method)}')
+    if method == "transform":
+        _refuse_unknown(path, content, {"method", "description"} | _TRANSFORM_FIELDS)
+        return _read_transform(path, content)
+    raise ConfigError(f'{path}: method must be "cachegen", "uniform" or "transform", got {json.dumps(method)}')
 
 
 def load_model_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -225,6 +266,35 @@ def _read_groups(path: object, content: dict[str, Any], kind: str, places: Seque
             previous = end
         groups.append(LayerGroup(end, _read_bins(path, content, bins), bins))
     return tuple(groups)
+
+
+def _read_transform(path: str | os.PathLike[str], content: dict[str, Any]) -> TransformConfig:
+    profile = content.get("profile")
+    if not isinstance(profile, str) or not profile:
+        raise ConfigError(f"{path}: field profile must name a profile's folder")
+    step_log = content.get("step_log")
+    if step_log is not None and (not isinstance(step_log, int) or isinstance(step_log, bool)):
+        raise ConfigError(f"{path}: step_log must be an integer, got {json.dumps(step_log)}")
+    if step_log is not None and abs(step_log) > MAX_STEP_LOG:
+        raise ConfigError(f"{path}: step_log must be within {MAX_STEP_LOG} of 0, got {step_log}")
+    return TransformConfig(
+        # As files beside the config: it may be used from any folder.
+        profile=str(Path(path).parent / profile),
+        step_log=step_log,
+        target_bits=_read_target(path, content, "target_bits"),
+        target_kl=_read_target(path, content, "target_kl"),
+        num_levels=_read_integer(path, content, "levels", 1, MAX_LEVELS) if "levels" in content else 1,
+        source=str(path),
+    )
+
+
+def _read_target(path: object, content: dict[str, Any], name: str) -> float | None:
+    value = content.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e6:
+        raise ConfigError(f"{path}: {name} must be a number above 0, got {json.dumps(value)}")
+    return float(value)
 
 
 def _read_coder(path: object, content: dict[str, Any], default: Coder) -> Coder:

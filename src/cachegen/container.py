@@ -29,7 +29,7 @@ from cachegen.format import (
     unpack_chunk_header,
     unpack_tables_header,
 )
-from cachegen.framing import read_version
+from cachegen.framing import Buffer, read_version
 from cachegen.transform_format import (
     TRANSFORM_FORMAT_VERSION,
     ComponentChunkHeader,
@@ -102,9 +102,7 @@ def build_component_chunk(
     return [pack_component_chunk_header(header, crc32c), *payloads]
 
 
-def parse_chunk(
-    content: bytes | memoryview, num_threads: int = 1
-) -> Chunk[ChunkHeader] | Chunk[ComponentChunkHeader]:
+def parse_chunk(content: Buffer, num_threads: int = 1) -> Chunk[ChunkHeader] | Chunk[ComponentChunkHeader]:
     """Take a chunk file of any version apart and check all of it.
 
     Raises:
@@ -129,9 +127,7 @@ def parse_chunk(
     return Chunk(header, scales, payload)
 
 
-def _check_streams(
-    content: memoryview, header: ChunkHeader | ComponentChunkHeader, num_threads: int
-) -> memoryview:
+def _check_streams(content: memoryview, header: ChunkHeader | ComponentChunkHeader, num_threads: int) -> memoryview:
     """Return the streams of a chunk, all of whose checksums match."""
     payload, streams = content[header.payload_offset :], header.streams
     found = checksum_streams(payload, streams, num_threads)

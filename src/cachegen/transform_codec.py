@@ -22,6 +22,7 @@ from cachegen.coder.reference import not_finite_error
 from cachegen.component_tables import LevelCoding, plan_level
 from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.format import ALIGNMENT, LANES, Coder, StreamEntry, round_up
+from cachegen.framing import Buffer
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
 from cachegen.profile import Profile, check_profile
 from cachegen.transform import LEVEL_RATIO_LOG, GroupTransform, quantize_components, step_of_level
@@ -153,6 +154,12 @@ class TransformEncoder:
             ),
         )
 
+    def expected_kl(self, level: int) -> float | None:
+        """Return the loss that the profile's curve says for a level, in nats per token; None beyond the curve."""
+        profile = self.document.profile
+        point = profile.expect(self.document.header.step_log - LEVEL_RATIO_LOG * (level - 1)) if profile else None
+        return point.kl if point is not None else None
+
     def is_encoding_of(self, index: int, content: bytes | memoryview, level: int) -> bool:
         """Tell whether `content` is this chunk at this level, whole and unchanged, from this document."""
         try:
@@ -226,7 +233,7 @@ def load_transform_document(
 
 
 def decode_component_chunk(
-    contents: Sequence[bytes | memoryview],
+    contents: Sequence[Buffer],
     document: TransformDocument,
     output: KVCache,
     *,
@@ -252,16 +259,17 @@ def decode_component_chunk(
     if not contents:
         raise ValueError("`contents` must have at least the file of level 1")
     chunks = [container.parse_chunk(content, num_threads) for content in contents]
-    for level, chunk in enumerate(chunks, 1):
+    headers = [
         _check_gates(chunk.header, document, level, output.num_tokens, first_token, token_hash)
+        for level, chunk in enumerate(chunks, 1)
+    ]
     codings = [document.codings(level) for level in range(1, len(chunks) + 1)]
     offsets = [0] * len(chunks)
     starts = [0] * len(chunks)
     step = step_of_level(document.header.step_log, len(chunks))
     for group, transform in enumerate(document.transforms):
         components = torch.zeros(output.num_tokens, codings[-1][group].num_components, dtype=torch.int32)
-        for level, chunk in enumerate(chunks):
-            header = chunk.header
+        for level, (chunk, header) in enumerate(zip(chunks, headers, strict=True)):
             streams = header.streams[starts[level] : starts[level] + header.streams_of_groups[group]]
             num_bytes = sum(round_up(stream.num_bytes, ALIGNMENT) for stream in streams)
             try:
@@ -278,7 +286,7 @@ def decode_component_chunk(
             starts[level] += len(streams)
             offsets[level] += num_bytes
         transform.synthesize(components, step, output, first_token)
-    return chunks[-1].header
+    return headers[-1]
 
 
 def choose_component_stream(num_components: int, num_tokens: int) -> int:
@@ -294,7 +302,8 @@ def choose_component_stream(num_components: int, num_tokens: int) -> int:
 
 def _check_gates(
     header: object, document: TransformDocument, level: int, num_tokens: int, first_token: int, token_hash: bytes
-) -> None:
+) -> ComponentChunkHeader:
+    """Refuse a chunk that does not belong here; returns its header."""
     if not isinstance(header, ComponentChunkHeader):
         raise MismatchError("method is not transform, but the tables file says so: the chunk is of another document")
     expected = document.header
@@ -319,3 +328,4 @@ def _check_gates(
                 f"{field_name} is {shown[0]}, but the tables file, the profile and the context say {shown[1]}: "
                 "the chunk is of another document, model, profile or level"
             )
+    return header

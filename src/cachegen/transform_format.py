@@ -165,9 +165,7 @@ def pack_transform_tables_header(header: TransformTablesHeader, checksum: Checks
     )
     shapes = b"".join(_SHAPE.pack(plane.num_kv_heads, plane.head_dim) for plane in header.planes)
     body = fields + shapes + struct.pack(f"<{len(header.chunk_tokens)}I", *header.chunk_tokens)
-    return seal_header(
-        TABLES_MAGIC, header.header_bytes, header.header_bytes, body, checksum, TRANSFORM_FORMAT_VERSION
-    )
+    return seal_header(TABLES_MAGIC, header.header_bytes, header.header_bytes, body, checksum, TRANSFORM_FORMAT_VERSION)
 
 
 def unpack_transform_tables_header(content: Buffer, checksum: Checksum) -> TransformTablesHeader:
@@ -198,7 +196,7 @@ def unpack_transform_tables_header(content: Buffer, checksum: Checksum) -> Trans
     _check_step(step_log, 48)
     is_clear = reserved == reserved_level == 0
     require(is_clear, "reserved bits are set, a later release may read them", 41, "reserved", unsupported=True)
-    require(0 < num_layers, "must be positive", 36, "num_layers")
+    require(num_layers > 0, "must be positive", 36, "num_layers")
     require(0 < num_levels <= MAX_LEVELS, f"must be 1 to {MAX_LEVELS}, got {num_levels}", 39, "num_levels")
     require(0 < num_chunks <= MAX_CHUNKS, f"must be 1 to {MAX_CHUNKS}, got {num_chunks}", 32, "num_chunks")
     require(prefill_block_size > 0, "must be positive", 44, "prefill_block_size")

@@ -30,6 +30,9 @@ def add_answer_flags(parser: argparse.ArgumentParser, script_folder: str | os.Pa
     add("--path_to_context", default=context_default, help="the text whose cache was encoded")
     add("--num_chunks", type=command_line.positive_int, help="decode only the first chunks; None decodes all")
     add("--quantization_config", help="a JSON file; if given, the chunk files must agree with it")
+    add(
+        "--profile", help="a profile's folder, for method transform; None finds the one the document names in profiles/"
+    )
     add("--model_config", help="a JSON file; if given, the chunk files must agree with it")
     add("--max_new_tokens", type=command_line.positive_int, default=10, help="tokens to generate per answer")
     add(

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from cachegen import container
-from cachegen.codec import Document, decode_chunk, document_dtype, load_document
+from cachegen.codec import Document, FindProfile, decode_levels, document_dtype, load_document
 from cachegen.coder import cpu
 from cachegen.errors import BitstreamError, ConfigError, MismatchError
 from cachegen.kv_cache import KVCache, hash_rotary_embeddings, hash_token_prefixes
+from cachegen.transform_codec import TransformDocument
+from cachegen.transform_format import TransformTablesHeader
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import LoadedModel
@@ -45,15 +47,27 @@ class EncodedFolder:
         document: its tables file, parsed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], num_threads: int, kernels=cpu) -> None:
-        """Read the tables file.
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        num_threads: int,
+        kernels=cpu,
+        *,
+        find_profile: FindProfile | None = None,
+        level: int | None = None,
+    ) -> None:
+        """Read the tables file, and the profile that it names with method `transform`.
 
         Args:
             kernels: `cachegen.coder.cpu`, or a `cachegen.coder.cuda.CudaKernels`.
+            find_profile: as for `load_document`.
+            level: decode from the files of levels 1 to this one; None is all that the document has.
 
         Raises:
             InputError: there is none.
             BitstreamError: it is corrupt.
+            ConfigError: the document has no such level.
+            MismatchError: the profile is not the one that the document names.
         """
         self.path = Path(folder)
         self._num_threads, self._kernels = num_threads, kernels
@@ -63,11 +77,14 @@ class EncodedFolder:
         self._read_seconds = time.perf_counter() - start
         start = time.perf_counter()
         try:
-            self.document: Document = load_document(content, num_threads=num_threads, kernels=kernels)
+            self.document: Document | TransformDocument = load_document(
+                content, num_threads=num_threads, kernels=kernels, find_profile=find_profile
+            )
         except BitstreamError as error:
             raise error.at(self.tables_path) from error
         self._parse_seconds = time.perf_counter() - start
         self._tables_bytes = len(content)
+        self._levels = self._select_levels(level)
 
     def select_chunks(self, num_chunks: int | None) -> tuple[int, ...]:
         """Return the token counts of the first `num_chunks` chunks; None: of all.
@@ -79,6 +96,18 @@ class EncodedFolder:
         if num_chunks is not None and num_chunks > len(available):
             raise ConfigError(f"{self.path}: --num_chunks {num_chunks} asked for, {len(available)} are there")
         return available[:num_chunks]
+
+    @property
+    def num_levels(self) -> int:
+        """The number of levels that are decoded; 0 for methods without levels."""
+        return 0 if self._levels == [0] else len(self._levels)
+
+    def _select_levels(self, level: int | None) -> list[int]:
+        header = self.document.header
+        available = header.num_levels if isinstance(header, TransformTablesHeader) else 0
+        if level is not None and not 1 <= level <= available:
+            raise ConfigError(f"{self.path}: --level {level} asked for, the document has {available or 'no'} levels")
+        return list(range(1, (level or available) + 1)) if available else [0]
 
     def check_model(self, loaded: LoadedModel) -> None:
         """Refuse a model that is not the one whose cache was encoded.
@@ -137,13 +166,13 @@ class EncodedFolder:
         hashes = hash_token_prefixes(token_ids, stops)
         load_seconds, decode_seconds = self._read_seconds, self._parse_seconds
         encoded_bytes = self._tables_bytes
-        for index, (content, seconds) in enumerate(self._read_ahead(len(chunk_tokens))):
+        for index, (contents, seconds) in enumerate(self._read_ahead(len(chunk_tokens))):
             start = time.perf_counter()
             tokens = output.slice(stops[index] - chunk_tokens[index], stops[index])
-            path = self.path / container.chunk_name(index)
+            path = self.path / container.chunk_name(index, self._levels[-1])
             try:
                 _decode_and_copy(
-                    content,
+                    contents,
                     self.document,
                     tokens,
                     first_token=stops[index] - chunk_tokens[index],
@@ -157,18 +186,19 @@ class EncodedFolder:
                 raise MismatchError(f"{path}: {error}") from error
             load_seconds += seconds
             decode_seconds += time.perf_counter() - start
-            encoded_bytes += len(content)
+            encoded_bytes += sum(map(len, contents))
             if progress is not None:
                 progress(chunk_tokens[index])
         return DecodeResult(sum(chunk_tokens), encoded_bytes, load_seconds, decode_seconds)
 
-    def _read_ahead(self, num_chunks: int) -> Iterator[tuple[bytes, float]]:
-        """Yield the chunk files and how long reading each took; the next one is being read meanwhile."""
+    def _read_ahead(self, num_chunks: int) -> Iterator[tuple[list[bytes], float]]:
+        """Yield each chunk's files and how long reading them took; the next ones are being read meanwhile."""
 
-        def read(index: int) -> tuple[bytes, float]:
+        def read(index: int) -> tuple[list[bytes], float]:
             start = time.perf_counter()
-            content = container.read_whole(self.path / container.chunk_name(index))
-            return content, time.perf_counter() - start
+            names = [container.chunk_name(index, level) for level in self._levels]
+            contents = [container.read_whole(self.path / name) for name in names]
+            return contents, time.perf_counter() - start
 
         with ThreadPoolExecutor(max_workers=1) as reader:
             pending = reader.submit(read, 0)
@@ -189,7 +219,7 @@ class EncodedFolder:
         return document_dtype(self.document)
 
 
-def check_model(document: Document, tables_name: object, loaded: LoadedModel) -> None:
+def check_model(document: Document | TransformDocument, tables_name: object, loaded: LoadedModel) -> None:
     """Refuse a model that is not the one whose cache was encoded.
 
     Args:
@@ -235,8 +265,8 @@ def copy_cache(source: KVCache, target: KVCache) -> None:
 
 
 def _decode_and_copy(
-    content: bytes,
-    document: Document,
+    contents: Sequence[bytes],
+    document: Document | TransformDocument,
     output: KVCache,
     *,
     first_token: int,
@@ -247,8 +277,8 @@ def _decode_and_copy(
     """Decode straight into the output, or by way of the kernels' device where the output is elsewhere."""
     is_direct = all(plane.device.type == kernels.device.type for plane in output.planes)
     target = output if is_direct else empty_on(kernels.device, output)
-    decode_chunk(
-        content,
+    decode_levels(
+        contents,
         document,
         target,
         first_token=first_token,

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cachegen.codec import FindProfile
 from cachegen.coder import cpu
 from cachegen.kv_cache import hash_rotary_embeddings
 from cachegen.pipeline.decode import copy_cache, empty_on
 from cachegen.store import Store
-from cachegen.streaming.loader import Loader
+from cachegen.streaming.loader import SILENCE_SECONDS, Loader
 from cachegen.streaming.policy import DecodeSpeed, Objective, Policy, PrefillSpeed, Speeds
 from cachegen.streaming.remote import FetchedFile, RemoteDocument
 
@@ -95,7 +96,13 @@ class ModelWorkers:
 
 
 def find_for_model(
-    store: Store, loaded: LoadedModel, token_ids: torch.Tensor, *, num_threads: int, kernels=cpu
+    store: Store,
+    loaded: LoadedModel,
+    token_ids: torch.Tensor,
+    *,
+    num_threads: int,
+    kernels=cpu,
+    find_profile: FindProfile | None = None,
 ) -> RemoteDocument:
     """Find the document that covers the longest prefix of a text, for this model.
 
@@ -109,6 +116,7 @@ def find_for_model(
         rope_hash=hash_rotary_embeddings(loaded.rotary_embeddings),
         num_threads=num_threads,
         kernels=kernels,
+        find_profile=find_profile,
     )
 
 
@@ -124,6 +132,7 @@ def make_loader(
     kernels=cpu,
     num_connections: int = 1,
     elapsed_seconds: float = 0.0,
+    silence_seconds: float = SILENCE_SECONDS,
 ) -> Loader:
     """Return a loader that fills `cache` with the document's tokens; run it, then `set_length` and generate.
 
@@ -143,6 +152,7 @@ def make_loader(
         speeds,
         num_connections=num_connections,
         elapsed_seconds=elapsed_seconds,
+        silence_seconds=silence_seconds,
     )
 
 

@@ -163,6 +163,16 @@ class Loader:
         if self._decoder is not None:
             self._decoder.join()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the load has ended."""
+        return self._is_over
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of all bodies so far."""
+        return self._received_bytes
+
     def run(self) -> LoadResult:
         """Load until the policy is content; computes in this thread.
 

@@ -143,11 +143,19 @@ class ThroughputSample:
 
 @dataclass(frozen=True)
 class Work:
-    """What the model or the decoder is busy with: a chunk, the level (`TEXT` for the model), and since when."""
+    """What the model or the decoder is busy with.
+
+    Attributes:
+        chunk: index of the chunk.
+        level: to be decoded; `TEXT` for the model.
+        started_seconds: since when.
+        delayed_seconds: of the model: how long it has stood still meanwhile, for the decoder or anything else.
+    """
 
     chunk: int
     level: int
     started_seconds: float
+    delayed_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -217,12 +225,14 @@ class Speeds:
         decode: of the decoder.
         first_token_seconds: from a complete cache to the first token: the question and the last prompt token.
         prior_bytes_per_second: the link's throughput remembered from an earlier request; None for a first one.
+        stop_seconds: the longest time until the model stops when what it computes is abandoned.
     """
 
     prefill: PrefillSpeed
     decode: DecodeSpeed = field(default_factory=DecodeSpeed)
     first_token_seconds: float = 0.0
     prior_bytes_per_second: float | None = None
+    stop_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -306,11 +316,11 @@ class LoadState:
 
     def compute_seconds_left(self) -> float:
         """Return the seconds until the chunk that the model computes now is done; 0 when it is idle."""
-        if self.computing is None:
+        work = self.computing
+        if work is None:
             return 0.0
-        return max(
-            0.0, self.computing.started_seconds + self.prefill_seconds(self.computing.chunk) - self.elapsed_seconds
-        )
+        end = work.started_seconds + work.delayed_seconds + self.prefill_seconds(work.chunk)
+        return max(0.0, end - self.elapsed_seconds)
 
     def decode_seconds_left(self) -> float:
         """Return the seconds until the decoder is done; 0 when it is idle."""

@@ -20,13 +20,22 @@ from cachegen.streaming.policy import Decision, Decode, Fetch, LoadState
 GUARD_FRACTION = 0.02
 """Of the deadline: kept free for what the client itself needs between the last event and the first token."""
 
+DECODE_MARGIN = 0.1
+"""Of the time that decoding is expected to take: how much earlier it begins than it must."""
+
+TEXT_GRACE = 0.01
+"""Of the time that computing everything takes: what the two ends may come later than that."""
+
 
 def decide_two_ended(state: LoadState) -> Decision:
     """Decide by the rules at the top of this module."""
     end_seconds = _end_of_refinement(state)
-    fetch = tuple(_choose_fetches(state, end_seconds))
+    decode_seconds = _latest_decode_start(state, end_seconds)
+    fetch = tuple(_choose_fetches(state, decode_seconds))
     is_loading = bool(fetch or state.in_flight)
-    decode = _choose_decode(state, end_seconds, is_loading) if state.decoding is None else None
+    decode = None
+    if state.decoding is None and not _decoding_can_wait(state, decode_seconds, is_loading):
+        decode = _choose_decode(state, end_seconds, is_loading)
     compute = _choose_compute(state, end_seconds) if state.computing is None else None
     if state.is_complete and (
         state.loss <= state.objective.target_loss
@@ -38,14 +47,73 @@ def decide_two_ended(state: LoadState) -> Decision:
         cancel=tuple(_useless_requests(state)),
         compute=compute,
         decode=decode,
-        wake_at_seconds=end_seconds if end_seconds > state.elapsed_seconds else None,
+        wake_at_seconds=min((t for t in (decode_seconds, end_seconds) if t > state.elapsed_seconds), default=None),
     )
 
 
 def _end_of_refinement(state: LoadState) -> float:
-    """Return the time by which the cache must be complete for the first token to meet the deadline."""
-    objective = state.objective
-    return objective.deadline_seconds * (1 - GUARD_FRACTION) - state.speeds.first_token_seconds
+    """Return the time after which nothing is waited for once the cache is complete.
+
+    The first token shall meet the deadline, and shall not come later than text alone would have given it: after that
+    time, computing would have had no loss at all. It is earlier by what the model needs to stop, where it is in a
+    chunk that it will not finish by then.
+    """
+    latest = min(state.objective.deadline_seconds * (1 - GUARD_FRACTION), _latest_end_against_text(state))
+    end = latest - state.speeds.first_token_seconds
+    is_in_vain = state.computing is not None and state.elapsed_seconds + state.compute_seconds_left() > end
+    return end - state.speeds.stop_seconds if is_in_vain else end
+
+
+def _latest_end_against_text(state: LoadState) -> float:
+    """Return the latest time to first token that counts as not slower than computing everything."""
+    return (1 + TEXT_GRACE) * sum(state.prefill_seconds(i) for i in range(len(state.chunks)))
+
+
+def _shares_device(state: LoadState) -> bool:
+    """Tell whether decoding displaces computing so much that early decoding is not free."""
+    return state.speeds.decode.compute_slowdown >= 0.5
+
+
+def _latest_decode_start(state: LoadState, end_seconds: float) -> float:
+    """Return when decoding must begin for all that has arrived to be ready by `end_seconds`.
+
+    A decoder on a device of its own begins with the first file and need not wait: `end_seconds` itself then.
+    """
+    if not _shares_device(state):
+        return end_seconds
+    seconds = state.decode_seconds_left()
+    for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
+        level = chunk.usable_level(progress.arrived)
+        if not progress.is_computed and level > progress.decoded_level:
+            seconds += state.speeds.decode.seconds(chunk, level)
+        elif not progress.is_ready and not _can_be_loaded(state, i):
+            seconds += state.prefill_seconds(i)
+    return end_seconds - (1 + DECODE_MARGIN) * seconds
+
+
+def _decoding_can_wait(state: LoadState, latest_start: float, is_loading: bool) -> bool:
+    """Tell whether a decoder that shares the model's device should leave it to the model for now.
+
+    Early decoding is then no gain: the device is never idle, and a chunk that is decoded early may still be
+    computed, or refined and decoded again. It begins when nothing is left to cover and what has arrived is good
+    enough, when nothing better comes, or when the time is there.
+    """
+    if not _shares_device(state):
+        return False
+    if sum(_seconds_to_sufficient_levels(state)) < state.compute_seconds_left():
+        return False  # all will be loaded before the model ends its chunk, which will not be needed
+    loss = 0.0
+    for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
+        is_computing = state.computing is not None and state.computing.chunk == i
+        level = max(chunk.usable_level(progress.arrived), progress.decoded_level)
+        if level and not progress.is_computed:
+            loss += chunk.loss[level - 1]
+        elif not progress.is_computed and not is_computing and _can_be_loaded(state, i):
+            return True
+    if loss <= state.objective.target_loss or state.elapsed_seconds >= latest_start:
+        return False
+    is_improving = state.computing is not None and state.elapsed_seconds + state.compute_seconds_left() <= latest_start
+    return is_loading or is_improving
 
 
 def _choose_compute(state: LoadState, end_seconds: float) -> int | None:
@@ -73,34 +141,65 @@ def _can_be_loaded(state: LoadState, chunk: int) -> bool:
 def _choose_decode(state: LoadState, end_seconds: float, is_loading: bool) -> Decode | None:
     """Return what the idle decoder does next: chunks that are not ready, from the back; then the largest gain in loss.
 
-    A chunk is decoded only where that costs the model no more time than computing the chunk would, or has left.
+    A chunk is decoded only where that costs the model no more time than computing the chunk would, or has left, and
+    where the end that then comes is none that text alone would have come to before.
     """
     best: tuple[float, int, Decode] | None = None
     speed = state.speeds.decode
+    compute_seconds_left = state.compute_seconds_left()
+    loading_pays = _loading_pays(state)
     for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
         level = chunk.usable_level(progress.arrived)
         if progress.is_computed or level <= progress.decoded_level:
             continue
         seconds = speed.seconds(chunk, level)
-        is_computing = state.computing is not None and state.computing.chunk == i
-        compute_seconds = state.compute_seconds_left() if is_computing else state.prefill_seconds(i)
-        if not progress.is_ready:
-            if is_loading and level < _sufficient_level(state, i) and _refinement_is_near(state, end_seconds):
+        if state.computing is not None and state.computing.chunk == i:
+            if seconds + _seconds_to_end(state) > compute_seconds_left:
                 continue
-            # The chunk under way is decoded only to be ready earlier; any other only at no cost to the model.
-            cost = seconds if is_computing else seconds * speed.compute_slowdown
-            if cost > compute_seconds:
+        elif seconds * speed.compute_slowdown > state.prefill_seconds(i):
+            continue
+        if not progress.is_ready:
+            is_premature = level < _sufficient_level(state, i) and _refinement_is_near(state, end_seconds)
+            if not loading_pays or (is_loading and is_premature):
                 continue
             gain = float("inf")
         else:
             if not state.is_complete or state.elapsed_seconds + seconds > end_seconds:
                 continue
-            if is_computing and seconds > compute_seconds:
+            # The model, once begun, is not delayed beyond the end.
+            computed = state.elapsed_seconds + compute_seconds_left
+            if computed <= end_seconds < computed + seconds * speed.compute_slowdown and state.computing is not None:
                 continue
             gain = (chunk.loss[progress.decoded_level - 1] - chunk.loss[level - 1]) / max(seconds, 1e-9)
         if best is None or (gain, i) > best[:2]:
             best = (gain, i, Decode(i, level))
     return best[2] if best else None
+
+
+def _seconds_to_end(state: LoadState) -> float:
+    """Return the seconds from a complete cache to the first token, should the model be in the middle of something."""
+    return state.speeds.first_token_seconds + state.speeds.stop_seconds
+
+
+def _loading_pays(state: LoadState) -> bool:
+    """Tell whether what has arrived, once decoded, leads to an end no later than computing everything would.
+
+    All that has arrived is decoded, all that has not is computed, and the model then turns to the question.
+    """
+    seconds = (
+        state.elapsed_seconds + state.compute_seconds_left() + state.decode_seconds_left() + _seconds_to_end(state)
+    )
+    for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
+        level = chunk.usable_level(progress.arrived)
+        if progress.is_ready or (state.computing is not None and state.computing.chunk == i):
+            continue
+        if state.decoding is not None and state.decoding.chunk == i:
+            continue
+        if level:
+            seconds += state.speeds.decode.seconds(chunk, level) * state.speeds.decode.compute_slowdown
+        else:
+            seconds += state.prefill_seconds(i)
+    return seconds <= _latest_end_against_text(state)
 
 
 def _sufficient_level(state: LoadState, chunk: int) -> int:
@@ -115,9 +214,15 @@ def _refinement_is_near(state: LoadState, end_seconds: float) -> bool:
 
     Decoding waits then. It does not while nothing comes, nothing is known or the deadline is too near.
     """
-    throughput = recent_throughput(state)
-    if not throughput:
-        return False
+    seconds, decode_seconds = _seconds_to_sufficient_levels(state)
+    return seconds < decode_seconds and state.elapsed_seconds + seconds + decode_seconds < end_seconds
+
+
+def _seconds_to_sufficient_levels(state: LoadState) -> tuple[float, float]:
+    """Return how long it takes to load the sufficient levels of all that is not computed, and how long to decode them.
+
+    The first is infinite where nothing comes or nothing is known.
+    """
     num_bytes = _bytes_in_flight(state)
     decode_seconds = 0.0
     for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
@@ -126,9 +231,10 @@ def _refinement_is_near(state: LoadState, end_seconds: float) -> bool:
         level = _sufficient_level(state, i)
         expected = state.expected_files(i)
         num_bytes += sum(chunk.file_bytes[n - 1] for n in chunk.files_of(level) if n not in expected)
-        decode_seconds += state.speeds.decode.seconds(chunk, level)
-    seconds = num_bytes / throughput
-    return seconds < decode_seconds and state.elapsed_seconds + seconds + decode_seconds < end_seconds
+        if progress.decoded_level < level:
+            decode_seconds += state.speeds.decode.seconds(chunk, level)
+    throughput = recent_throughput(state)
+    return (num_bytes / throughput if throughput else float("inf")), decode_seconds
 
 
 def _choose_fetches(state: LoadState, end_seconds: float) -> Iterator[Fetch]:
@@ -174,7 +280,7 @@ def _wins_race(state: LoadState) -> bool:
     chunk = state.chunks[state.computing.chunk]
     level = chunk.obtainable_levels(state.progress[state.computing.chunk].missing)[0]
     seconds = _arrival_seconds(state, chunk.bytes_of(level)) + state.speeds.decode.seconds(chunk, level)
-    return seconds < state.compute_seconds_left()
+    return seconds + _seconds_to_end(state) < state.compute_seconds_left()
 
 
 def _arrival_seconds(state: LoadState, num_bytes: int) -> float:

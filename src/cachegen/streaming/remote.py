@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from cachegen.catalog import FoundDocument, find_document
-from cachegen.codec import Document, decode_chunk, document_dtype, load_document
+from cachegen.codec import Document, FindProfile, decode_levels, document_dtype, load_document
 from cachegen.coder import cpu
 from cachegen.errors import BitstreamError, ConfigError, MismatchError, StoreError
 from cachegen.kv_cache import KVCache
 from cachegen.manifest import Manifest, StoredObject
 from cachegen.store import Store
 from cachegen.streaming.policy import ChunkLevels
+from cachegen.transform_codec import TransformDocument
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,21 @@ class RemoteDocument:
         address: of the manifest, for messages.
     """
 
-    def __init__(self, store: Store, found: FoundDocument, num_threads: int, kernels=cpu) -> None:
+    def __init__(
+        self,
+        store: Store,
+        found: FoundDocument,
+        num_threads: int,
+        kernels=cpu,
+        find_profile: FindProfile | None = None,
+    ) -> None:
         self.manifest: Manifest = found.manifest
         self.address, self.num_chunks = found.address, found.num_chunks
         self._store, self._num_threads, self._kernels = store, num_threads, kernels
-        self._documents: dict[int, Document] = {}
-        self._locks = [threading.Lock() for _ in found.manifest.levels]
+        self._find_profile = find_profile
+        # By the hash of the tables file: levels that refine each other share one.
+        self._documents: dict[str, Document | TransformDocument] = {}
+        self._locks = {level.tables.sha256: threading.Lock() for level in found.manifest.levels}
         self._plane_shapes: list[tuple[int, ...]] | None = None
 
     @classmethod
@@ -59,8 +69,12 @@ class RemoteDocument:
         rope_hash: str,
         num_threads: int,
         kernels=cpu,
+        find_profile: FindProfile | None = None,
     ) -> RemoteDocument:
         """Find the document that covers the longest prefix of a text.
+
+        Args:
+            find_profile: as for `load_document`.
 
         Raises:
             StoreError: there is none, or the store cannot be read.
@@ -70,7 +84,7 @@ class RemoteDocument:
         if found is None or found.num_chunks == 0:
             message = f"{store.url}: holds no chunk of this context for this model (add it with run_publishing.py)"
             raise StoreError(message, is_missing=True)
-        return cls(store, found, num_threads, kernels)
+        return cls(store, found, num_threads, kernels, find_profile)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,24 +129,29 @@ class RemoteDocument:
             for chunk in self.manifest.chunks[: self.num_chunks]
         )
 
-    def open_level(self, level: int, on_bytes: Callable[[int], object] | None = None) -> Document:
+    def open_level(self, level: int, on_bytes: Callable[[int], object] | None = None) -> Document | TransformDocument:
         """Return what decoding needs of a level, fetching its tables file at the first use.
 
         Raises:
             StoreError, BitstreamError: it cannot be had, or is corrupt.
             MismatchError: it is not the tables file that the manifest describes.
         """
-        with self._locks[level - 1]:
-            if level not in self._documents:
-                tables = self.manifest.levels[level - 1].tables
+        tables = self.manifest.levels[level - 1].tables
+        with self._locks[tables.sha256]:
+            if tables.sha256 not in self._documents:
                 content = self._store.get_exactly(tables.name, tables.bytes, sha256=tables.sha256, on_bytes=on_bytes)
                 try:
-                    document = load_document(content, num_threads=self._num_threads, kernels=self._kernels)
+                    document = load_document(
+                        content,
+                        num_threads=self._num_threads,
+                        kernels=self._kernels,
+                        find_profile=self._find_profile,
+                    )
                 except BitstreamError as error:
                     raise error.at(self.describe(tables)) from error
                 self._check_document(document, self.describe(tables))
-                self._documents[level] = document
-            return self._documents[level]
+                self._documents[tables.sha256] = document
+            return self._documents[tables.sha256]
 
     def fetch(self, chunk: int, level: int, on_bytes: Callable[[int], object] | None = None) -> FetchedFile:
         """Fetch one file, whole and checked.
@@ -167,14 +186,11 @@ class RemoteDocument:
             BitstreamError: a file is corrupt in spite of its hash: it was published so.
             MismatchError: a file is of another document.
         """
-        needed = self.manifest.files_of(level)
-        if len(needed) > 1:
-            raise MismatchError(f"{self.address}: levels that refine each other are not supported by this release")
         entry = self.manifest.chunks[chunk]
         stored = entry.files[level - 1]
         try:
-            decode_chunk(
-                contents[level],
+            decode_levels(
+                [contents[needed] for needed in self.manifest.files_of(level)],
                 self.open_level(level),
                 output,
                 first_token=entry.first_token,
@@ -200,10 +216,11 @@ class RemoteDocument:
         if dtype != self.dtype:
             raise MismatchError(f"{self.address}: dtype is {self.dtype}, but the model has {dtype}: give --dtype auto")
         self._plane_shapes = list(shapes)
-        for level, document in self._documents.items():
-            self._check_document(document, self.describe(self.manifest.levels[level - 1].tables))
+        names = {level.tables.sha256: self.describe(level.tables) for level in self.manifest.levels}
+        for digest, document in self._documents.items():
+            self._check_document(document, names[digest])
 
-    def _check_document(self, document: Document, name: str) -> None:
+    def _check_document(self, document: Document | TransformDocument, name: str) -> None:
         """Refuse a tables file that is not what the manifest says; what it says of the model was compared before."""
         header, manifest = document.header, self.manifest
         gates = [

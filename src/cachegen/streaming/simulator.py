@@ -236,6 +236,9 @@ class _World:
             self._received += moved
             self._sample_bytes += moved
         self._compute_left -= step * compute_rate
+        if self._computing is not None and compute_rate < 1:
+            delayed = self._computing.delayed_seconds + step * (1 - compute_rate)
+            self._computing = replace(self._computing, delayed_seconds=delayed)
         self._decode_left -= step
         self._end_work()
         self._end_requests()

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Measure bytes against quality: every context, by every method and setting, against its uncompressed cache.
+
+Writes results.csv (a row per method and setting), contexts.csv (and context), table.md and plot.png. An interrupted
+run resumes where it stopped; results are measured anew when what they depend on has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cachegen import command_line
+from cachegen.device import DTYPES, resolve_device, resolve_dtype
+from cachegen.errors import ConfigError
+from cachegen.evaluation.rate_distortion import Study, measure, read_contexts
+from cachegen.evaluation.report import format_table, summarize, write_csv, write_per_context_csv, write_plot
+from cachegen.evaluation.schemes import make_schemes
+from cachegen.files import write_file
+from cachegen.pipeline.model import load_model
+from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE
+from cachegen.profile import load_profile
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_line.CommandLineParser(description=__doc__)
+    add = parser.add_argument
+    add("--model_id", default=str(ROOT / "models/tiny-mistral"), help="Hugging Face id or local folder of the model")
+    add("--path_to_context", type=Path, default=ROOT / "9k_prompts", help="a folder of N.txt and questions.json")
+    add("--path_to_calibration", type=Path, default=ROOT / "calibration_prompts", help="the same, to fit methods on")
+    add(
+        "--profile",
+        default=str(ROOT / "profiles/tiny-mistral"),
+        help="the model's profile, for method transform; none leaves that method out",
+    )
+    add("--output_path", type=Path, required=True, help="folder of the results")
+    add("--kv_folder", type=Path, help="folder of saved caches, test/ and calibration/; None: OUTPUT_PATH/kv")
+    add("--num_contexts", type=command_line.positive_int, help="measure only the first contexts")
+    add("--num_questions", type=command_line.positive_int, help="ask only the first questions of each context")
+    add("--num_calibration", type=command_line.positive_int, help="fit on the first calibration contexts only")
+    add("--schemes", nargs="+", metavar="NAME", help="measure only these; None: all")
+    add("--no_retrieval", action="store_true", help="ask no questions; a later run without it asks them")
+    add("--no_plot", action="store_true", help="draw no plot (it needs matplotlib)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="float32",
+        help="of the model that compares; caches keep the checkpoint's",
+    )
+    add("--block_size", type=command_line.positive_int, default=DEFAULT_BLOCK_SIZE, help="tokens per prefill step")
+    command_line.add_common_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command_line.run(_measure, build_parser(), argv)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    report = command_line.Reporter(args)
+    profile = load_profile(args.profile, for_encoding=True) if args.profile != "none" else None
+    schemes = make_schemes(profile)
+    if args.schemes is not None:
+        unknown = sorted(set(args.schemes) - {scheme.name for scheme in schemes})
+        if unknown:
+            known = ", ".join(scheme.name for scheme in schemes)
+            raise ConfigError(f"--schemes: there is no scheme {unknown[0]} (known: {known})")
+        schemes = [scheme for scheme in schemes if scheme.name in args.schemes]
+    contexts = read_contexts(args.path_to_context, args.num_contexts, args.num_questions)
+    calibration = read_contexts(args.path_to_calibration, args.num_calibration)
+    device = resolve_device(args.device)
+    study = Study(
+        loaded=load_model(args.model_id, device=device, dtype=resolve_dtype(args.dtype)),
+        load_for_prefill=functools.cache(lambda: load_model(args.model_id, device=device)),
+        contexts=contexts,
+        calibration=calibration,
+        schemes=schemes,
+        output=args.output_path,
+        kv_folder=args.kv_folder or args.output_path / "kv",
+        with_retrieval=not args.no_retrieval,
+        block_size=args.block_size,
+    )
+    results = measure(study, report.line)
+    rows = summarize(results)
+    table = format_table(rows)
+    write_csv(args.output_path / "results.csv", rows)
+    write_per_context_csv(args.output_path / "contexts.csv", results)
+    write_file(args.output_path / "table.md", table.encode())
+    if not args.no_plot:
+        write_plot(args.output_path / "plot.png", rows)
+    report.line(table)
+    if args.json is not None:
+        config, versions = command_line.effective_config(args), command_line.collect_versions()
+        command_line.write_json(args.json, {"results": rows, "config": config, "versions": versions})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""The schemes that are compared, one file per family; a new one is a line in `make_schemes`."""
+
+from __future__ import annotations
+
+from cachegen.evaluation.schemes.absmax import CacheGenScheme, UniformScheme
+from cachegen.evaluation.schemes.anchor_delta import AnchorDeltaScheme
+from cachegen.evaluation.schemes.base import ByteCount, Recoded, SavedCache, Scheme
+from cachegen.evaluation.schemes.grouped import GroupedScheme
+from cachegen.evaluation.schemes.pca import PcaScheme
+from cachegen.evaluation.schemes.transform import TransformLevelsScheme, TransformScheme
+from cachegen.profile import Profile
+
+__all__ = ["ByteCount", "Recoded", "SavedCache", "Scheme", "make_schemes"]
+
+
+def make_schemes(profile: Profile | None = None) -> list[Scheme]:
+    """Return every scheme, not fitted yet, in the order of the table.
+
+    Args:
+        profile: of the model, loaded for encoding; None leaves out what needs one.
+    """
+    schemes: list[Scheme] = [UniformScheme(), CacheGenScheme(), AnchorDeltaScheme(), GroupedScheme(), PcaScheme()]
+    if profile is not None:
+        schemes += [
+            TransformScheme(profile),
+            TransformScheme(profile, chunk_size=256, name="transform-256"),
+            TransformLevelsScheme(profile),
+        ]
+    return schemes

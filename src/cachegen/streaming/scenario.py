@@ -1,0 +1,267 @@
+"""What a simulation runs on: documents and speeds, from the files that state them and where they come from."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cachegen.errors import ConfigError, InputError, MismatchError
+from cachegen.streaming.policy import ChunkLevels, DecodeSpeed, PrefillSpeed, Speeds
+
+BYTES_PER_FP16 = 2
+
+
+@dataclass(frozen=True)
+class LevelCurve:
+    """What a codec's levels cost and lose.
+
+    Attributes:
+        bits_per_value: of all files that a level takes, level 1 first, increasing.
+        expected_kl: nats per token to the uncompressed cache, not increasing.
+        is_embedded: whether levels refine each other, see `ChunkLevels`.
+        source: where the numbers come from, for the report.
+    """
+
+    bits_per_value: tuple[float, ...]
+    expected_kl: tuple[float, ...]
+    is_embedded: bool
+    source: str = ""
+
+    def document(self, num_tokens: int, chunk_size: int, values_per_token: int) -> tuple[ChunkLevels, ...]:
+        """Return a document of this many tokens in chunks of `chunk_size`, the last one shorter."""
+        chunks = []
+        for first in range(0, num_tokens, chunk_size):
+            tokens = min(chunk_size, num_tokens - first)
+            totals = [math.ceil(bits * values_per_token * tokens / 8) for bits in self.bits_per_value]
+            if self.is_embedded:
+                totals = [totals[0], *(after - before for before, after in itertools.pairwise(totals))]
+            loss = tuple(kl * tokens / num_tokens for kl in self.expected_kl)
+            chunks.append(ChunkLevels(first, tokens, tuple(totals), loss, self.is_embedded))
+        return tuple(chunks)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A model on some GPUs.
+
+    Attributes:
+        values_per_token: of the KV cache.
+        speeds: of prefill, decoding and the first token.
+        source: where the numbers come from, for the report.
+    """
+
+    name: str
+    values_per_token: int
+    speeds: Speeds
+    source: str
+
+
+def load_level_curves(path: str | os.PathLike[str]) -> tuple[dict[str, LevelCurve], str]:
+    """Read a levels file of config/adaptation: the curve of each codec, and the file's statement of its sources.
+
+    Raises:
+        InputError: there is no such file.
+        ConfigError: it is not such a file, naming the field.
+    """
+    content = _load_object(path)
+    curves = {}
+    for name, codec in _field(path, content, "codecs", dict).items():
+        where = f"codecs.{name}."
+        levels = _field(path, codec, "levels", list, where)
+        curves[name] = LevelCurve(
+            bits_per_value=tuple(_number(path, level, "bits_per_value", where) for level in levels),
+            expected_kl=tuple(_number(path, level, "expected_kl", where, minimum=0) for level in levels),
+            is_embedded=_field(path, codec, "levels_are_embedded", bool, where),
+            source=_field(path, codec, "source", str, where),
+        )
+        _check_curve(path, where, curves[name])
+    return curves, _field(path, content, "source", str)
+
+
+def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: float = 1.0) -> Machine:
+    """Read one model on one kind of GPU from config/adaptation/models.json.
+
+    Args:
+        path: of the file.
+        model: a key of its "models".
+        gpu: a key of that model's "prefill".
+        gpu_share: the share of the GPUs that this request gets; slows prefill, decoding and the first token.
+
+    Raises:
+        InputError: there is no such file.
+        ConfigError: it is not such a file, or has no such model or GPU.
+    """
+    content = _load_object(path)
+    models = _field(path, content, "models", dict)
+    if model not in models:
+        raise ConfigError(f"{path}: no model {model} (there are {', '.join(models)})")
+    where = f"models.{model}."
+    prefills = _field(path, models[model], "prefill", dict, where)
+    if gpu not in prefills:
+        raise ConfigError(f"{path}: no speed of {model} on {gpu} (there are {', '.join(prefills)})")
+    prefill = prefills[gpu]
+    place = f"{where}prefill.{gpu}."
+    values = int(_number(path, models[model], "values_per_token", where))
+    bandwidth = 1e12 * _number(
+        path,
+        _field(path, _field(path, content, "gpus", dict), gpu, dict),
+        "memory_terabytes_per_second",
+        f"gpus.{gpu}.",
+    )
+    num_gpus = _number(path, prefill, "num_gpus", place)
+    decode = _field(path, content, "decode", dict)
+    per_bandwidth = _number(path, decode, "fp16_gigabytes_per_second_per_memory_terabyte_per_second", "decode.") / 1000
+    speeds = Speeds(
+        prefill=PrefillSpeed(
+            gpu_share * _number(path, prefill, "tokens_per_second", place),
+            _number(path, prefill, "attention_nanoseconds", place, minimum=0) * 1e-9 / gpu_share,
+            _number(path, content, "overhead", ""),
+        ),
+        decode=DecodeSpeed(
+            tokens_per_second=gpu_share * num_gpus * bandwidth * per_bandwidth / (BYTES_PER_FP16 * values),
+            compute_slowdown=_number(path, decode, "compute_slowdown", "decode.", minimum=0),
+        ),
+        first_token_seconds=BYTES_PER_FP16
+        * _number(path, models[model], "parameters", where)
+        / (gpu_share * num_gpus * bandwidth),
+    )
+    source = f"{_field(path, content, 'source', str)} Decoding: {_field(path, decode, 'source', str, 'decode.')}."
+    return Machine(f"{model} on {int(num_gpus)} x {gpu}", values, speeds, source)
+
+
+def load_encodings(
+    paths: Sequence[str | os.PathLike[str]], expected_kl: Sequence[float] | None = None
+) -> tuple[ChunkLevels, ...]:
+    """Read the sizes of one document from what `run_encoding.py --json` wrote.
+
+    The tables file, which is needed before the first chunk, counts in equal parts per token into every chunk's smallest
+    file. Tokens that no chunk covers become a chunk without files.
+
+    Args:
+        paths: one file; or several of the same document without levels, which become the levels of independent
+            files, in order of size.
+        expected_kl: of each level, in the order of `paths` or of the file's levels; None for the files' own.
+
+    Raises:
+        InputError: a file is missing.
+        ConfigError: a file is not such a record, or no KL is known.
+        MismatchError: the files are not of the same document in the same chunks.
+    """
+    records = [_load_object(path) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        if "chunks" not in record:
+            raise ConfigError(f"{path}: has no field chunks: not from run_encoding.py --json, or from an older one")
+    if len(records) == 1:
+        return _chunks_of_record(paths[0], records[0], expected_kl)
+    if expected_kl is not None and len(expected_kl) != len(records):
+        raise ConfigError(f"--expected_kl: {len(records)} encodings need as many values, got {len(expected_kl)}")
+    single = [
+        _chunks_of_record(path, record, None if expected_kl is None else [expected_kl[i]])
+        for i, (path, record) in enumerate(zip(paths, records, strict=True))
+    ]
+    spans = [[(c.first_token, c.num_tokens) for c in chunks] for chunks in single]
+    if any(span != spans[0] for span in spans):
+        raise MismatchError(f"{paths[0]} and the others: not the same document in the same chunks")
+    if any(chunk.num_levels > 1 for chunks in single for chunk in chunks):
+        raise MismatchError(f"{', '.join(map(str, paths))}: only documents without levels can be taken together")
+    single.sort(key=lambda chunks: sum(sum(chunk.file_bytes) for chunk in chunks))
+    return tuple(
+        _chunk(
+            ", ".join(map(str, paths)),
+            same[0].first_token,
+            same[0].num_tokens,
+            tuple(c.file_bytes[0] for c in same if c.file_bytes),
+            tuple(c.loss[0] for c in same if c.loss),
+            False,
+        )
+        for same in zip(*single, strict=True)
+    )
+
+
+def _chunks_of_record(path: object, record: dict, expected_kl: Sequence[float] | None) -> tuple[ChunkLevels, ...]:
+    levels = _field(path, record, "levels", list)
+    is_embedded = _field(path, record, "levels_are_embedded", bool)
+    if expected_kl is None:
+        if any(not isinstance(level, dict) or level.get("expected_kl") is None for level in levels):
+            raise ConfigError(f"{path}: no KL is known of its levels: give --expected_kl")
+        expected_kl = [_number(path, level, "expected_kl", "levels.", minimum=0) for level in levels]
+    if len(expected_kl) != len(levels):
+        raise ConfigError(f"--expected_kl: {path} has {len(levels)} levels, got {len(expected_kl)} values")
+    names = [str(int(_number(path, level, "level", "levels.", minimum=0))) for level in levels]
+    entries = _field(path, record, "chunks", list)
+    spans = [
+        (
+            int(_number(path, entry, "first_token", "chunks.", minimum=0)),
+            int(_number(path, entry, "num_tokens", "chunks.")),
+        )
+        for entry in entries
+    ]
+    num_uncovered = int(_number(path, record, "num_uncovered_tokens", "", minimum=0))
+    num_tokens = sum(span[1] for span in spans) + num_uncovered
+    shared_bytes = _number(path, record, "shared_bytes", "", minimum=0) / max(1, num_tokens - num_uncovered)
+    chunks = []
+    for (first, tokens), entry in zip(spans, entries, strict=True):
+        sizes = _field(path, entry, "bytes", dict, "chunks.")
+        files = [int(_number(path, sizes, name, "chunks.bytes.")) for name in names]
+        shared = math.ceil(shared_bytes * tokens)
+        files = tuple(size + shared * (i == 0 or not is_embedded) for i, size in enumerate(files))
+        loss = tuple(kl * tokens / num_tokens for kl in expected_kl)
+        chunks.append(_chunk(path, first, tokens, files, loss, is_embedded))
+    if num_uncovered:
+        chunks.append(ChunkLevels(num_tokens - num_uncovered, num_uncovered, (), (), is_embedded))
+    return tuple(chunks)
+
+
+def _chunk(
+    path: object, first: int, tokens: int, files: tuple[int, ...], loss: tuple[float, ...], is_embedded: bool
+) -> ChunkLevels:
+    try:
+        return ChunkLevels(first, tokens, files, loss, is_embedded)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _check_curve(path: object, where: str, curve: LevelCurve) -> None:
+    bits, kl = curve.bits_per_value, curve.expected_kl
+    if not bits:
+        raise ConfigError(f"{path}: {where}levels is empty")
+    if any(not before < after for before, after in itertools.pairwise(bits)):
+        raise ConfigError(f"{path}: {where}levels must have increasing bits_per_value")
+    if any(after > before for before, after in itertools.pairwise(kl)):
+        raise ConfigError(f"{path}: {where}levels must not have increasing expected_kl")
+
+
+def _load_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a JSON object")
+    return content
+
+
+def _field(path: object, content: object, name: str, kind: type, where: str = "") -> Any:
+    value = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(value, kind):
+        raise ConfigError(f"{path}: {where}{name} is missing or not a {kind.__name__}")
+    return value
+
+
+def _number(path: object, content: object, name: str, where: str, *, minimum: float | None = None) -> float:
+    """Return a finite number: above 0, or of at least `minimum`."""
+    value = content.get(name) if isinstance(content, dict) else None
+    lowest = math.ulp(0.0) if minimum is None else minimum
+    if isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value < math.inf:
+        return value
+    raise ConfigError(f"{path}: {where}{name} must be a number {'above 0' if minimum is None else f'from {minimum}'}")

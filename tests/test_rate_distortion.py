@@ -1,0 +1,221 @@
+"""scripts/rate_distortion.py: files and their fields, resuming, determinism, and retrieval in one pass."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_folder
+
+from cachegen.evaluation import rate_distortion
+from cachegen.evaluation.report import COLUMNS
+from cachegen.evaluation.retrieval import Question, expect_answers, score_retrieval
+from cachegen.pipeline.generate import generate_answer
+from cachegen.pipeline.model import load_model
+from cachegen.pipeline.model_cache import view_kv_cache
+from cachegen.pipeline.prefill import prefill, tokenize
+
+ROOT = Path(__file__).resolve().parents[1]
+_SPEC = importlib.util.spec_from_file_location("rate_distortion_script", ROOT / "scripts/rate_distortion.py")
+assert _SPEC is not None and _SPEC.loader is not None
+script = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(script)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def write_prompts(folder: Path, *sources: str) -> Path:
+    """Cut long contexts down to their first lines, which have records, and ask for those."""
+    folder.mkdir()
+    entries = []
+    for number, source in enumerate(sources):
+        lines = (ROOT / source).read_text().split("\n")[:7]
+        records = [line.removeprefix("register ").split(": ") for line in lines if line.startswith("register ")]
+        form = "What is the value of register {0}?\nregister {0}:"
+        (name, answer), *others = records
+        text = "\n".join([*lines, "The record ends.", form.format(name)])
+        (folder / f"{number}.txt").write_text(text)
+        questions = [{"question": "\n" + form.format(other), "answer": value} for other, value in others]
+        questions.append({"question": "\n" + form.format("never-said"), "answer": "12345"})
+        entries.append(
+            {"file": f"{number}.txt", "question": form.format(name), "answer": answer, "questions": questions}
+        )
+    (folder / "questions.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    prompts = write_prompts(folder / "prompts", "9k_prompts/8.txt", "9k_prompts/12.txt")
+    calibration = write_prompts(folder / "calibration", "calibration_prompts/5.txt")
+    return ["--path_to_context", str(prompts), "--path_to_calibration", str(calibration), "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(str(ROOT / "models/tiny-mistral"), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def run(inputs: list[str], output: Path, *flags: str, schemes: tuple[str, ...] = ("uniform",)) -> None:
+    assert script.main([*inputs, "--output_path", str(output), "--no_plot", "--schemes", *schemes, *flags]) == 0
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_results_have_a_row_per_method_and_setting_with_all_columns(inputs, tmp_path) -> None:
+    run(inputs, tmp_path, "--json", str(tmp_path / "all.json"), schemes=("uniform", "cachegen"))
+    rows = read_rows(tmp_path / "results.csv")
+    assert tuple(rows[0]) == COLUMNS
+    assert len(rows) == 3 * 3 + 3 * 4
+    assert {row["contexts"] for row in rows} == {"2"}
+    questions = [json.loads((Path(inputs[1]) / "questions.json").read_text())]
+    asked = sum(1 + len(entry["questions"]) for entry in questions[0])
+    assert {int(row["questions"]) for row in rows} == {asked}
+    for row in rows:
+        assert 0 < float(row["bits_per_value_without_tables"]) <= float(row["bits_per_value"]) < 16
+        assert 0 <= float(row["kl"]) <= float(row["kl_worst"])
+        assert int(row["tables_bytes"]) < int(row["encoded_bytes"])
+        lost, gained = int(row["answers_lost"]), int(row["answers_gained"])
+        right = round(float(row["retrieval_accuracy"]) * asked)
+        assert right - gained + lost <= asked and int(row["answers_kept"]) <= asked - lost - gained
+    assert len(read_rows(tmp_path / "contexts.csv")) == 2 * len(rows)
+    assert (tmp_path / "table.md").read_text().count("\n") == 2 + len(rows)
+    assert json.loads((tmp_path / "all.json").read_text())["results"][0]["method"] == "uniform"
+
+
+def test_a_row_sums_up_the_contexts(inputs, tmp_path) -> None:
+    run(inputs, tmp_path)
+    row = next(r for r in read_rows(tmp_path / "results.csv") if r["method"] == "uniform" and r["setting"] == "4-bit")
+    parts = [r for r in read_rows(tmp_path / "contexts.csv") if (r["method"], r["setting"]) == ("uniform", "4-bit")]
+    assert int(row["encoded_bytes"]) == sum(int(part["encoded_bytes"]) for part in parts)
+    assert float(row["kl"]) == pytest.approx(sum(float(part["kl"]) for part in parts) / 2, rel=1e-4)
+    assert float(row["kl_worst"]) == max(float(part["kl"]) for part in parts)
+    assert float(row["bits_per_value"]) == pytest.approx(
+        8 * int(row["encoded_bytes"]) / sum(int(part["num_values"]) for part in parts), rel=1e-4
+    )
+
+
+def test_two_runs_give_the_same_files(inputs, tmp_path) -> None:
+    run(inputs, tmp_path / "a")
+    run(inputs, tmp_path / "b")
+    a, b = read_folder(tmp_path / "a"), read_folder(tmp_path / "b")
+    assert {n: c for n, c in a.items() if ".pkl" not in n} == {n: c for n, c in b.items() if ".pkl" not in n}
+
+
+def test_a_run_measures_only_what_is_missing(inputs, tmp_path, monkeypatch) -> None:
+    measured = []
+    original = rate_distortion._Bench.measure
+
+    def spy(self, scheme, setting, key, known):
+        measured.append((self._context.path.name, setting, known is not None))
+        return original(self, scheme, setting, key, known)
+
+    monkeypatch.setattr(rate_distortion._Bench, "measure", spy)
+    run(inputs, tmp_path)
+    assert len(measured) == 6
+    results = (tmp_path / "results.csv").read_bytes()
+    measured.clear()
+    run(inputs, tmp_path)
+    assert measured == []
+    (tmp_path / "rows/1/uniform_4-bit.json").unlink()
+    (tmp_path / "rows/0/uniform_6-bit.json").write_text("{}")
+    run(inputs, tmp_path)
+    assert measured == [("0.txt", "6-bit", False), ("1.txt", "4-bit", False)]
+    assert (tmp_path / "results.csv").read_bytes() == results
+    measured.clear()
+    run(inputs, tmp_path, "--num_questions", "1")
+    assert len(measured) == 6
+
+
+def test_questions_can_be_asked_later(inputs, tmp_path) -> None:
+    run(inputs, tmp_path / "a", "--no_retrieval")
+    row = read_rows(tmp_path / "a/results.csv")[0]
+    assert row["retrieval_accuracy"] == "" and row["questions"] == "0"
+    run(inputs, tmp_path / "a")
+    run(inputs, tmp_path / "b")
+    assert (tmp_path / "a/results.csv").read_bytes() == (tmp_path / "b/results.csv").read_bytes()
+
+
+def test_a_plot_is_drawn(inputs, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    argv = [*inputs, "--output_path", str(tmp_path), "--num_contexts", "1", "--no_retrieval", "--schemes", "uniform"]
+    assert script.main(argv) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "exit_code", "words"),
+    [
+        (["--path_to_context", "nowhere"], 3, "nowhere/questions.json"),
+        (["--path_to_calibration", "nowhere"], 3, "nowhere/questions.json"),
+        (["--num_contexts", "9"], 3, "only 2 contexts"),
+        (["--model_id", "nowhere"], 3, "nowhere"),
+        (["--schemes", "nothing"], 2, "no scheme nothing"),
+        (["--output_path", "/dev/null/x"], 7, "/dev/null"),
+    ],
+)
+def test_a_mistake_is_one_line(inputs, tmp_path, refuse, flags, exit_code, words) -> None:
+    argv = [*inputs, "--output_path", tmp_path / "out", "--schemes", "uniform", *flags]
+    assert words in refuse(script.main, argv, exit_code)
+    assert not (tmp_path / "out/results.csv").exists()
+
+
+def test_questions_that_are_no_list_of_questions_are_refused(inputs, tmp_path, refuse) -> None:
+    (tmp_path / "questions.json").write_text('[{"file": "0.txt"}]')
+    line = refuse(script.main, [*inputs, "--path_to_context", tmp_path, "--output_path", tmp_path / "out"], 3)
+    assert "questions.json" in line
+
+
+def test_a_saved_cache_of_another_text_is_refused(inputs, tmp_path, refuse) -> None:
+    run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1")
+    kv = tmp_path / "kv"
+    (kv / "test/test_kv_0.pkl").write_bytes((kv / "calibration/test_kv_0.pkl").read_bytes())
+    argv = [*inputs, "--output_path", tmp_path / "new", "--kv_folder", kv, "--schemes", "uniform"]
+    assert "is of another text" in refuse(script.main, argv, 5)
+
+
+# --- retrieval in one pass --------------------------------------------------------------------------------------------
+
+
+def test_packed_answers_are_those_of_greedy_decoding(inputs, loaded) -> None:
+    context = rate_distortion.read_contexts(Path(inputs[1]))[1]
+    token_ids = tokenize(loaded, context.path.read_text())
+    reference = prefill(loaded, token_ids[:-1], capacity=len(token_ids) + 400)
+    expected = expect_answers(loaded, reference, token_ids, context.questions)
+    assert expected[0].right == expected[0].uncompressed
+    assert expected[-1].right != expected[-1].uncompressed  # the record that the context does not hold
+
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for noise in (0.0, 0.5, 1.0, 2.0):
+        cache = prefill(loaded, token_ids[:-1], capacity=len(token_ids) + 400)
+        for plane in view_kv_cache(cache, len(token_ids) - 1).planes:
+            plane += noise * plane.std() * torch.randn(plane.shape, generator=generator)
+        answers = []
+        for entry in expected:
+            prompt = torch.cat([token_ids, torch.tensor(entry.question_ids, dtype=token_ids.dtype)])
+            answers.append(generate_answer(loaded, cache, len(token_ids) - 1, prompt, len(entry.right)).token_ids)
+        pairs = list(zip(expected, answers, strict=True))
+        score = score_retrieval(loaded, cache, token_ids, expected)
+        assert score.questions == len(expected)
+        assert score.right == sum(answer == entry.right for entry, answer in pairs)
+        assert score.kept == sum(answer == entry.uncompressed for entry, answer in pairs)
+        assert score.lost == sum(answer != entry.right == entry.uncompressed for entry, answer in pairs)
+        assert score.gained == sum(answer == entry.right != entry.uncompressed for entry, answer in pairs)
+        seen.add(score.right)
+    assert len(seen) > 1
+
+
+def test_a_cache_without_room_for_the_questions_is_refused(inputs, loaded) -> None:
+    token_ids = tokenize(loaded, "The record ends.")
+    cache = prefill(loaded, token_ids[:-1], capacity=len(token_ids))
+    with pytest.raises(ValueError, match="room"):
+        expect_answers(loaded, cache, token_ids, [Question("\nregister a-b:", "12345")])

@@ -1,0 +1,307 @@
+"""run_decoding_remote.py on the bundled model and a real web server: the right answer, or one line, from any server."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY, are_equal, from_planes, quantize_and_dequantize
+from random_models import BUNDLED_MODEL
+from stores import HttpServer, Misbehaviour, serve
+from test_run_decoding_disk import FIRST, FIRST_ANSWER, SECOND, TEXT, to_argv
+
+import main
+import run_decoding_disk
+import run_decoding_remote
+import run_encoding
+import run_publishing
+from cachegen.config import load_quantization_config
+from cachegen.kv_cache import load_kv_cache
+from cachegen.pipeline import generate, model
+from cachegen.pipeline.model_cache import view_kv_cache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIGS = ("quantization_tiny_coarse", "quantization_tiny_fine", "uniform_8bit")
+KL = ("0.0112", "0.0005", "0.0001")
+NUM_CHUNKS = 5
+
+
+@dataclass(frozen=True)
+class Published:
+    """A context and the store that holds it at three levels."""
+
+    folder: Path
+
+    @property
+    def context(self) -> Path:
+        return self.folder / "5.txt"
+
+    @property
+    def kv_path(self) -> Path:
+        return self.folder / "data" / "test_kv_5.pkl"
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, one_thread) -> Published:
+    document = Published(tmp_path_factory.mktemp("published"))
+    document.context.write_text(TEXT)
+    flags = {"--model_id": BUNDLED_MODEL, "--path_to_context": document.context, "--dtype": "float32"}
+    assert main.main([*to_argv(flags), "--save_dir", str(document.folder / "data"), "--quiet"]) == 0
+    for config in CONFIGS:
+        path = REPOSITORY / "config" / f"{config}.json"
+        flags = {"--path_to_kv": document.kv_path, "--quantization_config": path, "--num_chunks": NUM_CHUNKS}
+        argv = [*to_argv(flags), "--output_path", str(document.folder / config), "--quiet"]
+        assert run_encoding.main(argv) == 0
+    # Given out of order: publishing sorts them.
+    folders = [str(document.folder / config) for config in reversed(CONFIGS)]
+    flags = {"--path_to_kv": document.kv_path, "--path_to_store": document.store}
+    argv = ["--path_to_encoded_kv", *folders, "--kl", *reversed(KL), *to_argv(flags), "--quiet"]
+    assert run_publishing.main(argv) == 0
+    return document
+
+
+@pytest.fixture
+def server(published):
+    with serve(published.folder) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def load_once(monkeypatch):
+    """The model is the same for all runs here, and nobody changes it."""
+    monkeypatch.setattr(model, "load_model", _load_once)
+
+
+@functools.cache
+def _load_frozen(model_id: str, *flags: tuple[str, Any]) -> Any:
+    return _LOAD_MODEL(model_id, **dict(flags))
+
+
+_LOAD_MODEL = model.load_model
+
+
+def _load_once(model_id: str, **flags: Any) -> Any:
+    return _load_frozen(model_id, *sorted(flags.items()))
+
+
+@pytest.fixture
+def argv(server, published) -> list[str]:
+    flags = {
+        "--path_to_encoded_kv": f"{server.url}/store",
+        "--path_to_context": published.context,
+        "--model_id": BUNDLED_MODEL,
+        "--stall_seconds": 0.3,
+        "--max_new_tokens": 8,
+    }
+    return to_argv(flags)
+
+
+def run_to_json(argv: list[str], capsys, *flags: object) -> dict[str, Any]:
+    """Run with --json -, which must leave nothing but JSON on stdout."""
+    capsys.readouterr()
+    assert run_decoding_remote.main([*argv, "--json", "-", *map(str, flags)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def answer_of(record: dict[str, Any]) -> str:
+    return record["text"].split()[0]
+
+
+class TestAnswers:
+    """What a good run says."""
+
+    def test_json_has_the_disk_scripts_keys_and_a_log_of_every_chunk(self, argv, capsys):
+        record = run_to_json(argv, capsys, "--slo", 30, "--question", FIRST)
+        keys = "num_cached_tokens num_recomputed_tokens num_chunks encoded_bytes load_seconds decode_seconds "
+        keys += "prefill_seconds ttft_seconds text token_ids answers device decoding_device config versions"
+        assert set(keys.split()) <= set(record)
+        assert answer_of(record) == FIRST_ANSWER and record["num_chunks"] == NUM_CHUNKS
+        assert [chunk["chunk"] for chunk in record["chunks"]] == list(range(NUM_CHUNKS))
+        log = "level num_bytes seconds estimate_bytes_per_second num_queued source problems"
+        assert all(set(log.split()) <= set(chunk) for chunk in record["chunks"])
+        assert {span["worker"] for span in record["timeline"]} >= {"fetch", "decode", "copy"}
+        assert record["slo_met"] is True and record["problems"] == []
+
+    @pytest.mark.parametrize("level", [1, 2, 3])
+    def test_a_level_gives_exactly_the_disk_scripts_cache_and_answers(
+        self, published, argv, capsys, monkeypatch, level
+    ):
+        given = []
+        generate_answer = generate.generate_answer
+
+        def note_and_generate(loaded, cache, num_cached_tokens, *rest):
+            planes = view_kv_cache(cache, num_cached_tokens).planes
+            given.append(from_planes([plane.clone(memory_format=torch.contiguous_format) for plane in planes]))
+            return generate_answer(loaded, cache, num_cached_tokens, *rest)
+
+        monkeypatch.setattr(generate, "generate_answer", note_and_generate)
+        questions = ["--question", FIRST, "--question", SECOND]
+        remote = run_to_json(argv, capsys, "--level", level, *questions)
+        config = CONFIGS[level - 1]
+        saved, _ = load_kv_cache(published.kv_path)
+        path = REPOSITORY / "config" / f"{config}.json"
+        expected = quantize_and_dequantize(saved, load_quantization_config(path))
+        assert are_equal(given[1], expected) and are_equal(given[2], expected)  # given[0] is the warm-up
+        disk_argv = [*argv, *questions, "--path_to_encoded_kv", str(published.folder / config)]
+        disk_argv = [flag for flag in disk_argv if flag not in ("--stall_seconds", "0.3")]
+        capsys.readouterr()
+        assert run_decoding_disk.main([*disk_argv, "--json", "-"]) == 0
+        disk = json.loads(capsys.readouterr().out)
+        assert remote["answers"] == disk["answers"]
+        assert remote["num_recomputed_tokens"] == 0 and {c["level"] for c in remote["chunks"]} == {level}
+
+    @pytest.mark.parametrize("policy", ["text", "cachegen", "ours"])
+    def test_every_policy_answers(self, argv, capsys, policy):
+        record = run_to_json(argv, capsys, "--policy", policy, "--slo", 0.2, "--question", FIRST, "--verify")
+        assert answer_of(record) == FIRST_ANSWER == record["text_uncompressed"].split()[0]
+        if policy == "text":
+            assert record["num_cached_tokens"] == 0 and record["encoded_bytes"] == 0
+            assert record["kl"] < 1e-4 and record["greedy_match"] is True
+
+    def test_a_folder_is_a_store_too(self, published, argv, capsys):
+        record = run_to_json(argv, capsys, "--path_to_encoded_kv", published.store, "--question", FIRST)
+        assert answer_of(record) == FIRST_ANSWER
+
+    def test_a_text_that_differs_late_uses_the_chunks_before(self, argv, capsys, tmp_path):
+        other = tmp_path / "other.txt"
+        other.write_text(TEXT[: len(TEXT) // 2] + " And then, all of a sudden, it was over.")
+        record = run_to_json(argv, capsys, "--path_to_context", other, "--level", 3)
+        assert 0 < record["num_chunks"] < NUM_CHUNKS and record["num_recomputed_tokens"] > 0
+
+    def test_the_first_chunks_only(self, argv, capsys):
+        record = run_to_json(argv, capsys, "--num_chunks", 2, "--level", 3, "--question", FIRST)
+        assert record["num_chunks"] == 2 and answer_of(record) == FIRST_ANSWER
+
+    def test_configs_that_agree_are_accepted(self, argv, capsys):
+        config = REPOSITORY / "config" / "quantization_tiny_fine.json"
+        flags = ["--quantization_config", config, "--model_config", REPOSITORY / "config" / "tiny_mistral.json"]
+        assert len(run_to_json(argv, capsys, "--level", 2, *flags)["token_ids"]) == 8
+
+    def test_quiet_prints_nothing(self, argv, capfd):
+        assert run_decoding_remote.main([*argv, "--quiet"]) == 0
+        assert capfd.readouterr() == ("", "")
+
+
+LIES = [
+    Misbehaviour("-L3-", "flip", position=5000),
+    Misbehaviour("-L3-", "status", body=b"404"),
+    Misbehaviour("-L3-", "status", body=b"500"),
+    Misbehaviour("-L3-", "hang up", position=3000),
+    Misbehaviour("-L3-", "stall", position=3000),
+    Misbehaviour("-L3-", "drip", position=3000),
+    Misbehaviour("-L3-", "huge length"),
+    Misbehaviour("-L3-", "short", position=2000),
+    Misbehaviour("-L3-", "long"),
+    Misbehaviour("-L3-", "garbage"),
+    Misbehaviour("-L3-", "no length"),
+    Misbehaviour("chunks/", "status", body=b"404"),
+    Misbehaviour("chunks/", "other body", body=b"<html>Please log in</html>"),
+    Misbehaviour("tables/", "flip", position=100),
+    Misbehaviour("tables/", "status", body=b"404"),
+]
+
+
+class TestLyingServer:
+    """The right answer, whatever the server does to the files."""
+
+    @pytest.mark.parametrize("fault", LIES, ids=lambda fault: f"{fault.path} {fault.how} {fault.body[:4].decode()}")
+    def test_what_cannot_be_had_comes_from_another_level_or_from_text(self, server, argv, capsys, fault):
+        server.faults = [fault]
+        capsys.readouterr()
+        assert run_decoding_remote.main([*argv, "--level", "3", "--question", FIRST, "--json", "-"]) == 0
+        output = capsys.readouterr()
+        record = json.loads(output.out)
+        assert answer_of(record) == FIRST_ANSWER
+        assert {chunk["level"] for chunk in record["chunks"]} == {2 if fault.path == "-L3-" else 0}
+        assert output.err.count("warning: ") == len(record["problems"]) > 0
+
+    def test_another_documents_chunk_is_not_used(self, server, published, argv, capsys):
+        chunks = sorted((published.store / "chunks").rglob("*-L3-*"))
+        server.faults = [Misbehaviour("-L3-", "other body", body=chunks[0].read_bytes())]
+        record = run_to_json(argv, capsys, "--level", 3, "--question", FIRST)
+        levels = [chunk["level"] for chunk in record["chunks"]]
+        assert sorted(levels) == [2, 2, 2, 2, 3] and answer_of(record) == FIRST_ANSWER
+
+
+class TestRefusals:
+    """One line on stderr and its exit code."""
+
+    def test_no_server(self, argv, refuse):
+        argv[1] = "http://127.0.0.1:9/store"
+        assert "http://127.0.0.1:9/store/store.json: " in refuse(run_decoding_remote.main, argv, 3)
+
+    def test_no_store(self, argv, server, refuse):
+        argv[1] = f"{server.url}/nothing"
+        assert "not a store of cachegen (fill one with run_publishing.py)" in refuse(run_decoding_remote.main, argv, 3)
+
+    def test_a_context_that_is_not_there(self, argv, refuse, tmp_path):
+        other = tmp_path / "other.txt"
+        other.write_text("Something else entirely. " * 300)
+        error = refuse(run_decoding_remote.main, [*argv, "--path_to_context", other], 3)
+        assert "holds no chunk of this context for this model (add it with run_publishing.py)" in error
+
+    @pytest.mark.parametrize(
+        ("fault", "code"),
+        [
+            (Misbehaviour("documents/", "other body", body=b'{"format": "cachegen-manifest"}'), 4),
+            (Misbehaviour("documents/", "huge length"), 3),
+            (Misbehaviour("documents/", "status", body=b"404"), 3),
+            (Misbehaviour("prefixes/", "other body", body=b'{"manifest": "../../etc/passwd"}'), 4),
+            (Misbehaviour("store.json", "garbage"), 3),
+        ],
+    )
+    def test_a_manifest_that_lies(self, server, argv, refuse, fault, code):
+        server.faults = [fault]
+        assert server.url in refuse(run_decoding_remote.main, argv, code)
+
+    def test_more_chunks_or_levels_than_there_are(self, argv, refuse):
+        assert "--num_chunks 6 asked for, 5 are there" in refuse(
+            run_decoding_remote.main, [*argv, "--num_chunks", 6], 2
+        )
+        assert "--level 4 asked for" in refuse(run_decoding_remote.main, [*argv, "--level", 4], 2)
+
+    def test_another_dtype(self, argv, refuse):
+        error = refuse(run_decoding_remote.main, [*argv, "--dtype", "bfloat16"], 5)
+        assert "dtype is torch.float32, but the model has torch.bfloat16" in error
+
+    def test_a_config_of_another_quantization(self, argv, refuse):
+        config = REPOSITORY / "config" / "quantization_tiny.json"
+        error = refuse(run_decoding_remote.main, [*argv, "--level", 2, "--quantization_config", config], 5)
+        assert "key_first_bins is 64" in error
+
+    @pytest.mark.parametrize(
+        "flags", [["--slo", "0"], ["--slo", "nan"], ["--level", "0"], ["--policy", "x"], ["--target_kl", "-1"]]
+    )
+    def test_a_wrong_flag(self, argv, refuse, flags):
+        assert flags[0] in refuse(run_decoding_remote.main, [*argv, *flags], 2)
+
+
+def test_publishing_refuses_losses_that_are_not_the_folders(published, refuse):
+    folders = [published.folder / config for config in CONFIGS]
+    argv = [
+        "--path_to_encoded_kv",
+        *folders,
+        "--path_to_kv",
+        published.kv_path,
+        "--path_to_store",
+        published.folder / "x",
+    ]
+    assert "--kl must have one value per folder" in refuse(run_publishing.main, [*argv, "--kl", "0.1"], 2)
+    assert "--kl must not be larger" in refuse(run_publishing.main, [*argv, "--kl", "0.1", "0.2", "0.3"], 2)
+    assert "tables.cgt: no such file" in refuse(run_publishing.main, [*argv[:1], published.folder, *argv[4:]], 3)
+
+
+def test_servers_are_asked_for_nothing_twice(server: HttpServer, argv, capsys):
+    run_to_json(argv, capsys, "--level", 2)
+    paths = [path for method, path, _ in server.requests if method == "GET"]
+    assert len(paths) == len(set(paths)) == 3 + 1 + NUM_CHUNKS

@@ -1,0 +1,231 @@
+"""The compared schemes: every byte is counted, and what they decode is what their formulas say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import are_equal, make_cache, make_metadata, quantize_and_dequantize
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import run_encoding
+from cachegen.config import load_quantization_config
+from cachegen.errors import ConfigError
+from cachegen.evaluation.schemes import SavedCache, make_schemes
+from cachegen.evaluation.schemes.absmax import CacheGenScheme, UniformScheme
+from cachegen.evaluation.schemes.anchor_delta import GROUP_BINS, GROUP_TOKENS, AnchorDeltaScheme
+from cachegen.evaluation.schemes.base import SymbolCoder, pack_bits, unpack_bits
+from cachegen.evaluation.schemes.grouped import GroupedScheme
+from cachegen.evaluation.schemes.pca import PcaScheme, _allocate, _group_bits, _measure_groups
+from cachegen.evaluation.schemes.rotary import rotate_keys
+from cachegen.kv_cache import KVCache, RotaryEmbedding, save_kv_cache
+
+FREQUENCIES = tuple(10000 ** (-i / 32) for i in range(32))
+ROTARY = RotaryEmbedding("rotary_emb", "default", FREQUENCIES, 1.0)
+
+
+def make_saved(num_tokens: int, seed: int) -> SavedCache:
+    """Three layers of two heads of 64 dims, bf16, smooth along tokens as a model's caches are."""
+    cache = make_cache(num_tokens, num_layers=3, num_kv_heads=2, head_dim=64, dtype=torch.float32, seed=seed)
+    planes = [(plane + plane.roll(1, 0) + plane.mean(0)).bfloat16() for plane in cache.planes]
+    metadata = make_metadata(num_tokens, seed=seed, rotary_embeddings=(ROTARY,))
+    return SavedCache(KVCache(planes[0::2], planes[1::2]), metadata)
+
+
+CALIBRATION = [make_saved(300, seed=1), make_saved(250, seed=2)]
+SAVED = make_saved(341, seed=3)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> dict:
+    schemes = {scheme.name: scheme for scheme in make_schemes()}
+    for scheme in schemes.values():
+        scheme.fit(CALIBRATION)
+    return schemes
+
+
+def squared_error(a: KVCache, b: KVCache) -> float:
+    return sum(float((x.float() - y.float()).square().sum()) for x, y in zip(a.planes, b.planes, strict=True))
+
+
+@pytest.mark.parametrize("name", [scheme.name for scheme in make_schemes()])
+def test_a_finer_setting_costs_more_and_errs_less(fitted, name) -> None:
+    scheme = fitted[name]
+    settings = [setting for setting in scheme.settings if "per token" not in setting]
+    recoded = [scheme.recode(SAVED, setting) for setting in settings]
+    errors = [squared_error(r.cache, SAVED.cache) for r in recoded]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0
+    for method in recoded[0].bytes_of:
+        sizes = [r.bytes_of[method].encoded for r in recoded]
+        assert sizes == sorted(sizes) and method.startswith(name)
+
+
+@pytest.mark.parametrize("name", [scheme.name for scheme in make_schemes()])
+def test_a_scheme_gives_the_same_each_time_and_leaves_its_input_alone(fitted, name) -> None:
+    again = next(scheme for scheme in make_schemes() if scheme.name == name)
+    again.fit(CALIBRATION)
+    before = [plane.clone() for plane in SAVED.cache.planes]
+    first, second = (scheme.recode(SAVED, scheme.settings[0]) for scheme in (fitted[name], again))
+    assert are_equal(first.cache, second.cache) and first.bytes_of == second.bytes_of
+    assert all(map(torch.equal, before, SAVED.cache.planes))
+
+
+# --- uniform and cachegen ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheme", "setting", "method", "config", "coder"),
+    [
+        (UniformScheme(), "8-bit", "uniform", "uniform_8bit", "packed"),
+        (UniformScheme(), "4-bit", "uniform-rans", "uniform_4bit", "rans"),
+        (CacheGenScheme(), "32/16 bins", "cachegen", "quantization_tiny", "rans"),
+        (CacheGenScheme(), "64/32 bins", "cachegen", "quantization_tiny_fine", "rans"),
+    ],
+)
+def test_bytes_and_values_are_those_of_the_files(tmp_path, scheme, setting, method, config, coder) -> None:
+    six_layers = make_cache(200, num_layers=6, num_kv_heads=2, head_dim=8)
+    metadata = make_metadata(200)
+    save_kv_cache(tmp_path / "kv.pkl", six_layers, metadata)
+    argv = ["--path_to_kv", tmp_path / "kv.pkl", "--output_path", tmp_path / "out", "--num_chunks", 1, "--coder", coder]
+    argv += ["--quantization_config", f"config/{config}.json", "--quiet"]
+    assert run_encoding.main([str(argument) for argument in argv]) == 0
+    saved = SavedCache(six_layers, metadata)
+    scheme.fit([saved])
+    recoded = scheme.recode(saved, setting)
+    files = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".cgc", ".cgt")]
+    assert recoded.bytes_of[method].encoded == sum(path.stat().st_size for path in files)
+    assert are_equal(
+        recoded.cache, quantize_and_dequantize(six_layers, load_quantization_config(f"config/{config}.json"))
+    )
+
+
+def test_the_originals_tables_are_counted_at_16_bits_an_entry(fitted) -> None:
+    recoded = fitted["cachegen"].recode(SAVED, "32/16 bins")
+    fine_planes, coarse_planes = 2, 4  # keys and values of layer 0; the other two layers
+    assert recoded.bytes_of["cachegen-original"].tables == 128 * 2 * (fine_planes * 33 + coarse_planes * 17)
+    assert recoded.bytes_of["cachegen-profile"].tables == 0 < recoded.bytes_of["cachegen-profile"].profile
+
+
+# --- tables known beforehand ------------------------------------------------------------------------------------------
+
+
+def test_a_symbol_coder_writes_what_calibration_never_saw() -> None:
+    generator = np.random.default_rng(0)
+    coder = SymbolCoder.fit(generator.normal(0, 20, (3, 5000)).round().astype(np.int64))
+    integers = generator.normal(0, 20, (3, 77)).round().astype(np.int64)
+    decoded, num_bytes = coder.recode(integers)
+    assert np.array_equal(decoded, integers)
+    integers[1, 5], integers[2, 76] = 3000, -3000
+    decoded, with_escapes = coder.recode(integers)
+    assert np.array_equal(decoded, integers)
+    assert num_bytes + 12 <= with_escapes <= num_bytes + 20
+
+
+def test_a_symbol_coder_costs_about_the_entropy() -> None:
+    generator = np.random.default_rng(0)
+    samples = generator.normal(0, 3, (4, 20000)).round().astype(np.int64)
+    entropy = sum(
+        -np.log2(np.unique(row, return_counts=True)[1] / 20000) @ np.unique(row, return_counts=True)[1]
+        for row in samples
+    )
+    assert SymbolCoder.fit(samples).recode(samples)[1] * 8 == pytest.approx(entropy, rel=0.02)
+
+
+@pytest.mark.parametrize("num_bits", range(1, 9))
+def test_packed_bits_are_read_again(num_bits) -> None:
+    codes = np.random.default_rng(0).integers(0, 1 << num_bits, (5, 13))
+    packed = pack_bits(codes, num_bits)
+    assert len(packed) == -(-65 * num_bits // 8)
+    assert np.array_equal(unpack_bits(packed, num_bits, codes.shape), codes)
+
+
+# --- the others -------------------------------------------------------------------------------------------------------
+
+
+def test_anchor_deltas_err_by_half_a_step(fitted) -> None:
+    scheme: AnchorDeltaScheme = fitted["cachegen-delta"]
+    for setting in scheme.settings:
+        recoded = scheme.recode(SAVED, setting)
+        for index, (plane, decoded) in enumerate(zip(SAVED.cache.planes, recoded.cache.planes, strict=True)):
+            error = (plane.float() - decoded.float()).abs()
+            rounding = plane.float().abs().max() / 128  # of bf16
+            is_delta = torch.arange(341) % GROUP_TOKENS != 0
+            assert error[is_delta].max() <= scheme._step(setting, index, 3) / 2 + rounding
+            assert error[~is_delta].max() <= plane.float().abs().max() / 254 + rounding
+
+
+def test_anchor_deltas_bins_grow_by_thirds_of_the_layers() -> None:
+    scheme = AnchorDeltaScheme()
+    scheme._deviations = [1.0] * 24
+    steps = [scheme._step("bins x1/4", 2 * layer, 12) for layer in range(12)]
+    assert steps == [bins / 4 for bins in GROUP_BINS for _ in range(4)]
+
+
+@pytest.mark.parametrize("setting", GroupedScheme.settings)
+def test_grouped_integers_err_by_half_a_scale_and_keep_the_last_tokens(fitted, setting) -> None:
+    recoded = fitted["grouped"].recode(SAVED, setting)
+    num_quantized = (341 - 128) // 64 * 64
+    num_bits = int(setting[0])
+    for index, (plane, decoded) in enumerate(zip(SAVED.cache.planes, recoded.cache.planes, strict=True)):
+        assert torch.equal(plane[num_quantized:], decoded[num_quantized:])
+        rows = plane[:num_quantized].float().flatten(1)
+        error = (rows - decoded[:num_quantized].float().flatten(1)).abs()
+        if index % 2 == 0 and "per token" not in setting:
+            rows, error = rows.T, error.T
+        groups = rows.reshape(-1, 64)
+        spans = groups.amax(1) - groups.amin(1)
+        bound = spans / ((1 << num_bits) - 1) * 0.51 + groups.abs().amax(1) / 128
+        assert (error.reshape(-1, 64).amax(1) <= bound).all()
+    values, groups = 6 * 128 * num_quantized, 6 * 128 * num_quantized // 64
+    assert recoded.bytes_of["grouped"].encoded == values * num_bits // 8 + 4 * groups + 6 * 128 * 2 * (
+        341 - num_quantized
+    )
+
+
+def test_grouped_integers_refuse_channels_that_fill_no_group() -> None:
+    saved = SavedCache(make_cache(300, head_dim=8), make_metadata(300))
+    with pytest.raises(ConfigError, match="multiple of 64"):
+        GroupedScheme().fit([saved])
+
+
+def test_pca_keeps_the_first_four_tokens(fitted) -> None:
+    recoded = fitted["pca"].recode(SAVED, "0.5 bit")
+    for plane, decoded in zip(SAVED.cache.planes, recoded.cache.planes, strict=True):
+        assert torch.equal(plane[:4], decoded[:4]) and not torch.equal(plane[4:], decoded[4:])
+
+
+def test_pca_allocates_what_is_asked_and_cuts_all_components() -> None:
+    generator = np.random.default_rng(0)
+    samples = (generator.normal(size=(200, 64)) * np.geomspace(10, 0.1, 64)).astype(np.float32)
+    errors = [_measure_groups(samples), _measure_groups(samples / 4)]
+    costs = []
+    for target in (1.0, 2.0, 4.0):
+        plans = _allocate(errors, target)
+        for plan in plans:
+            assert [start for start, _, _ in plan] + [64] == [0] + [stop for _, stop, _ in plan]
+        costs.append(sum(_group_bits(*group) for plan in plans for group in plan) / 128)
+    assert all(0.8 * target <= cost <= target for cost, target in zip(costs, (1.0, 2.0, 4.0), strict=True))
+
+
+def test_rotation_is_the_models_and_its_inverse() -> None:
+    keys = SAVED.cache.keys[0].float()
+    metadata = make_metadata(341, rotary_embeddings=(RotaryEmbedding("r", "yarn", FREQUENCIES, 1.2),))
+    rotated = rotate_keys(keys, metadata, undo=False)
+    angles = torch.arange(341.0)[:, None] * torch.tensor(FREQUENCIES)
+    cosines, sines = (1.2 * torch.cat([f(angles)] * 2, dim=1)[None] for f in (torch.cos, torch.sin))
+    expected, _ = apply_rotary_pos_emb(keys.transpose(0, 1)[None], keys.transpose(0, 1)[None], cosines, sines)
+    torch.testing.assert_close(rotated, expected[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rotate_keys(rotated, metadata, undo=True), keys, rtol=1e-4, atol=1e-4)
+
+
+def test_rotation_of_a_model_without_or_with_several() -> None:
+    keys = SAVED.cache.keys[0]
+    assert torch.equal(rotate_keys(keys, make_metadata(341, rotary_embeddings=()), undo=True), keys.float())
+    with pytest.raises(ConfigError, match="several"):
+        rotate_keys(keys, make_metadata(341, rotary_embeddings=(ROTARY, ROTARY)), undo=True)
+
+
+def test_every_scheme_has_names_of_its_own(fitted) -> None:
+    methods = [m for scheme in fitted.values() for m in scheme.recode(SAVED, scheme.settings[0]).bytes_of]
+    assert len(methods) == len(set(methods))
+    assert isinstance(fitted["pca"], PcaScheme)
