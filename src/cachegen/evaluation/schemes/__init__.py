@@ -21,9 +21,5 @@ def make_schemes(profile: Profile | None = None) -> list[Scheme]:
     """
     schemes: list[Scheme] = [UniformScheme(), CacheGenScheme(), AnchorDeltaScheme(), GroupedScheme(), PcaScheme()]
     if profile is not None:
-        schemes += [
-            TransformScheme(profile),
-            TransformScheme(profile, chunk_size=256, name="transform-256"),
-            TransformLevelsScheme(profile),
-        ]
+        schemes += [TransformScheme(profile), TransformLevelsScheme(profile)]
     return schemes
