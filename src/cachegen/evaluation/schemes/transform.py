@@ -85,7 +85,7 @@ class TransformLevelsScheme:
 def _recode(
     saved: SavedCache, profile: Profile, step_log: int, num_levels: int, level: int, chunk_size: int
 ) -> tuple[KVCache, int]:
-    """Encode a cache and decode levels 1 to `level` of it; also returns the bytes of their files and the tables file."""
+    """Encode a cache and decode levels 1 to `level`; also returns the bytes of their files and the tables file."""
     num_tokens = saved.cache.num_tokens
     chunk_tokens = plan_chunks(num_tokens, None, chunk_size)
     encoder = TransformEncoder(
