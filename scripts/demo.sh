@@ -28,3 +28,9 @@ print(f"== The question of 9k_prompts/0.txt: answered {answer}, right is {expect
 print(f"   The first token came {faster:.0f}x sooner than by prefilling the text again.")
 sys.exit(0 if answer == expected and decoded["greedy_match"] else 1)
 PYTHON
+echo
+echo "== 4. The same cache with the transform codec and the model's profile"
+python run_encoding.py --path_to_kv "$work/data/test_kv_0.pkl" --output_path "$work/encoded_transform" \
+    --quantization_config config/transform_tiny.json
+echo
+python run_decoding_disk.py --path_to_encoded_kv "$work/encoded_transform"
