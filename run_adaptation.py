@@ -163,9 +163,8 @@ def _report(report: command_line.Reporter, record: dict, args: argparse.Namespac
             group = row["trace"]
             report.line()
             report.line(f"{group} ({row['num_requests']} requests)")
-            report.line(
-                f"  {'':24}{'mean s':>8}{'p50':>8}{'p95':>8}{'max':>8}{'misses':>9}{'KL mean':>10}{'KL max':>10}{'/ours':>8}{'worst/text':>12}"
-            )
+            columns = f"{'mean s':>8}{'p50':>8}{'p95':>8}{'max':>8}{'misses':>9}{'KL mean':>10}{'KL max':>10}"
+            report.line(f"  {'':24}{columns}{'/ours':>8}{'worst/text':>12}")
         times = "".join(f"{row[f'ttft_{name}_seconds']:8.3f}" for name in ("mean", "median", "p95", "max"))
         share = f"{100 * row['miss_share']:.1f} %"
         report.line(

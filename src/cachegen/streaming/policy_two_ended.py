@@ -20,6 +20,9 @@ from cachegen.streaming.policy import Decision, Decode, Fetch, LoadState
 GUARD_FRACTION = 0.02
 """Of the deadline: kept free for what the client itself needs between the last event and the first token."""
 
+DECODE_MARGIN = 0.1
+"""Of the time that decoding is expected to take: how much earlier it begins than it must."""
+
 TEXT_GRACE = 0.01
 """Of the time that computing everything takes: what the two ends may come later than that."""
 
@@ -27,9 +30,12 @@ TEXT_GRACE = 0.01
 def decide_two_ended(state: LoadState) -> Decision:
     """Decide by the rules at the top of this module."""
     end_seconds = _end_of_refinement(state)
-    fetch = tuple(_choose_fetches(state, end_seconds))
+    decode_seconds = _latest_decode_start(state, end_seconds)
+    fetch = tuple(_choose_fetches(state, decode_seconds))
     is_loading = bool(fetch or state.in_flight)
-    decode = _choose_decode(state, end_seconds, is_loading) if state.decoding is None else None
+    decode = None
+    if state.decoding is None and not _decoding_can_wait(state, decode_seconds, is_loading):
+        decode = _choose_decode(state, end_seconds, is_loading)
     compute = _choose_compute(state, end_seconds) if state.computing is None else None
     if state.is_complete and (
         state.loss <= state.objective.target_loss
@@ -41,7 +47,7 @@ def decide_two_ended(state: LoadState) -> Decision:
         cancel=tuple(_useless_requests(state)),
         compute=compute,
         decode=decode,
-        wake_at_seconds=end_seconds if end_seconds > state.elapsed_seconds else None,
+        wake_at_seconds=min((t for t in (decode_seconds, end_seconds) if t > state.elapsed_seconds), default=None),
     )
 
 
@@ -61,6 +67,53 @@ def _end_of_refinement(state: LoadState) -> float:
 def _latest_end_against_text(state: LoadState) -> float:
     """Return the latest time to first token that counts as not slower than computing everything."""
     return (1 + TEXT_GRACE) * sum(state.prefill_seconds(i) for i in range(len(state.chunks)))
+
+
+def _shares_device(state: LoadState) -> bool:
+    """Tell whether decoding displaces computing so much that early decoding is not free."""
+    return state.speeds.decode.compute_slowdown >= 0.5
+
+
+def _latest_decode_start(state: LoadState, end_seconds: float) -> float:
+    """Return when decoding must begin for all that has arrived to be ready by `end_seconds`.
+
+    A decoder on a device of its own begins with the first file and need not wait: `end_seconds` itself then.
+    """
+    if not _shares_device(state):
+        return end_seconds
+    seconds = state.decode_seconds_left()
+    for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
+        level = chunk.usable_level(progress.arrived)
+        if not progress.is_computed and level > progress.decoded_level:
+            seconds += state.speeds.decode.seconds(chunk, level)
+        elif not progress.is_ready and not _can_be_loaded(state, i):
+            seconds += state.prefill_seconds(i)
+    return end_seconds - (1 + DECODE_MARGIN) * seconds
+
+
+def _decoding_can_wait(state: LoadState, latest_start: float, is_loading: bool) -> bool:
+    """Tell whether a decoder that shares the model's device should leave it to the model for now.
+
+    Early decoding is then no gain: the device is never idle, and a chunk that is decoded early may still be
+    computed, or refined and decoded again. It begins when nothing is left to cover and what has arrived is good
+    enough, when nothing better comes, or when the time is there.
+    """
+    if not _shares_device(state):
+        return False
+    if sum(_seconds_to_sufficient_levels(state)) < state.compute_seconds_left():
+        return False  # all will be loaded before the model ends its chunk, which will not be needed
+    loss = 0.0
+    for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
+        is_computing = state.computing is not None and state.computing.chunk == i
+        level = max(chunk.usable_level(progress.arrived), progress.decoded_level)
+        if level and not progress.is_computed:
+            loss += chunk.loss[level - 1]
+        elif not progress.is_computed and not is_computing and _can_be_loaded(state, i):
+            return True
+    if loss <= state.objective.target_loss or state.elapsed_seconds >= latest_start:
+        return False
+    is_improving = state.computing is not None and state.elapsed_seconds + state.compute_seconds_left() <= latest_start
+    return is_loading or is_improving
 
 
 def _choose_compute(state: LoadState, end_seconds: float) -> int | None:
@@ -161,9 +214,15 @@ def _refinement_is_near(state: LoadState, end_seconds: float) -> bool:
 
     Decoding waits then. It does not while nothing comes, nothing is known or the deadline is too near.
     """
-    throughput = recent_throughput(state)
-    if not throughput:
-        return False
+    seconds, decode_seconds = _seconds_to_sufficient_levels(state)
+    return seconds < decode_seconds and state.elapsed_seconds + seconds + decode_seconds < end_seconds
+
+
+def _seconds_to_sufficient_levels(state: LoadState) -> tuple[float, float]:
+    """Return how long it takes to load the sufficient levels of all that is not computed, and how long to decode them.
+
+    The first is infinite where nothing comes or nothing is known.
+    """
     num_bytes = _bytes_in_flight(state)
     decode_seconds = 0.0
     for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
@@ -172,9 +231,10 @@ def _refinement_is_near(state: LoadState, end_seconds: float) -> bool:
         level = _sufficient_level(state, i)
         expected = state.expected_files(i)
         num_bytes += sum(chunk.file_bytes[n - 1] for n in chunk.files_of(level) if n not in expected)
-        decode_seconds += state.speeds.decode.seconds(chunk, level)
-    seconds = num_bytes / throughput
-    return seconds < decode_seconds and state.elapsed_seconds + seconds + decode_seconds < end_seconds
+        if progress.decoded_level < level:
+            decode_seconds += state.speeds.decode.seconds(chunk, level)
+    throughput = recent_throughput(state)
+    return (num_bytes / throughput if throughput else float("inf")), decode_seconds
 
 
 def _choose_fetches(state: LoadState, end_seconds: float) -> Iterator[Fetch]:
