@@ -296,7 +296,7 @@ def test_publishing_refuses_losses_that_are_not_the_folders(published, refuse):
         "--path_to_store",
         published.folder / "x",
     ]
-    assert "--kl must have one value per folder" in refuse(run_publishing.main, [*argv, "--kl", "0.1"], 2)
+    assert "--kl must have one value per level" in refuse(run_publishing.main, [*argv, "--kl", "0.1"], 2)
     assert "--kl must not be larger" in refuse(run_publishing.main, [*argv, "--kl", "0.1", "0.2", "0.3"], 2)
     assert "tables.cgt: no such file" in refuse(run_publishing.main, [*argv[:1], published.folder, *argv[4:]], 3)
 
