@@ -10,7 +10,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu lint format fuzz bench clean
+.PHONY: help venv demo test test-gpu test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -52,18 +52,41 @@ format: $(INSTALLED) ## Rewrite the sources in the house style
 	@$(BIN)/clang-format -i $(NATIVE_SOURCES) $(EMULATION_SOURCES)
 
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS := decoders round_trip tables
-fuzz: ## Fuzz the native decoders with clang's libFuzzer, FUZZ_SECONDS each
+FUZZ_TARGETS := decoders round_trip tables paths
+# All of the CPU's kernels, without their bindings.
+FUZZ_SOURCES := $(filter-out %/bindings.cpp,$(wildcard src/csrc/cpu/*.cpp))
+FUZZ_FLAGS := -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/
+fuzz: $(INSTALLED) ## Fuzz the native coders and the reader of chunk files, FUZZ_SECONDS each
 	@mkdir -p build/fuzz
 	@for target in $(FUZZ_TARGETS); do \
 	    echo "make: fuzzing the $$target"; \
+	    sources=; test $$target != paths || sources="$(FUZZ_SOURCES)"; \
 	    clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -ffp-contract=off \
-	        -Isrc/csrc -Itests/fuzz tests/fuzz/fuzz_$$target.cpp -o build/fuzz/$$target -pthread || exit 1; \
+	        -Isrc/csrc -Itests/fuzz tests/fuzz/fuzz_$$target.cpp $$sources -o build/fuzz/$$target -pthread || exit 1; \
 	    mkdir -p build/fuzz/corpus_$$target; \
-	    build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/ \
+	    build/fuzz/$$target $(FUZZ_FLAGS) \
 	        build/fuzz/corpus_$$target >build/fuzz/$$target.log 2>&1 || { tail -40 build/fuzz/$$target.log >&2; exit 1; }; \
 	    grep stat::number build/fuzz/$$target.log; \
 	done
+	@echo "make: fuzzing the reader of chunk files"
+	@test -d build/fuzz/python || $(BIN)/python -m pip install -qq --disable-pip-version-check \
+	    --target build/fuzz/python atheris==3.0.0
+	@PYTHONPATH=build/fuzz/python $(BIN)/python tests/fuzz/fuzz_chunks.py build/fuzz/corpus_chunks $(FUZZ_FLAGS) \
+	    >build/fuzz/chunks.log 2>&1 || { tail -40 build/fuzz/chunks.log >&2; exit 1; }
+	@grep stat::number build/fuzz/chunks.log
+
+SANITIZED := build/sanitized
+SANITIZED_TESTS ?= test_cpu_paths test_coder_cpu test_golden test_codec test_container
+test-sanitized: $(INSTALLED) ## Run the tests of the native module, built with ASan and UBSan
+	@mkdir -p $(SANITIZED)
+	@cp -R src/cachegen $(SANITIZED)/ && rm -f $(SANITIZED)/cachegen/*.so
+	@$${CXX:-g++} -std=c++17 -O1 -g -shared -fPIC -fvisibility=hidden -ffp-contract=off -pthread \
+	    -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -Isrc/csrc \
+	    $$($(BIN)/python -m pybind11 --includes) src/csrc/cpu/*.cpp \
+	    -o $(SANITIZED)/cachegen/_native$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+	@LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED):. \
+	    $(BIN)/python -m pytest -q -o pythonpath=. -p no:cacheprovider $(SANITIZED_TESTS:%=tests/%.py)
 
 bench: $(INSTALLED) ## Measure the coders: bytes first, then times
 	@$(IN_VENV) python benchmarks/coder_throughput.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,21 @@ def make_environment(folder: Path) -> Path:
         compiler.parent.mkdir()
         compiler.write_text('#!/bin/sh\nexec g++ "$@" -O3\n'.replace("exec g++", f"exec {_find_compiler()}"))
         compiler.chmod(0o755)
+        for name in ("torchac", "torchac-O3"):
+            print(f"building {name} (a minute)", file=sys.stderr)
+            subprocess.run([str(python), "-c", "import torchac"], check=True, env=_environment(name, folder))
         (folder / ".installed").touch()
     return python
+
+
+def _environment(name: str, folder: Path) -> dict[str, str]:
+    """What a peer's process finds: its own interpreter first, and where and with what torchac compiles itself."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1", TORCH_EXTENSIONS_DIR=str(folder / f"extensions-{name}"))
+    environment["PATH"] = f"{folder / 'bin'}:{environment['PATH']}"
+    environment.pop("PYTHONPATH", None)
+    if name == "torchac-O3":
+        environment["CXX"] = str(folder / "o3" / "g++")
+    return environment
 
 
 def _find_compiler() -> str:
@@ -51,25 +65,23 @@ class Peer:
 
     def __init__(self, name: str, folder: Path, symbols: Path, frequencies: Path, processor: int) -> None:
         python = make_environment(folder)
-        environment = dict(os.environ, OMP_NUM_THREADS="1", TORCH_EXTENSIONS_DIR=str(folder / f"extensions-{name}"))
-        environment["PATH"] = f"{python.parent}:{environment['PATH']}"
-        environment.pop("PYTHONPATH", None)
-        if name == "torchac-O3":
-            environment["CXX"] = str(folder / "o3" / "g++")
         script = Path(__file__).with_name("peer_coders.py")
         self.name = name
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
             [str(python), str(script), name, str(symbols), str(frequencies)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._messages,
             text=True,
-            env=environment,
+            env=_environment(name, folder),
             preexec_fn=lambda: os.sched_setaffinity(0, {processor}),
         )
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{name} did not start, or its round trip is wrong: run {script} by hand")
+            self._messages.seek(0)
+            sys.stderr.write(self._messages.read().decode(errors="replace"))
+            raise RuntimeError(f"{name} did not start, or its round trip is wrong: its messages stand above")
         self.num_bytes = int(line)
 
     def seconds(self, operation: str) -> float:
@@ -81,6 +93,7 @@ class Peer:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
+        self._messages.close()
 
 
 def save_inputs(folder: Path, symbols: np.ndarray, frequencies: np.ndarray) -> tuple[Path, Path]:

@@ -2,12 +2,14 @@
 
 import os
 import warnings
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
+from cachegen import _native
 from cachegen.coder import cpu, reference
 from cachegen.errors import BackendUnavailableError, BitstreamError
 from cachegen.format import PlaneLayout, StreamEntry
@@ -313,3 +315,36 @@ def test_a_path_must_be_one_that_exists_and_runs(monkeypatch):
     monkeypatch.setattr(cpu, "supported_paths", lambda: ("portable",))
     with pytest.raises(BackendUnavailableError, match="does not run the kernels for avx512; it runs portable"):
         case.encode("avx512")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_paths_agree_on_symbols_that_the_quantizer_does_not_have(dtype):
+    # Tables and low bits may spell them all the same; the values are the formula's.
+    for num_bins, is_packed in ((4, False), (16, False), (32, False), (4, True), (16, True)):
+        case = Case(random_cache(70, 2, 40, dtype), num_bins, tokens_per_stream=32, is_packed=is_packed)
+        if is_packed:
+            case.planes = tuple(replace(plane, low_bits=5) for plane in case.planes)
+            payload, streams = case.encode("portable")
+            payload = np.random.default_rng(7).integers(0, 256, len(payload), dtype=np.uint8)
+        else:
+            case.tables = cpu.Tables.from_frequencies(np.full((2 * 80, 32), 128, np.uint16))
+            payload, streams = spell_all_symbols(case)
+        outcomes = [bits_of(case.decode(payload, streams, path)) for path in PATHS]
+        for outcome in outcomes[1:]:
+            assert all(map(torch.equal, outcome, outcomes[0]))
+
+
+def spell_all_symbols(case):
+    """Streams of random symbols of 0 to 31, in place of the cache's."""
+    generator = np.random.default_rng(8)
+    parts, entries = [], []
+    for plane in case.planes:
+        for first in range(0, case.cache.num_tokens, plane.tokens_per_stream):
+            num_tokens = min(plane.tokens_per_stream, case.cache.num_tokens - first)
+            symbols = generator.integers(0, 32, (plane.num_channels, num_tokens)).astype(np.uint16)
+            tables = cpu.Tables.from_frequencies(np.full((plane.num_channels, 32), 128, np.uint16))
+            content, num_words, status = _native.encode_symbols(symbols, tables, 0)
+            assert status == _native.Status.OK.value
+            parts.append(content.ljust(-(-len(content) // 16) * 16, b"\0"))
+            entries.append(StreamEntry(len(content), num_words, 0))
+    return b"".join(parts), entries

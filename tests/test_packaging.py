@@ -18,7 +18,14 @@ import cachegen
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "cachegen"
-SCRIPTS = ("main.py", "run_encoding.py", "run_decoding_disk.py", "run_publishing.py", "run_decoding_remote.py")
+SCRIPTS = (
+    "main.py",
+    "run_profiling.py",
+    "run_encoding.py",
+    "run_decoding_disk.py",
+    "run_publishing.py",
+    "run_decoding_remote.py",
+)
 
 LAYERS = {
     # `cachegen` itself (its version) and what C++ built stand below everything.
@@ -267,7 +274,7 @@ def test_sdist_holds_the_native_sources_and_neither_model_nor_prompts_nor_builds
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, tree)
-    for folder in ("src", "config", "docs"):
+    for folder in ("src", "config", "docs", "profiles"):
         shutil.copytree(
             ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__", "*.so")
         )
@@ -291,5 +298,7 @@ def test_sdist_holds_the_native_sources_and_neither_model_nor_prompts_nor_builds
         shipped = {member.name.split("/", 1)[-1] for member in archive if member.isfile()}
     native = {path.relative_to(ROOT).as_posix() for path in (ROOT / "src" / "csrc").rglob("*") if path.is_file()}
     modules = {f"src/cachegen/{name}" for name in SOURCES}
-    assert native | modules | {"setup.py", "pyproject.toml", "constraints.txt", "env.yml", "LICENSE"} <= shipped
+    profiles = {path.relative_to(ROOT).as_posix() for path in (ROOT / "profiles").rglob("*") if path.is_file()}
+    others = {"setup.py", "pyproject.toml", "constraints.txt", "env.yml", "LICENSE"}
+    assert native | modules | profiles | others <= shipped
     assert shipped.isdisjoint(unwanted)

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,9 +223,7 @@ def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) 
     """
     folder = Path(folder)
     path = folder / PROFILE_NAME
-    text = _read(path)
-    if len(text) > _MAX_JSON_BYTES:
-        raise BitstreamError(f"{len(text)} bytes are too many for a profile", path=path)
+    text = _read(path, _MAX_JSON_BYTES)
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -334,7 +333,7 @@ def _parse_group(
         else _tensor(analysis, f"analysis.{index}", torch.float16, [num_channels, num_components]),
     )
     logs = group.scale_logs
-    if (logs[1:] > logs[:-1]).any() or logs.abs().max() > _MAX_SCALE_LOG:
+    if (logs[1:] > logs[:-1]).any() or logs.int().abs().max() > _MAX_SCALE_LOG:
         raise BitstreamError("must not increase, and lie within 2^14", field=f"scale_logs.{index}")
     return group
 
@@ -358,8 +357,13 @@ def _load_tensors(path: Path, expected_hash: object) -> tuple[dict[str, torch.Te
         raise BitstreamError(f"not a safetensors file ({error})", path=path) from error
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, max_bytes: int | None = None) -> bytes:
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise InputError(f"{path}: is not a file (--profile takes a folder of run_profiling.py)")
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise BitstreamError(f"{status.st_size} bytes are too many for a profile", path=path)
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such file (--profile takes a folder of run_profiling.py)") from None

@@ -93,14 +93,7 @@ class GroupTransform:
         return cache.planes[2 * self.group.first_layer : 2 * (self.group.first_layer + self.group.num_layers)]
 
     def _gather(self, cache: KVCache, first_token: int) -> torch.Tensor:
-        rotation = self._rotation(cache.num_tokens, first_token)
-        parts = []
-        for index, plane in enumerate(self._planes(cache)):
-            values = plane.float()
-            if index % 2 == 0 and rotation is not None:
-                values = undo_rotation(values, *rotation)
-            parts.append(values.flatten(1))
-        return torch.cat(parts, dim=1)
+        return join_planes(self._planes(cache), self._rotary, first_token, self._device)
 
     def _scatter(self, vectors: torch.Tensor, output: KVCache, first_token: int) -> None:
         rotation = self._rotation(output.num_tokens, first_token)
@@ -115,6 +108,32 @@ class GroupTransform:
         if self._rotary is None or not self._rotary.inv_freq:
             return None
         return rotation_of(self._rotary, num_tokens, first_token, self._device)
+
+
+def join_planes(
+    planes: Sequence[torch.Tensor], rotary: RotaryEmbedding | None, first_token: int, device: torch.device
+) -> torch.Tensor:
+    """Return the vectors that a transform works on.
+
+    Args:
+        planes: of consecutive layers `[num_tokens, num_heads, head_dim]`, keys then values of each.
+        rotary: what is undone in the keys; None or without frequencies: nothing.
+        first_token: the position of the planes' first token.
+        device: where the vectors belong.
+
+    Returns:
+        fp32 `[num_tokens, num_channels]`.
+    """
+    rotation = None
+    if rotary is not None and rotary.inv_freq:
+        rotation = rotation_of(rotary, planes[0].shape[0], first_token, device)
+    parts = []
+    for index, plane in enumerate(planes):
+        values = plane.to(device=device, dtype=torch.float32)
+        if index % 2 == 0 and rotation is not None:
+            values = undo_rotation(values, *rotation)
+        parts.append(values.flatten(1))
+    return torch.cat(parts, dim=1)
 
 
 def rotation_of(

@@ -175,8 +175,9 @@ py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_token
             parallel_for(static_cast<int64_t>(planes.size()), num_threads, [&](int64_t i) {
                 uint32_t* const plane_counts = &counts[first_rows[i] * kTableSize];
 #if CACHEGEN_X86
-                if (path == CpuPath::kAvx512) {
-                    bad_tokens[i] = measure_plane_avx512(planes[i], decltype(tag)::kDtype, num_tokens, plane_counts);
+                if (path != CpuPath::kPortable) {
+                    const auto measure = path == CpuPath::kAvx512 ? measure_plane_avx512 : measure_plane_avx2;
+                    bad_tokens[i] = measure(planes[i], decltype(tag)::kDtype, num_tokens, plane_counts);
                     return;
                 }
 #endif

@@ -15,7 +15,7 @@
 namespace cachegen {
 
 // Above this many bytes of output, whole cache lines go past the caches: the values will not be read from there.
-constexpr int64_t kBypassBytes = int64_t{1} << 20;
+constexpr int64_t kBypassBytes = int64_t{1} << 23;
 
 template <class Dtype>
 bool allows_bypass(const Plane& plane) {

@@ -8,6 +8,7 @@
 
 #if CACHEGEN_X86
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/avx2.h"
@@ -32,40 +33,44 @@ class Dequantizer {
           dtype_(dtype),
           has_tables_(dtype != Dtype::kFloat32 && num_level_entries(batch.is_coded, batch.low_bits) == 32) {}
 
-    // Per token of every stream 64 bytes: the low bytes of its 32 values, then the high bytes.
-    size_t table_bytes() const { return has_tables_ ? size_t{64} * batch_.num_streams * batch_.shape.num_tokens : 0; }
+    // Per token of every stream 32 bytes: the low bytes of the values of its zero symbol and the 15 above, then the
+    // high bytes. The symbols below have the same values, negated.
+    size_t table_bytes() const {
+        return has_tables_ ? size_t{kTableBytes} * batch_.num_streams * batch_.shape.num_tokens : 0;
+    }
 
     CACHEGEN_AVX2 void make_tables(uint8_t* table) const {
         if (!has_tables_) return;
         const __m128i low_bytes = _mm_set1_epi16(0x00FF);
         for (int s = 0; s < batch_.num_streams; ++s) {
-            alignas(32) float levels[32];
-            for (int symbol = 0; symbol < 32; ++symbol)
-                levels[symbol] = level_of(symbol, zero_symbol_of(batch_.streams[s].num_bins));
-            for (int64_t token = 0; token < batch_.shape.num_tokens; ++token, table += 64) {
+            const int zero_symbol = zero_symbol_of(batch_.streams[s].num_bins);
+            alignas(32) float levels[16];
+            for (int step = 0; step < 16; ++step) levels[step] = level_of(zero_symbol + step, zero_symbol);
+            for (int64_t token = 0; token < batch_.shape.num_tokens; ++token, table += kTableBytes) {
                 const __m256 scale = _mm256_set1_ps(scale_of(s, token));
-                for (int half = 0; half < 2; ++half) {
-                    __m128i words[2];
-                    for (int i = 0; i < 2; ++i)
-                        words[i] = narrow(_mm256_mul_ps(_mm256_load_ps(levels + 16 * half + 8 * i), scale), is_half());
-                    _mm_store_si128(
-                        reinterpret_cast<__m128i*>(table + 16 * half),
-                        _mm_packus_epi16(_mm_and_si128(words[0], low_bytes), _mm_and_si128(words[1], low_bytes)));
-                    _mm_store_si128(reinterpret_cast<__m128i*>(table + 32 + 16 * half),
-                                    _mm_packus_epi16(_mm_srli_epi16(words[0], 8), _mm_srli_epi16(words[1], 8)));
-                }
+                __m128i words[2];
+                for (int i = 0; i < 2; ++i)
+                    words[i] = narrow(_mm256_mul_ps(_mm256_load_ps(levels + 8 * i), scale), is_half());
+                _mm_store_si128(
+                    reinterpret_cast<__m128i*>(table),
+                    _mm_packus_epi16(_mm_and_si128(words[0], low_bytes), _mm_and_si128(words[1], low_bytes)));
+                _mm_store_si128(reinterpret_cast<__m128i*>(table + 16),
+                                _mm_packus_epi16(_mm_srli_epi16(words[0], 8), _mm_srli_epi16(words[1], 8)));
             }
         }
     }
 
-    // Choose where the next blocks go: a stream, and a tile of channels.
-    void begin_tile(int s, int64_t first_channel, int num_channels) {
+    // Choose where the next blocks go: a stream, and a tile of channels. Foreign tables may spell symbols that the
+    // quantizer does not have; those that lie beyond the tables of values are computed.
+    void begin_tile(int s, int64_t first_channel, int num_channels, int highest_symbol) {
         runs_ = TileRuns(first_channel, num_channels, batch_.head_dim, batch_.streams[s].head_stride);
+        const int zero_symbol = zero_symbol_of(batch_.streams[s].num_bins);
+        takes_tables_ = has_tables_ && zero_symbol < 16 && highest_symbol - zero_symbol < 16;
     }
 
     // Write a block, [channel][32 tokens], that begins at a token of its stream.
     CACHEGEN_AVX2 void write_block(const uint8_t* block, const uint8_t* tables, int s, int64_t first_token) const {
-        const uint8_t* table = tables + 64 * (s * batch_.shape.num_tokens + first_token);
+        const int64_t rest = batch_.shape.num_tokens - first_token;
         for (int half = 0; half < 2; ++half) {
             __m128i rows[2][16];
             for (int i = 0; i < 2; ++i) {
@@ -74,18 +79,25 @@ class Dequantizer {
                         _mm_load_si128(reinterpret_cast<const __m128i*>(block + 32 * (16 * i + j) + 16 * half));
                 transpose_16x16_bytes(rows[i]);
             }
-            for (int j = 0; j < 16; ++j) {
-                const int64_t token = first_token + 16 * half + j;
-                if (token >= batch_.shape.num_tokens) return;
-                if (has_tables_)
-                    write_from_table(rows[0][j], rows[1][j], table + 64 * (16 * half + j), s, token);
-                else
-                    compute(rows[0][j], rows[1][j], s, token);
+            const int count = static_cast<int>(std::clamp<int64_t>(rest - 16 * half, 0, 16));
+            const int64_t token = first_token + 16 * half;
+            if (!takes_tables_) {
+                for (int j = 0; j < count; ++j) compute(rows[0][j], rows[1][j], s, token + j);
+                continue;
             }
+            const uint8_t* table = tables + kTableBytes * (s * batch_.shape.num_tokens + token);
+            if (!runs_.is_whole())
+                write_tokens<Target::kRuns>(rows, count, table, s, token);
+            else if (batch_.stores_bypass_caches)
+                write_tokens<Target::kMemory>(rows, count, table, s, token);
+            else
+                write_tokens<Target::kCache>(rows, count, table, s, token);
         }
     }
 
   private:
+    static constexpr int kTableBytes = 32;  // of a token
+
     bool is_half() const { return dtype_ == Dtype::kFloat16; }
 
     float scale_of(int s, int64_t token) const {
@@ -95,28 +107,37 @@ class Dequantizer {
         return is_half() ? Float16::widen(scale) : Bfloat16::widen(scale);
     }
 
-    CACHEGEN_AVX2_INLINE void write_from_table(__m128i first, __m128i second, const uint8_t* table, int s,
-                                               int64_t token) const {
-        // Channels 0-7 and 16-23 in one lane, so that unpacking gives channels 0-15 and 16-31.
-        const __m256i symbols = _mm256_permute4x64_epi64(_mm256_set_m128i(second, first), 0xD8);
-        const __m256i is_upper = _mm256_slli_epi16(symbols, 3);  // bit 4 to bit 7
-        const __m256i index = _mm256_and_si256(symbols, _mm256_set1_epi8(15));
-        __m256i bytes[2];
-        for (int i = 0; i < 2; ++i) {
-            const __m256i lower = load_twice(table + 32 * i), upper = load_twice(table + 32 * i + 16);
-            bytes[i] =
-                _mm256_blendv_epi8(_mm256_shuffle_epi8(lower, index), _mm256_shuffle_epi8(upper, index), is_upper);
-        }
-        const __m256i values[2] = {_mm256_unpacklo_epi8(bytes[0], bytes[1]), _mm256_unpackhi_epi8(bytes[0], bytes[1])};
+    // Where a token's 32 values go: to several runs, to one run in memory, past the caches, or to one in the caches.
+    enum class Target { kRuns, kMemory, kCache };
+
+    template <Target kTarget>
+    CACHEGEN_AVX2_INLINE void write_tokens(const __m128i rows[2][16], int count, const uint8_t* table, int s,
+                                           int64_t first_token) const {
         const BatchStream& stream = batch_.streams[s];
-        uint16_t* const row = reinterpret_cast<uint16_t*>(stream.values) + token * stream.token_stride;
-        if (!runs_.is_whole()) return copy_runs(row, values);
-        auto* const address = reinterpret_cast<__m256i*>(row + runs_.runs[0].offset);
-        for (int i = 0; i < 2; ++i) {
-            if (batch_.stores_bypass_caches)
-                _mm256_stream_si256(address + i, values[i]);
-            else
-                _mm256_storeu_si256(address + i, values[i]);
+        const int64_t stride = stream.token_stride, offset = runs_.runs[0].offset;
+        const __m256i zero_symbol = _mm256_set1_epi8(static_cast<char>(zero_symbol_of(stream.num_bins)));
+        const __m256i sign_bit = _mm256_set1_epi8(static_cast<char>(0x80));
+        auto* row = reinterpret_cast<uint16_t*>(stream.values) + first_token * stride;
+        for (int j = 0; j < count; ++j, row += stride, table += kTableBytes) {
+            // Channels 0-7 and 16-23 in one lane, so that unpacking gives channels 0-15 and 16-31.
+            const __m256i symbols = _mm256_permute4x64_epi64(_mm256_set_m128i(rows[1][j], rows[0][j]), 0xD8);
+            const __m256i steps = _mm256_sub_epi8(symbols, zero_symbol);
+            const __m256i magnitudes = _mm256_abs_epi8(steps);
+            const __m256i low = _mm256_shuffle_epi8(load_twice(table), magnitudes);
+            const __m256i high = _mm256_xor_si256(_mm256_shuffle_epi8(load_twice(table + 16), magnitudes),
+                                                  _mm256_and_si256(steps, sign_bit));
+            const __m256i values[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+            if (kTarget == Target::kRuns) {
+                copy_runs(row, values);
+                continue;
+            }
+            auto* const address = reinterpret_cast<__m256i*>(row + offset);
+            for (int i = 0; i < 2; ++i) {
+                if (kTarget == Target::kMemory)
+                    _mm256_stream_si256(address + i, values[i]);
+                else
+                    _mm256_storeu_si256(address + i, values[i]);
+            }
         }
     }
 
@@ -152,13 +173,10 @@ class Dequantizer {
         }
     }
 
-    CACHEGEN_AVX2_INLINE static __m256i load_twice(const uint8_t bytes[16]) {
-        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
-    }
-
     const StreamBatch& batch_;
     const Dtype dtype_;
     const bool has_tables_;
+    bool takes_tables_ = false;
     TileRuns runs_;
 };
 

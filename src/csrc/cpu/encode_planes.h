@@ -36,7 +36,7 @@ void encode_portably(const Plane& plane, StreamRef stream, EncodedStream* encode
 template <class Dtype>
 EncodedStreams encode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams, CpuPath path,
                              int num_threads) {
-    const BatchPlan plan = plan_batches(planes, streams, num_threads, path == CpuPath::kAvx512);
+    const BatchPlan plan = plan_batches(planes, streams, num_threads, path != CpuPath::kPortable);
     EncodedStreams result;
     result.streams.resize(streams.size());
     result.checksums.resize(streams.size());
@@ -45,7 +45,7 @@ EncodedStreams encode_planes(const std::vector<Plane>& planes, const std::vector
         const int num_members = static_cast<int>(plan.begins[index + 1] - plan.begins[index]);
         EncodedStream encoded[kMaxBatch];
         const StreamRef& first = streams[members[0]];
-        if (path == CpuPath::kAvx512 && BatchKey(planes[first.plane], first.shape).is_uniform) {
+        if (path != CpuPath::kPortable && BatchKey(planes[first.plane], first.shape).is_uniform) {
 #if CACHEGEN_X86
             thread_local Scratch scratch;
             StreamBatch batch = describe_batch(planes[first.plane], first.shape);
@@ -54,7 +54,8 @@ EncodedStreams encode_planes(const std::vector<Plane>& planes, const std::vector
                 batch.streams[batch.num_streams] =
                     describe_stream(planes[stream.plane], stream, sizeof(typename Dtype::Storage));
             }
-            encode_batch_avx512(batch, Dtype::kDtype, scratch, encoded);
+            const auto encode = path == CpuPath::kAvx512 ? encode_batch_avx512 : encode_batch_avx2;
+            encode(batch, Dtype::kDtype, scratch, encoded);
 #endif
         } else {
             for (int i = 0; i < num_members; ++i) {

@@ -87,7 +87,8 @@ int64_t measure_plane(const Plane& plane, int64_t num_tokens, uint32_t* counts) 
     return -1;
 }
 
-// The same with AVX-512.
+// The same with AVX2 and with AVX-512.
+int64_t measure_plane_avx2(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts);
 int64_t measure_plane_avx512(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts);
 
 // Quantize the tokens of one stream into symbols [num_channels][symbol_stride].

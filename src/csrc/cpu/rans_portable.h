@@ -193,55 +193,76 @@ inline Status encode_stream(const uint16_t* symbols, int64_t symbol_stride, cons
     return Status::kOk;
 }
 
-// The thresholds of a table that tell symbols apart: those of absent symbols at either end tell nothing.
-struct Thresholds {
-    int first = 1, last = kTableSize;  // symbols `first` to `last` - 1 have a start that some slot is below
+// A table as decoding wants it, made once per channel.
+struct DecodeTable {
+    const FrequencyTable* source = nullptr;
+    // The starts that tell symbols apart: those of absent symbols at either end tell nothing.
+    int first = 1, last = kTableSize;
+    uint32_t entries[kTableSize];  // see TableEntry
 
-    explicit Thresholds(const FrequencyTable& table) {
+    void make(const FrequencyTable& table) {
+        if (source == &table) return;
+        source = &table;
+        first = 1;
+        last = kTableSize;
         while (first < kTableSize && table.start[first] == 0) ++first;
         while (last > first && table.start[last - 1] == kFrequencyTotal) --last;
+        for (int symbol = 0; symbol < kTableSize; ++symbol)
+            entries[symbol] = static_cast<uint32_t>(table.start[symbol]) << 16 | table.frequency[symbol];
     }
 };
 
-// The last symbol whose start is at most the slot, for every lane: a count of thresholds, which vectorizes.
-inline void find_symbols(const uint16_t slots[kNumLanes], const FrequencyTable& table, uint16_t symbols[kNumLanes]) {
-    const Thresholds thresholds(table);
+// The last symbol whose start is at most the slot, for every lane: one less for each start above, which vectorizes.
+inline void find_symbols(const int16_t slots[kNumLanes], const DecodeTable& table, uint16_t symbols[kNumLanes]) {
     // A local count, so that compilers see that nothing else can change it.
-    uint16_t counts[kNumLanes];
-    std::fill(counts, counts + kNumLanes, static_cast<uint16_t>(thresholds.first - 1));
-    for (int symbol = thresholds.first; symbol < thresholds.last; ++symbol) {
-        const uint16_t start = table.start[symbol];
-        for (int lane = 0; lane < kNumLanes; ++lane) counts[lane] += slots[lane] >= start;
+    int16_t counts[kNumLanes];
+    std::fill(counts, counts + kNumLanes, static_cast<int16_t>(table.last - 1));
+    for (int symbol = table.first; symbol < table.last; ++symbol) {
+        const auto start = static_cast<int16_t>(table.entries[symbol] >> 16);
+        for (int lane = 0; lane < kNumLanes; ++lane) counts[lane] -= start > slots[lane];
     }
     std::copy(counts, counts + kNumLanes, symbols);
 }
 
+// A bit for each of 32 states that needs a word.
+inline uint32_t lanes_that_need_words(const uint32_t states[kNumLanes]) {
+    uint8_t needs[kNumLanes];
+    for (int lane = 0; lane < kNumLanes; ++lane) needs[lane] = states[lane] >> kWordBits == 0;
+    uint32_t mask = 0;
+    for (int first = 0; first < kNumLanes; first += 8) {
+        uint64_t eight = 0;
+        for (int i = 0; i < 8; ++i) eight |= static_cast<uint64_t>(needs[first + i]) << (8 * i);
+        // Byte i moves to bit 56 + i; no two terms meet.
+        mask |= static_cast<uint32_t>(eight * 0x0102040810204080u >> 56) << first;
+    }
+    return mask;
+}
+
 // Decode one row: `live` symbols into lane_symbols. Returns false where the words run out.
-inline bool decode_row(const FrequencyTable& table, int live, uint32_t states[kNumLanes], const uint8_t** next_word,
+inline bool decode_row(const DecodeTable& table, int live, uint32_t states[kNumLanes], const uint8_t** next_word,
                        const uint8_t* words_end, uint16_t lane_symbols[kNumLanes]) {
-    uint16_t slots[kNumLanes];
+    int16_t slots[kNumLanes];
     uint32_t frequencies[kNumLanes], offsets[kNumLanes];
-    for (int lane = 0; lane < kNumLanes; ++lane) slots[lane] = static_cast<uint16_t>(slot_of(states[lane]));
+    for (int lane = 0; lane < kNumLanes; ++lane) slots[lane] = static_cast<int16_t>(slot_of(states[lane]));
     find_symbols(slots, table, lane_symbols);
     const uint8_t* word = *next_word;
     if (live == kNumLanes && words_end - word >= 2 * kNumLanes) {
-        // The common case in steps of constant length: lookups, then arithmetic, then words.
+        // The common case: lookups, then arithmetic, then words for the few lanes that need one.
         for (int lane = 0; lane < kNumLanes; ++lane) {
-            frequencies[lane] = table.frequency[lane_symbols[lane]];
-            offsets[lane] = slots[lane] - table.start[lane_symbols[lane]];
+            const TableEntry entry = TableEntry::unpack(table.entries[lane_symbols[lane]]);
+            frequencies[lane] = entry.frequency;
+            offsets[lane] = slots[lane] - entry.start;
         }
         for (int lane = 0; lane < kNumLanes; ++lane)
             states[lane] = frequencies[lane] * (states[lane] >> kFrequencyBits) + offsets[lane];
-        for (int lane = 0; lane < kNumLanes; ++lane) {
-            const bool needs_word = decode_needs_word(states[lane]);
-            const uint32_t refilled = decode_take_word(states[lane], load_u16(word));
-            states[lane] = needs_word ? refilled : states[lane];
-            word += needs_word ? 2 : 0;
+        for (uint32_t mask = lanes_that_need_words(states); mask != 0; mask &= mask - 1, word += 2) {
+            uint32_t& state = states[__builtin_ctz(mask)];
+            state = decode_take_word(state, load_u16(word));
         }
     } else {
         for (int lane = 0; lane < live; ++lane) {
-            const int symbol = lane_symbols[lane];
-            states[lane] = decode_step(states[lane], table.start[symbol], table.frequency[symbol]);
+            const TableEntry entry = TableEntry::unpack(table.entries[lane_symbols[lane]]);
+            states[lane] = decode_step(states[lane], entry.start, entry.frequency);
             if (!decode_needs_word(states[lane])) continue;
             if (word == words_end) return false;
             states[lane] = decode_take_word(states[lane], load_u16(word));
@@ -280,6 +301,7 @@ Status decode_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words
     const int64_t tile_channels = std::min<int64_t>(kBandChannels, shape.num_channels);
     workspace.symbols.resize(std::max<size_t>(workspace.symbols.size(), tile_channels * symbol_stride));
     uint16_t* const tile = workspace.symbols.data();
+    DecodeTable table;
     for (int64_t first = 0; first < shape.num_channels; first += kBandChannels) {
         const int64_t last = std::min<int64_t>(first + kBandChannels, shape.num_channels);
         for (int64_t channel = first; channel < last; ++channel) {
@@ -288,8 +310,7 @@ Status decode_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words
                 const int live = shape.live_lanes(row);
                 uint16_t* lane_symbols = tile + (channel - first) * symbol_stride + row * kNumLanes;
                 if (coding.tables != nullptr) {
-                    const FrequencyTable& table =
-                        coding.tables[BandTable::table_index(coding, channel) + band.table_offset];
+                    table.make(coding.tables[BandTable::table_index(coding, channel) + band.table_offset]);
                     if (!decode_row(table, live, states, &word, words_end, lane_symbols)) return Status::kTruncated;
                 } else {
                     std::fill(lane_symbols, lane_symbols + kNumLanes, uint16_t{0});

@@ -1,0 +1,107 @@
+"""A basis for keys and values in which components are uncorrelated, and a change of any by one costs the same quality.
+
+With G the Fisher information of the vectors x and C their covariance: W = (G + ridge)^(1/2), and the Karhunen-Loeve
+transform U of W x gives c = U^T W (x - mean). An error e in c then costs a KL divergence of about |e|^2 / 2 times a
+constant, whatever its direction, which is what lets one step quantize all components.
+
+Source: Karhunen-Loeve transform with a weighted error measure; reverse water-filling (Cover and Thomas, section 10.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from cachegen.errors import InputError
+from cachegen.profile import SCALE_LOGS_PER_OCTAVE
+
+Weights = Literal["fisher", "diagonal", "none"]
+WEIGHTS: tuple[Weights, ...] = ("fisher", "diagonal", "none")
+RIDGE = 1e-3
+"""Added to the eigenvalues of the weights, in units of their mean: no direction is free of cost."""
+MIN_SCALE_LOG = -30
+"""16 log2 of the smallest standard deviation, in steps, that is coded: scale index 0 of component_tables lies below."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The transform of one group of layers, its components in descending order of standard deviation.
+
+    Attributes:
+        analysis: fp16 `[num_channels, num_components]`.
+        synthesis: fp16 `[num_components, num_channels]`, its inverse on the components that are kept.
+        scale_logs: int16 `[num_components]`, 16 log2 of the standard deviations.
+    """
+
+    analysis: torch.Tensor
+    synthesis: torch.Tensor
+    scale_logs: torch.Tensor
+
+
+def fit_basis(
+    covariance: torch.Tensor, fisher: torch.Tensor | None, *, finest_step: float, max_components: int | None = None
+) -> Basis:
+    """Fit the basis of one group.
+
+    Args:
+        covariance: fp64 `[num_channels, num_channels]`.
+        fisher: the same, its unit chosen by the caller; None weights all channels alike.
+        finest_step: components too small to be coded at this step are left out.
+        max_components: the largest ones only.
+
+    Returns:
+        On the CPU; at least one component.
+
+    Raises:
+        InputError: the matrices are not finite, or do not invert each other in fp16.
+    """
+    if not torch.isfinite(covariance).all() or (fisher is not None and not torch.isfinite(fisher).all()):
+        raise InputError("the caches or the gradients hold NaN or infinity")
+    root, inverse_root = _square_roots(fisher, covariance)
+    variances, vectors = torch.linalg.eigh(root @ covariance @ root)
+    variances, vectors = variances.flip(0), vectors.flip(1)
+    smallest = torch.finfo(torch.float64).eps * variances[0].clamp_min(1e-300)
+    scale_logs = torch.round(0.5 * SCALE_LOGS_PER_OCTAVE * variances.clamp_min(smallest).log2())
+    finest_log = round(SCALE_LOGS_PER_OCTAVE * torch.tensor(finest_step, dtype=torch.float64).log2().item())
+    count = max(1, int((scale_logs - finest_log >= MIN_SCALE_LOG).sum()))
+    count = min(count, max_components or count)
+    basis = Basis(
+        analysis=(root @ vectors[:, :count]).half().contiguous().cpu(),
+        synthesis=(vectors[:, :count].T @ inverse_root).half().contiguous().cpu(),
+        scale_logs=scale_logs[:count].to(torch.int16).cpu(),
+    )
+    _check_inverse(basis)
+    return basis
+
+
+def weigh(fisher: torch.Tensor, weights: Weights) -> torch.Tensor | None:
+    """Return the weights of a kind: the Fisher information itself, its diagonal, or None."""
+    if weights == "none":
+        return None
+    return torch.diag(fisher.diagonal()) if weights == "diagonal" else fisher
+
+
+def _square_roots(fisher: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the square root of the weights, ridge added, and its inverse; both symmetric."""
+    if fisher is None:
+        identity = torch.eye(len(like), dtype=like.dtype, device=like.device)
+        return identity, identity
+    eigenvalues, vectors = torch.linalg.eigh(fisher)
+    mean = eigenvalues.mean()
+    if not mean > 0:
+        raise InputError("the model's predictions do not depend on its cache: its gradients are zero")
+    eigenvalues = eigenvalues.clamp_min(0) + RIDGE * mean
+    return (vectors * eigenvalues.sqrt()) @ vectors.T, (vectors * eigenvalues.rsqrt()) @ vectors.T
+
+
+def _check_inverse(basis: Basis) -> None:
+    """Refuse matrices that fp16 cannot hold; what it rounds away otherwise, decoders' one Newton step makes good."""
+    product = basis.synthesis.double() @ basis.analysis.double()
+    error = (product - torch.eye(len(product), dtype=product.dtype)).abs().max().item()
+    if not error < 0.1:  # NaN, too
+        raise InputError(
+            f"the transform does not fit fp16 (its inverse is off by {error:.2g}): these caches need --weights none, "
+            "or more calibration tokens"
+        )

@@ -1,0 +1,130 @@
+"""Which directions of keys and values matter: the Fisher information of what a model predicts from a saved cache.
+
+A change d of a token's vector x (its keys with the rotary embedding undone, and its values) changes the model's
+predictions by a KL divergence of about d^T G d / 2, with G = E[g g^T] the Fisher information, g the gradient of the
+log-likelihood of labels that are drawn from the model's own predictions.
+
+Source: Fisher information as the curvature of KL (Kullback and Leibler 1951); labels sampled from the model, not the
+text's (Martens 2014, section 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as functional
+from transformers.cache_utils import Cache, DynamicLayer
+
+from cachegen.errors import InputError
+from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
+from cachegen.pipeline.model import LoadedModel
+from cachegen.transform import BLOCK_TOKENS, join_planes
+
+TOKENS_PER_WINDOW = 256
+"""Tokens whose predictions are differentiated at once: what bounds the memory of the backward pass."""
+
+
+class _LeafLayer(DynamicLayer):
+    """Hold a layer's saved keys and values as leaves of the graph, `[1, num_kv_heads, num_tokens, head_dim]`."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.leaves = [tensor.detach().requires_grad_(True) for tensor in (keys, values)]
+        self.keys, self.values = self.leaves
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+
+def accumulate_fisher(
+    loaded: LoadedModel,
+    cache: KVCache,
+    metadata: ContextMetadata,
+    layer_groups: Sequence[tuple[int, int]],
+    totals: Sequence[torch.Tensor],
+    *,
+    num_forced: int,
+    num_samples: int,
+    seed: int,
+) -> int:
+    """Add one context's outer products of gradients, one per token, label sample and window, to the groups' totals.
+
+    Windows of up to 256 tokens, spread evenly over the context, are forced through the model on the saved cache before
+    them, as an answer is; the gradients are with respect to that cache.
+
+    Args:
+        loaded: the model; the dtype it computes in is the gradients'.
+        cache: the context's, on any device.
+        metadata: the cache's.
+        layer_groups: (first layer, number of layers) of each group.
+        totals: fp64 `[num_channels, num_channels]` per group; they are added to, on their own device.
+        num_forced: tokens forced in all.
+        num_samples: label samples per window.
+        seed: of the labels, together with the context's tokens; the order of contexts does not matter.
+
+    Returns:
+        The number of outer products added.
+
+    Raises:
+        InputError: what the model predicts is not finite.
+    """
+    token_hash = hash_token_prefixes(metadata.token_ids, [cache.num_tokens])[0]
+    generator = torch.Generator().manual_seed((int(token_hash[:12], 16) + seed) % (1 << 63))
+    # The gradient with respect to x of f(a R x) is a R^T times that of f: rotated back, and scaled by a, not by 1 / a.
+    rotary = metadata.rotary_embeddings[0] if metadata.rotary_embeddings else None
+    if rotary is not None:
+        rotary = dataclasses.replace(rotary, attention_scaling=1 / rotary.attention_scaling)
+    count = 0
+    for start, stop in plan_windows(cache.num_tokens, num_forced):
+        before, window = cache.slice(0, start), metadata.token_ids[start:stop]
+        for gradients in _sample_gradients(loaded, before, window, num_samples, generator):
+            for (first_layer, num_layers), total in zip(layer_groups, totals, strict=True):
+                planes = gradients[2 * first_layer : 2 * (first_layer + num_layers)]
+                for block in range(0, start, BLOCK_TOKENS):
+                    part = [plane[block : block + BLOCK_TOKENS] for plane in planes]
+                    add_outer_products(total, join_planes(part, rotary, block, total.device))
+            count += start
+    return count
+
+
+def plan_windows(num_tokens: int, num_forced: int) -> list[tuple[int, int]]:
+    """Return start and stop of windows of up to 256 tokens, `num_forced` in all, the last at the context's end.
+
+    A context too short for them has fewer: each window leaves as many tokens before it as it has.
+    """
+    num_windows = max(1, min(-(-num_forced // TOKENS_PER_WINDOW), num_tokens // (2 * TOKENS_PER_WINDOW)))
+    length = min(-(-num_forced // num_windows), TOKENS_PER_WINDOW, num_tokens // 2)
+    stops = [num_tokens * (i + 1) // num_windows for i in range(num_windows)]
+    return [(stop - length, stop) for stop in stops]
+
+
+def add_outer_products(total: torch.Tensor, vectors: torch.Tensor) -> None:
+    """Add the sum of x x^T over the rows of `vectors` to `total`, fp64 `[num_channels, num_channels]`."""
+    rows = vectors.to(device=total.device, dtype=torch.float64)
+    total.addmm_(rows.T, rows)
+
+
+def _sample_gradients(
+    loaded: LoadedModel, before: KVCache, window: torch.Tensor, num_samples: int, generator: torch.Generator
+) -> Iterator[list[torch.Tensor]]:
+    """Yield, per label sample, the gradients of the window's log-likelihood, shaped and ordered as `before.planes`."""
+    layers = []
+    for keys, values, device in zip(before.keys, before.values, loaded.layer_devices, strict=True):
+        pair = [plane.to(device=device, dtype=loaded.dtype).transpose(0, 1)[None] for plane in (keys, values)]
+        layers.append(_LeafLayer(*pair))
+    leaves = [leaf for layer in layers for leaf in layer.leaves]
+    inputs = window.to(device=loaded.device, dtype=torch.int64)[None]
+    with torch.enable_grad():
+        logits = loaded.model(input_ids=inputs, past_key_values=Cache(layers=layers), use_cache=True).logits[0].float()
+        if not torch.isfinite(logits).all():
+            raise InputError("the model's predictions from it are NaN or infinite; the cache or the model is damaged")
+        # Drawn on the CPU, so that every device draws the same from the same probabilities.
+        probabilities = logits.detach().softmax(-1).cpu()
+        for sample in range(num_samples):
+            labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            gradients = torch.autograd.grad(
+                loss, leaves, retain_graph=sample + 1 < num_samples, allow_unused=True, materialize_grads=True
+            )
+            yield [gradient[0].transpose(0, 1) for gradient in gradients]

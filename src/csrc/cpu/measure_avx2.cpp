@@ -1,0 +1,123 @@
+// Measuring with AVX2: the scales of a plane's tokens, and how often each channel's high part takes each value, in the
+// blocks of measure_avx512.cpp.
+
+#include "cpu/cpu_path.h"
+
+#if CACHEGEN_X86
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/avx2.h"
+#include "cpu/planes.h"
+#include "cpu/quantize_avx2.h"
+#include "cpu/stream_batch.h"
+
+namespace cachegen::avx2 {
+namespace {
+
+constexpr int64_t kBlockTokens = 64;
+
+// The largest magnitude of a token, as bits of its dtype. Magnitudes order like their bit patterns.
+template <class Dtype>
+CACHEGEN_AVX2 uint32_t largest_magnitude(const Plane& plane, const typename Dtype::Storage* values) {
+    using Storage = typename Dtype::Storage;
+    using Bits = std::conditional_t<sizeof(Storage) == 2, uint16_t, uint32_t>;
+    constexpr int kStep = 32 / sizeof(Storage);
+    constexpr Bits kMagnitude = sizeof(Storage) == 2 ? 0x7FFF : 0x7FFFFFFF;
+    __m256i largest = _mm256_setzero_si256();
+    Bits scalar_largest = 0;
+    for (int64_t head = 0; head < plane.num_heads; ++head, values += plane.head_stride) {
+        int64_t dim = 0;
+        for (; dim + kStep <= plane.head_dim; dim += kStep) {
+            const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + dim));
+            if constexpr (sizeof(Storage) == 2)
+                largest = _mm256_max_epu16(largest, _mm256_and_si256(bits, _mm256_set1_epi16(kMagnitude)));
+            else
+                largest = _mm256_max_epu32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(kMagnitude)));
+        }
+        for (; dim < plane.head_dim; ++dim) {
+            Bits bits;
+            std::memcpy(&bits, values + dim, sizeof bits);
+            scalar_largest = std::max(scalar_largest, static_cast<Bits>(bits & kMagnitude));
+        }
+    }
+    alignas(32) Bits all[kStep];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(all), largest);
+    return std::max(scalar_largest, *std::max_element(all, all + kStep));
+}
+
+// Count the symbols of a tile of a block's tokens.
+template <class Dtype>
+CACHEGEN_AVX2 void count_tile(const Plane& plane, const typename Dtype::Storage* values, const float* inverses,
+                              int64_t num_tokens, int64_t first_channel, int num_channels, uint32_t* counts) {
+    const TileRuns runs(first_channel, num_channels, plane.head_dim, plane.head_stride);
+    const bool is_whole = runs.is_whole();
+    const __m256i zero_symbol = _mm256_set1_epi16(static_cast<int16_t>(zero_symbol_of(plane.num_bins)));
+    const __m128i low_bits = _mm_cvtsi32_si128(plane.coding.low_bits);
+    for (int64_t token = 0; token < num_tokens; ++token, values += plane.token_stride) {
+        alignas(32) typename Dtype::Storage gathered[kTileChannels];
+        const typename Dtype::Storage* row = gathered;
+        if (is_whole)
+            row = values + runs.runs[0].offset;
+        else
+            gather_row(values, runs, gathered);
+        __m256i words[2];
+        quantize_row<Dtype>(row, _mm256_set1_ps(inverses[token]), zero_symbol, words);
+        for (__m256i& word : words)
+            // The minimum only matters where another thread changes the cache meanwhile.
+            word = _mm256_min_epu16(_mm256_srl_epi16(word, low_bits), _mm256_set1_epi16(kTableSize - 1));
+        alignas(32) uint8_t high[kTileChannels];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(high), pack_row(words));
+        if (num_channels == kTileChannels) {
+#pragma GCC unroll 32
+            for (int channel = 0; channel < kTileChannels; ++channel) ++counts[channel * kTableSize + high[channel]];
+        } else {
+            for (int channel = 0; channel < num_channels; ++channel) ++counts[channel * kTableSize + high[channel]];
+        }
+    }
+}
+
+template <class Dtype>
+int64_t measure(const Plane& plane, int64_t num_tokens, uint32_t* counts) {
+    using Storage = typename Dtype::Storage;
+    constexpr uint32_t kInfinity = Dtype::kDtype == cachegen::Dtype::kFloat16    ? 0x7C00
+                                   : Dtype::kDtype == cachegen::Dtype::kBfloat16 ? 0x7F80
+                                                                                 : 0x7F800000;
+    const auto* values = reinterpret_cast<const Storage*>(plane.values);
+    auto* scales = reinterpret_cast<Storage*>(plane.scales);
+    const int64_t num_channels = plane.num_channels();
+    for (int64_t first_token = 0; first_token < num_tokens; first_token += kBlockTokens) {
+        const int64_t count = std::min(kBlockTokens, num_tokens - first_token);
+        const Storage* block = values + first_token * plane.token_stride;
+        float inverses[kBlockTokens];
+        for (int64_t token = 0; token < count; ++token) {
+            const uint32_t largest = largest_magnitude<Dtype>(plane, block + token * plane.token_stride);
+            if (largest >= kInfinity) return first_token + token;
+            const auto bits = static_cast<std::conditional_t<sizeof(Storage) == 2, uint16_t, uint32_t>>(largest);
+            std::memcpy(&scales[first_token + token], &bits, sizeof bits);
+            inverses[token] = inverse_step(Dtype::widen(scales[first_token + token]), zero_symbol_of(plane.num_bins));
+        }
+        for (int64_t channel = 0; channel < num_channels; channel += kTileChannels)
+            count_tile<Dtype>(plane, block, inverses, count, channel,
+                              static_cast<int>(std::min<int64_t>(kTileChannels, num_channels - channel)),
+                              counts + channel * kTableSize);
+    }
+    return -1;
+}
+
+}  // namespace
+}  // namespace cachegen::avx2
+
+namespace cachegen {
+
+int64_t measure_plane_avx2(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts) {
+    if (dtype == Dtype::kFloat16) return avx2::measure<Float16>(plane, num_tokens, counts);
+    if (dtype == Dtype::kBfloat16) return avx2::measure<Bfloat16>(plane, num_tokens, counts);
+    return avx2::measure<Float32>(plane, num_tokens, counts);
+}
+
+}  // namespace cachegen
+
+#endif  // CACHEGEN_X86

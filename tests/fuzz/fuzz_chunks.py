@@ -1,0 +1,205 @@
+"""Any bytes as a chunk file or a tables file: reading refuses them with an error of the format, or they are one.
+
+Coverage-guided, with atheris; `make fuzz` runs it. An input is a byte that names a golden document, a byte of flags,
+and a file, which the fuzzer begins with the golden ones and the invalid ones. Mutation alone would never pass the
+checksums, so lengths and checksums are made right again first, unless a flag says not to. What parses is packed again,
+to the same bytes, and decoded on every path of this processor, with the same end and the same values.
+
+Usage: fuzz_chunks.py [CORPUS] [libFuzzer's flags]; the module atheris must be installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import sys
+from functools import cache
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["cachegen"]):
+    from cachegen import codec, container
+    from cachegen import format as layout
+    from cachegen.coder import cpu
+    from cachegen.errors import BitstreamError, MismatchError
+    from cachegen.kv_cache import KVCache
+
+import numpy as np
+import torch
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+FOLDERS = sorted(path.parent for path in GOLDEN.glob(f"*/{container.TABLES_NAME}"))
+KEEP_CHECKSUMS, KEEP_FILE_BYTES, KEEP_STREAM_BYTES, KEEP_WORDS = 1, 2, 4, 8  # flags: what is not made right again
+MAX_VALUES = 1 << 16  # a header of a few bytes may claim millions
+TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in cpu.DTYPES.items()}
+PREFIX_BYTES, CHUNK_PLANES_AT, PLANE_BYTES, STREAM_BYTES = 24, 208, 12, 12
+
+
+@cache
+def golden_document(index: int) -> codec.Document:
+    return codec.load_document((FOLDERS[index] / container.TABLES_NAME).read_bytes())
+
+
+def seal(content: bytearray, flags: int) -> None:
+    """Make what a mutation has broken right again, as far as the file can still be followed."""
+    if flags & KEEP_CHECKSUMS or len(content) < CHUNK_PLANES_AT:
+        return
+    if not flags & KEEP_FILE_BYTES:
+        struct.pack_into("<Q", content, 16, len(content))
+    (header_bytes,) = struct.unpack_from("<I", content, 12)
+    if not PREFIX_BYTES + 4 <= header_bytes <= len(content):
+        return
+    if content[: len(layout.TABLES_MAGIC)] == layout.TABLES_MAGIC:
+        struct.pack_into("<I", content, 48, cpu.crc32c(content[header_bytes:]))
+    else:
+        seal_sections(content, header_bytes, flags)
+    struct.pack_into("<I", content, header_bytes - 4, cpu.crc32c(content[: header_bytes - 4]))
+
+
+def seal_sections(content: bytearray, header_bytes: int, flags: int) -> None:
+    """Make the checksums of a chunk's scales and streams right again, and let its last stream end with the file."""
+    num_tokens, num_layers = struct.unpack_from("<IH", content, 32)
+    num_planes = 2 * num_layers
+    planes_end = CHUNK_PLANES_AT + num_planes * PLANE_BYTES
+    scale_bytes = num_planes * num_tokens * (4 if content[40] == layout.Dtype.FLOAT32 else 2)
+    payload_at = header_bytes + layout.round_up(scale_bytes, layout.ALIGNMENT)
+    if planes_end > header_bytes or payload_at > len(content):
+        return
+    struct.pack_into("<I", content, 44, cpu.crc32c(content[header_bytes:payload_at]))
+    steps = [struct.unpack_from("<I", content, at + 8)[0] for at in range(CHUNK_PLANES_AT, planes_end, PLANE_BYTES)]
+    if 0 in steps or (num_streams := sum(-(-num_tokens // step) for step in steps)) > header_bytes // STREAM_BYTES:
+        return
+    offset = payload_at
+    for stream in range(num_streams):
+        at = planes_end + stream * STREAM_BYTES
+        if at + STREAM_BYTES > header_bytes - 4:
+            return
+        num_bytes, num_words, _ = struct.unpack_from("<III", content, at)
+        if stream == num_streams - 1 and not flags & KEEP_STREAM_BYTES:
+            rest = max(0, len(content) - offset)
+            # The padding stays as long as it was, and what is missing or left over is words.
+            change = rest - layout.round_up(num_bytes, layout.ALIGNMENT)
+            num_bytes = min(max(0, num_bytes + change), len(content))
+            if not flags & KEEP_WORDS:
+                num_words = min(max(0, num_words + change // 2), len(content))
+        padded = content[offset : offset + layout.round_up(num_bytes, layout.ALIGNMENT)]
+        struct.pack_into("<III", content, at, num_bytes, num_words, cpu.crc32c(padded))
+        offset += len(padded)
+
+
+def check_tables(content: bytes) -> None:
+    header, _ = container.parse_tables(content)
+    if layout.pack_tables_header(header, cpu.crc32c) != content[: header.header_bytes]:
+        raise AssertionError("the header of the tables is not what packing it gives")
+    document = codec.load_document(content)
+    if document.tables is None:
+        return
+    frequencies = document.tables.frequencies()
+    if len(frequencies) != sum(plane.num_channels for plane in header.planes) or (frequencies.sum(1) != 4096).any():
+        raise AssertionError("the tables are not one per channel, each of 4096")
+
+
+def document_for(header: layout.ChunkHeader, golden: codec.Document) -> codec.Document:
+    """The golden document, changed such that a chunk passes all gates: its tables over and over, as many as it takes.
+
+    A chunk keeps the tables hash that it names: decoding must stay in bounds whatever the tables.
+    """
+    planes = tuple(dataclasses.replace(plane, tokens_per_stream=0) for plane in header.planes)
+    tables = None
+    if header.coder is not layout.Coder.PACKED:
+        num_tables = sum(plane.num_channels for plane in planes)
+        known = np.zeros((1, 32), np.uint16) if golden.tables is None else golden.tables.frequencies()
+        if golden.tables is None:
+            known[0, 0] = 4096
+        tables = cpu.Tables.from_frequencies(known[np.arange(num_tables) % len(known)])
+    expected = dataclasses.replace(
+        golden.header,
+        method=header.method,
+        dtype=header.dtype,
+        model_fingerprint=header.model_fingerprint,
+        rope_hash=header.rope_hash,
+        profile_hash=header.profile_hash,
+        planes=planes,
+    )
+    return codec.Document(expected, tables, header.tables_hash)
+
+
+class OnePath:
+    """The CPU's kernels with their path fixed."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def decode(self, *arguments, **options) -> None:
+        cpu.decode(*arguments, path=self._path, **options)
+
+
+def check_chunk(content: bytes, golden: codec.Document) -> None:
+    header = container.parse_chunk(content).header
+    if layout.pack_chunk_header(header, cpu.crc32c) != content[: header.header_bytes]:
+        raise AssertionError("the header of the chunk is not what packing it gives")
+    if header.num_tokens * sum(plane.num_channels for plane in header.planes) > MAX_VALUES:
+        return
+    document = document_for(header, golden)
+    outcomes = {decode(content, header, document, path) for path in cpu.supported_paths()}
+    if len(outcomes) != 1:
+        raise AssertionError(f"the paths {cpu.supported_paths()} do not agree")
+
+
+def decode(content: bytes, header: layout.ChunkHeader, document: codec.Document, path: str) -> str | bytes:
+    """Decode on one path; returns what it refuses the chunk for, or the values."""
+    planes = [
+        torch.zeros(header.num_tokens, plane.num_kv_heads, plane.head_dim, dtype=TORCH_DTYPES[header.dtype])
+        for plane in header.planes
+    ]
+    try:
+        codec.decode_chunk(
+            content,
+            document,
+            KVCache(planes[0::2], planes[1::2]),
+            first_token=header.first_token,
+            token_hash=header.token_hash,
+            kernels=OnePath(path),
+        )
+    except BitstreamError as error:
+        return str(error)
+    return b"".join(plane.view(torch.uint8).numpy().tobytes() for plane in planes)
+
+
+def test_one_input(data: bytes) -> None:
+    if len(data) < 2:
+        return
+    index, flags = data[0] % len(FOLDERS), data[1]
+    content = bytearray(data[2:])
+    seal(content, flags)
+    # UnsupportedVersionError is a BitstreamError; a MismatchError says that a gate is closed, whatever was forged.
+    try:
+        if content[: len(layout.TABLES_MAGIC)] == layout.TABLES_MAGIC:
+            check_tables(bytes(content))
+        else:
+            check_chunk(bytes(content), golden_document(index))
+    except (BitstreamError, MismatchError):
+        return
+
+
+def write_seeds(corpus: Path) -> None:
+    """Begin a corpus: every golden file, sealed or not, and the files that must be refused."""
+    corpus.mkdir(parents=True, exist_ok=True)
+    files = [(index, path) for index, folder in enumerate(FOLDERS) for path in sorted(folder.glob("*.cg?"))]
+    files += [(number % len(FOLDERS), path) for number, path in enumerate(sorted(GOLDEN.glob("invalid/*.cg?")))]
+    for index, path in files:
+        (corpus / f"seed_{path.parent.name}_{path.name}").write_bytes(bytes([index, 0]) + path.read_bytes())
+
+
+def main() -> None:
+    arguments = [sys.argv[0], "-max_len=8192", *sys.argv[1:]]
+    folders = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("-")]
+    if folders:
+        write_seeds(folders[0])
+    atheris.Setup(arguments, test_one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
