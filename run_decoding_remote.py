@@ -123,7 +123,9 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     prompts = append_questions(loaded, token_ids, questions)
     num_cached, block_size = document.num_tokens, document.manifest.prefill_block_size
     cache = empty_cache(loaded.num_layers, max(map(len, prompts)) + args.max_new_tokens)
-    speeds = measure_speeds(loaded, cache, num_cached, token_ids, block_size, chosen.device)
+    speeds = measure_speeds(
+        loaded, cache, num_cached, token_ids, block_size, chosen.device, num_prompt_tokens=len(prompts[0])
+    )
 
     # From here on the clock runs: what a server with the model in memory would do, finding the document included.
     start = time.perf_counter() - lookup_seconds

@@ -286,6 +286,24 @@ class TestRefusals:
         assert flags[0] in refuse(run_decoding_remote.main, [*argv, *flags], 2)
 
 
+@pytest.mark.parametrize("level", [1, 2, None])
+def test_levels_that_refine_each_other_are_loaded_file_by_file(published, server, argv, capsys, level):
+    encoded, store = published.folder / "transform", published.folder / "embedded"
+    if not store.exists():
+        config = REPOSITORY / "config" / "transform_tiny.json"
+        flags = {"--path_to_kv": published.kv_path, "--quantization_config": config, "--num_chunks": NUM_CHUNKS}
+        assert run_encoding.main([*to_argv(flags), "--levels", "1,2,3", "--output_path", str(encoded), "--quiet"]) == 0
+        flags = {"--path_to_encoded_kv": encoded, "--path_to_kv": published.kv_path, "--path_to_store": store}
+        assert run_publishing.main([*to_argv(flags), "--quiet"]) == 0
+    argv[1] = f"{server.url}/embedded"
+    record = run_to_json(argv, capsys, "--question", FIRST, *([] if level is None else ["--level", level]))
+    assert record["problems"] == [] and answer_of(record) == FIRST_ANSWER
+    if level is not None:
+        fetched = [(span["chunk"], span["level"]) for span in record["timeline"] if span["worker"] == "fetch"]
+        assert fetched == [(chunk, file) for chunk in range(NUM_CHUNKS) for file in range(1, level + 1)]
+        assert {chunk["level"] for chunk in record["chunks"]} == {level}
+
+
 def test_publishing_refuses_losses_that_are_not_the_folders(published, refuse):
     folders = [published.folder / config for config in CONFIGS]
     argv = [
@@ -296,7 +314,7 @@ def test_publishing_refuses_losses_that_are_not_the_folders(published, refuse):
         "--path_to_store",
         published.folder / "x",
     ]
-    assert "--kl must have one value per folder" in refuse(run_publishing.main, [*argv, "--kl", "0.1"], 2)
+    assert "--kl must have one value per level" in refuse(run_publishing.main, [*argv, "--kl", "0.1"], 2)
     assert "--kl must not be larger" in refuse(run_publishing.main, [*argv, "--kl", "0.1", "0.2", "0.3"], 2)
     assert "tables.cgt: no such file" in refuse(run_publishing.main, [*argv[:1], published.folder, *argv[4:]], 3)
 

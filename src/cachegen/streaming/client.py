@@ -164,6 +164,8 @@ def measure_speeds(
     token_ids: torch.Tensor,
     block_size: int,
     decoding_device: torch.device,
+    *,
+    num_prompt_tokens: int = 0,
 ) -> Speeds:
     """Measure how fast the model computes, as a server knows from earlier requests; also warms it up.
 
@@ -174,6 +176,7 @@ def measure_speeds(
         cache: from `allocate_cache` or `empty_cache`; its first `num_tokens` tokens are overwritten.
         num_tokens: of the context that will be loaded.
         token_ids: at least that many and one more.
+        num_prompt_tokens: of context and question; those behind the loaded ones count into the first token's time.
     """
     from cachegen.pipeline.generate import generate_answer
     from cachegen.pipeline.model_cache import set_length, view_kv_cache
@@ -197,12 +200,15 @@ def measure_speeds(
     attention_seconds = slope / (2 * num_block * last) if last else 0.0
     linear_seconds = max(first_seconds - attention_seconds * num_block**2, first_seconds / 10)
     answer = generate_answer(loaded, cache, num_tokens, token_ids[: num_tokens + 1], 1, block_size)
+    prefill = PrefillSpeed(num_block / linear_seconds, attention_seconds)
+    num_behind = num_prompt_tokens - 1 - num_tokens
+    behind_seconds = prefill.seconds(num_tokens, num_behind) if num_behind > 0 else 0.0
     is_shared = decoding_device.type == loaded.device.type
     slowdown = (1.0 if decoding_device.type == "cuda" else SHARED_CPU_SLOWDOWN) if is_shared else 0.0
     return Speeds(
-        prefill=PrefillSpeed(num_block / linear_seconds, attention_seconds),
+        prefill=prefill,
         decode=DecodeSpeed(compute_slowdown=slowdown),
-        first_token_seconds=answer.prefill_seconds,
+        first_token_seconds=answer.prefill_seconds + behind_seconds,
     )
 
 
