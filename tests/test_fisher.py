@@ -72,7 +72,7 @@ def test_the_quadratic_form_is_the_divergence_that_a_change_causes(model):
     cache, metadata = prefill_context(loaded, make_token_ids(2 * NUM_BEFORE + 1))
     num_channels = sum(plane.shape[1] * plane.shape[2] for plane in cache.planes)
     total = torch.zeros(num_channels, num_channels, dtype=torch.float64)
-    num_samples = 2000
+    num_samples = 400
     groups = [(0, cache.num_layers)]
     count = accumulate_fisher(
         loaded, cache, metadata, groups, [total], num_forced=NUM_BEFORE, num_samples=num_samples, seed=0
@@ -82,16 +82,16 @@ def test_the_quadratic_form_is_the_divergence_that_a_change_causes(model):
     reference = predict(loaded, before, window)
     generator = torch.Generator().manual_seed(1)
     spread = join_planes(before.planes, None, 0, torch.device("cpu")).std().item()
-    for _ in range(3):
-        direction = torch.randn(num_channels, generator=generator)
-        direction *= 0.01 * spread
+    is_key = torch.cat([torch.full((p.shape[1] * p.shape[2],), i % 2 == 0) for i, p in enumerate(before.planes)])
+    for mask in (is_key, ~is_key):
+        direction = 0.01 * spread * torch.randn(num_channels, generator=generator) * mask
         divergences = []
         # Over all signs the tokens' cross terms cancel, which the sum of each token's own products does not have.
         for signs in itertools.product((-1.0, 1.0), repeat=NUM_BEFORE):
             changed = predict(loaded, change(loaded, before, torch.tensor(signs)[:, None] * direction), window)
             divergences.append((reference.exp() * (reference - changed)).sum().item())
         expected = (direction.double() @ total @ direction.double()).item() / (2 * num_samples)
-        assert sum(divergences) / len(divergences) == pytest.approx(expected, rel=0.15)
+        assert sum(divergences) / len(divergences) == pytest.approx(expected, rel=0.2)
 
 
 def test_the_same_seed_gives_the_same_sums_and_another_one_others():

@@ -208,7 +208,8 @@ def calibrate(
         unit = sum(total.trace().item() for total in fisher) / sum(num_channels)
         if not unit > 0:
             raise InputError("the model's predictions do not depend on its cache: the gradients are zero or NaN")
-        fisher = [total / unit for total in fisher]
+        for total in fisher:
+            total /= unit
     means, covariances = _measure_covariances(contexts, layer_groups, num_channels, device, progress)
     groups = []
     for index, (first_layer, num_layers) in enumerate(layer_groups):
