@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 
 #include "rans.h"
 
@@ -36,43 +37,52 @@ constexpr int kMinTableBits = 2 * kSymbolIndexBits + 1 + kRiceBits;  // of a tab
 // A bounded reader, most significant bit of each byte first.
 class BitReader {
   public:
-    BitReader(const uint8_t* bytes, int64_t num_bytes) : bytes_(bytes), num_bits_(8 * num_bytes) {}
+    BitReader(const uint8_t* bytes, int64_t num_bytes) : bytes_(bytes), num_bytes_(num_bytes) {}
 
+    // Read `count` <= 32 bits.
     bool read(int count, uint32_t* value) {
-        *value = 0;
-        for (; count > 0; --count) {
-            if (position_ >= num_bits_) return false;
-            *value = *value << 1 | ((bytes_[position_ >> 3] >> (7 - (position_ & 7))) & 1u);
-            ++position_;
-        }
+        if (count > 8 * num_bytes_ - position_) return false;
+        *value = static_cast<uint32_t>((peek() >> 1) >> (63 - count));
+        position_ += count;
         return true;
     }
 
     // A Rice code: the quotient in unary (ones, then a zero), then the remainder.
     bool read_rice(uint32_t* value) {
-        uint32_t quotient = 0, bit = 0, remainder = 0;
-        while (read(1, &bit) && bit == 1)
-            if (++quotient > kNumWeightClasses) return false;
-        if (bit == 1 || !read(kRiceBits, &remainder)) return false;
-        *value = quotient << kRiceBits | remainder;
+        const uint64_t zeros = ~peek();  // the code's zero is among them, or the quotient is too large
+        const int quotient = zeros == 0 ? 64 : __builtin_clzll(zeros);
+        uint32_t remainder = 0;
+        if (quotient > kNumWeightClasses || quotient + 1 > 8 * num_bytes_ - position_) return false;
+        position_ += quotient + 1;
+        if (!read(kRiceBits, &remainder)) return false;
+        *value = static_cast<uint32_t>(quotient) << kRiceBits | remainder;
         return true;
     }
 
     // Whether only zero bits, fewer than a byte of them, are left.
     bool at_end() {
-        if (num_bits_ - position_ >= 8) return false;
-        uint32_t bit = 0;
-        while (position_ < num_bits_) {
-            read(1, &bit);
-            if (bit != 0) return false;
-        }
-        return true;
+        const int64_t rest = 8 * num_bytes_ - position_;
+        uint32_t bits = 0;
+        return rest < 8 && read(static_cast<int>(rest), &bits) && bits == 0;
     }
 
   private:
+    // At least the next 57 bits, the first one leading; zeros beyond the end.
+    uint64_t peek() const {
+        const int64_t first = position_ >> 3;
+        uint64_t bits = 0;
+        if (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ && first + 8 <= num_bytes_) {
+            std::memcpy(&bits, bytes_ + first, 8);
+            bits = __builtin_bswap64(bits);
+        } else {
+            for (int i = 0; i < 8; ++i) bits = bits << 8 | (first + i < num_bytes_ ? bytes_[first + i] : 0);
+        }
+        return bits << (position_ & 7);
+    }
+
     const uint8_t* bytes_;
-    int64_t num_bits_;
-    int64_t position_ = 0;
+    int64_t num_bytes_;
+    int64_t position_ = 0;  // in bits
 };
 
 // Scale weights to frequencies that sum to 4096: floors, but at least 1; the first of the largest weights takes what
@@ -87,7 +97,10 @@ inline void normalize(const uint32_t weights[kTableSize], FrequencyTable* table)
     }
     uint32_t frequencies[kTableSize], sum = 0;
     for (int symbol = 0; symbol < kTableSize; ++symbol) {
-        frequencies[symbol] = weights[symbol] == 0 ? 0 : std::max(1u, weights[symbol] * kFrequencyTotal / total);
+        // In fp64, which vectorizes: a quotient below an integer is so by more than rounding can bridge.
+        const auto quotient = static_cast<int32_t>(
+            static_cast<double>(static_cast<int32_t>(weights[symbol] * kFrequencyTotal)) / static_cast<int32_t>(total));
+        frequencies[symbol] = weights[symbol] == 0 ? 0 : std::max(1u, static_cast<uint32_t>(quotient));
         sum += frequencies[symbol];
     }
     frequencies[largest] += kFrequencyTotal - sum;  // unsigned wrap-around makes this right for both signs
