@@ -29,7 +29,6 @@ from cachegen.format import (
 )
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
 from cachegen.quantization import low_bits_for
-from cachegen.symbol_model import choose_weight_classes, pack_tables
 
 # A lane costs about 24 bits beyond its symbols (its state, less what the state carries). At 4096 symbols of 2 to 3 bits
 # that is a quarter of a percent; longer lanes would leave a GPU, one warp per stream, too few streams. A code of coder
@@ -92,12 +91,7 @@ class DocumentEncoder:
         )
         covered = cache.slice(0, self._stops[-1])
         self._scales, counts = kernels.measure(covered, planes, num_threads)
-        plane_tables = []
-        if coder is not Coder.PACKED:
-            classes, first = choose_weight_classes(counts), 0
-            for plane in planes:
-                plane_tables.append(pack_tables(classes[first : first + plane.num_channels]))
-                first += plane.num_channels
+        plane_tables = [] if coder is Coder.PACKED else kernels.pack_tables(counts, planes, num_threads)
         header = TablesHeader(
             num_cache_tokens=cache.num_tokens,
             method=config.method,

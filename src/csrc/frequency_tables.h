@@ -1,4 +1,4 @@
-// Reading the frequency tables of a plane from their compact form.
+// The compact form of the frequency tables of a plane, read and written.
 //
 // The twin of src/cachegen/symbol_model.py, which says how the form is made; docs/format.md, "Frequency tables".
 
@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "rans.h"
 
@@ -134,6 +136,73 @@ inline bool read_tables(const uint8_t* bytes, int64_t num_bytes, int64_t num_cha
         normalize(weights, &tables[channel]);
     }
     return reader.at_end();
+}
+
+// Writes bits, most significant bit of each byte first.
+class BitWriter {
+  public:
+    explicit BitWriter(std::vector<uint8_t>* bytes) : bytes_(bytes) {}
+
+    // Write the low `count` <= 48 bits of `bits`; the others must be zero.
+    void write(uint64_t bits, int count) {
+        buffer_ = buffer_ << count | bits;
+        for (num_buffered_ += count; num_buffered_ >= 8; num_buffered_ -= 8)
+            bytes_->push_back(static_cast<uint8_t>(buffer_ >> (num_buffered_ - 8)));
+    }
+
+    void fill_byte() {
+        if (num_buffered_ > 0) write(0, 8 - num_buffered_);
+    }
+
+  private:
+    std::vector<uint8_t>* bytes_;
+    uint64_t buffer_ = 0;  // the last num_buffered_ < 8 bits are still to be written
+    int num_buffered_ = 0;
+};
+
+// The class whose weight is nearest, in ratio, to a symbol's share of 4096; at least 1 for one that occurs.
+inline int weight_class_of(uint32_t count, uint32_t total) {
+    // boundaries[i] lies between classes i + 1 and i + 2: the geometric mean of their weights.
+    static const auto boundaries = [] {
+        std::array<double, kNumWeightClasses - 2> means{};
+        for (int i = 0; i < kNumWeightClasses - 2; ++i)
+            means[i] = std::sqrt(static_cast<double>(kWeights[i + 1]) * kWeights[i + 2]);
+        return means;
+    }();
+    if (count == 0) return 0;
+    const double target = static_cast<double>(count) * kFrequencyTotal / total;
+    return 1 + static_cast<int>(std::lower_bound(boundaries.begin(), boundaries.end(), target) - boundaries.begin());
+}
+
+// Append the compact form of a plane's tables, made from symbol counts [num_channels][32]. Returns false where a
+// channel has no symbol, or more than fit in 32 bits.
+inline bool write_tables(const uint32_t* counts, int64_t num_channels, std::vector<uint8_t>* bytes) {
+    BitWriter writer(bytes);
+    for (int64_t channel = 0; channel < num_channels; ++channel, counts += kTableSize) {
+        uint64_t total = 0;
+        int first = kTableSize, last = 0;
+        for (int symbol = 0; symbol < kTableSize; ++symbol) {
+            total += counts[symbol];
+            if (counts[symbol] == 0) continue;
+            first = std::min(first, symbol);
+            last = symbol;
+        }
+        if (total == 0 || total > 0xFFFFFFFFu) return false;
+        writer.write(static_cast<uint64_t>(first << kSymbolIndexBits | last), 2 * kSymbolIndexBits);
+        int previous = 0;
+        for (int symbol = first; symbol <= last; ++symbol) {
+            const int weight_class = weight_class_of(counts[symbol], static_cast<uint32_t>(total));
+            const int difference = weight_class - previous;
+            previous = weight_class;
+            const int zigzag = difference > 0 ? 2 * difference : difference < 0 ? -2 * difference - 1 : 0;
+            const int quotient = zigzag >> kRiceBits;
+            const uint64_t ones = (uint64_t{1} << quotient) - 1;
+            writer.write(ones << (kRiceBits + 1) | static_cast<uint64_t>(zigzag & ((1 << kRiceBits) - 1)),
+                         quotient + 1 + kRiceBits);
+        }
+    }
+    writer.fill_byte();
+    return true;
 }
 
 }  // namespace cachegen
