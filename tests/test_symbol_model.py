@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cachegen.coder import cpu
+from cachegen.coder import cpu, reference
 from cachegen.errors import BitstreamError
 from cachegen.format import PlaneLayout
 from cachegen.symbol_model import WEIGHTS, choose_weight_classes, normalize, pack_tables, unpack_tables
@@ -195,3 +195,23 @@ def test_tables_that_cannot_fit_are_refused_before_memory_is_taken() -> None:
     layouts, sizes = [PlaneLayout(256, 256, 16, 0)] * (1 << 15), [1] * (1 << 15)
     with pytest.raises(BitstreamError, match="the tables are corrupt"):
         cpu.load_tables(bytes(1 << 15), layouts, sizes)
+
+
+def test_native_kernels_pack_the_same_tables():
+    generator = np.random.default_rng(11)
+    planes = [PlaneLayout(1, num_channels, 32, 0) for num_channels in (1, 7, 128, 500)]
+    num_tables = sum(plane.num_channels for plane in planes)
+    shares = generator.dirichlet(np.full(32, 0.2), num_tables)
+    counts = generator.poisson(shares * generator.choice([3, 300, 300_000], (num_tables, 1))).astype(np.uint32)
+    counts[::3, 20:] = 0
+    counts[5] = 0
+    counts[np.arange(num_tables), generator.integers(0, 32, num_tables)] += 1
+    # Shares that lie on a weight, and as near to a boundary as counts come.
+    counts[8, :4] = 4_000_000_000, 1, 1402, 1403
+    expected = reference.pack_tables(counts, planes)
+    assert cpu.pack_tables(counts, planes) == cpu.pack_tables(counts, planes, 3) == expected
+
+
+def test_native_kernels_refuse_a_channel_without_symbols():
+    with pytest.raises(ValueError, match="a channel of plane 1 has no symbols"):
+        cpu.pack_tables(np.array([[1] * 32, [0] * 32], np.uint32), [PlaneLayout(1, 1, 32, 0)] * 2)

@@ -32,7 +32,6 @@ from cachegen.framing import Buffer
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
 from cachegen.profile import Profile
 from cachegen.quantization import low_bits_for
-from cachegen.symbol_model import choose_weight_classes, pack_tables
 from cachegen.transform_codec import TransformDocument, decode_component_chunk, load_transform_document
 from cachegen.transform_format import TransformTablesHeader
 
@@ -97,12 +96,7 @@ class DocumentEncoder:
         )
         covered = cache.slice(0, self._stops[-1])
         self._scales, counts = kernels.measure(covered, planes, num_threads)
-        plane_tables = []
-        if coder is not Coder.PACKED:
-            classes, first = choose_weight_classes(counts), 0
-            for plane in planes:
-                plane_tables.append(pack_tables(classes[first : first + plane.num_channels]))
-                first += plane.num_channels
+        plane_tables = [] if coder is Coder.PACKED else kernels.pack_tables(counts, planes, num_threads)
         header = TablesHeader(
             num_cache_tokens=cache.num_tokens,
             method=config.method,

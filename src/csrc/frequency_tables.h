@@ -1,4 +1,4 @@
-// Reading the frequency tables of a plane from their compact form.
+// The compact form of the frequency tables of a plane, read and written.
 //
 // The twin of src/cachegen/symbol_model.py, which says how the form is made; docs/format.md, "Frequency tables".
 
@@ -6,7 +6,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <vector>
 
 #include "rans.h"
 
@@ -36,43 +39,52 @@ constexpr int kMinTableBits = 2 * kSymbolIndexBits + 1 + kRiceBits;  // of a tab
 // A bounded reader, most significant bit of each byte first.
 class BitReader {
   public:
-    BitReader(const uint8_t* bytes, int64_t num_bytes) : bytes_(bytes), num_bits_(8 * num_bytes) {}
+    BitReader(const uint8_t* bytes, int64_t num_bytes) : bytes_(bytes), num_bytes_(num_bytes) {}
 
+    // Read `count` <= 32 bits.
     bool read(int count, uint32_t* value) {
-        *value = 0;
-        for (; count > 0; --count) {
-            if (position_ >= num_bits_) return false;
-            *value = *value << 1 | ((bytes_[position_ >> 3] >> (7 - (position_ & 7))) & 1u);
-            ++position_;
-        }
+        if (count > 8 * num_bytes_ - position_) return false;
+        *value = static_cast<uint32_t>((peek() >> 1) >> (63 - count));
+        position_ += count;
         return true;
     }
 
     // A Rice code: the quotient in unary (ones, then a zero), then the remainder.
     bool read_rice(uint32_t* value) {
-        uint32_t quotient = 0, bit = 0, remainder = 0;
-        while (read(1, &bit) && bit == 1)
-            if (++quotient > kNumWeightClasses) return false;
-        if (bit == 1 || !read(kRiceBits, &remainder)) return false;
-        *value = quotient << kRiceBits | remainder;
+        const uint64_t zeros = ~peek();  // the code's zero is among them, or the quotient is too large
+        const int quotient = zeros == 0 ? 64 : __builtin_clzll(zeros);
+        uint32_t remainder = 0;
+        if (quotient > kNumWeightClasses || quotient + 1 > 8 * num_bytes_ - position_) return false;
+        position_ += quotient + 1;
+        if (!read(kRiceBits, &remainder)) return false;
+        *value = static_cast<uint32_t>(quotient) << kRiceBits | remainder;
         return true;
     }
 
     // Whether only zero bits, fewer than a byte of them, are left.
     bool at_end() {
-        if (num_bits_ - position_ >= 8) return false;
-        uint32_t bit = 0;
-        while (position_ < num_bits_) {
-            read(1, &bit);
-            if (bit != 0) return false;
-        }
-        return true;
+        const int64_t rest = 8 * num_bytes_ - position_;
+        uint32_t bits = 0;
+        return rest < 8 && read(static_cast<int>(rest), &bits) && bits == 0;
     }
 
   private:
+    // At least the next 57 bits, the first one leading; zeros beyond the end.
+    uint64_t peek() const {
+        const int64_t first = position_ >> 3;
+        uint64_t bits = 0;
+        if (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ && first + 8 <= num_bytes_) {
+            std::memcpy(&bits, bytes_ + first, 8);
+            bits = __builtin_bswap64(bits);
+        } else {
+            for (int i = 0; i < 8; ++i) bits = bits << 8 | (first + i < num_bytes_ ? bytes_[first + i] : 0);
+        }
+        return bits << (position_ & 7);
+    }
+
     const uint8_t* bytes_;
-    int64_t num_bits_;
-    int64_t position_ = 0;
+    int64_t num_bytes_;
+    int64_t position_ = 0;  // in bits
 };
 
 // Scale weights to frequencies that sum to 4096: floors, but at least 1; the first of the largest weights takes what
@@ -87,7 +99,10 @@ inline void normalize(const uint32_t weights[kTableSize], FrequencyTable* table)
     }
     uint32_t frequencies[kTableSize], sum = 0;
     for (int symbol = 0; symbol < kTableSize; ++symbol) {
-        frequencies[symbol] = weights[symbol] == 0 ? 0 : std::max(1u, weights[symbol] * kFrequencyTotal / total);
+        // In fp64, which vectorizes: a quotient below an integer is so by more than rounding can bridge.
+        const auto quotient = static_cast<int32_t>(
+            static_cast<double>(static_cast<int32_t>(weights[symbol] * kFrequencyTotal)) / static_cast<int32_t>(total));
+        frequencies[symbol] = weights[symbol] == 0 ? 0 : std::max(1u, static_cast<uint32_t>(quotient));
         sum += frequencies[symbol];
     }
     frequencies[largest] += kFrequencyTotal - sum;  // unsigned wrap-around makes this right for both signs
@@ -121,6 +136,73 @@ inline bool read_tables(const uint8_t* bytes, int64_t num_bytes, int64_t num_cha
         normalize(weights, &tables[channel]);
     }
     return reader.at_end();
+}
+
+// Writes bits, most significant bit of each byte first.
+class BitWriter {
+  public:
+    explicit BitWriter(std::vector<uint8_t>* bytes) : bytes_(bytes) {}
+
+    // Write the low `count` <= 48 bits of `bits`; the others must be zero.
+    void write(uint64_t bits, int count) {
+        buffer_ = buffer_ << count | bits;
+        for (num_buffered_ += count; num_buffered_ >= 8; num_buffered_ -= 8)
+            bytes_->push_back(static_cast<uint8_t>(buffer_ >> (num_buffered_ - 8)));
+    }
+
+    void fill_byte() {
+        if (num_buffered_ > 0) write(0, 8 - num_buffered_);
+    }
+
+  private:
+    std::vector<uint8_t>* bytes_;
+    uint64_t buffer_ = 0;  // the last num_buffered_ < 8 bits are still to be written
+    int num_buffered_ = 0;
+};
+
+// The class whose weight is nearest, in ratio, to a symbol's share of 4096; at least 1 for one that occurs.
+inline int weight_class_of(uint32_t count, uint32_t total) {
+    // boundaries[i] lies between classes i + 1 and i + 2: the geometric mean of their weights.
+    static const auto boundaries = [] {
+        std::array<double, kNumWeightClasses - 2> means{};
+        for (int i = 0; i < kNumWeightClasses - 2; ++i)
+            means[i] = std::sqrt(static_cast<double>(kWeights[i + 1]) * kWeights[i + 2]);
+        return means;
+    }();
+    if (count == 0) return 0;
+    const double target = static_cast<double>(count) * kFrequencyTotal / total;
+    return 1 + static_cast<int>(std::lower_bound(boundaries.begin(), boundaries.end(), target) - boundaries.begin());
+}
+
+// Append the compact form of a plane's tables, made from symbol counts [num_channels][32]. Returns false where a
+// channel has no symbol, or more than fit in 32 bits.
+inline bool write_tables(const uint32_t* counts, int64_t num_channels, std::vector<uint8_t>* bytes) {
+    BitWriter writer(bytes);
+    for (int64_t channel = 0; channel < num_channels; ++channel, counts += kTableSize) {
+        uint64_t total = 0;
+        int first = kTableSize, last = 0;
+        for (int symbol = 0; symbol < kTableSize; ++symbol) {
+            total += counts[symbol];
+            if (counts[symbol] == 0) continue;
+            first = std::min(first, symbol);
+            last = symbol;
+        }
+        if (total == 0 || total > 0xFFFFFFFFu) return false;
+        writer.write(static_cast<uint64_t>(first << kSymbolIndexBits | last), 2 * kSymbolIndexBits);
+        int previous = 0;
+        for (int symbol = first; symbol <= last; ++symbol) {
+            const int weight_class = weight_class_of(counts[symbol], static_cast<uint32_t>(total));
+            const int difference = weight_class - previous;
+            previous = weight_class;
+            const int zigzag = difference > 0 ? 2 * difference : difference < 0 ? -2 * difference - 1 : 0;
+            const int quotient = zigzag >> kRiceBits;
+            const uint64_t ones = (uint64_t{1} << quotient) - 1;
+            writer.write(ones << (kRiceBits + 1) | static_cast<uint64_t>(zigzag & ((1 << kRiceBits) - 1)),
+                         quotient + 1 + kRiceBits);
+        }
+    }
+    writer.fill_byte();
+    return true;
 }
 
 }  // namespace cachegen

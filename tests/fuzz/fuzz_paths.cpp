@@ -21,9 +21,10 @@ struct Document {
     int64_t num_values;  // of a plane, with padding between tokens
 
     Document(FuzzInput& input, size_t value_bytes) {
-        const int64_t num_planes = 1 + input.byte() % 10;
-        const int64_t num_heads = 1 + input.byte() % 3, head_dim = 1 + input.byte() % 48;
-        num_tokens = 1 + input.byte() % 100;
+        // Mostly small ones, which are fast; some with several rows, tiles and batches.
+        const int64_t num_planes = small_or_large(input.byte(), 4, 10);
+        const int64_t num_heads = 1 + input.byte() % 3, head_dim = small_or_large(input.byte(), 12, 48);
+        num_tokens = small_or_large(input.byte(), 40, 100);
         const int num_bins = 4 + 2 * static_cast<int>(input.byte() % 127);
         const uint32_t options = input.byte();
         const bool is_packed = options % 8 == 0;
@@ -58,6 +59,10 @@ struct Document {
     Document(const Document&) = delete;
 
   private:
+    static int64_t small_or_large(uint32_t byte, uint32_t small, uint32_t large) {
+        return 1 + byte % (byte < 224 ? small : large);
+    }
+
     // Every symbol has a frequency, mostly: a table without one ends the run at encoding, on all paths.
     void make_tables(FuzzInput& input, int64_t num_tables) {
         uint32_t seed = input.byte();
@@ -76,22 +81,32 @@ struct Document {
     }
 };
 
-// A plane with vectors starts as portable C++ does it, and the measuring passes give the same counts.
-template <class Dtype>
-bool measure(Document& document) {
-    bool is_finite = true;
-    for (Plane& plane : document.planes) {
-        std::vector<uint32_t> counts(plane.num_channels() * kTableSize);
-        is_finite &= measure_plane<Dtype>(plane, document.num_tokens, counts.data()) < 0;
-    }
-    return is_finite;
-}
-
 std::vector<CpuPath> supported_paths() {
     std::vector<CpuPath> paths;
     for (CpuPath path : {CpuPath::kPortable, CpuPath::kAvx2, CpuPath::kAvx512})
         if (supports(path)) paths.push_back(path);
     return paths;
+}
+
+// Fill in the scales: the paths find the same ones, and the same counts. Returns whether all values are finite.
+template <class Dtype>
+bool measure(Document& document) {
+    bool is_finite = true;
+    for (size_t i = 0; i < document.planes.size(); ++i) {
+        const Plane& plane = document.planes[i];
+        std::vector<uint32_t> expected(plane.num_channels() * kTableSize);
+        const int64_t bad_token = measure_plane<Dtype>(plane, document.num_tokens, expected.data());
+        const std::vector<uint8_t> scales = document.scales[i];
+        is_finite &= bad_token < 0;
+        for (CpuPath path : supported_paths()) {
+            if (path == CpuPath::kPortable) continue;
+            std::vector<uint32_t> counts(expected.size());
+            const auto measure_vectors = path == CpuPath::kAvx512 ? measure_plane_avx512 : measure_plane_avx2;
+            FUZZ_CHECK(measure_vectors(plane, Dtype::kDtype, document.num_tokens, counts.data()) == bad_token);
+            if (bad_token < 0) FUZZ_CHECK(counts == expected && document.scales[i] == scales);
+        }
+    }
+    return is_finite;
 }
 
 template <class Dtype>

@@ -81,6 +81,22 @@ def load_tables(
         raise BitstreamError(f"the tables are corrupt ({error})", field="tables") from error
 
 
+def pack_tables(counts: NDArray[np.uint32], planes: Sequence[PlaneLayout], num_threads: int = 1) -> list[bytes]:
+    """Make the tables of all planes from symbol counts, in their compact form.
+
+    Args:
+        counts: uint32 `[num_tables, 32]`, as `measure` gives them.
+
+    Returns:
+        Per plane, the bytes of `symbol_model.pack_tables`.
+
+    Raises:
+        ValueError: a channel has no symbols.
+    """
+    channels = [plane.num_channels for plane in planes]
+    return _native.pack_tables(np.ascontiguousarray(counts, np.uint32), channels, num_threads)
+
+
 def measure(
     cache: KVCache, planes: Sequence[PlaneLayout], num_threads: int = 1, path: str | None = None
 ) -> tuple[torch.Tensor, NDArray[np.uint32]]:

@@ -113,6 +113,12 @@ class CudaKernels:
         """Read the tables section of a tables file; see `cpu.load_tables`."""
         return Tables(cpu.load_tables(content, planes, plane_table_bytes, num_threads))
 
+    def pack_tables(
+        self, counts: NDArray[np.uint32], planes: Sequence[PlaneLayout], num_threads: int = 1
+    ) -> list[bytes]:
+        """Make the tables of all planes from symbol counts; see `cpu.pack_tables`."""
+        return cpu.pack_tables(counts, planes, num_threads)
+
     def measure(
         self, cache: KVCache, planes: Sequence[PlaneLayout], num_threads: int = 1
     ) -> tuple[torch.Tensor, NDArray[np.uint32]]:

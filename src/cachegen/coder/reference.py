@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cachegen import symbol_model
 from cachegen.coder import arithmetic_reference
 from cachegen.errors import BitstreamError, InputError
 from cachegen.format import ALIGNMENT, LANES, MAX_LOW_BITS, TABLE_SIZE, Coder, PlaneLayout, StreamEntry, round_up
 from cachegen.kv_cache import KVCache
 from cachegen.quantization import dequantize, quantize
-from cachegen.symbol_model import normalize, unpack_tables
+from cachegen.symbol_model import choose_weight_classes, normalize, unpack_tables
 
 FREQUENCY_BITS = 12
 WORD_BITS = 16
@@ -247,6 +248,16 @@ def load_tables(
         of_plane.append(normalize(classes).tolist())
         offset += num_bytes
     return Tables(of_plane)
+
+
+def pack_tables(counts: NDArray[np.uint32], planes: Sequence[PlaneLayout], num_threads: int = 1) -> list[bytes]:
+    """Make the tables of all planes from symbol counts; see `cpu.pack_tables`."""
+    del num_threads
+    classes, first, packed = choose_weight_classes(counts), 0, []
+    for plane in planes:
+        packed.append(symbol_model.pack_tables(classes[first : first + plane.num_channels]))
+        first += plane.num_channels
+    return packed
 
 
 def measure(

@@ -146,6 +146,31 @@ void set_arithmetic(PlaneCoding& coding, bool is_arithmetic, int64_t num_tokens)
     coding.is_arithmetic = is_arithmetic;
 }
 
+// The compact tables of planes, made from symbol counts uint32 [sum of channels, 32]: a bytes object per plane.
+py::list pack_tables(py::array_t<uint32_t, py::array::c_style> counts, std::vector<int64_t> plane_channels,
+                     int num_threads) {
+    if (counts.ndim() != 2 || counts.shape(1) != kTableSize) throw py::value_error("counts must be [num_tables, 32]");
+    const size_t num_planes = plane_channels.size();
+    std::vector<int64_t> first_rows(num_planes + 1, 0);
+    for (size_t i = 0; i < num_planes; ++i) first_rows[i + 1] = first_rows[i] + plane_channels[i];
+    if (first_rows.back() != counts.shape(0)) throw py::value_error("one row of counts per channel is expected");
+    std::vector<std::vector<uint8_t>> packed(num_planes);
+    std::vector<char> good(num_planes, 0);
+    {
+        const uint32_t* rows = counts.data();
+        py::gil_scoped_release release;
+        parallel_for(static_cast<int64_t>(num_planes), num_threads, [&](int64_t i) {
+            good[i] = write_tables(rows + first_rows[i] * kTableSize, plane_channels[i], &packed[i]);
+        });
+    }
+    py::list result;
+    for (size_t i = 0; i < num_planes; ++i) {
+        if (!good[i]) throw py::value_error("a channel of plane " + std::to_string(i) + " has no symbols, or too many");
+        result.append(py::bytes(reinterpret_cast<const char*>(packed[i].data()), packed[i].size()));
+    }
+    return result;
+}
+
 void require_supported(CpuPath path) {
     if (!supports(path)) throw py::value_error("this processor does not support the path");
 }
@@ -511,6 +536,8 @@ PYBIND11_MODULE(_native, module) {
              py::arg("tokens_per_stream"), py::arg("tables"), py::arg("first_table"), py::arg("num_tables"),
              py::arg("has_band_map") = false, py::arg("is_arithmetic") = false, py::keep_alive<1, 11>());
 
+    module.def("pack_tables", &pack_tables, py::arg("counts").noconvert(), py::arg("plane_channels"),
+               py::arg("num_threads"));
     module.def("measure", &measure, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"),
                py::arg("path"));
     module.def("encode", &encode, py::arg("planes"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_threads"),
