@@ -111,8 +111,9 @@ def test_corrupt_components_are_refused_as_on_the_cpu(emulated) -> None:
     ("changes", "tokens_per_stream", "message"),
     [
         ({"table_indices": np.array([1, 37], np.uint16)}, 32, "`table_indices` must be below 37"),
-        ({"table_indices": np.array([[1, 2]], np.uint16)}, 32, "`low_bits` must be uint8 [1], got (2,)"),
+        ({"table_indices": np.array([[1, 2]], np.uint16)}, 32, "`table_indices` must be uint16 [1], got uint16 (1, 2)"),
         ({"table_indices": np.array([1, 2], np.int64)}, 32, "`table_indices` must be uint16 [2]"),
+        ({"low_bits": np.array([0], np.uint8)}, 32, "`low_bits` must be uint8 [2], got uint8 (1,)"),
         ({"low_bits": np.array([0, 9], np.uint8)}, 32, "`low_bits` must be at most 8, and 0 for refined"),
         ({"low_bits": np.array([1, 0], np.uint8)}, 32, "`low_bits` must be at most 8, and 0 for refined"),
         ({"num_refined": 3}, 32, "`num_refined` must be 0 to 2, got 3"),

@@ -193,7 +193,9 @@ def _check(group: ComponentGroup, num_tables: int) -> ComponentGroup:
         ("low_bits", coding.low_bits, np.uint8),
     ):
         if array.shape != (coding.num_components,) or array.dtype != dtype:
-            raise ValueError(f"`{name}` must be {dtype.__name__} [{coding.num_components}], got {array.shape}")
+            raise ValueError(
+                f"`{name}` must be {dtype.__name__} [{coding.num_components}], got {array.dtype} {array.shape}"
+            )
     if not 0 <= coding.num_refined <= coding.num_components:
         raise ValueError(f"`num_refined` must be 0 to {coding.num_components}, got {coding.num_refined}")
     if (coding.table_indices >= num_tables).any():
