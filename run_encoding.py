@@ -214,7 +214,7 @@ def _make_transform_encoder(
         step_log=choose_step(config, profile),
         num_levels=config.num_levels,
         num_threads=num_threads,
-        device=chosen.device,
+        kernels=chosen.kernels,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,15 @@ class OnDevice:
         self._kernels.decode(payload, streams, scales, planes, tables, on_device, num_threads, **options)
         for plane, decoded in zip(output.planes, on_device.planes, strict=True):
             plane.copy_(decoded)
+
+    def decode_component_groups(self, payload, streams, groups, num_threads: int = 1) -> None:
+        device = self._kernels.device
+        moved = [dataclasses.replace(group, components=group.components.to(device)) for group in groups]
+        try:
+            self._kernels.decode_component_groups(payload, streams, moved, num_threads)
+        finally:
+            for group, decoded in zip(groups, moved, strict=True):
+                group.components.copy_(decoded.components)
 
 
 @dataclass(frozen=True)

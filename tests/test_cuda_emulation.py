@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -10,14 +12,27 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from cachegen.coder import components
+from cachegen.coder.components import ComponentGroup
 from cachegen.coder.cuda import CudaKernels
+from cachegen.component_tables import LevelCoding
 from cachegen.errors import BitstreamError, InputError
 from cachegen.format import BandMode, Coder, PlaneLayout
 from tests import emulation
 from tests.cuda_checks import SHAPES, Shape, check_corrupt_streams, check_shape, encode_on_cpu
+from tests.cuda_component_checks import (
+    COMPONENT_SHAPES,
+    ComponentShape,
+    check_component_shape,
+    check_corrupt_components,
+    check_corrupt_escapes,
+    check_transform_document,
+    encode_components_on_cpu,
+)
 from tests.golden import make_golden
 from tests.golden.make_golden import FOLDER, GOLDENS, Golden
 from tests.small_documents import DTYPES, make_cache
@@ -63,6 +78,15 @@ def test_golden_files_are_written_and_read(kernels, golden: Golden) -> None:
     assert make_golden.hash_cache(decoded) == expected[golden.name]
 
 
+@pytest.mark.parametrize("shape", COMPONENT_SHAPES, ids=str)
+def test_components_and_their_bytes_equal_the_cpus(kernels, shape: ComponentShape) -> None:
+    check_component_shape(kernels, shape)
+
+
+def test_transform_documents_of_either_decode_with_the_other(emulated) -> None:
+    check_transform_document(emulated)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -76,6 +100,84 @@ def test_corrupt_streams_are_refused_as_on_the_cpu(emulated, coder: Coder) -> No
     wrong = [encoded.streams[0]._replace(num_words=1), *encoded.streams[1:]]
     with pytest.raises(BitstreamError, match="stream 0"):
         encoded.decode(emulated, streams=wrong)
+
+
+def test_corrupt_components_are_refused_as_on_the_cpu(emulated) -> None:
+    check_corrupt_components(emulated, encode_components_on_cpu(ComponentShape(70, (33, 5), (32, 96))), 200)
+    check_corrupt_escapes(emulated)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens_per_stream", "message"),
+    [
+        ({"table_indices": np.array([1, 37], np.uint16)}, 32, "`table_indices` must be below 37"),
+        ({"table_indices": np.array([[1, 2]], np.uint16)}, 32, "`table_indices` must be uint16 [1], got uint16 (1, 2)"),
+        ({"table_indices": np.array([1, 2], np.int64)}, 32, "`table_indices` must be uint16 [2]"),
+        ({"low_bits": np.array([0], np.uint8)}, 32, "`low_bits` must be uint8 [2], got uint8 (1,)"),
+        ({"low_bits": np.array([0, 9], np.uint8)}, 32, "`low_bits` must be at most 8, and 0 for refined"),
+        ({"low_bits": np.array([1, 0], np.uint8)}, 32, "`low_bits` must be at most 8, and 0 for refined"),
+        ({"num_refined": 3}, 32, "`num_refined` must be 0 to 2, got 3"),
+        ({"num_refined": -1}, 32, "`num_refined` must be 0 to 2, got -1"),
+        ({}, 33, "`tokens_per_stream` must be a multiple of 32, got 33"),
+        ({}, 0, "`tokens_per_stream` must be a multiple of 32, got 0"),
+        ({}, 1 << 31, "`tokens_per_stream` must give streams of at most 4294967295 components"),
+    ],
+)
+def test_codings_that_do_not_fit_are_refused(emulated, changes: dict, tokens_per_stream: int, message: str) -> None:
+    coding = LevelCoding(np.array([13, 2], np.uint16), np.array([0, 1], np.uint8), 1)
+    coding = dataclasses.replace(coding, **changes)
+    values = torch.zeros(40, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        emulated.encode_components(values, values, coding, tokens_per_stream)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        emulated.decode_components(b"", [], values, coding, tokens_per_stream)
+
+
+def test_components_that_do_not_fit_are_refused(emulated) -> None:
+    coding = LevelCoding(np.array([13, 2], np.uint16), np.array([0, 1], np.uint8), 1)
+    values = torch.zeros(40, 2, dtype=torch.int32)
+    for wrong in (values[:, :1], values.long(), values[0], values.T.contiguous().T):
+        with pytest.raises(ValueError, match="`components` must be int32"):
+            emulated.decode_components(b"", [], wrong, coding, 32)
+    with pytest.raises(ValueError, match="`fine` must have 2 components, got 3"):
+        emulated.encode_components(torch.zeros(40, 3, dtype=torch.int32), values, coding, 32)
+    for wrong in (None, values[:39], values[:, :0]):
+        with pytest.raises(ValueError, match="`coarse` must be int32"):
+            emulated.encode_components(values, wrong, coding, 32)
+    payload, streams = emulated.encode_components(values, values, coding, 32)
+    with pytest.raises(ValueError, match="the payload is not as long as its streams"):
+        emulated.decode_components(payload[:-16], streams, values, coding, 32)
+    with pytest.raises(ValueError, match="`streams` must have 2 entries, got 1"):
+        emulated.decode_components(payload, streams[:1], values, coding, 32)
+    other = ComponentGroup(1, torch.zeros(39, 2, dtype=torch.int32), coding, 32)
+    with pytest.raises(ValueError, match="of equally many tokens"):
+        groups = [ComponentGroup(0, values, coding, 32), other]
+        emulated.decode_component_groups(bytes(payload) * 2, streams * 2, groups)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "emulated"])
+def test_components_that_no_symbol_stands_for_are_refused(request, kernels: str) -> None:
+    coder = components if kernels == "cpu" else request.getfixturevalue(kernels)
+    coding = LevelCoding(np.array([13, 2], np.uint16), np.array([0, 1], np.uint8), 1)
+    coarse = torch.full((70, 1), -5, dtype=torch.int32)
+    fine = torch.tensor([[-15, 0]] * 70, dtype=torch.int32)
+    coder.encode_components(fine, coarse, coding, 32)
+    for token, component, value in ((69, 0, -13), (69, 0, -17), (69, 1, (1 << 24) + 1), (69, 1, -(2**31))):
+        wrong = fine.clone()
+        wrong[token, component] = value
+        with pytest.raises(ValueError, match="stream 2 cannot be encoded: NO_FREQUENCY"):
+            coder.encode_components(wrong, coarse, coding, 32)
+
+
+def test_no_tokens_or_no_components_are_nothing(emulated) -> None:
+    empty = LevelCoding(np.zeros(0, np.uint16), np.zeros(0, np.uint8), 0)
+    for shape in ((0, 0), (0, 3), (40, 0)):
+        values = torch.zeros(*shape, dtype=torch.int32)
+        coding = empty if shape[1] == 0 else LevelCoding(np.zeros(3, np.uint16), np.zeros(3, np.uint8), 0)
+        payload, streams = components.encode_components(values, None, coding, 32)
+        found, entries = emulated.encode_components(values, None, coding, 32)
+        assert bytes(found) == bytes(payload) and entries == streams
+        emulated.decode_components(payload, streams, values, coding, 32)
 
 
 def test_random_band_maps_are_refused_or_read_as_on_the_cpu(emulated) -> None:
@@ -165,6 +267,51 @@ MUTATIONS = {
         "const int64_t within = position;",
     ),
     "a barrier is missing": ("rans_encode.cuh", "__syncwarp();  // lanes read what other lanes have staged", ""),
+    "a barrier of components is missing": (
+        "components.cuh",
+        "__syncwarp();  // lanes read what other lanes have staged",
+        "",
+    ),
+    "a barrier of encoded components is missing": (
+        "components.cuh",
+        "__syncwarp();  // lanes encode what other lanes have staged",
+        "",
+    ),
+    "low bits forget the components before": (
+        "components.cuh",
+        "int64_t{component.low_bits_before} * live_lanes",
+        "int64_t{component.low_bits_before} * kNumLanes",
+    ),
+    "a dead lane decodes a component": (
+        "components.cuh",
+        "lane_decoder.decode(table, is_live, lower_lanes)",
+        "lane_decoder.decode(table, true, lower_lanes)",
+    ),
+    "one component too few is refined": (
+        "components.cuh",
+        "group.first_channel + component < record.num_refined",
+        "group.first_channel + component + 1 < record.num_refined",
+    ),
+    "escapes ascend from the first one only": (
+        "components.cuh",
+        "i > 0 ? int64_t{escapes[i - 1].place} : -1",
+        "i > 0 ? int64_t{escapes[0].place} : -1",
+    ),
+    "a lane applies its first escape only": (
+        "components.cuh",
+        "i < num_escapes; i += kNumLanes",
+        "i < kNumLanes && i < num_escapes; i += kNumLanes",
+    ),
+    "escapes are listed in each other's places": (
+        "components.cuh",
+        "escapes[__popc(escaping & ((1u << lane) - 1))]",
+        "escapes[__popc(escaping >> lane >> 1)]",
+    ),
+    "the escapes of a stream's tokens are the chunk's": (
+        "components.cuh",
+        "const int64_t chunk_token = int64_t{stream.first_token} + token;",
+        "const int64_t chunk_token = token;",
+    ),
 }
 
 
@@ -204,7 +351,14 @@ def test_corrupt_streams_are_not_read_beyond_their_payload(module_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_guard_notices_a_dropped_check(tmp_path: Path) -> None:
-    check = "if (needs_word && word < num_words) state"
-    result = run("guarded", mutate(tmp_path, "rans_decode.cuh", check, "if (needs_word) state"))
+@pytest.mark.parametrize(
+    ("file_name", "check", "mutated"),
+    [
+        ("rans_decode.cuh", "if (needs_word && word < num_words) state", "if (needs_word) state"),
+        ("components.cuh", "list.find(parts.words + 2 * stream_record.num_words,", "list.find(parts.words,"),
+    ],
+    ids=["planes", "components"],
+)
+def test_the_guard_notices_a_dropped_check(tmp_path: Path, file_name: str, check: str, mutated: str) -> None:
+    result = run("guarded", mutate(tmp_path, file_name, check, mutated))
     assert result.returncode == -signal.SIGSEGV, result.stdout + result.stderr

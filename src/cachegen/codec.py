@@ -220,7 +220,7 @@ def decode_levels(
     """
     where = {"first_token": first_token, "token_hash": token_hash, "num_threads": num_threads}
     if isinstance(document, TransformDocument):
-        decode_component_chunk(contents, document, output, **where)
+        decode_component_chunk(contents, document, output, kernels=kernels, **where)
         return
     (content,) = contents
     decode_chunk(content, document, output, kernels=kernels, **where)

@@ -16,7 +16,9 @@ from functools import cached_property
 import torch
 
 from cachegen import container
-from cachegen.coder.components import decode_components, encode_components
+from cachegen.coder import components as cpu_components
+from cachegen.coder import cpu
+from cachegen.coder.components import ComponentGroup
 from cachegen.coder.cpu import DTYPES
 from cachegen.coder.reference import not_finite_error
 from cachegen.component_tables import LevelCoding, plan_level
@@ -84,7 +86,7 @@ class TransformEncoder:
         step_log: int,
         num_levels: int = 1,
         num_threads: int = 1,
-        device: torch.device | None = None,
+        kernels=cpu,
     ) -> None:
         """Check that cache and profile belong together.
 
@@ -93,7 +95,8 @@ class TransformEncoder:
             profile: loaded for encoding.
             chunk_tokens: the chunks' token counts, at most the cache's in all.
             step_log: 16 log2 of level 1's step.
-            device: of the matrix products; None is the CPU.
+            kernels: `cachegen.coder.cpu`, or a `cachegen.coder.cuda.CudaKernels`, on whose device the matrix products
+                are, too.
 
         Raises:
             MismatchError: the profile is another model's.
@@ -104,7 +107,7 @@ class TransformEncoder:
         if [tuple(plane.shape[1:]) for plane in cache.planes] != list(profile.plane_shapes):
             raise MismatchError("the profile's shapes are not the KV cache's: it is another model's")
         self._cache, self._num_threads = cache, num_threads
-        self._device = device or torch.device("cpu")
+        self._coder, self._device = component_kernels(kernels), kernels.device
         self._stops = [sum(chunk_tokens[: i + 1]) for i in range(len(chunk_tokens))]
         self._token_hashes = hash_token_prefixes(metadata.token_ids, self._stops)
         header = TransformTablesHeader(
@@ -181,16 +184,16 @@ class TransformEncoder:
         streams: list[StreamEntry] = []
         for group, coding in enumerate(self._codings[level]):
             quantized = self._quantize(index)[group]
-            coarse = quantized[level - 2].numpy() if level > 1 else None
-            payload, entries = encode_components(
-                quantized[level - 1].numpy(), coarse, coding, header.tokens_per_stream[group], self._num_threads
+            coarse = quantized[level - 2] if level > 1 else None
+            payload, entries = self._coder.encode_components(
+                quantized[level - 1], coarse, coding, header.tokens_per_stream[group], self._num_threads
             )
             parts.append(payload)
             streams += entries
         return container.build_component_chunk(header, streams, parts)
 
     def _quantize(self, index: int) -> list[list[torch.Tensor]]:
-        """Return a chunk's quantized components, per group and level."""
+        """Return a chunk's quantized components, per group and level, on the kernels' device."""
         if self._quantized is None or self._quantized[0] != index:
             num_tokens = self.document.header.chunk_tokens[index]
             first_token = self._stops[index] - num_tokens
@@ -208,7 +211,7 @@ class TransformEncoder:
             groups = []
             for group, transform in enumerate(self.document.transforms):
                 num_coded = [self._codings[level][group].num_components for level in self.levels]
-                components = transform.analyze(tokens, first_token, num_coded[-1]).cpu()
+                components = transform.analyze(tokens, first_token, num_coded[-1])
                 groups.append(quantize_components(components, step, num_coded))
             self._quantized = (index, groups)
         return self._quantized[1]
@@ -240,6 +243,7 @@ def decode_component_chunk(
     first_token: int,
     token_hash: bytes,
     num_threads: int = 1,
+    kernels=cpu,
 ) -> ComponentChunkHeader:
     """Decode one chunk from the files of its levels 1 to n, refusing those that do not belong here.
 
@@ -248,6 +252,7 @@ def decode_component_chunk(
         output: where the chunk's tokens go: exactly as many as it must have, on the document's device.
         first_token: where in the context the chunk must begin.
         token_hash: hash of the context's tokens up to the chunk's end.
+        kernels: `cachegen.coder.cpu`, or a `cachegen.coder.cuda.CudaKernels`; of the document's device.
 
     Returns:
         The header of the last level's file.
@@ -264,29 +269,47 @@ def decode_component_chunk(
         for level, chunk in enumerate(chunks, 1)
     ]
     codings = [document.codings(level) for level in range(1, len(chunks) + 1)]
-    offsets = [0] * len(chunks)
-    starts = [0] * len(chunks)
+    coder = component_kernels(kernels)
     step = step_of_level(document.header.step_log, len(chunks))
-    for group, transform in enumerate(document.transforms):
-        components = torch.zeros(output.num_tokens, codings[-1][group].num_components, dtype=torch.int32)
+    starts, offsets = [0] * len(chunks), [0] * len(chunks)
+    widths = [coding.num_components for coding in codings[-1]]
+    for batch in _batch_groups([width * output.num_tokens for width in widths], coder.COMPONENTS_AT_A_TIME):
+        decoded = [
+            torch.zeros(output.num_tokens, widths[group], dtype=torch.int32, device=document.device) for group in batch
+        ]
         for level, (chunk, header) in enumerate(zip(chunks, headers, strict=True)):
-            streams = header.streams[starts[level] : starts[level] + header.streams_of_groups[group]]
+            groups = [
+                ComponentGroup(group, components, codings[level][group], header.tokens_per_stream[group])
+                for group, components in zip(batch, decoded, strict=True)
+            ]
+            streams = header.streams[starts[level] :][: sum(header.streams_of_groups[group] for group in batch)]
             num_bytes = sum(round_up(stream.num_bytes, ALIGNMENT) for stream in streams)
+            payload = chunk.payload[offsets[level] : offsets[level] + num_bytes]
             try:
-                decode_components(
-                    chunk.payload[offsets[level] : offsets[level] + num_bytes],
-                    streams,
-                    components.numpy(),
-                    codings[level][group],
-                    header.tokens_per_stream[group],
-                    num_threads,
-                )
+                coder.decode_component_groups(payload, streams, groups, num_threads)
             except BitstreamError as error:
-                raise BitstreamError(error.problem, field=f"level {level + 1}, group {group}, {error.field}") from error
+                raise BitstreamError(error.problem, field=f"level {level + 1}, {error.field}") from error
             starts[level] += len(streams)
             offsets[level] += num_bytes
-        transform.synthesize(components, step, output, first_token)
+        for group, components in zip(batch, decoded, strict=True):
+            document.transforms[group].synthesize(components, step, output, first_token)
     return headers[-1]
+
+
+def component_kernels(kernels):
+    """Return the component coder of kernels: the CPU's is a module of its own."""
+    return kernels if hasattr(kernels, "decode_component_groups") else cpu_components
+
+
+def _batch_groups(sizes: Sequence[int], limit: int) -> list[range]:
+    """Return runs of groups whose sizes sum to at most `limit`, or single ones."""
+    batches, first, total = [], 0, 0
+    for group, size in enumerate(sizes):
+        if group > first and total + size > limit:
+            batches.append(range(first, group))
+            first, total = group, 0
+        total += size
+    return [*batches, range(first, len(sizes))]
 
 
 def choose_component_stream(num_components: int, num_tokens: int) -> int:

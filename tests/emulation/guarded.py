@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cachegen.coder import cuda
+from cachegen.coder import cuda_memory
 from cachegen.format import Coder
 from tests.cuda_checks import Shape, check_corrupt_streams, encode_on_cpu
+from tests.cuda_component_checks import ComponentShape, check_corrupt_components, encode_components_on_cpu
 from tests.emulation import kernels_of
 
 SHAPES = [Shape(33, (1, 1), (9, 8), (32, 64), (32, 64)), Shape(64, (1, 1), (3, 16), (256, 32), (32, 32))]
+COMPONENT_SHAPES = [ComponentShape(33, (9, 5), (64, 32)), ComponentShape(64, (20,), (32,), 14.0)]
 _PROT_NONE = 0
 _REGION = mmap.mmap(-1, 64 * mmap.PAGESIZE)
 _ADDRESS = ctypes.addressof(ctypes.c_char.from_buffer(_REGION))
@@ -40,11 +42,13 @@ def main(path: Path) -> int:
     guard = ctypes.c_void_p(_ADDRESS + _USABLE_BYTES)
     if ctypes.CDLL(None, use_errno=True).mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), _PROT_NONE):
         raise OSError(ctypes.get_errno(), "mprotect")
-    cuda._to_device = place_before_the_guard
+    cuda_memory.to_device = place_before_the_guard
     kernels = kernels_of(path)
     for shape in SHAPES:
         for coder in (Coder.RANS, Coder.AC):
             check_corrupt_streams(kernels, encode_on_cpu(shape, torch.float16, coder), 150)
+    for shape in COMPONENT_SHAPES:
+        check_corrupt_components(kernels, encode_components_on_cpu(shape), 150)
     print("stayed inside")
     return 0
 

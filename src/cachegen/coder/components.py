@@ -6,15 +6,49 @@ Checks first, then arrays to `cachegen._native`; coder/component_reference.py is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cachegen import _native
 from cachegen.coder.cpu import Tables, decode_error, encode_error
 from cachegen.component_tables import LevelCoding, component_frequencies
-from cachegen.format import StreamEntry
+from cachegen.errors import BitstreamError
+from cachegen.format import ALIGNMENT, StreamEntry, round_up
+
+Components: TypeAlias = NDArray[np.int32] | torch.Tensor
+"""int32 `[num_tokens, num_components]`; tensors on the kernels' device."""
+
+COMPONENTS_AT_A_TIME = 0
+"""How many integers the codec should let these kernels decode at a time: one group, however large."""
+
+
+@dataclass(frozen=True)
+class ComponentGroup:
+    """The components of one group of layers at one level: where they go, and how they are coded.
+
+    Attributes:
+        number: of the group, for errors.
+        components: as `decode_components` takes them.
+        tokens_per_stream: a multiple of 32.
+    """
+
+    number: int
+    components: Components
+    coding: LevelCoding
+    tokens_per_stream: int
+
+    @property
+    def num_streams(self) -> int:
+        return -(-len(self.components) // self.tokens_per_stream)
+
+    def name_in(self, error: BitstreamError) -> BitstreamError:
+        """Return an error of one of the group's streams as one that names the group, too."""
+        return BitstreamError(error.problem, field=f"group {self.number}, {error.field}")
 
 
 @cache
@@ -24,8 +58,8 @@ def component_tables() -> Tables:
 
 
 def encode_components(
-    fine: NDArray[np.int32],
-    coarse: NDArray[np.int32] | None,
+    fine: Components,
+    coarse: Components | None,
     coding: LevelCoding,
     tokens_per_stream: int,
     num_threads: int = 1,
@@ -63,7 +97,7 @@ def encode_components(
 def decode_components(
     payload: bytes | memoryview,
     streams: Sequence[StreamEntry],
-    components: NDArray[np.int32],
+    components: Components,
     coding: LevelCoding,
     tokens_per_stream: int,
     num_threads: int = 1,
@@ -81,7 +115,7 @@ def decode_components(
     failed, status = _native.decode_components(
         np.frombuffer(payload, np.uint8),
         np.array(streams, dtype=np.uint32).reshape(len(streams), 3),
-        components,
+        np.asarray(components),
         component_tables(),
         coding.table_indices,
         coding.low_bits,
@@ -91,3 +125,31 @@ def decode_components(
     )
     if failed >= 0:
         raise decode_error(failed, status)
+
+
+def decode_component_groups(
+    payload: bytes | memoryview, streams: Sequence[StreamEntry], groups: Sequence[ComponentGroup], num_threads: int = 1
+) -> None:
+    """Decode the components of some groups at one level, in place: `decode_components` for one after the other.
+
+    Args:
+        payload: the streams of the first group, of the second, ...
+        groups: of equally many tokens.
+
+    Raises:
+        BitstreamError: a stream is corrupt, naming group and stream.
+    """
+    content, first_stream, offset = memoryview(payload), 0, 0
+    for group in groups:
+        entries = streams[first_stream : first_stream + group.num_streams]
+        end = offset + sum(round_up(entry.num_bytes, ALIGNMENT) for entry in entries)
+        try:
+            decode_components(
+                content[offset:end], entries, group.components, group.coding, group.tokens_per_stream, num_threads
+            )
+        except BitstreamError as error:
+            raise group.name_in(error) from error
+        first_stream += len(entries)
+        offset = end
+    if first_stream != len(streams) or offset != len(content):
+        raise ValueError("the payload is not as long as its streams")

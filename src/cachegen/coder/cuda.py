@@ -6,7 +6,6 @@ kernels run on torch's current stream, in memory of torch's allocator; the nativ
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 from collections.abc import Sequence
@@ -16,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cachegen.coder import cpu
+from cachegen.coder import cpu, cuda_memory
+from cachegen.coder.cuda_components import ComponentKernels
+from cachegen.coder.cuda_memory import Tables
 from cachegen.coder.reference import not_finite_error
 from cachegen.errors import BackendUnavailableError
 from cachegen.format import (
-    ALIGNMENT,
     LANES,
     MAX_CHANNELS,
     MAX_LOW_BITS,
@@ -39,25 +39,6 @@ _BAND_CHANNELS = 32
 _MAX_STREAM_BYTES = 1 << 32  # the index has 32 bits for a stream's length
 _MEASURED_BYTES = 64 << 20  # of a plane that are on the GPU at a time while a cache on the CPU is measured
 _NO_BAD_TOKEN = -1  # 0xFFFFFFFF
-
-
-class Tables:
-    """The frequency tables of a document, packed as the kernels read them, on every device that has asked for them."""
-
-    def __init__(self, tables: cpu.Tables) -> None:
-        frequencies = torch.from_numpy(tables.frequencies().astype(np.int32))
-        starts = frequencies.cumsum(dim=1, dtype=torch.int32) - frequencies
-        self._packed = {torch.device("cpu"): starts << 16 | frequencies}
-
-    @property
-    def num_tables(self) -> int:
-        return len(self._packed[torch.device("cpu")])
-
-    def on(self, device: torch.device) -> torch.Tensor:
-        """Return int32 `[num_tables, 32]`: a symbol's start in the upper half, its frequency in the lower."""
-        if device not in self._packed:
-            self._packed[device] = self._packed[torch.device("cpu")].to(device)
-        return self._packed[device]
 
 
 def load_module() -> ModuleType:
@@ -87,11 +68,11 @@ def load_kernels(device: torch.device) -> CudaKernels:
     return CudaKernels(module, device)
 
 
-class CudaKernels:
+class CudaKernels(ComponentKernels):
     """The coder on a GPU: what the codec takes as `kernels`.
 
-    Arguments and results are those of the functions of `cachegen.coder.cpu`, except where said. `num_threads` is for
-    what stays on the CPU.
+    Arguments and results are those of the functions of `cachegen.coder.cpu`, and for components of
+    `cachegen.coder.components`, except where said. `num_threads` is for what stays on the CPU.
     """
 
     def __init__(self, module: ModuleType, device: torch.device) -> None:
@@ -101,11 +82,7 @@ class CudaKernels:
             module: `torchac_cuda`.
             device: where planes that are on the CPU are brought for encoding.
         """
-        self._module, self._device = module, device
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
+        super().__init__(module, device)
 
     def load_tables(
         self, content: bytes, planes: Sequence[PlaneLayout], plane_table_bytes: Sequence[int], num_threads: int = 1
@@ -150,10 +127,10 @@ class CudaKernels:
     ) -> tuple[torch.Tensor, int]:
         """Measure some tokens of one plane; returns their scales and the first that is not finite."""
         device = values.device
-        with _on(device):
+        with cuda_memory.on_device(device):
             scales = torch.empty(1, len(values), dtype=values.dtype, device=device)
             bad_tokens = torch.full((1,), _NO_BAD_TOKEN, dtype=torch.int32, device=device)
-            rows = _pack_records([_record(values, scales[0], plane, 0, 0, 0)], device)
+            rows = cuda_memory.pack_records([_record(values, scales[0], plane, 0, 0, 0)], device)
             launch = self._launch(device, rows, KVCache([values], [values]), [plane], None)
             self._module.find_scales(launch, bad_tokens.data_ptr())
             self._module.count_symbols(launch, plane.num_channels, counts.data_ptr())
@@ -183,7 +160,7 @@ class CudaKernels:
             raise ValueError("`cache` must be on one GPU or on the CPU")
         device = devices.pop()
         num_streams, first_table, num_slot_bytes, records = 0, 0, 0, []
-        with _on(device):
+        with cuda_memory.on_device(device):
             device_planes = [values.to(device) for values in cache.planes]
             device_scales = scales.to(device).contiguous()
             packed = tables.on(device) if tables is not None else None
@@ -206,24 +183,18 @@ class CudaKernels:
             streams = torch.zeros(num_streams, self._module.STREAM_FIELDS, dtype=torch.int64, device=device)
             statuses = torch.zeros(num_streams, dtype=torch.int32, device=device)
             slots = torch.empty(num_slot_bytes, dtype=torch.uint8, device=device)
-            rows = _pack_records(records, device)
+            rows = cuda_memory.pack_records(records, device)
             launch = self._launch(device, rows, cache, layouts, packed)
             start_encoding = self._module.encode_codes if is_ac else self._module.encode
             start_encoding(launch, slots.data_ptr(), streams.data_ptr(), statuses.data_ptr())
-            failed, status = _first_failure(statuses)
+            failed, status = cuda_memory.first_failure(statuses)
             if failed >= 0:
                 raise cpu.encode_error(failed, status)
-            padded = (streams[:, 1] + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
-            ends = padded.cumsum(0)
-            streams[:, 0] = ends - padded
-            payload = torch.empty(int(ends[-1].item()), dtype=torch.uint8, device=device)
+            payload = torch.empty(cuda_memory.place_streams(streams), dtype=torch.uint8, device=device)
             compact = self._module.compact_codes if is_ac else self._module.compact
             compact(launch, slots.data_ptr(), streams.data_ptr(), payload.data_ptr(), payload.numel())
             content = payload.cpu().numpy().data
-            lengths = streams[:, 1:].tolist()
-        unchecked = [StreamEntry(num_bytes, num_words, 0) for num_bytes, num_words in lengths]
-        checksums = cpu.checksum_streams(content, unchecked, num_threads).tolist()
-        return content, [entry._replace(crc=crc) for entry, crc in zip(unchecked, checksums, strict=True)]
+            return content, cuda_memory.list_streams(streams, content, num_threads)
 
     def decode(
         self,
@@ -248,23 +219,16 @@ class CudaKernels:
         is_ac = _check_coder(coder, planes, tables)
         layouts = _check(output, planes, scales, tables)
         num_streams = sum(-(-output.num_tokens // plane.tokens_per_stream) for plane in layouts)
-        if len(streams) != num_streams:
-            raise ValueError(f"`streams` must have {num_streams} entries, got {len(streams)}")
-        stream_rows = np.zeros((num_streams, self._module.STREAM_FIELDS), dtype=np.int64)
-        stream_rows[:, 1:] = np.array(streams, dtype=np.int64).reshape(-1, 3)[:, :2]
-        ends = ((stream_rows[:, 1] + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT).cumsum()
-        stream_rows[1:, 0] = ends[:-1]
-        if num_streams and ends[-1] != len(payload):
-            raise ValueError("the payload is not as long as its streams")
+        stream_rows = cuda_memory.describe_streams(streams, num_streams, len(payload))
         all_statuses = []
         for device in sorted({values.device for values in output.planes}, key=str):
             if device.type != self._device.type:
                 raise ValueError(f"`output` must be on a {self._device.type} device, got {device}")
-            with _on(device):
+            with cuda_memory.on_device(device):
                 started = self._start_decoding(device, payload, stream_rows, scales, layouts, tables, output, is_ac)
                 all_statuses.append(started)
         for statuses in all_statuses:
-            failed, status = _first_failure(statuses)
+            failed, status = cuda_memory.first_failure(statuses)
             if failed >= 0:
                 raise cpu.decode_error(failed, status)
 
@@ -291,11 +255,11 @@ class CudaKernels:
             first_stream += -(-output.num_tokens // plane.tokens_per_stream)
             first_table += plane.num_channels
         streams = torch.from_numpy(stream_rows).to(device)
-        content = _to_device(payload, device)
+        content = cuda_memory.to_device(payload, device)
         packed = tables.on(device) if tables is not None else None
         band_positions = torch.empty(num_bands, dtype=torch.int64, device=device)
         statuses = torch.zeros(len(stream_rows), dtype=torch.int32, device=device)
-        rows = _pack_records(records, device)
+        rows = cuda_memory.pack_records(records, device)
         launch = self._launch(device, rows, output, layouts, packed)
         arguments = (content.data_ptr(), len(payload), streams.data_ptr())
         if is_ac:
@@ -383,26 +347,3 @@ def _record(
         int(bool(plane.band_mode)),
         workspace,
     ]
-
-
-def _pack_records(records: list[list[int]], device: torch.device) -> torch.Tensor:
-    return torch.tensor(records, dtype=torch.int64).to(device)
-
-
-def _to_device(content: bytes | memoryview, device: torch.device) -> torch.Tensor:
-    """Copy bytes to a device, through pinned memory where it has such."""
-    pinned = torch.empty(len(content), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    pinned.numpy()[:] = np.frombuffer(content, np.uint8)
-    return pinned.to(device, non_blocking=True)
-
-
-def _first_failure(statuses: torch.Tensor) -> tuple[int, int]:
-    """Return the index and status of the first stream that failed, or -1 and 0; waits for the GPU."""
-    found = statuses.cpu().numpy()
-    failed = np.flatnonzero(found)
-    return (int(failed[0]), int(found[failed[0]])) if len(failed) else (-1, 0)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make a GPU torch's current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -12,14 +12,6 @@
 namespace cachegen {
 namespace cuda {
 
-// A frequency table as the kernels keep it, in the words of FrequencyTable.
-struct PackedTable {
-    const uint32_t* entries;
-
-    __device__ uint32_t start_of(int symbol) const { return TableEntry::unpack(entries[symbol]).start; }
-    __device__ uint32_t frequency_of(int symbol) const { return TableEntry::unpack(entries[symbol]).frequency; }
-};
-
 __device__ inline PackedTable table_of(const PlaneRecord& plane, const uint32_t* tables, int channel) {
     return {tables + (plane.first_table + channel) * kTableSize};
 }

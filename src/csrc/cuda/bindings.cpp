@@ -70,12 +70,38 @@ void decode_codes(const Launch& launch, uintptr_t payload, int64_t payload_bytes
                                       at<const StreamRecord>(streams), at<int32_t>(statuses)));
 }
 
+ComponentLaunch make_component_launch(int device, uintptr_t stream, uintptr_t groups, int64_t num_groups,
+                                      int num_tokens, int max_streams, uintptr_t components, uintptr_t tables,
+                                      int num_tables) {
+    return {device,     at<void>(stream), at<const GroupRecord>(groups),         num_groups,
+            num_tokens, max_streams,      at<const ComponentRecord>(components), at<const uint32_t>(tables),
+            num_tables};
+}
+
+void encode_components(const ComponentLaunch& launch, uintptr_t slots, uintptr_t streams, uintptr_t statuses) {
+    raise_problem(
+        launch_encode_components(launch, at<uint8_t>(slots), at<StreamRecord>(streams), at<int32_t>(statuses)));
+}
+
+void compact_components(const ComponentLaunch& launch, uintptr_t slots, uintptr_t streams, uintptr_t payload,
+                        int64_t payload_bytes) {
+    raise_problem(launch_compact_components(launch, at<const uint8_t>(slots), at<const StreamRecord>(streams),
+                                            at<uint8_t>(payload), payload_bytes));
+}
+
+void decode_components(const ComponentLaunch& launch, uintptr_t payload, int64_t payload_bytes, uintptr_t streams,
+                       uintptr_t statuses) {
+    raise_problem(launch_decode_components(launch, at<const uint8_t>(payload), payload_bytes,
+                                           at<const StreamRecord>(streams), at<int32_t>(statuses)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(torchac_cuda, module) {
     module.doc() = "CUDA kernels of CacheGen; use them through cachegen.coder.cuda.";
     module.attr("PLANE_FIELDS") = kPlaneFields;
     module.attr("STREAM_FIELDS") = kStreamFields;
+    module.attr("MAX_COMPONENT_TABLES") = kMaxComponentTables;
 
     py::class_<Launch>(module, "Launch", py::module_local())
         .def(py::init(&make_launch), py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"),
@@ -103,6 +129,20 @@ PYBIND11_MODULE(torchac_cuda, module) {
     module.def("compact_codes", &compact_codes, py::arg("launch"), py::arg("slots"), py::arg("streams"),
                py::arg("payload"), py::arg("payload_bytes"));
     module.def("decode_codes", &decode_codes, py::arg("launch"), py::arg("payload"), py::arg("payload_bytes"),
+               py::arg("streams"), py::arg("statuses"));
+
+    py::class_<ComponentLaunch>(module, "ComponentLaunch", py::module_local())
+        .def(py::init(&make_component_launch), py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("groups"),
+             py::arg("num_groups"), py::arg("num_tokens"), py::arg("max_streams"), py::arg("components"),
+             py::arg("tables"), py::arg("num_tables"));
+    module.def("component_slot_bytes", [](int64_t num_tokens, int64_t num_components, int64_t low_bits_of_token) {
+        return component_slot_bytes({num_tokens, num_components}, low_bits_of_token);
+    });
+    module.def("encode_components", &encode_components, py::arg("launch"), py::arg("slots"), py::arg("streams"),
+               py::arg("statuses"));
+    module.def("compact_components", &compact_components, py::arg("launch"), py::arg("slots"), py::arg("streams"),
+               py::arg("payload"), py::arg("payload_bytes"));
+    module.def("decode_components", &decode_components, py::arg("launch"), py::arg("payload"), py::arg("payload_bytes"),
                py::arg("streams"), py::arg("statuses"));
 }
 

@@ -2,6 +2,7 @@
 // torchac_cuda, and by g++ under the emulation of the tests.
 
 #include "cuda/arithmetic.cuh"
+#include "cuda/components.cuh"
 #include "cuda/launch.h"
 #include "cuda/measure.cuh"
 #include "cuda/rans_decode.cuh"
@@ -36,6 +37,11 @@ class DeviceGuard {
     int previous_ = 0;
 };
 
+const char* take_error() {
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 // Call launch_it(Dtype tag) on the launch's device; returns what went wrong.
 template <class LaunchIt>
 const char* launch_for_dtype(const Launch& launch, LaunchIt&& launch_it) {
@@ -54,8 +60,16 @@ const char* launch_for_dtype(const Launch& launch, LaunchIt&& launch_it) {
         default:
             return "unknown dtype";
     }
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return take_error();
+}
+
+// Call launch_it(grid) on the launch's device, a warp for every stream; returns what went wrong.
+template <class LaunchIt>
+const char* launch_for_groups(const ComponentLaunch& launch, LaunchIt&& launch_it) {
+    const DeviceGuard guard(launch.device);
+    cudaGetLastError();
+    launch_it(make_grid(launch.num_groups, divide_up(launch.max_streams, kWarpsPerBlock)));
+    return take_error();
 }
 
 }  // namespace
@@ -126,6 +140,33 @@ const char* launch_decode_codes(const Launch& launch, const uint8_t* payload, in
     return launch_for_dtype(launch, [&](auto tag) {
         CACHEGEN_LAUNCH(decode_codes_kernel<decltype(tag)>, grid, kThreadsPerBlock, launch.stream, launch.planes,
                         launch.num_tokens, launch.tables, payload, payload_bytes, streams, statuses);
+    });
+}
+
+const char* launch_encode_components(const ComponentLaunch& launch, uint8_t* slots, StreamRecord* streams,
+                                     int32_t* statuses) {
+    return launch_for_groups(launch, [&](const dim3& grid) {
+        CACHEGEN_LAUNCH(encode_components_kernel, grid, kThreadsPerBlock, launch.stream, launch.groups,
+                        launch.num_tokens, launch.components, launch.tables, launch.num_tables, slots, streams,
+                        statuses);
+    });
+}
+
+const char* launch_compact_components(const ComponentLaunch& launch, const uint8_t* slots, const StreamRecord* streams,
+                                      uint8_t* payload, int64_t payload_bytes) {
+    return launch_for_groups(launch, [&](const dim3& grid) {
+        CACHEGEN_LAUNCH(compact_components_kernel, grid, kThreadsPerBlock, launch.stream, launch.groups,
+                        launch.num_tokens, launch.components, launch.tables, launch.num_tables, slots, streams, payload,
+                        payload_bytes);
+    });
+}
+
+const char* launch_decode_components(const ComponentLaunch& launch, const uint8_t* payload, int64_t payload_bytes,
+                                     const StreamRecord* streams, int32_t* statuses) {
+    return launch_for_groups(launch, [&](const dim3& grid) {
+        CACHEGEN_LAUNCH(decode_components_kernel, grid, kThreadsPerBlock, launch.stream, launch.groups,
+                        launch.num_tokens, launch.components, launch.tables, launch.num_tables, payload, payload_bytes,
+                        streams, statuses);
     });
 }
 

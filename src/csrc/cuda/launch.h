@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "arithmetic_coder.h"
+#include "components.h"
 #include "quantization.h"
 #include "rans.h"
 #include "stream_layout.h"
@@ -90,6 +91,66 @@ const char* launch_compact_codes(const Launch& launch, const uint8_t* slots, con
                                  uint8_t* payload, int64_t payload_bytes);
 const char* launch_decode_codes(const Launch& launch, const uint8_t* payload, int64_t payload_bytes,
                                 const StreamRecord* streams, int32_t* statuses);
+
+// The components of one group of layers at one level, as a row of an int64 tensor.
+struct GroupRecord {
+    int64_t components;    // address of token 0's, int32; decoder: in, the level before's; out, this level's
+    int64_t token_stride;  // in elements
+    int64_t coarse;        // encoder: address of the level before's
+    int64_t coarse_stride;
+    int64_t num_components;
+    int64_t num_refined;  // the first so many refine the level before's
+    int64_t low_bits;     // of all components of a token together
+    int64_t tokens_per_stream;
+    int64_t first_stream;     // of the group, in the index
+    int64_t first_component;  // of the group, in the ComponentRecords
+    int64_t workspace;        // encoder: bytes from `slots` to its first stream's
+};
+constexpr int kGroupFields = 11;
+static_assert(sizeof(GroupRecord) == 8 * kGroupFields, "a record is a row of int64");
+
+// How a component is coded, in an int64.
+struct ComponentRecord {
+    uint32_t low_bits_before;  // of the group's components before it together
+    uint16_t table;
+    uint16_t low_bits;
+};
+static_assert(sizeof(ComponentRecord) == 8, "a record is an int64");
+
+constexpr int kMaxComponentTables = 64;  // what shared memory is reserved for; there are 37
+
+// What the launches for components share. Tables are packed entries, as Launch has them.
+struct ComponentLaunch {
+    int device;
+    void* stream;
+    const GroupRecord* groups;
+    int64_t num_groups;
+    int num_tokens;
+    int max_streams;  // of any group
+    const ComponentRecord* components;
+    const uint32_t* tables;
+    int num_tables;
+};
+
+// Bytes of the workspace that the encoder needs for a stream of components: as slot_bytes, escapes not counted.
+CACHEGEN_HOST_DEVICE inline int64_t component_slot_bytes(const StreamShape& shape, int64_t low_bits_of_token) {
+    const StreamParts parts = lay_out_parts(shape, true, false, shape.num_tokens * low_bits_of_token);
+    return round_up(parts.words + 2 * shape.num_tokens * shape.num_channels, kStreamAlignment);
+}
+
+// Encode all streams but for their escapes, each into its slot; fills num_bytes, escapes included, and num_words of
+// `streams`. A group's slots lie component_slot_bytes(of tokens_per_stream tokens) apart.
+const char* launch_encode_components(const ComponentLaunch& launch, uint8_t* slots, StreamRecord* streams,
+                                     int32_t* statuses);
+
+// Move all streams from their slots to their offsets, with their escapes, each padded with zeros to a multiple of 16
+// bytes.
+const char* launch_compact_components(const ComponentLaunch& launch, const uint8_t* slots, const StreamRecord* streams,
+                                      uint8_t* payload, int64_t payload_bytes);
+
+// Decode all streams into the groups' components.
+const char* launch_decode_components(const ComponentLaunch& launch, const uint8_t* payload, int64_t payload_bytes,
+                                     const StreamRecord* streams, int32_t* statuses);
 
 // Null where `device` can run the kernels, or CUDA's words for why not.
 const char* find_problem(int device);

@@ -35,6 +35,9 @@ struct alignas(16) Piece {
 // not to diverge.
 __device__ inline int find_warp() { return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kNumLanes, 0); }
 
+__device__ inline int64_t count_channels(const PlaneRecord& plane) { return plane.num_heads * plane.head_dim; }
+__device__ inline int64_t count_channels(const GroupRecord& group) { return group.num_components; }
+
 // The stream of a warp; without tokens where the plane has fewer streams. Tokens, rows and channels fit an int.
 struct WarpStream {
     int index;        // in the plane
@@ -48,16 +51,18 @@ struct WarpStream {
     __device__ int64_t num_symbols() const { return int64_t{num_tokens} * num_channels; }
 };
 
-__device__ inline int count_streams(const PlaneRecord& plane, int num_tokens) {
-    const int tokens_per_stream = static_cast<int>(plane.tokens_per_stream);
+// Record: of a plane or of a group of layers.
+template <class Record>
+__device__ int count_streams(const Record& record, int num_tokens) {
+    const int tokens_per_stream = static_cast<int>(record.tokens_per_stream);
     return (num_tokens + tokens_per_stream - 1) / tokens_per_stream;
 }
 
-__device__ inline WarpStream find_stream(const PlaneRecord& plane, int num_tokens, int index) {
-    const int64_t first_token = index * plane.tokens_per_stream, rest = num_tokens - first_token;
-    const int64_t count = rest < 0 ? 0 : rest < plane.tokens_per_stream ? rest : plane.tokens_per_stream;
-    return {index, static_cast<int>(first_token), static_cast<int>(count),
-            static_cast<int>(plane.num_heads * plane.head_dim)};
+template <class Record>
+__device__ WarpStream find_stream(const Record& record, int num_tokens, int index) {
+    const int64_t first_token = index * record.tokens_per_stream, rest = num_tokens - first_token;
+    const int64_t count = rest < 0 ? 0 : rest < record.tokens_per_stream ? rest : record.tokens_per_stream;
+    return {index, static_cast<int>(first_token), static_cast<int>(count), static_cast<int>(count_channels(record))};
 }
 
 // What a warp stages at a time: some channels of a run of rows, one symbol per lane.
@@ -68,9 +73,9 @@ struct Group {
     int num_rows;
 };
 
-// Channels of a group of streams with so many rows. A power of two, so that groups fill tiles.
-__device__ inline int channels_per_group(int num_rows) {
-    int num_channels = kGroupChannels;
+// Channels of a group of streams with so many rows, at most `num_channels`, a power of two, and one, so that groups
+// fill tiles.
+__device__ inline int channels_per_group(int num_rows, int num_channels = kGroupChannels) {
     while (num_channels > 1 && num_channels * num_rows > kStagedRows) num_channels /= 2;
     return num_channels;
 }
@@ -183,6 +188,14 @@ __device__ bool read_group(const PlaneRecord& plane, const WarpStream& stream, c
     }
     return in_range;
 }
+
+// A frequency table as the kernels keep it, in the words of FrequencyTable.
+struct PackedTable {
+    const uint32_t* entries;
+
+    __device__ uint32_t start_of(int symbol) const { return TableEntry::unpack(entries[symbol]).start; }
+    __device__ uint32_t frequency_of(int symbol) const { return TableEntry::unpack(entries[symbol]).frequency; }
+};
 
 // Bring the tables [first, last) of a plane into shared memory; all threads of the block.
 __device__ inline void load_tables(uint32_t* staged, const uint32_t* tables, int first, int last) {

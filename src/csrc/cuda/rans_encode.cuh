@@ -153,6 +153,22 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     }
 }
 
+// Move what precedes a stream's words and its words together, zeros after them, to a multiple of 4 bytes; all threads
+// of those that share the work.
+__device__ inline void compact_stream(const uint8_t* slot, int64_t words_at, const uint16_t* words, int64_t num_words,
+                                      uint32_t* target, int64_t num_bytes, int thread, int num_threads) {
+    for (int64_t at = 4 * int64_t{thread}; at < num_bytes; at += 4 * num_threads) {
+        if (at < words_at) {
+            target[at / 4] = *reinterpret_cast<const uint32_t*>(slot + at);
+            continue;
+        }
+        const int64_t word = (at - words_at) / 2;
+        const uint32_t low = word < num_words ? words[word] : 0u;
+        const uint32_t high = word + 1 < num_words ? words[word + 1] : 0u;
+        target[at / 4] = low | high << kWordBits;
+    }
+}
+
 // Grid: x = planes, y = streams of a plane, as many as there are or fewer. Streams that would leave the payload stay.
 static __global__ void __launch_bounds__(kThreadsPerBlock)
     compact_kernel(const PlaneRecord* planes, int num_tokens, bool has_tables, const uint8_t* slots,
@@ -170,16 +186,8 @@ static __global__ void __launch_bounds__(kThreadsPerBlock)
         const int64_t words_at = lay_out_parts(stream.shape(), has_tables, false, num_symbols * plane.low_bits).words;
         const auto* words = reinterpret_cast<const uint16_t*>(slot + words_at) + num_symbols - record.num_words;
         auto* target = reinterpret_cast<uint32_t*>(payload + record.offset);
-        for (int64_t at = 4 * int64_t{threadIdx.x}; at < padded_bytes; at += 4 * kThreadsPerBlock) {
-            if (at < words_at) {
-                target[at / 4] = *reinterpret_cast<const uint32_t*>(slot + at);
-                continue;
-            }
-            const int64_t word = (at - words_at) / 2;
-            const uint32_t low = word < record.num_words ? words[word] : 0u;
-            const uint32_t high = word + 1 < record.num_words ? words[word + 1] : 0u;
-            target[at / 4] = low | high << kWordBits;
-        }
+        compact_stream(slot, words_at, words, record.num_words, target, padded_bytes, static_cast<int>(threadIdx.x),
+                       kThreadsPerBlock);
     }
 }
 
