@@ -21,6 +21,8 @@ from cachegen.transform import (
 )
 from tests.small_documents import allocate_for, make_components, make_profile, make_transformed_cache
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SHAPES = [(2, 8), (1, 12), (1, 6), (3, 5)]
 
