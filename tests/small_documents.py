@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,8 +14,11 @@ from cachegen.codec import DocumentEncoder, decode_chunk, load_document
 from cachegen.coder import cpu
 from cachegen.config import LayerGroup, QuantizationConfig
 from cachegen.format import Coder, Method
-from cachegen.kv_cache import ContextMetadata, KVCache, from_planes, hash_token_prefixes
+from cachegen.kv_cache import ContextMetadata, KVCache, RotaryEmbedding, from_planes, hash_token_prefixes
+from cachegen.profile import CurvePoint, Profile, TransformGroup
 from cachegen.quantization import dequantize, quantize
+from cachegen.transform import GroupTransform
+from cachegen.transform_codec import TransformDocument, TransformEncoder, decode_component_chunk
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Shapes = Sequence[tuple[int, int]]
@@ -145,3 +150,126 @@ def decode_tiny(content: bytes, tables_file: bytes, kernels=cpu) -> KVCache:
     document = load_document(tables_file, kernels=kernels)
     decode_chunk(content, document, output, first_token=0, token_hash=expected.token_hash, kernels=kernels)
     return output
+
+
+# --- method transform -------------------------------------------------------------------------------------------------
+
+ROTARY = RotaryEmbedding("rotary_emb", "default", (1.0, 0.25, 0.0625), 1.0)
+
+
+def make_profile(
+    shapes: Shapes,
+    group_layers: Sequence[int],
+    *,
+    rotary: RotaryEmbedding | None = ROTARY,
+    largest_scale: float = 4.0,
+    model_fingerprint: str | None = None,
+    curve: Sequence[CurvePoint] = (),
+    seed: int = 0,
+) -> Profile:
+    """A small profile whose bases are random and orthogonal, its scales falling by a factor of 2 every 4 components.
+
+    Args:
+        shapes: (num_kv_heads, head_dim) per plane.
+        group_layers: layers of each group.
+        rotary: None for a model without rotary embeddings.
+        largest_scale: standard deviation of the first component.
+
+    Returns:
+        The profile with a made-up hash; `save_profile` gives it its own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    groups, first_layer = [], 0
+    for num_layers in group_layers:
+        num_channels = sum(h * d for h, d in shapes[2 * first_layer : 2 * (first_layer + num_layers)])
+        basis, _ = torch.linalg.qr(torch.randn(num_channels, num_channels, dtype=torch.float64, generator=generator))
+        logs = torch.tensor([round(16 * math.log2(largest_scale)) - 4 * i for i in range(num_channels)])
+        groups.append(
+            TransformGroup(
+                first_layer,
+                num_layers,
+                torch.randn(num_channels, generator=generator),
+                basis.T.half().contiguous(),
+                logs.to(torch.int16),
+                basis.half().contiguous(),
+            )
+        )
+        first_layer += num_layers
+    return Profile(
+        model_fingerprint or make_metadata(1).model_fingerprint,
+        (rotary,) if rotary else (),
+        tuple(shapes),
+        tuple(groups),
+        tuple(curve),
+        {"text": "none"},
+        profile_hash=hashlib.sha256(f"profile {seed}".encode()).hexdigest(),
+    )
+
+
+def make_components(profile: Profile, num_tokens: int, seed: int = 0) -> list[torch.Tensor]:
+    """Components of each group, fp32 `[num_tokens, num_components]`, as wide as the profile says."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(num_tokens, group.num_components, generator=generator) * 2 ** (group.scale_logs.float() / 16)
+        for group in profile.groups
+    ]
+
+
+def allocate_for(profile: Profile, num_tokens: int, dtype: torch.dtype) -> KVCache:
+    """A cache of a profile's shapes, full of NaN so that what is not written shows."""
+    return from_planes([torch.full((num_tokens, *shape), torch.nan, dtype=dtype) for shape in profile.plane_shapes])
+
+
+def make_transformed_cache(
+    profile: Profile, num_tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> KVCache:
+    """A cache whose components are those of `make_components`, but for the dtype's rounding."""
+    cache = allocate_for(profile, num_tokens, torch.float32)
+    for group, components in zip(profile.groups, make_components(profile, num_tokens, seed), strict=True):
+        GroupTransform(profile, group, torch.device("cpu")).synthesize(components, 1.0, cache, 0)
+    return from_planes([plane.to(dtype) for plane in cache.planes])
+
+
+def start_transform_encoder(
+    cache: KVCache, profile: Profile, chunk_tokens: Sequence[int], *, seed: int = 0, **arguments
+) -> TransformEncoder:
+    """An encoder of `make_metadata`'s tokens with the profile's rotary embeddings; 16 log2 of the step is 0."""
+    metadata = dataclasses.replace(make_metadata(cache.num_tokens, seed), rotary_embeddings=profile.rotary_embeddings)
+    return TransformEncoder(cache, metadata, profile, chunk_tokens, **({"step_log": 0} | arguments))
+
+
+def encode_levels(encoder: TransformEncoder) -> list[list[bytes]]:
+    """Per chunk the files of its levels."""
+    return [
+        [b"".join(encoder.encode_chunk(index, level)) for level in encoder.levels]
+        for index in range(encoder.num_chunks)
+    ]
+
+
+def decode_transformed(
+    tables_file: bytes,
+    chunks: Sequence[Sequence[bytes]],
+    profile: Profile,
+    output: KVCache,
+    *,
+    first_chunk: int = 0,
+    seed: int = 0,
+    num_threads: int = 1,
+) -> None:
+    """Decode consecutive chunks, each from the files given, into `output`, which begins with the first of them."""
+    document = load_document(tables_file, find_profile=lambda _: profile)
+    assert isinstance(document, TransformDocument)
+    tokens = document.header.chunk_tokens
+    token_ids = make_metadata(document.header.num_cache_tokens, seed).token_ids
+    origin = start = sum(tokens[:first_chunk])
+    for contents, num_tokens in zip(chunks, tokens[first_chunk:], strict=False):
+        stop = start + num_tokens
+        decode_component_chunk(
+            contents,
+            document,
+            output.slice(start - origin, stop - origin),
+            first_token=start,
+            token_hash=bytes.fromhex(hash_token_prefixes(token_ids, [stop])[0]),
+            num_threads=num_threads,
+        )
+        start = stop

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 
 class CacheGenError(Exception):
-    """Base of all errors that a user can meet; the scripts print the message and return `exit_code`."""
+    """Base of all errors that a user can meet; the scripts print the message and return `exit_code`.
+
+    Attributes:
+        level: of the file at fault, where a chunk has one file per level.
+    """
 
     exit_code = 1
+    level: int | None = None
 
 
 class ConfigError(CacheGenError):
@@ -69,7 +74,9 @@ class BitstreamError(CacheGenError):
 
     def at(self, path: object) -> BitstreamError:
         """Return the same error with the file's path in its message."""
-        return type(self)(self.problem, path=path, offset=self.offset, field=self.field)
+        located = type(self)(self.problem, path=path, offset=self.offset, field=self.field)
+        located.level = self.level
+        return located
 
 
 class UnsupportedVersionError(BitstreamError):

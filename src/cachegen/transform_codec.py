@@ -28,7 +28,13 @@ from cachegen.framing import Buffer
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
 from cachegen.profile import Profile, check_profile
 from cachegen.transform import LEVEL_RATIO_LOG, GroupTransform, quantize_components, step_of_level
-from cachegen.transform_format import ComponentChunkHeader, PlaneShape, TransformTablesHeader
+from cachegen.transform_format import (
+    MAX_LEVELS,
+    MAX_STEP_LOG,
+    ComponentChunkHeader,
+    PlaneShape,
+    TransformTablesHeader,
+)
 
 # A lane costs about 24 bits beyond its symbols; many components cost only tenths of a bit.
 SYMBOLS_PER_LANE = 16384
@@ -103,6 +109,10 @@ class TransformEncoder:
         """
         if sum(chunk_tokens) > cache.num_tokens or min(chunk_tokens, default=0) < 1:
             raise ValueError(f"`chunk_tokens` must be positive and at most {cache.num_tokens} in all")
+        if not 1 <= num_levels <= MAX_LEVELS:
+            raise ValueError(f"`num_levels` must be 1 to {MAX_LEVELS}, got {num_levels}")
+        if abs(step_log) > MAX_STEP_LOG:
+            raise ValueError(f"`step_log` must be within {MAX_STEP_LOG} of 0, got {step_log}")
         check_profile(profile, metadata.model_fingerprint, metadata.rope_hash, "the KV cache")
         if [tuple(plane.shape[1:]) for plane in cache.planes] != list(profile.plane_shapes):
             raise MismatchError("the profile's shapes are not the KV cache's: it is another model's")
@@ -177,7 +187,7 @@ class TransformEncoder:
         """Encode one chunk at one level; returns its file as parts to be written one after the other.
 
         Raises:
-            InputError: the cache holds NaN or infinity.
+            InputError: the cache holds NaN or infinity, or values whose components overflow fp32.
         """
         header = self.expected_header(index, level)
         parts: list[bytes | memoryview] = []
@@ -212,6 +222,12 @@ class TransformEncoder:
             for group, transform in enumerate(self.document.transforms):
                 num_coded = [self._codings[level][group].num_components for level in self.levels]
                 components = transform.analyze(tokens, first_token, num_coded[-1])
+                if not torch.isfinite(components).all():
+                    first_layer = transform.group.first_layer
+                    raise InputError(
+                        f"the KV cache holds values too large for the transform (layers {first_layer} to "
+                        f"{first_layer + transform.group.num_layers - 1}, chunk {index}): prefill it again"
+                    )
                 groups.append(quantize_components(components, step, num_coded))
             self._quantized = (index, groups)
         return self._quantized[1]
@@ -263,12 +279,17 @@ def decode_component_chunk(
     """
     if not contents:
         raise ValueError("`contents` must have at least the file of level 1")
-    chunks = [container.parse_chunk(content, num_threads) for content in contents]
-    headers = [
-        _check_gates(chunk.header, document, level, output.num_tokens, first_token, token_hash)
-        for level, chunk in enumerate(chunks, 1)
-    ]
-    codings = [document.codings(level) for level in range(1, len(chunks) + 1)]
+    codings = [document.codings(level) for level in range(1, len(contents) + 1)]
+    chunks, headers = [], []
+    for level, content in enumerate(contents, 1):
+        try:
+            chunk = container.parse_chunk(content, num_threads)
+            headers.append(_check_gates(chunk.header, document, level, output.num_tokens, first_token, token_hash))
+            _check_places(headers[-1], codings[level - 1])
+        except (BitstreamError, MismatchError) as error:
+            error.level = level
+            raise
+        chunks.append(chunk)
     coder = component_kernels(kernels)
     step = step_of_level(document.header.step_log, len(chunks))
     starts, offsets = [0] * len(chunks), [0] * len(chunks)
@@ -288,7 +309,9 @@ def decode_component_chunk(
             try:
                 coder.decode_component_groups(payload, streams, groups, num_threads)
             except BitstreamError as error:
-                raise BitstreamError(error.problem, field=f"level {level + 1}, {error.field}") from error
+                located = BitstreamError(error.problem, field=error.field)
+                located.level = level + 1
+                raise located from error
             starts[level] += len(streams)
             offsets[level] += num_bytes
         for group, components in zip(batch, decoded, strict=True):
@@ -321,6 +344,15 @@ def choose_component_stream(num_components: int, num_tokens: int) -> int:
     target = LANES * max(1, round(SYMBOLS_PER_LANE / max(num_components, 1)))
     num_streams = max(1, round(num_tokens / target))
     return LANES * -(-num_tokens // (num_streams * LANES))
+
+
+def _check_places(header: ComponentChunkHeader, codings: Sequence[LevelCoding]) -> None:
+    """Refuse streams of so many tokens that an escape's 32 bits could not name every component of theirs."""
+    for tokens, coding in zip(header.tokens_per_stream, codings, strict=True):
+        if tokens * coding.num_components >= 1 << 32:
+            raise BitstreamError(
+                f"{tokens} tokens of {coding.num_components} components are too many", field="tokens_per_stream"
+            )
 
 
 def _check_gates(

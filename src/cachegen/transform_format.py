@@ -40,7 +40,7 @@ from cachegen.framing import (
 
 TRANSFORM_FORMAT_VERSION = 2
 MAX_LEVELS = 4
-MAX_STEP_LOG = 1 << 12
+MAX_STEP_LOG = 1 << 10  # steps, and all that components of 2^24 of them stand for, stay within fp32
 MAX_GROUPS = 65535
 
 _CHUNK_FIELDS = struct.Struct("<QIHBBBBHi32s32s32s32s32sHH")

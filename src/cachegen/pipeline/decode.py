@@ -15,7 +15,7 @@ import torch
 from cachegen import container
 from cachegen.codec import Document, FindProfile, decode_levels, document_dtype, load_document
 from cachegen.coder import cpu
-from cachegen.errors import BitstreamError, ConfigError, MismatchError
+from cachegen.errors import BitstreamError, CacheGenError, ConfigError, MismatchError
 from cachegen.kv_cache import KVCache, hash_rotary_embeddings, hash_token_prefixes
 from cachegen.transform_codec import TransformDocument
 from cachegen.transform_format import TransformTablesHeader
@@ -169,7 +169,6 @@ class EncodedFolder:
         for index, (contents, seconds) in enumerate(self._read_ahead(len(chunk_tokens))):
             start = time.perf_counter()
             tokens = output.slice(stops[index] - chunk_tokens[index], stops[index])
-            path = self.path / container.chunk_name(index, self._levels[-1])
             try:
                 _decode_and_copy(
                     contents,
@@ -181,15 +180,19 @@ class EncodedFolder:
                     kernels=self._kernels,
                 )
             except BitstreamError as error:
-                raise error.at(path) from error
+                raise error.at(self._path_of(index, error)) from error
             except MismatchError as error:
-                raise MismatchError(f"{path}: {error}") from error
+                raise MismatchError(f"{self._path_of(index, error)}: {error}") from error
             load_seconds += seconds
             decode_seconds += time.perf_counter() - start
             encoded_bytes += sum(map(len, contents))
             if progress is not None:
                 progress(chunk_tokens[index])
         return DecodeResult(sum(chunk_tokens), encoded_bytes, load_seconds, decode_seconds)
+
+    def _path_of(self, index: int, error: CacheGenError) -> Path:
+        """Return the file of a chunk that an error is about."""
+        return self.path / container.chunk_name(index, error.level or self._levels[-1])
 
     def _read_ahead(self, num_chunks: int) -> Iterator[tuple[list[bytes], float]]:
         """Yield each chunk's files and how long reading them took; the next ones are being read meanwhile."""

@@ -1,0 +1,173 @@
+"""The transform: its rotation and matrices are undone by their inverses, and levels nest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from cachegen.kv_cache import RotaryEmbedding, from_planes
+from cachegen.transform import (
+    LEVEL_RATIO_LOG,
+    MAX_COMPONENT,
+    GroupTransform,
+    apply_rotation,
+    quantize_components,
+    rotation_of,
+    step_of_level,
+    undo_rotation,
+)
+from tests.small_documents import allocate_for, make_components, make_profile, make_transformed_cache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+SHAPES = [(2, 8), (1, 12), (1, 6), (3, 5)]
+
+
+# --- rotation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", [1.0, 1.25])
+@pytest.mark.parametrize("first_token", [0, 7, 100_000])
+def test_undoing_a_rotation_gives_the_keys_back(first_token: int, scaling: float) -> None:
+    keys = torch.randn(20, 3, 10, generator=torch.Generator().manual_seed(0))
+    rotation = rotation_of(RotaryEmbedding("r", "default", (1.0, 0.3, 0.01), scaling), 20, first_token, CPU)
+    rotated = apply_rotation(keys, *rotation)
+    torch.testing.assert_close(undo_rotation(rotated, *rotation), keys, rtol=1e-5, atol=1e-5)
+    assert torch.equal(rotated[..., 6:], keys[..., 6:])
+    torch.testing.assert_close(rotated[..., :6].norm(dim=-1), scaling * keys[..., :6].norm(dim=-1))
+
+
+def test_a_rotation_turns_the_pairs_of_a_head_by_position_times_frequency() -> None:
+    keys = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+    rotated = apply_rotation(keys, *rotation_of(RotaryEmbedding("r", "default", (0.5, 0.125), 2.0), 1, 3, CPU))
+    expected = []
+    for first, second, angle in ((1.0, 3.0, 1.5), (2.0, 4.0, 0.375)):
+        expected.append(2 * (first * math.cos(angle) - second * math.sin(angle)))
+        expected.append(2 * (second * math.cos(angle) + first * math.sin(angle)))
+    found = rotated.ravel()[[0, 2, 1, 3]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_token_zero_is_not_turned() -> None:
+    keys = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(apply_rotation(keys, *rotation_of(RotaryEmbedding("r", "d", (1.0, 0.5), 1.0), 1, 0, CPU)), keys)
+
+
+# --- matrices ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rotary", [None, RotaryEmbedding("r", "default", (1.0, 0.1, 0.01), 1.1)])
+def test_synthesis_undoes_analysis(rotary: RotaryEmbedding | None) -> None:
+    profile = make_profile(SHAPES, (1, 1), rotary=rotary)
+    cache = make_transformed_cache(profile, 530)
+    output = allocate_for(profile, 530, torch.float32)
+    for group in profile.groups:
+        transform = GroupTransform(profile, group, CPU)
+        transform.synthesize(transform.analyze(cache, 41), 1.0, output, 41)
+    for found, expected in zip(output.planes, cache.planes, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_analysis_finds_the_components_of_a_cache() -> None:
+    profile = make_profile(SHAPES, (2,))
+    cache, (expected,) = make_transformed_cache(profile, 60), make_components(profile, 60)
+    transform = GroupTransform(profile, profile.groups[0], CPU)
+    torch.testing.assert_close(transform.analyze(cache, 0), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(transform.analyze(cache, 0, 5), expected[:, :5], rtol=1e-4, atol=1e-4)
+
+
+def test_missing_components_are_zero_and_a_step_is_a_factor() -> None:
+    profile = make_profile(SHAPES, (2,))
+    transform = GroupTransform(profile, profile.groups[0], CPU)
+    few = torch.randint(-9, 9, (10, 3), generator=torch.Generator().manual_seed(2))
+    padded = torch.cat([few, torch.zeros(10, 46, dtype=torch.int64)], dim=1)[:, : profile.groups[0].num_components]
+    outputs = [allocate_for(profile, 10, torch.float32) for _ in range(3)]
+    transform.synthesize(few, 0.5, outputs[0], 3)
+    transform.synthesize(padded, 0.5, outputs[1], 3)
+    transform.synthesize(padded * 0.5, 1.0, outputs[2], 3)
+    for planes in zip(*(output.planes for output in outputs), strict=True):
+        torch.testing.assert_close(planes[0], planes[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(planes[1], planes[2], rtol=1e-5, atol=1e-5)
+
+
+def test_without_components_the_mean_is_left() -> None:
+    profile = make_profile(SHAPES, (2,), rotary=None)
+    output = allocate_for(profile, 4, torch.float32)
+    GroupTransform(profile, profile.groups[0], CPU).synthesize(torch.zeros(4, 0, dtype=torch.int32), 1.0, output, 0)
+    vectors = torch.cat([plane.flatten(1) for plane in output.planes], dim=1)
+    assert torch.equal(vectors, profile.groups[0].mean.expand(4, -1))
+
+
+def test_a_group_writes_its_own_layers_only() -> None:
+    profile = make_profile(SHAPES, (1, 1))
+    output = allocate_for(profile, 4, torch.float32)
+    GroupTransform(profile, profile.groups[1], CPU).synthesize(torch.zeros(4, 1, dtype=torch.int32), 1.0, output, 0)
+    assert [bool(plane.isnan().any()) for plane in output.planes] == [True, True, False, False]
+
+
+def test_strides_do_not_matter() -> None:
+    profile = make_profile(SHAPES, (2,))
+    cache = make_transformed_cache(profile, 40)
+    strided = from_planes([plane.permute(1, 0, 2).contiguous().permute(1, 0, 2) for plane in cache.planes])
+    transform = GroupTransform(profile, profile.groups[0], CPU)
+    components = transform.analyze(cache, 9)
+    assert torch.equal(transform.analyze(strided, 9), components)
+    outputs = [allocate_for(profile, 40, torch.float16), allocate_for(profile, 40, torch.float16)]
+    outputs[1] = from_planes([plane.permute(1, 0, 2).contiguous().permute(1, 0, 2) for plane in outputs[1].planes])
+    for output in outputs:
+        transform.synthesize(components, 1.0, output, 9)
+    assert all(torch.equal(a, b) for a, b in zip(outputs[0].planes, outputs[1].planes, strict=True))
+
+
+def test_a_profile_without_analysis_cannot_encode() -> None:
+    profile = make_profile(SHAPES, (2,))
+    cache = make_transformed_cache(profile, 4)
+    object.__setattr__(profile.groups[0], "analysis", None)
+    with pytest.raises(ValueError, match="without its analysis matrices"):
+        GroupTransform(profile, profile.groups[0], CPU).analyze(cache, 0)
+
+
+# --- quantization -----------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_powers_of_two_over_powers_of_three() -> None:
+    assert [step_of_level(16, level) for level in (1, 2, 3)] == [2.0, 2.0 / 3, 2.0 / 9]
+    assert step_of_level(-8, 1) == 2**-0.5
+    assert round(16 * math.log2(3)) == LEVEL_RATIO_LOG
+
+
+def test_levels_nest_and_refine() -> None:
+    components = 30 * torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
+    step = 0.7
+    levels = quantize_components(components, step, (6, 9, 12, 12))
+    assert [level.shape[1] for level in levels] == [6, 9, 12, 12]
+    for level, quantized in enumerate(levels):
+        error = (quantized * (step / 3**level) - components[:, : quantized.shape[1]]).abs().max()
+        assert error <= step / 3**level / 2 * 1.001
+    for coarse, fine in itertools.pairwise(levels):
+        assert ((fine[:, : coarse.shape[1]] - 3 * coarse).abs() <= 1).all()
+
+
+def test_ties_go_to_the_even_component() -> None:
+    components = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
+    assert quantize_components(components, 1.0, (6,))[0].tolist() == [[0, 2, 2, 0, -2, -2]]
+
+
+def test_a_tie_of_the_level_before_stays_in_its_cell() -> None:
+    # 0.5 is 0 at step 1, whose cell ends there; at step 1/3 it would be 1.5, so 2.
+    coarse, fine = quantize_components(torch.tensor([[0.5, -0.5]]), 1.0, (2, 2))
+    assert (coarse.tolist(), fine.tolist()) == ([[0, 0]], [[1, -1]])
+
+
+def test_huge_components_are_clamped_and_still_refined() -> None:
+    components = torch.tensor([[1e30, -1e30, 3.0e7]])
+    levels = quantize_components(components, 1.0, (3, 3, 3, 3))
+    assert levels[0].tolist() == [[MAX_COMPONENT, -MAX_COMPONENT, MAX_COMPONENT]]
+    for coarse, fine in itertools.pairwise(levels):
+        assert ((fine - 3 * coarse).abs() <= 1).all()
+    (anew,) = quantize_components(components[:, :0], 1.0, (0,))
+    assert anew.shape == (1, 0)
