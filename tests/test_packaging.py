@@ -18,7 +18,7 @@ import cachegen
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "cachegen"
-SCRIPTS = ("main.py", "run_encoding.py", "run_decoding_disk.py")
+SCRIPTS = ("main.py", "run_encoding.py", "run_decoding_disk.py", "run_adaptation.py")
 
 LAYERS = {
     # `cachegen` itself (its version) and what C++ built stand below everything.
