@@ -75,7 +75,7 @@ def check(path: str | os.PathLike[str]) -> str:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise BackendUnavailableError('--plot needs matplotlib: pip install "cachegen[plot]"') from None
+        raise BackendUnavailableError('--plot needs matplotlib: pip install "cachegen[plots]"') from None
     return figure_format
 
 

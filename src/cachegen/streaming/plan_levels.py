@@ -84,21 +84,24 @@ def _plan(state: LoadState, uncovered: Sequence[int], levels: dict[int, int], th
     """Return in how many seconds all chunks are ready, and what `uncovered` then adds to the loss."""
     in_flight = sum(state.chunks[t.chunk].file_bytes[t.level - 1] - t.num_bytes for t in state.in_flight)
     loaded_seconds = in_flight / throughput
-    computed_seconds = state.compute_seconds_left()
     waiting = list(uncovered)
-    if state.computing is not None and state.computing.chunk in waiting:
-        waiting.remove(state.computing.chunk)
+    computing = state.computing.chunk if state.computing is not None else None
+    computed_seconds = 0.0 if computing in waiting else state.compute_seconds_left()
     loss = 0.0
     last_decode_seconds = 0.0
     while waiting:
-        # The earlier of the two takes its next chunk, as the workers will.
-        if computed_seconds <= loaded_seconds:
-            computed_seconds += state.prefill_seconds(waiting.pop(0))
+        # Whichever would end its next chunk earlier takes it; the other may have begun the same one in vain.
+        front, back = waiting[0], waiting[-1]
+        seconds = state.compute_seconds_left() if front == computing else state.prefill_seconds(front)
+        arrival = loaded_seconds + state.chunks[back].bytes_of(levels[back]) / throughput
+        if computed_seconds + seconds <= arrival:
+            computed_seconds += seconds
+            waiting.pop(0)
         else:
-            i = waiting.pop()
-            loaded_seconds += state.chunks[i].bytes_of(levels[i]) / throughput
-            last_decode_seconds = state.speeds.decode.seconds(state.chunks[i], levels[i])
-            loss += state.chunks[i].loss[levels[i] - 1]
+            loaded_seconds = arrival
+            last_decode_seconds = state.speeds.decode.seconds(state.chunks[back], levels[back])
+            loss += state.chunks[back].loss[levels[back] - 1]
+            waiting.pop()
     return max(computed_seconds, loaded_seconds + last_decode_seconds), loss
 
 
