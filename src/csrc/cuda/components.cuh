@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "components.h"
+#include "component_coding.h"
 #include "cuda/rans_decode.cuh"
 #include "cuda/rans_encode.cuh"
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "arithmetic_coder.h"
-#include "components.h"
+#include "component_coding.h"
 #include "quantization.h"
 #include "rans.h"
 #include "stream_layout.h"
