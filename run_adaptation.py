@@ -167,8 +167,9 @@ def _report(report: command_line.Reporter, record: dict, args: argparse.Namespac
             report.line(f"  {'':24}{columns}{'/ours':>8}{'worst/text':>12}")
         times = "".join(f"{row[f'ttft_{name}_seconds']:8.3f}" for name in ("mean", "median", "p95", "max"))
         share = f"{100 * row['miss_share']:.1f} %"
+        kl = f"{row['expected_kl_mean']:10.5f}{row['expected_kl_max']:10.5f}"
         report.line(
-            f"  {row['system']:24}{times}{share:>9}{row['expected_kl_mean']:10.5f}{row['worst_over_text']:13.3f}"
+            f"  {row['system']:24}{times}{share:>9}{kl}{row['mean_over_ours']:8.2f}{row['worst_over_text']:12.3f}"
         )
 
 
