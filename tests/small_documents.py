@@ -163,6 +163,7 @@ def make_profile(
     *,
     rotary: RotaryEmbedding | None = ROTARY,
     largest_scale: float = 4.0,
+    scale_fall: int = 4,
     model_fingerprint: str | None = None,
     curve: Sequence[CurvePoint] = (),
     seed: int = 0,
@@ -174,6 +175,7 @@ def make_profile(
         group_layers: layers of each group.
         rotary: None for a model without rotary embeddings.
         largest_scale: standard deviation of the first component.
+        scale_fall: 16 log2 of a component's scale over the next one's.
 
     Returns:
         The profile with a made-up hash; `save_profile` gives it its own.
@@ -183,7 +185,7 @@ def make_profile(
     for num_layers in group_layers:
         num_channels = sum(h * d for h, d in shapes[2 * first_layer : 2 * (first_layer + num_layers)])
         basis, _ = torch.linalg.qr(torch.randn(num_channels, num_channels, dtype=torch.float64, generator=generator))
-        logs = torch.tensor([round(16 * math.log2(largest_scale)) - 4 * i for i in range(num_channels)])
+        logs = torch.tensor([round(16 * math.log2(largest_scale)) - scale_fall * i for i in range(num_channels)])
         groups.append(
             TransformGroup(
                 first_layer,

@@ -10,6 +10,8 @@ import pytest
 from cachegen.config import (
     LayerGroup,
     ModelConfig,
+    QuantizationConfig,
+    TransformConfig,
     load_model_config,
     load_quantization_config,
     parse_coder,
@@ -148,7 +150,7 @@ def test_unknown_fields_are_refused(write, content: dict) -> None:
 
 @pytest.mark.parametrize("method", ["CACHEGEN", "", None, 1, ["cachegen"], "cachegen-delta"])
 def test_unknown_methods_are_refused(write, method: object) -> None:
-    with pytest.raises(ConfigError, match='method must be "cachegen" or "uniform", got'):
+    with pytest.raises(ConfigError, match='method must be "cachegen", "uniform" or "transform", got'):
         load_quantization_config(write(CACHEGEN | {"method": method}))
 
 
@@ -214,6 +216,69 @@ def test_missing_and_unreadable_files_are_input_errors(tmp_path, load) -> None:
         load(tmp_path / "absent.json")
     with pytest.raises(InputError, match="cannot be read"):
         load(tmp_path)
+
+
+# --- transform configs ------------------------------------------------------------------------------------------------
+
+TRANSFORM = {"method": "transform", "profile": "profile", "step_log": 16}
+
+
+def test_transform_config_is_read(write, tmp_path) -> None:
+    read = load_quantization_config(write(TRANSFORM))
+    assert read == TransformConfig(str(tmp_path / "profile"), 16, None, None, 1)
+    assert (read.method, read.coder) == (Method.TRANSFORM, Coder.RANS)
+    read = load_quantization_config(write(TRANSFORM | {"levels": "3", "description": "three", "step_log": -1024}))
+    assert (read.num_levels, read.step_log) == (3, -1024)
+
+
+@pytest.mark.parametrize(("name", "value"), [("target_bits", 0.5), ("target_bits", 2), ("target_kl", 1e-4)])
+def test_a_target_takes_the_place_of_the_step(write, name: str, value: float) -> None:
+    read = load_quantization_config(write({"method": "transform", "profile": "p", name: value}))
+    assert (getattr(read, name), read.step_log) == (value, None)
+
+
+def test_the_profile_is_found_from_the_configs_folder(write, tmp_path) -> None:
+    assert load_quantization_config(write(TRANSFORM | {"profile": "/a/b"})).profile == "/a/b"
+    assert load_quantization_config(write(TRANSFORM | {"profile": "../x"})).profile == str(tmp_path / "../x")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"profile": None}, "field profile must name a profile's folder"),
+        ({"profile": ""}, "field profile must name a profile's folder"),
+        ({"profile": 3}, "field profile must name a profile's folder"),
+        ({"step_log": None}, "give exactly one of step_log, target_bits and target_kl"),
+        ({"target_bits": 1.0}, "give exactly one of step_log, target_bits and target_kl"),
+        ({"step_log": None, "target_bits": 1.0, "target_kl": 0.1}, "give exactly one of"),
+        ({"step_log": "16"}, 'step_log must be an integer, got "16"'),
+        ({"step_log": True}, "step_log must be an integer, got true"),
+        ({"step_log": 0.5}, "step_log must be an integer, got 0.5"),
+        ({"step_log": 1025}, "step_log must be within 1024 of 0, got 1025"),
+        ({"step_log": -1025}, "step_log must be within 1024 of 0, got -1025"),
+        ({"step_log": None, "target_bits": 0}, "target_bits must be a number above 0, got 0"),
+        ({"step_log": None, "target_bits": -1.5}, "target_bits must be a number above 0, got -1.5"),
+        ({"step_log": None, "target_kl": "0.1"}, 'target_kl must be a number above 0, got "0.1"'),
+        ({"step_log": None, "target_kl": True}, "target_kl must be a number above 0, got true"),
+        ({"step_log": None, "target_kl": float("nan")}, "target_kl must be a number above 0, got NaN"),
+        ({"step_log": None, "target_kl": float("inf")}, "target_kl must be a number above 0, got Infinity"),
+        ({"levels": 0}, "levels must be 1 to 4, got 0"),
+        ({"levels": 5}, "levels must be 1 to 4, got 5"),
+        ({"levels": 1.5}, "levels must be an integer, got 1.5"),
+        ({"coder": "rans"}, "unknown field coder"),
+        ({"bits": 8}, "unknown field bits"),
+    ],
+)
+def test_bad_transform_configs_are_refused_by_field(write, fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.json: {message}"):
+        load_quantization_config(write(TRANSFORM | fields))
+
+
+def test_a_transform_config_refuses_files_of_other_methods(write) -> None:
+    config = load_quantization_config(write(TRANSFORM))
+    config.check_planes(Method.TRANSFORM, [], "tables.cgt")
+    with pytest.raises(MismatchError, match=r"tables\.cgt: method is cachegen, but .*config\.json says transform"):
+        config.check_planes(Method.CACHEGEN, [], "tables.cgt")
 
 
 # --- mismatches name the field ----------------------------------------------------------------------------------------
@@ -300,7 +365,9 @@ def test_shipped_configs_are_read(path: Path) -> None:
     if "layers" in json.loads(path.read_text("utf-8")):
         load_model_config(path)
     else:
-        load_quantization_config(path).groups_of_planes(32)
+        config = load_quantization_config(path)
+        if isinstance(config, QuantizationConfig):
+            config.groups_of_planes(32)
 
 
 def test_original_setting_for_7b_models() -> None:

@@ -189,7 +189,7 @@ def plane_layouts(draw: st.DrawFn) -> PlaneLayout:
     st.integers(0, 2**64 - 1),
     st.integers(0, 255),
     hashes,
-    st.sampled_from([Method.CACHEGEN, Method.UNIFORM]),
+    st.sampled_from((Method.CACHEGEN, Method.UNIFORM)),
     st.sampled_from(Dtype),
     st.integers(0, 2**32 - 1),
 )
@@ -277,11 +277,11 @@ class TestRefusals:
             unpack(content + b"\0", crc32c)
         assert caught.value.field == "file_bytes"
 
-    @pytest.mark.parametrize("version", [0, 2, 0x100, 0xFFFF])
+    @pytest.mark.parametrize("version", [0, 2, 3, 0x100, 0xFFFF])
     def test_other_versions_are_unsupported_and_say_which_are_read(self, unpack, content: bytes, version: int) -> None:
         changed = content[:8] + version.to_bytes(2, "little") + content[10:]
         with pytest.raises(
-            UnsupportedVersionError, match=f"{version} is not supported, this release reads 1"
+            UnsupportedVersionError, match=f"{version} is not supported, this release reads 1 and 2"
         ) as caught:
             unpack(changed, crc32c)
         assert (caught.value.offset, caught.value.field) == (8, "version")

@@ -24,6 +24,8 @@ from cachegen.config import load_quantization_config
 from cachegen.kv_cache import load_kv_cache
 from cachegen.pipeline import generate, model
 from cachegen.pipeline.model_cache import view_kv_cache
+from cachegen.profile import save_profile
+from tests.small_documents import make_profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,6 +196,101 @@ class TestAnswers:
         assert with_configs["token_ids"] == decode_to_json(argv, capsys)["token_ids"]
         same = write_config(tmp_path / "same.json", **GROUPED)
         assert decode_to_json(argv, capsys, "--quantization_config", same)["text"] == with_configs["text"]
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """The context encoded with method transform at two levels, and its profile."""
+
+    encoded: Path
+    profile: Path
+
+
+@pytest.fixture(scope="module")
+def transformed(prefilled) -> Transformed:
+    """A profile of random bases for the bundled model, all its components equally wide, and a small step."""
+    _, metadata = load_kv_cache(prefilled.kv_path)
+    profile = make_profile(
+        [(2, 64)] * 12,
+        (2, 4),
+        rotary=metadata.rotary_embeddings[0],
+        model_fingerprint=metadata.model_fingerprint,
+        scale_fall=0,
+    )
+    save_profile(prefilled.folder / "profile", profile)
+    config = prefilled.folder / "transform.json"
+    config.write_text('{"method": "transform", "profile": "profile", "step_log": 0, "levels": 2}')
+    flags = {"--path_to_kv": prefilled.kv_path, "--quantization_config": config, "--num_chunks": 2}
+    assert run_encoding.main([*to_argv(flags), "--output_path", str(prefilled.encoded("levels")), "--quiet"]) == 0
+    return Transformed(prefilled.encoded("levels"), prefilled.folder / "profile")
+
+
+class TestTransform:
+    """Documents of method transform."""
+
+    @pytest.fixture
+    def argv(self, argv, transformed, tmp_path) -> list[str]:
+        """Flags for decoding a copy that may be damaged, at all levels."""
+        argv[1] = str(shutil.copytree(transformed.encoded, tmp_path / "levels"))
+        return [*argv, "--profile", str(transformed.profile)]
+
+    def test_levels_are_decoded_up_to_the_one_asked_for(self, argv, capsys):
+        records = [decode_to_json(argv, capsys, "--verify", *flags) for flags in (["--level", 1], ["--level", 2], [])]
+        assert [record["level"] for record in records] == [1, 2, 2]
+        sizes = {name: len(content) for name, content in read_folder(Path(argv[1])).items()}
+        first = sum(size for name, size in sizes.items() if ".L2." not in name)
+        assert [record["encoded_bytes"] for record in records] == [first, sum(sizes.values()), sum(sizes.values())]
+        assert records[0]["kl"] > records[1]["kl"] == records[2]["kl"]
+        assert records[1]["token_ids"] == records[2]["token_ids"]
+
+    def test_a_level_needs_the_files_of_those_below_alone(self, argv, capsys, refuse):
+        (Path(argv[1]) / "chunk_00001.L2.cgc").unlink()
+        assert decode_to_json(argv, capsys, "--level", 1)["num_chunks"] == 2
+        assert "chunk_00001.L2.cgc: no such file" in refuse(run_decoding_disk.main, argv, 3)
+
+    def test_a_level_that_is_not_there(self, argv, refuse, prefilled):
+        error = refuse(run_decoding_disk.main, [*argv, "--level", 3], 2)
+        assert "--level 3 asked for, the document has 2 levels" in error
+        argv[1] = str(prefilled.encoded("quantization_tiny"))
+        error = refuse(run_decoding_disk.main, [*argv, "--level", 1], 2)
+        assert "--level 1 asked for, the document has no levels" in error
+
+    @pytest.mark.parametrize("level", [1, 2])
+    def test_a_damaged_level_is_named(self, argv, refuse, level):
+        path = Path(argv[1]) / f"chunk_00001.L{level}.cgc"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        assert f"chunk_00001.L{level}.cgc, byte " in refuse(run_decoding_disk.main, argv, 4)
+
+    def test_swapped_levels_are_refused(self, argv, refuse):
+        shutil.copy(Path(argv[1]) / "chunk_00000.L2.cgc", Path(argv[1]) / "chunk_00000.L1.cgc")
+        error = refuse(run_decoding_disk.main, argv, 5)
+        assert "chunk_00000.L1.cgc: level is 2, but " in error
+
+    def test_a_missing_profile(self, argv, refuse, tmp_path):
+        error = refuse(run_decoding_disk.main, [*argv[:-1], tmp_path / "nowhere"], 3)
+        assert "nowhere/profile.json: no such file" in error
+        error = refuse(run_decoding_disk.main, argv[:-2], 3)
+        assert "no profile there is " in error and "give its folder with --profile" in error
+
+    def test_another_profile(self, argv, refuse, tmp_path):
+        save_profile(tmp_path / "other", make_profile([(2, 64)] * 12, (6,), scale_fall=0))
+        error = refuse(run_decoding_disk.main, [*argv[:-1], tmp_path / "other"], 5)
+        assert "profile_hash is " in error and "give --profile its folder" in error
+
+    def test_a_damaged_profile_is_named(self, argv, refuse, transformed, tmp_path):
+        folder = Path(shutil.copytree(transformed.profile, tmp_path / "profile"))
+        content = (folder / "synthesis.safetensors").read_bytes()
+        (folder / "synthesis.safetensors").write_bytes(content[:-1])
+        error = refuse(run_decoding_disk.main, [*argv[:-1], folder], 4)
+        assert "profile/synthesis.safetensors" in error and "tables.cgt" not in error
+
+    def test_a_config_of_the_method_is_accepted_and_of_another_refused(self, argv, capsys, refuse, prefilled):
+        decode_to_json(argv, capsys, "--quantization_config", prefilled.folder / "transform.json")
+        flags = ["--quantization_config", CONFIGS / "quantization_tiny.json"]
+        error = refuse(run_decoding_disk.main, [*argv, *flags], 5)
+        assert "tables.cgt: method is transform, but " in error
 
 
 class TestRecomputed:

@@ -36,6 +36,9 @@ from cachegen.config import load_quantization_config
 from cachegen.container import parse_chunk, parse_tables
 from cachegen.files import is_temporary
 from cachegen.kv_cache import load_kv_cache, save_kv_cache
+from cachegen.profile import CurvePoint, save_profile
+from cachegen.transform_format import TransformTablesHeader
+from tests.small_documents import make_profile
 
 SCRIPT = REPOSITORY / "run_encoding.py"
 NUM_LARGE_TOKENS, NUM_LARGE_CHUNKS = 16_000, 24
@@ -227,6 +230,177 @@ class TestResume:
         assert read_folder(output) == read_folder(tmp_path / "fresh")
 
 
+@pytest.fixture
+def profile_path(tmp_path) -> Path:
+    """A profile for the caches of `save_cache`, with a curve whose steps fall by a factor of two."""
+    curve = [CurvePoint(step_log, 2.0 - step_log / 32, 0.01 * 2 ** (step_log / 8)) for step_log in (32, 16, 0, -16)]
+    metadata = make_metadata(1)
+    profile = make_profile(
+        [(1, 8)] * 4,
+        (1, 1),
+        rotary=metadata.rotary_embeddings[0],
+        model_fingerprint=metadata.model_fingerprint,
+        curve=curve,
+        scale_fall=2,
+    )
+    save_profile(tmp_path / "profile", profile)
+    return tmp_path / "profile"
+
+
+@pytest.fixture
+def transform_argv(argv, config_path, profile_path) -> list[str]:
+    """Flags for an encoding in three chunks with method transform; the config is beside the profile."""
+    config_path.write_text('{"method": "transform", "profile": "profile", "step_log": -16}')
+    return argv
+
+
+class TestTransform:
+    """Method transform: levels, targets and profiles."""
+
+    def test_levels_are_files_of_their_own_and_every_byte_is_counted(self, transform_argv, output, capsys):
+        record = encode_to_json(transform_argv, capsys, "--levels", "1,2,3")
+        files = read_folder(output)
+        names = [f"chunk_{index:05d}.L{level}.cgc" for index in range(3) for level in (1, 2, 3)]
+        assert sorted(files) == [*names, "tables.cgt"]
+        assert record["encoded_bytes"] == sum(map(len, files.values())) == sum(record["bytes_by_part"].values())
+        assert (record["method"], record["coder"], record["levels_are_embedded"]) == ("transform", "rans", True)
+        assert record["bytes_by_part"]["tables"] == record["bytes_by_part"]["scales"] == 0
+        expected = [
+            {
+                "first_token": 20 * i,
+                "num_tokens": 20,
+                "bytes": {str(n): len(files[f"chunk_{i:05d}.L{n}.cgc"]) for n in (1, 2, 3)},
+            }
+            for i in range(3)
+        ]
+        assert record["chunks"] == expected
+        bits = [level["bits_per_value"] for level in record["levels"]]
+        assert bits == sorted(bits) and bits[-1] == record["bits_per_value"]
+        kl = [level["expected_kl"] for level in record["levels"]]
+        assert kl == [pytest.approx(0.01 * 2**-2), None, None]  # beyond the curve nothing is expected
+
+    def test_one_level_is_the_default_and_the_configs_levels_are_taken(
+        self, transform_argv, config_path, output, capsys
+    ):
+        assert len(encode_to_json(transform_argv, capsys)["levels"]) == 1
+        config_path.write_text('{"method": "transform", "profile": "profile", "step_log": -16, "levels": 2}')
+        assert len(encode_to_json(transform_argv, capsys, "--overwrite")["levels"]) == 2
+        assert len(encode_to_json(transform_argv, capsys, "--overwrite", "--levels", 1)["levels"]) == 1
+
+    @pytest.mark.parametrize(
+        ("flags", "step_log"),
+        [
+            (["--target_bits", "2"], 0),
+            (["--target_bits", "1.5"], 16),
+            (["--target_kl", "0.01"], 0),
+            (["--target_kl", "0.0025"], -16),
+            ([], -16),
+        ],
+    )
+    def test_targets_choose_the_step_by_the_profiles_curve(self, transform_argv, output, flags, step_log):
+        assert run_encoding.main([*transform_argv, *flags]) == 0
+        header, _ = parse_tables((output / "tables.cgt").read_bytes())
+        assert isinstance(header, TransformTablesHeader)
+        assert header.step_log == step_log
+
+    def test_the_last_tokens_may_be_left_to_be_recomputed(self, transform_argv, capsys):
+        record = encode_to_json(transform_argv, capsys, "--recompute_last", 12)
+        assert (record["num_tokens"], record["num_uncovered_tokens"]) == (48, 12)
+
+    def test_finished_levels_are_kept_and_damaged_ones_encoded_again(self, transform_argv, output, capsys):
+        flags = ["--levels", "1,2"]
+        encode_to_json(transform_argv, capsys, *flags)
+        files = read_folder(output)
+        (output / "chunk_00001.L2.cgc").unlink()
+        (output / "chunk_00002.L1.cgc").write_bytes(files["chunk_00002.L1.cgc"][:-1])
+        assert encode_to_json(transform_argv, capsys, *flags)["num_reused_chunks"] == 4
+        assert read_folder(output) == files
+
+    @pytest.mark.parametrize("flags", [["--levels", "1"], ["--target_bits", "2"]])
+    def test_other_levels_or_steps_need_overwrite_which_leaves_no_old_level(
+        self, transform_argv, output, refuse, flags
+    ):
+        assert run_encoding.main([*transform_argv, "--levels", "1,2"]) == 0
+        files = read_folder(output)
+        assert "--overwrite" in refuse(run_encoding.main, [*transform_argv, *flags], 7)
+        assert read_folder(output) == files
+        assert run_encoding.main([*transform_argv, *flags, "--overwrite"]) == 0
+        assert not list(output.glob("*.L2.cgc")) and len(list(output.glob("*.L1.cgc"))) == 3
+
+    def test_a_level_of_another_encoding_is_refused(self, transform_argv, output, refuse, tmp_path):
+        assert run_encoding.main([*transform_argv, "--levels", "1,2"]) == 0
+        other = tmp_path / "other"
+        assert (
+            run_encoding.main([*transform_argv, "--levels", "1,2", "--target_bits", "2", "--output_path", str(other)])
+            == 0
+        )
+        shutil.copy(other / "chunk_00001.L2.cgc", output / "chunk_00001.L2.cgc")
+        error = refuse(run_encoding.main, [*transform_argv, "--levels", "1,2"], 7)
+        assert "chunk_00001.L2.cgc: is a chunk of another document or configuration" in error
+
+    def test_bytes_do_not_depend_on_threads(self, transform_argv, output, tmp_path):
+        for threads in ("1", "3"):
+            argv = [*transform_argv, "--levels", "1,2", "--threads", threads, "--output_path", str(tmp_path / threads)]
+            assert run_encoding.main(argv) == 0
+        assert read_folder(tmp_path / "1") == read_folder(tmp_path / "3")
+
+
+class TestTransformRefusals:
+    """What cannot be encoded with method transform: one line, its exit code, and nothing written."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_written(self, output) -> Iterator[None]:
+        yield
+        assert not output.exists()
+
+    @pytest.mark.parametrize(
+        "flags", [["--profile", "p"], ["--levels", "1,2"], ["--target_bits", "1"], ["--target_kl", "0.1"]]
+    )
+    def test_its_flags_with_another_method(self, argv, refuse, flags):
+        error = refuse(run_encoding.main, [*argv, *flags], 2)
+        assert f"{flags[0]} is for method transform" in error
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--levels", "2"], "--levels"),
+            (["--levels", "1,3"], "--levels"),
+            (["--levels", "1,2,3,4,5"], "--levels"),
+            (["--levels", ""], "--levels"),
+            (["--target_bits", "0"], "--target_bits"),
+            (["--target_kl", "nan"], "--target_kl"),
+            (["--target_bits", "1", "--target_kl", "1"], "--target_bits and --target_kl exclude each other"),
+            (["--coder", "packed"], "--coder packed: method transform is coded with rans"),
+            (["--recompute_last", "60"], "--recompute_last 60 leaves none of the cache's 60 tokens"),
+            (["--recompute_last", "-1"], "--recompute_last"),
+        ],
+    )
+    def test_wrong_flags(self, transform_argv, refuse, flags, message):
+        assert message in refuse(run_encoding.main, [*transform_argv, *flags], 2)
+
+    def test_a_missing_profile(self, transform_argv, tmp_path, refuse):
+        error = refuse(run_encoding.main, [*transform_argv, "--profile", tmp_path / "nowhere"], 3)
+        assert "nowhere/profile.json: no such file (--profile takes a folder" in error
+
+    @pytest.mark.parametrize("name", ["profile.json", "synthesis.safetensors", "analysis.safetensors"])
+    def test_a_damaged_profile(self, transform_argv, profile_path, refuse, name):
+        content = (profile_path / name).read_bytes()
+        (profile_path / name).write_bytes(content[: len(content) // 2])
+        assert f"profile/{name}" in refuse(run_encoding.main, transform_argv, 4)
+
+    def test_a_profile_of_another_model(self, transform_argv, tmp_path, refuse):
+        save_profile(tmp_path / "other", make_profile([(1, 8)] * 4, (2,)))
+        error = refuse(run_encoding.main, [*transform_argv, "--profile", tmp_path / "other"], 5)
+        assert "the profile's model_fingerprint is " in error and "give --profile the one made for this model" in error
+
+    def test_a_target_without_a_curve(self, transform_argv, tmp_path, refuse):
+        metadata = make_metadata(1)
+        rotary, fingerprint = metadata.rotary_embeddings[0], metadata.model_fingerprint
+        save_profile(tmp_path / "bare", make_profile([(1, 8)] * 4, (2,), rotary=rotary, model_fingerprint=fingerprint))
+        argv = [*transform_argv, "--profile", tmp_path / "bare", "--target_bits", "1"]
+        assert "no measured curve" in refuse(run_encoding.main, argv, 3)
+
+
 class TestRefusals:
     """One line on stderr, its exit code, and nothing written."""
 
@@ -287,7 +461,7 @@ class TestRefusals:
             ({"key_third_layers": 1}, "key_third_layers must not be below the boundary before it, got 1"),
             ({"value_second_layers": 1}, "no value group covers layers 1 to 1: raise value_second_layers"),
             ({"bins": 3}, "unknown field bins"),
-            ({"method": "huffman"}, 'method must be "cachegen" or "uniform", got "huffman"'),
+            ({"method": "huffman"}, 'method must be "cachegen", "uniform" or "transform", got "huffman"'),
             ({"coder": "zip"}, "coder must be one of rans, ac, packed"),
         ],
     )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import re
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachegen.coder.reference import crc32c
+from cachegen.component_tables import HALF_STEPS, component_frequencies
 from cachegen.errors import BitstreamError, UnsupportedVersionError
 from cachegen.format import Coder, Dtype, Method, StreamEntry
 from cachegen.transform_format import (
@@ -22,6 +26,8 @@ from cachegen.transform_format import (
     unpack_component_chunk_header,
     unpack_transform_tables_header,
 )
+
+DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "format.md").read_text("utf-8")
 
 CHUNK = ComponentChunkHeader(
     first_token=0x1122334455667788,
@@ -69,6 +75,45 @@ def put(content: bytes, offset: int, layout: str, *values: int) -> bytes:
     end = int.from_bytes(content[12:16], "little") - 4
     struct.pack_into("<I", changed, end, crc32c(changed[:end]))
     return bytes(changed)
+
+
+# --- docs/format.md ---------------------------------------------------------------------------------------------------
+
+
+def documented_fields(section: str) -> dict[str, tuple[int, int]]:
+    """Offset and size of every fixed field of the section's table."""
+    text = DOCUMENT.split(f"\n{section}\n", 1)[1].split("\n### ", 1)[0]
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\w+) \|", text, re.MULTILINE)
+    return {name: (int(offset), int(size)) for offset, size, name in rows if name != "reserved"}
+
+
+@pytest.mark.parametrize(
+    ("section", "header", "content"),
+    [
+        ("### Chunk file of version 2", CHUNK, whole_chunk(CHUNK)),
+        ("### Tables file of version 2", TABLES, whole_tables(TABLES)),
+    ],
+    ids=["chunk", "tables"],
+)
+def test_fields_lie_where_the_document_says(section: str, header, content: bytes) -> None:
+    fields = documented_fields(section)
+    assert len(fields) >= 12
+    derived = {"num_layers": content[36], "num_chunks": 3, "num_groups": 2}
+    for name, (offset, size) in fields.items():
+        found = content[offset : offset + size]
+        expected = derived[name] if name in derived else getattr(header, name)
+        signed = name == "step_log"
+        found = found if isinstance(expected, bytes) else int.from_bytes(found, "little", signed=signed)
+        assert found == expected, name
+    assert content[8] == 2 and content[36] == (3 if header is CHUNK else 1)
+
+
+def test_documented_constants_and_hash_are_those_of_the_tables() -> None:
+    text = DOCUMENT.split("\n### Tables by scale index\n", 1)[1].split("\n### ", 1)[0]
+    rows = re.findall(r"^\| (\d+) \| ([\d, ]+) \|$", text, re.MULTILINE)
+    assert [int(first) for first, _ in rows] == [1, 6, 11, 16, 21, 26]
+    assert tuple(int(number) for _, numbers in rows for number in numbers.split(",")) == HALF_STEPS
+    assert hashlib.sha256(component_frequencies().astype("<u2").tobytes()).hexdigest() in text
 
 
 # --- round trips ------------------------------------------------------------------------------------------------------

@@ -44,23 +44,13 @@ from cachegen.format import (
 from cachegen.kv_cache import ContextMetadata, KVCache, from_planes, hash_token_prefixes
 from cachegen.quantization import quantize
 from cachegen.symbol_model import normalize, pack_tables
+from tests.golden import make_transform_golden
+from tests.golden.integers import Integers
 from tests.golden.invalid_files import list_invalid
 
 FOLDER = Path(__file__).resolve().parent
 MODEL_FINGERPRINT = hashlib.sha256(b"golden model").hexdigest()
 BLOCK_SIZE = 512
-
-
-class Integers:
-    """Knuth's MMIX generator: state = state * 6364136223846793005 + 1442695040888963407 modulo 2^64."""
-
-    def __init__(self, seed: int) -> None:
-        self.state = seed
-
-    def below(self, limit: int) -> int:
-        """Return the next integer from 0 to limit - 1: the state's upper 32 bits, times `limit`, shifted down by 32."""
-        self.state = (self.state * 6364136223846793005 + 1442695040888963407) % 2**64
-        return (self.state >> 32) * limit >> 32
 
 
 @dataclass(frozen=True)
@@ -368,6 +358,14 @@ def make_all() -> dict[str, bytes]:
     output |= {f"invalid/{file}": case.content for file, case in invalid}
     reasons = {file: {"base": case.base, "error": case.error, "field": case.field} for file, case in invalid}
     output["invalid/invalid.json"] = to_json(reasons)
+    output |= {
+        f"{make_transform_golden.NAME}/{name}": content for name, content in make_transform_golden.make_files().items()
+    }
+    reasons = {}
+    for name, content, error, field in make_transform_golden.list_invalid():
+        output[f"invalid_transform/{name}"] = content
+        reasons[name] = {"error": error, "field": field}
+    output["invalid_transform/invalid.json"] = to_json(reasons)
     return output
 
 

@@ -81,6 +81,8 @@ class EncodedFolder:
                 content, num_threads=num_threads, kernels=kernels, find_profile=find_profile
             )
         except BitstreamError as error:
+            if error.path is not None:  # the profile's
+                raise
             raise error.at(self.tables_path) from error
         self._parse_seconds = time.perf_counter() - start
         self._tables_bytes = len(content)
