@@ -18,6 +18,15 @@ from cachegen.kv_cache import KVCache, from_planes
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
 from tests.cuda_checks import SHAPES, OnDevice, Shape, check_corrupt_streams, check_shape, encode_on_cpu
+from tests.cuda_component_checks import (
+    COMPONENT_SHAPES,
+    ComponentShape,
+    check_component_shape,
+    check_corrupt_components,
+    check_corrupt_escapes,
+    check_transform_document,
+    encode_components_on_cpu,
+)
 from tests.golden import make_golden
 from tests.golden.make_golden import FOLDER, GOLDENS, Golden
 from tests.small_documents import DTYPES, make_cache, make_metadata, quantize_and_back, same_bits
@@ -26,6 +35,7 @@ pytestmark = pytest.mark.cuda
 
 CODERS = (Coder.RANS, Coder.PACKED)
 MISTRAL = Shape(300, (8, 8), (128, 128), (32, 16), (128, 128))
+LARGE = ComponentShape(600, (2048, 1024, 2048), (64, 96, 128))  # more blocks than one group of layers has
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +64,15 @@ def test_bytes_and_values_equal_the_cpus(kernels, shape: Shape, dtype: torch.dty
     check_shape(kernels, shape, dtype, coder)
 
 
+@pytest.mark.parametrize("shape", [*COMPONENT_SHAPES, LARGE], ids=str)
+def test_components_and_their_bytes_equal_the_cpus(kernels, shape: ComponentShape) -> None:
+    check_component_shape(kernels, shape)
+
+
+def test_transform_documents_of_either_device_decode_on_the_other(on_gpu: CudaKernels) -> None:
+    check_transform_document(on_gpu)
+
+
 @pytest.mark.parametrize("golden", [golden for golden in GOLDENS if golden.coder in CODERS], ids=lambda g: g.name)
 def test_golden_files_are_written_and_read(kernels, golden: Golden) -> None:
     files = {path.name: path.read_bytes() for path in sorted((FOLDER / golden.name).iterdir())}
@@ -65,6 +84,11 @@ def test_golden_files_are_written_and_read(kernels, golden: Golden) -> None:
 
 def test_corrupt_streams_are_refused_as_on_the_cpu(kernels) -> None:
     check_corrupt_streams(kernels, encode_on_cpu(SHAPES[2], torch.float16, Coder.RANS), 300)
+
+
+def test_corrupt_components_are_refused_as_on_the_cpu(kernels) -> None:
+    check_corrupt_components(kernels, encode_components_on_cpu(ComponentShape(70, (33, 5), (32, 96))), 300)
+    check_corrupt_escapes(kernels)
 
 
 def test_values_that_are_not_finite_are_named(kernels) -> None:
@@ -101,6 +125,7 @@ def test_kernels_run_on_torchs_current_stream(kernels, gpu: torch.device) -> Non
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # what is queued before must be waited for
         check_shape(kernels, SHAPES[3], torch.float16, Coder.RANS)
+        check_component_shape(kernels, COMPONENT_SHAPES[2])
     assert stream.query()
 
 

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from cachegen.coder import components
+from cachegen import container
+from cachegen.coder import components, cpu
 from cachegen.coder.components import ComponentGroup
 from cachegen.coder.cuda import CudaKernels
 from cachegen.component_tables import LevelCoding
 from cachegen.errors import BitstreamError, InputError
-from cachegen.format import BandMode, Coder, PlaneLayout
+from cachegen.format import MAX_CHUNK_TOKENS, BandMode, Coder, PlaneLayout
+from cachegen.transform_format import ComponentChunkHeader
 from tests import emulation
 from tests.cuda_checks import SHAPES, Shape, check_corrupt_streams, check_shape, encode_on_cpu
 from tests.cuda_component_checks import (
@@ -31,7 +33,9 @@ from tests.cuda_component_checks import (
     check_corrupt_components,
     check_corrupt_escapes,
     check_transform_document,
+    decode_transform_document,
     encode_components_on_cpu,
+    make_transform_document,
 )
 from tests.golden import make_golden
 from tests.golden.make_golden import FOLDER, GOLDENS, Golden
@@ -153,6 +157,17 @@ def test_components_that_do_not_fit_are_refused(emulated) -> None:
     with pytest.raises(ValueError, match="of equally many tokens"):
         groups = [ComponentGroup(0, values, coding, 32), other]
         emulated.decode_component_groups(bytes(payload) * 2, streams * 2, groups)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "emulated"])
+def test_streams_longer_than_their_chunk_are_one_stream(request, kernels: str) -> None:
+    coder = cpu if kernels == "cpu" else request.getfixturevalue(kernels)
+    _, encoder, files = make_transform_document(cpu)
+    chunk = container.parse_chunk(files[0][0])
+    assert isinstance(chunk.header, ComponentChunkHeader) and chunk.header.streams_of_groups == [1, 1]
+    longer = dataclasses.replace(chunk.header, tokens_per_stream=(MAX_CHUNK_TOKENS, 64))
+    files[0][0] = b"".join(container.build_component_chunk(longer, chunk.header.streams, [chunk.payload]))
+    decode_transform_document(coder, encoder, files, 1)
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "emulated"])

@@ -292,6 +292,7 @@ def decode_component_chunk(
         chunks.append(chunk)
     coder = component_kernels(kernels)
     step = step_of_level(document.header.step_log, len(chunks))
+    longest = round_up(output.num_tokens, LANES)  # a file may claim longer streams, and has one then
     starts, offsets = [0] * len(chunks), [0] * len(chunks)
     widths = [coding.num_components for coding in codings[-1]]
     for batch in _batch_groups([width * output.num_tokens for width in widths], coder.COMPONENTS_AT_A_TIME):
@@ -300,7 +301,7 @@ def decode_component_chunk(
         ]
         for level, (chunk, header) in enumerate(zip(chunks, headers, strict=True)):
             groups = [
-                ComponentGroup(group, components, codings[level][group], header.tokens_per_stream[group])
+                ComponentGroup(group, components, codings[level][group], min(header.tokens_per_stream[group], longest))
                 for group, components in zip(batch, decoded, strict=True)
             ]
             streams = header.streams[starts[level] :][: sum(header.streams_of_groups[group] for group in batch)]

@@ -1,11 +1,11 @@
-// The streams of the transform: quantized components to bytes and back, on the CPU. component_coding.h has the bytes.
+// The streams of the transform: quantized components to bytes and back, on the CPU. component_streams.h has the bytes.
 
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "component_coding.h"
+#include "component_streams.h"
 #include "cpu/rans_portable.h"
 
 namespace cachegen {

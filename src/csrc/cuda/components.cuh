@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "component_coding.h"
+#include "component_streams.h"
 #include "cuda/rans_decode.cuh"
 #include "cuda/rans_encode.cuh"
 
@@ -185,7 +185,7 @@ static __global__ void __launch_bounds__(kThreadsPerBlock)
     alignas(16) __shared__ uint32_t staged_tables[kMaxComponentTables * kTableSize];
     __shared__ uint16_t staged_symbols[kWarpsPerBlock][kComponentStage];
     const int lane = static_cast<int>(threadIdx.x) % kNumLanes, warp = find_warp();
-    const GroupRecord& record = groups[blockIdx.x];
+    const GroupRecord record = groups[blockIdx.x];
     load_component_tables(staged_tables, tables, num_tables);
 
     const int num_streams = count_streams(record, num_tokens);

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "arithmetic_coder.h"
-#include "component_coding.h"
+#include "component_streams.h"
 #include "quantization.h"
 #include "rans.h"
 #include "stream_layout.h"
@@ -110,7 +110,7 @@ constexpr int kGroupFields = 11;
 static_assert(sizeof(GroupRecord) == 8 * kGroupFields, "a record is a row of int64");
 
 // How a component is coded, in an int64.
-struct ComponentRecord {
+struct alignas(8) ComponentRecord {
     uint32_t low_bits_before;  // of the group's components before it together
     uint16_t table;
     uint16_t low_bits;
