@@ -210,21 +210,23 @@ ROTARY = RotaryEmbedding("rotary_emb.inv_freq", "default", (1.0, 0.1, 0.01), 1.0
 CHUNK_TOKENS = (50, 40)
 
 
-def make_transform_document(kernels) -> tuple[KVCache, TransformEncoder, list[list[bytes]]]:
+def make_transform_document(
+    kernels, num_key_heads: int = 2, num_levels: int = NUM_LEVELS
+) -> tuple[KVCache, TransformEncoder, list[list[bytes]]]:
     """A cache of four layers in two groups, its encoder, and per chunk the files of its levels."""
     generator = torch.Generator().manual_seed(3)
-    cache = make_cache([(2, 8), (1, 8)] * 4, sum(CHUNK_TOKENS), torch.float16)
+    cache = make_cache([(num_key_heads, 8), (1, 8)] * 4, sum(CHUNK_TOKENS), torch.float16)
     metadata = dataclasses.replace(make_metadata(cache.num_tokens), rotary_embeddings=(ROTARY,))
-    groups = []
+    groups, width = [], 2 * 8 * (num_key_heads + 1)
     for first_layer in (0, 2):
-        basis = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q
-        logs = torch.linspace(0, -120, 48).round().to(torch.int16)
-        mean = torch.randn(48, generator=generator) / 8
+        basis = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+        logs = torch.linspace(0, -120, width).round().to(torch.int16)
+        mean = torch.randn(width, generator=generator) / 8
         groups.append(TransformGroup(first_layer, 2, mean, basis.T.half(), logs, basis.half()))
     shapes = tuple((plane.shape[1], plane.shape[2]) for plane in cache.planes)
     profile = Profile(metadata.model_fingerprint, (ROTARY,), shapes, tuple(groups), (), {}, "cd" * 32)
     encoder = TransformEncoder(
-        cache, metadata, profile, CHUNK_TOKENS, step_log=-40, num_levels=NUM_LEVELS, kernels=kernels
+        cache, metadata, profile, CHUNK_TOKENS, step_log=-40, num_levels=num_levels, kernels=kernels
     )
     files = [
         [b"".join(encoder.encode_chunk(index, level)) for level in encoder.levels] for index in range(len(CHUNK_TOKENS))
@@ -238,7 +240,7 @@ def decode_transform_document(kernels, encoder: TransformEncoder, files: list[li
     decoded = []
     for index, contents in enumerate(files):
         header = encoder.expected_header(index, 1)
-        shapes = [(header.num_tokens, *shape) for shape in [(2, 8), (1, 8)] * 4]
+        shapes = [(header.num_tokens, plane.num_kv_heads, plane.head_dim) for plane in encoder.document.header.planes]
         planes = [torch.full(shape, torch.nan, dtype=torch.float16, device=kernels.device) for shape in shapes]
         decode_levels(
             contents[:level],

@@ -162,7 +162,7 @@ def test_components_that_do_not_fit_are_refused(emulated) -> None:
 @pytest.mark.parametrize("kernels", ["cpu", "emulated"])
 def test_streams_longer_than_their_chunk_are_one_stream(request, kernels: str) -> None:
     coder = cpu if kernels == "cpu" else request.getfixturevalue(kernels)
-    _, encoder, files = make_transform_document(cpu)
+    _, encoder, files = make_transform_document(cpu, num_key_heads=30, num_levels=1)
     chunk = container.parse_chunk(files[0][0])
     assert isinstance(chunk.header, ComponentChunkHeader) and chunk.header.streams_of_groups == [1, 1]
     longer = dataclasses.replace(chunk.header, tokens_per_stream=(MAX_CHUNK_TOKENS, 64))
