@@ -132,7 +132,7 @@ def test_the_result_counts_tokens_and_the_bytes_that_were_read(folder):
 
 def test_the_next_chunk_is_read_while_one_decodes(folder, monkeypatch):
     reading = {f"chunk_0000{index}.cgc": threading.Event() for index in range(3)}
-    read_whole, decode_chunk, num_decoded = container.read_whole, decode.decode_chunk, [0]
+    read_whole, decode_levels, num_decoded = container.read_whole, decode.decode_levels, [0]
 
     def note_and_read(path):
         if path.name in reading:
@@ -143,10 +143,10 @@ def test_the_next_chunk_is_read_while_one_decodes(folder, monkeypatch):
         next_name = f"chunk_0000{num_decoded[0] + 1}.cgc"
         assert num_decoded[0] == 2 or reading[next_name].wait(timeout=30)
         num_decoded[0] += 1
-        return decode_chunk(*args, **kwargs)
+        return decode_levels(*args, **kwargs)
 
     monkeypatch.setattr(container, "read_whole", note_and_read)
-    monkeypatch.setattr(decode, "decode_chunk", wait_for_the_next)
+    monkeypatch.setattr(decode, "decode_levels", wait_for_the_next)
     decode_folder(folder, CACHE, METADATA.token_ids)
     assert num_decoded == [3]
 
@@ -279,13 +279,13 @@ def test_a_chunk_that_names_another_profile_is_refused(folder):
 
 
 @pytest.mark.parametrize("name", ["tables.cgt", "chunk_00001.cgc"])
-@pytest.mark.parametrize("version", [0, 2, 65535])
+@pytest.mark.parametrize("version", [0, 3, 65535])
 def test_another_format_version_is_refused_by_number(folder, name, version):
     path = folder / name
     content = bytearray(path.read_bytes())
     content[8:10] = version.to_bytes(2, "little")
     path.write_bytes(content)
-    message = rf"{name}, byte 8, field version: {version} is not supported, this release reads 1"
+    message = rf"{name}, byte 8, field version: {version} is not supported, this release reads 1 and 2"
     with pytest.raises(UnsupportedVersionError, match=message):
         decode_folder(folder, CACHE, METADATA.token_ids)
 

@@ -182,10 +182,10 @@ def test_a_folder_in_a_files_place_is_refused(encoder, folder, overwrite):
 def test_a_failure_midway_leaves_whole_files_only(encoder, folder, encoded, tmp_path, monkeypatch):
     encode_chunk = encoder.encode_chunk
 
-    def fail_at_the_last(index):
+    def fail_at_the_last(index, level):
         if index == 2:
             raise KeyboardInterrupt
-        return encode_chunk(index)
+        return encode_chunk(index, level)
 
     monkeypatch.setattr(encoder, "encode_chunk", fail_at_the_last)
     with pytest.raises(KeyboardInterrupt):

@@ -159,10 +159,12 @@ def test_no_pickle_no_shell_no_environment_variables(name: str) -> None:
     assert forbidden_calls((SOURCES | SCRIPT_SOURCES)[name].read_text("utf-8")) == []
 
 
-def test_format_imports_the_standard_library_only() -> None:
-    for imported in imported_names("format.py", SOURCES["format.py"].read_text("utf-8")):
-        allowed = imported.split(".")[0] in sys.stdlib_module_names or imported.startswith("cachegen.errors")
-        assert allowed, f"format.py imports {imported}"
+@pytest.mark.parametrize("name", ["framing.py", "format.py", "transform_format.py"])
+def test_the_byte_layouts_import_the_standard_library_only(name: str) -> None:
+    siblings = ("cachegen.errors", "cachegen.framing", "cachegen.format")
+    for imported in imported_names(name, SOURCES[name].read_text("utf-8")):
+        allowed = imported.split(".")[0] in sys.stdlib_module_names or imported.startswith(siblings)
+        assert allowed, f"{name} imports {imported}"
 
 
 @pytest.mark.parametrize(
