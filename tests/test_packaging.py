@@ -168,10 +168,10 @@ def test_no_pickle_no_shell_no_environment_variables(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["framing.py", "format.py", "transform_format.py"])
-def test_the_byte_layout_imports_the_standard_library_only(name: str) -> None:
-    ours = ("cachegen.errors", "cachegen.framing", "cachegen.format")
+def test_the_byte_layouts_import_the_standard_library_only(name: str) -> None:
+    siblings = ("cachegen.errors", "cachegen.framing", "cachegen.format")
     for imported in imported_names(name, SOURCES[name].read_text("utf-8")):
-        allowed = imported.split(".")[0] in sys.stdlib_module_names or imported.startswith(ours)
+        allowed = imported.split(".")[0] in sys.stdlib_module_names or imported.startswith(siblings)
         assert allowed, f"{name} imports {imported}"
 
 

@@ -401,10 +401,10 @@ class TestRefusals:
     @pytest.mark.parametrize("name", ["tables.cgt", "chunk_00001.cgc"])
     def test_a_file_of_a_later_version(self, argv, encoded, refuse, name):
         content = bytearray((encoded / name).read_bytes())
-        content[8] = 2
+        content[8] = 3
         (encoded / name).write_bytes(content)
         error = refuse(run_decoding_disk.main, argv, 4)
-        assert f"{name}, byte 8, field version: 2 is not supported, this release reads 1" in error
+        assert f"{name}, byte 8, field version: 3 is not supported, this release reads 1 and 2" in error
 
     def test_a_chunk_of_another_config(self, prefilled, argv, encoded, refuse):
         shutil.copy(prefilled.encoded("quantization_tiny_fine") / "chunk_00001.cgc", encoded)
