@@ -97,7 +97,9 @@ def test_a_missing_folder_is_said(tmp_path):
         open_store(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/path", "gs://bucket/path", "https://account.blob.core.windows.net/container"])
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/path", "gs://bucket/path", "https://account.blob.core.windows.net/container"]
+)
 def test_the_clouds_stores_open_without_a_request(url):
     assert open_store(url).describe("x") == f"{url}/x"
 
