@@ -7,8 +7,9 @@ root=$(dirname "$0")/..
 mkdir -p "$folder"
 for levels in pessimistic small_model; do
   curve=$root/config/adaptation/levels_$levels.json
-  echo "== $levels: one second, every trace"
-  python "$root/run_adaptation.py" --levels "$curve" --seeds "$seeds" --json "$folder/slo-$levels.json"
+  echo "== $levels: an objective of one second, U(0.1, 10) Gbps for each chunk"
+  python "$root/run_adaptation.py" --levels "$curve" --traces uniform-per-chunk --seeds "$seeds" \
+    --json "$folder/slo-$levels.json"
   for gpu in a40 h100; do
     for kl in 0.00001 0.0001 0.0018; do
       echo "== $levels, $gpu: time to first token at KL $kl"
