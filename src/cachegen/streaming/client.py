@@ -209,6 +209,8 @@ def measure_speeds(
         prefill=prefill,
         decode=DecodeSpeed(compute_slowdown=slowdown),
         first_token_seconds=answer.prefill_seconds + behind_seconds,
+        # The model breaks off between two layers.
+        stop_seconds=last_seconds / loaded.num_layers,
     )
 
 
