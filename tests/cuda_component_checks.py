@@ -182,6 +182,7 @@ def check_corrupt_escapes(kernels) -> None:
         [(2**32 - 1, 1)],
         [(anew + width, 1), (anew, 1)],  # not ascending
         [(anew, 1), (anew, 1)],
+        [(anew, 1), (anew + 2 * width, 1), (anew + width, 1)],
         [(0, 1)],  # of a refined component
         [(width + anew - 1, 1)],
         [(anew, limit + 1)],

@@ -295,7 +295,7 @@ MUTATIONS = {
     "low bits forget the components before": (
         "components.cuh",
         "int64_t{component.low_bits_before} * live_lanes",
-        "int64_t{component.low_bits_before} * kNumLanes",
+        "int64_t{component.low_bits_before} * (live_lanes % kNumLanes)",
     ),
     "a dead lane decodes a component": (
         "components.cuh",
@@ -366,14 +366,7 @@ def test_corrupt_streams_are_not_read_beyond_their_payload(module_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file_name", "check", "mutated"),
-    [
-        ("rans_decode.cuh", "if (needs_word && word < num_words) state", "if (needs_word) state"),
-        ("components.cuh", "list.find(parts.words + 2 * stream_record.num_words,", "list.find(parts.words,"),
-    ],
-    ids=["planes", "components"],
-)
-def test_the_guard_notices_a_dropped_check(tmp_path: Path, file_name: str, check: str, mutated: str) -> None:
-    result = run("guarded", mutate(tmp_path, file_name, check, mutated))
+def test_the_guard_notices_a_dropped_check(tmp_path: Path) -> None:
+    check = "if (needs_word && word < num_words) state"
+    result = run("guarded", mutate(tmp_path, "rans_decode.cuh", check, "if (needs_word) state"))
     assert result.returncode == -signal.SIGSEGV, result.stdout + result.stderr
