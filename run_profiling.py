@@ -17,7 +17,7 @@ SCRIPT_FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(SCRIPT_FOLDER / "src"))
 
 from cachegen import command_line  # noqa: E402
-from cachegen.device import DEVICE_NAMES, DTYPES, resolve_device, resolve_dtype  # noqa: E402
+from cachegen.device import DEVICE_NAMES, DTYPES, choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.errors import OutputError  # noqa: E402
 from cachegen.files import remove_stale_temporaries  # noqa: E402
 from cachegen.profile import PROFILE_NAME, Profile, load_profile, save_profile  # noqa: E402
@@ -158,8 +158,8 @@ def _add_curve(
             load_profile(folder, for_encoding=True),
             held_out,
             step_logs,
-            device=loaded.device,
             num_threads=args.threads or default_num_threads(),
+            kernels=choose_kernels(args.device).kernels,
             progress=bar.update,
         )
     return dataclasses.replace(profile, curve=curve)

@@ -274,7 +274,7 @@ class TestCurve:
         profile = load_profile(tmp_path, for_encoding=True)
         done: list[int] = []
         curve = measure_curve(
-            make_named(LLAMA), profile, contexts[3:], [16, -32, -80], device=CPU, num_threads=1, progress=done.append
+            make_named(LLAMA), profile, contexts[3:], [16, -32, -80], num_threads=1, progress=done.append
         )
         assert [point.step_log for point in curve] == [16, -32, -80] and done == [1, 1, 1]
         assert curve[0].bits_per_value < curve[1].bits_per_value < curve[2].bits_per_value

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from cachegen.coder import cpu
 from cachegen.evaluation.profiling import CalibrationContext, plane_shapes_of
 from cachegen.kv_cache import hash_token_prefixes
 from cachegen.pipeline.chunking import plan_chunks
@@ -32,8 +33,8 @@ def measure_curve(
     contexts: Sequence[CalibrationContext],
     step_logs: Sequence[int],
     *,
-    device: torch.device,
     num_threads: int,
+    kernels=cpu,
     progress: Callable[[int], object] = lambda _: None,
 ) -> tuple[CurvePoint, ...]:
     """Encode and decode contexts at each step, and compare what the model predicts of their last tokens.
@@ -43,7 +44,7 @@ def measure_curve(
         profile: saved and loaded again, for encoding.
         contexts: best those that nothing was fitted on.
         step_logs: 16 log2 of the steps.
-        device: of the transform.
+        kernels: `cachegen.coder.cpu`, or a `cachegen.coder.cuda.CudaKernels`.
         progress: called with 1 for each context done at a step.
 
     Returns:
@@ -54,7 +55,9 @@ def measure_curve(
         num_bytes = num_values = 0
         kl = 0.0
         for context in contexts:
-            document_bytes, divergence = _measure(loaded, profile, context, step_log, device, num_threads)
+            document_bytes, divergence = measure_document(
+                loaded, profile, context, step_log, num_threads=num_threads, kernels=kernels
+            )
             num_bytes, num_values = num_bytes + document_bytes, num_values + context.cache.num_values
             kl += divergence / len(contexts)
             progress(1)
@@ -63,19 +66,25 @@ def measure_curve(
     return tuple(points)
 
 
-def _measure(
+def measure_document(
     loaded: LoadedModel,
     profile: Profile,
     context: CalibrationContext,
     step_log: int,
-    device: torch.device,
+    *,
     num_threads: int,
+    kernels=cpu,
+    exact_tokens: Sequence[range] = (),
 ) -> tuple[int, float]:
-    """Return the bytes of one document at one step and the KL divergence it causes."""
+    """Return the bytes of one document at one step and the KL divergence it causes.
+
+    Args:
+        exact_tokens: spans that stay as they were, as if recomputed from text; their bytes are counted all the same.
+    """
     cache, metadata = context.cache, context.metadata
     chunk_tokens = plan_chunks(cache.num_tokens, None, None)
     encoder = TransformEncoder(
-        cache, metadata, profile, chunk_tokens, step_log=step_log, num_threads=num_threads, device=device
+        cache, metadata, profile, chunk_tokens, step_log=step_log, num_threads=num_threads, kernels=kernels
     )
     caches = [
         allocate_cache(plane_shapes_of(cache), cache.num_tokens, loaded.dtype, loaded.layer_devices) for _ in range(2)
@@ -95,8 +104,13 @@ def _measure(
             first_token=start,
             token_hash=bytes.fromhex(hash_token_prefixes(metadata.token_ids, [start + count])[0]),
             num_threads=num_threads,
+            kernels=kernels,
         )
         start += count
+    for span in exact_tokens:
+        kept = cache.slice(span.start, span.stop)
+        for target, source in zip(output.slice(span.start, span.stop).planes, kept.planes, strict=True):
+            target.copy_(source)
     for target in caches:
         set_length(target, cache.num_tokens)
     fidelity = compare_caches(
