@@ -1,7 +1,4 @@
-"""Rotary position embedding, undone and applied, for schemes that quantize keys without it.
-
-Source: Su et al., "RoFormer" (2021), in the half-split layout that transformers' models have.
-"""
+"""Rotary position embedding, undone and applied, for schemes that quantize keys without it."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import torch
 
 from cachegen.errors import ConfigError
 from cachegen.kv_cache import ContextMetadata
+from cachegen.transform import apply_rotation, rotation_of, undo_rotation
 
 
 def rotate_keys(keys: torch.Tensor, metadata: ContextMetadata, *, undo: bool) -> torch.Tensor:
@@ -26,13 +24,5 @@ def rotate_keys(keys: torch.Tensor, metadata: ContextMetadata, *, undo: bool) ->
     rotary, *others = metadata.rotary_embeddings
     if others:
         raise ConfigError("models with several rotary embeddings are not supported by this scheme")
-    angles = torch.arange(len(keys), dtype=torch.float64)[:, None] * torch.tensor(rotary.inv_freq, dtype=torch.float64)
-    cosines, sines = angles.cos().float()[:, None], angles.sin().float()[:, None]
-    scaling = 1 / rotary.attention_scaling if undo else rotary.attention_scaling
-    half = len(rotary.inv_freq)
-    first, second, rest = keys.float().split([half, half, keys.shape[2] - 2 * half], dim=2)
-    if undo:
-        sines = -sines
-    return torch.cat(
-        [scaling * (first * cosines - second * sines), scaling * (second * cosines + first * sines), rest], dim=2
-    )
+    rotate = undo_rotation if undo else apply_rotation
+    return rotate(keys.float(), *rotation_of(rotary, len(keys), 0, keys.device))
