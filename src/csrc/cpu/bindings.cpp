@@ -427,9 +427,9 @@ py::tuple encode_components_of(const Components& fine, const Components& coarse,
             const int64_t first = i * tokens_per_stream;
             const int64_t count = std::min(tokens_per_stream, num_tokens - first);
             std::vector<uint8_t>& output = outputs[i];
-            statuses[i] = encode_components(fine_data + first * fine_stride, fine_stride,
-                                            coarse_data + first * coarse_stride, coarse_stride, count, coding,
-                                            workspace, output, &index[3 * i + 1]);
+            statuses[i] =
+                encode_components(fine_data + first * fine_stride, fine_stride, coarse_data + first * coarse_stride,
+                                  coarse_stride, count, coding, workspace, output, &index[3 * i + 1]);
             index[3 * i] = static_cast<uint32_t>(output.size());
             output.resize(round_up(static_cast<int64_t>(output.size()), kStreamAlignment), 0);
             index[3 * i + 2] = checksum(output.data(), output.size());
@@ -444,7 +444,8 @@ py::tuple encode_components_of(const Components& fine, const Components& coarse,
         payload += output.size();
     }
     const StreamFailure failure = first_failure(statuses);
-    return py::make_tuple(result, to_array(std::move(index)).reshape({static_cast<py::ssize_t>(num_streams), py::ssize_t{3}}),
+    return py::make_tuple(result,
+                          to_array(std::move(index)).reshape({static_cast<py::ssize_t>(num_streams), py::ssize_t{3}}),
                           failure.index, static_cast<int>(failure.status));
 }
 

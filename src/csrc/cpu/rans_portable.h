@@ -18,10 +18,10 @@ struct PlaneCoding {
     const FrequencyTable* tables = nullptr;  // null: coder `packed`
     const uint8_t* table_traits = nullptr;   // per table, see TableTraits; the vector kernels want them
     int64_t num_tables = 0;
-    const uint16_t* table_indices = nullptr;  // per channel; null: table c codes channel c
-    int low_bits = 0;                         // of all symbols, where there is no band map
+    const uint16_t* table_indices = nullptr;    // per channel; null: table c codes channel c
+    int low_bits = 0;                           // of all symbols, where there is no band map
     const uint8_t* channel_low_bits = nullptr;  // per channel, in the place of low_bits; then there is no band map
-    const uint8_t* band_map = nullptr;        // encoder only: [num_rows][num_bands], see BandCoding
+    const uint8_t* band_map = nullptr;          // encoder only: [num_rows][num_bands], see BandCoding
     bool has_band_map = false;
     bool is_arithmetic = false;  // coder `ac` (cpu/arithmetic_portable.h); has tables and no band maps
 };
