@@ -16,6 +16,7 @@ sys.path.append(str(SCRIPT_FOLDER / "src"))
 
 from cachegen import command_line  # noqa: E402
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
+from cachegen.format import Method  # noqa: E402
 from cachegen.pipeline.answers import (  # noqa: E402
     add_answer_flags,
     append_questions,
@@ -73,7 +74,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     from cachegen.pipeline.generate import generate_answer
     from cachegen.pipeline.model import load_model
     from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
-    from cachegen.pipeline.prefill import tokenize
+    from cachegen.pipeline.prefill import recompute_first_tokens, tokenize
 
     loaded = load_model(
         args.model_id,
@@ -97,6 +98,8 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     with tqdm(total=num_cached, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         decoded = folder.decode_into(view_kv_cache(cache, num_cached), token_ids, chunk_tokens, bar.update)
     set_length(cache, num_cached)
+    if header.method is Method.TRANSFORM:
+        recompute_first_tokens(loaded, cache, token_ids, num_cached)
     block_size = header.prefill_block_size
     answers = [
         generate_answer(loaded, cache, num_cached, prompt, args.max_new_tokens, block_size) for prompt in prompts

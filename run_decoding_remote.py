@@ -21,6 +21,7 @@ sys.path.append(str(SCRIPT_FOLDER / "src"))
 
 from cachegen import command_line  # noqa: E402
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
+from cachegen.format import Method  # noqa: E402
 from cachegen.pipeline.answers import (  # noqa: E402
     add_answer_flags,
     append_questions,
@@ -90,7 +91,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     from cachegen.pipeline.generate import generate_answer
     from cachegen.pipeline.model import load_model
     from cachegen.pipeline.model_cache import empty_cache, set_length
-    from cachegen.pipeline.prefill import tokenize
+    from cachegen.pipeline.prefill import recompute_first_tokens, tokenize
     from cachegen.streaming.client import find_for_model, make_loader, measure_speeds
     from cachegen.streaming.policy import Objective
 
@@ -145,6 +146,8 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     with loader:
         loading = loader.run()
         set_length(cache, num_cached)
+        if document.manifest.levels[0].method == Method.TRANSFORM.name.lower():
+            recompute_first_tokens(loaded, cache, token_ids, num_cached)
         answers = [
             generate_answer(loaded, cache, num_cached, prompt, args.max_new_tokens, block_size) for prompt in prompts
         ]

@@ -17,7 +17,14 @@ from transformers import DynamicCache
 from cachegen.errors import InputError
 from cachegen.kv_cache import load_kv_cache, save_kv_cache
 from cachegen.pipeline.model_cache import view_kv_cache
-from cachegen.pipeline.prefill import prefill, prefill_context, run_model, tokenize
+from cachegen.pipeline.prefill import (
+    SINK_TOKENS,
+    prefill,
+    prefill_context,
+    recompute_first_tokens,
+    run_model,
+    tokenize,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -36,6 +43,20 @@ def test_blocks_give_the_cache_of_one_pass(name, block_size):
         torch.testing.assert_close(
             cache.values[i], reference.layers[i].values[0].permute(1, 0, 2), rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("num_held", [3, 4, 30])
+def test_the_first_tokens_are_recomputed_and_the_others_left_as_they_are(num_held):
+    loaded, token_ids = make_named("llama"), make_token_ids(40)
+    cache = prefill(loaded, token_ids[:num_held], 16, capacity=40)
+    exact = [plane.clone() for plane in view_kv_cache(cache, num_held).planes]
+    for plane in view_kv_cache(cache, num_held).planes:
+        plane += 1.0
+    recompute_first_tokens(loaded, cache, token_ids, num_held)
+    assert cache.get_seq_length() == num_held
+    for plane, expected in zip(view_kv_cache(cache, num_held).planes, exact, strict=True):
+        torch.testing.assert_close(plane[:SINK_TOKENS], expected[:SINK_TOKENS], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plane[SINK_TOKENS:], expected[SINK_TOKENS:] + 1.0, rtol=0, atol=0)
 
 
 def test_progress_counts_every_token_once():

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from cachegen.errors import InputError
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.pipeline.model import LoadedModel, read_rotary_embeddings
-from cachegen.pipeline.model_cache import empty_cache, preallocated_layers, view_kv_cache
+from cachegen.pipeline.model_cache import empty_cache, preallocated_layers, set_length, view_kv_cache
 
 DEFAULT_BLOCK_SIZE = 512
 
@@ -121,6 +121,28 @@ def extend_cache(
         run_model(loaded, cache, block, num_logits=1)
         if progress is not None:
             progress(len(block))
+
+
+SINK_TOKENS = 4
+"""First tokens of a context that most queries attend to ("attention sinks")."""
+
+
+def recompute_first_tokens(loaded: LoadedModel, cache: Cache, token_ids: torch.Tensor, num_held: int) -> None:
+    """Replace the first tokens of a decoded cache by those computed from text.
+
+    Almost every query attends to them, so what a coarse code has lost there costs most; computing four tokens costs
+    next to nothing, since they depend on nothing else.
+
+    Args:
+        cache: from `allocate_cache`, with room for them.
+        token_ids: of the context, integers `[num_tokens]`.
+        num_held: tokens that the cache holds, before and after.
+
+    Source: attention sinks (Xiao et al., ICLR 2024).
+    """
+    set_length(cache, 0)
+    extend_cache(loaded, cache, token_ids[: min(SINK_TOKENS, num_held)])
+    set_length(cache, num_held)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from cachegen.evaluation.schemes.anchor_delta import AnchorDeltaScheme
 from cachegen.evaluation.schemes.base import ByteCount, Recoded, SavedCache, Scheme
 from cachegen.evaluation.schemes.grouped import GroupedScheme
 from cachegen.evaluation.schemes.pca import PcaScheme
-from cachegen.evaluation.schemes.transform import TransformLevelsScheme, TransformScheme
+from cachegen.evaluation.schemes.transform import TransformLevelsScheme, TransformScheme, TransformSinksScheme
 from cachegen.profile import Profile
 
 __all__ = ["ByteCount", "Recoded", "SavedCache", "Scheme", "make_schemes"]
@@ -21,5 +21,5 @@ def make_schemes(profile: Profile | None = None) -> list[Scheme]:
     """
     schemes: list[Scheme] = [UniformScheme(), CacheGenScheme(), AnchorDeltaScheme(), GroupedScheme(), PcaScheme()]
     if profile is not None:
-        schemes += [TransformScheme(profile), TransformLevelsScheme(profile)]
+        schemes += [TransformScheme(profile), TransformSinksScheme(profile), TransformLevelsScheme(profile)]
     return schemes

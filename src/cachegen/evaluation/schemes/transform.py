@@ -14,6 +14,7 @@ import torch
 from cachegen.evaluation.schemes.base import ByteCount, Recoded, SavedCache
 from cachegen.kv_cache import KVCache, from_planes
 from cachegen.pipeline.chunking import plan_chunks
+from cachegen.pipeline.prefill import SINK_TOKENS
 from cachegen.profile import Profile
 from cachegen.transform_codec import TransformEncoder, decode_component_chunk
 
@@ -56,6 +57,35 @@ class TransformScheme:
                 raise AssertionError(f"{setting} does not decode from small chunks to what it does from one")
         counts = {self.name: num_bytes, f"{self.name}-{SMALL_CHUNK}": chunked_bytes}
         return Recoded(whole, {name: ByteCount(count, 0, self.profile.num_bytes) for name, count in counts.items()})
+
+
+@dataclass
+class TransformSinksScheme:
+    """One document per step, its first four tokens recomputed from text after decoding, as the scripts do.
+
+    Their bytes are counted all the same; their recomputation is exact, so the saved cache has them.
+    """
+
+    profile: Profile
+    name: str = "transform-sinks"
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return tuple(f"step {step_log:+d}" for step_log in STEP_LOGS[:-2])
+
+    @property
+    def identity(self) -> str:
+        return f"{self.name} {self.profile.profile_hash} {SINK_TOKENS}"
+
+    def fit(self, calibration: Sequence[SavedCache]) -> None:
+        """Do nothing: the profile was made before."""
+
+    def recode(self, saved: SavedCache, setting: str) -> Recoded:
+        num_tokens = saved.cache.num_tokens
+        cache, num_bytes = _recode(saved, self.profile, int(setting.split()[1]), 1, 1, num_tokens)
+        for plane, source in zip(cache.planes, saved.cache.planes, strict=True):
+            plane[:SINK_TOKENS] = source[:SINK_TOKENS]
+        return Recoded(cache, {self.name: ByteCount(num_bytes, 0, self.profile.num_bytes)})
 
 
 @dataclass
