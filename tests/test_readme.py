@@ -62,6 +62,14 @@ def test_commands_of_the_readme_answer_the_question(documented):
     assert decoded["kl"] < 0.01
 
 
+def test_transform_commands_of_the_readme_answer_the_question(documented):
+    folder, records = documented
+    encode, decode = list_documented_commands("tested: transform")
+    encoded = run_command(folder, encode)
+    assert encoded["encoded_bytes"] < 0.12 * records["run_encoding.py"]["encoded_bytes"]
+    assert run_command(folder, decode)["text"].split()[0] == ANSWER
+
+
 def test_streaming_commands_of_the_readme_answer_the_question(documented):
     folder, _ = documented
     encode, publish, serve, decode = list_documented_commands("tested: streaming")
