@@ -18,7 +18,7 @@ from cachegen.pipeline.prefill import SINK_TOKENS
 from cachegen.profile import Profile
 from cachegen.transform_codec import TransformEncoder, decode_component_chunk
 
-STEP_LOGS = (28, 20, 12, 4, -8, -24, -40)
+STEP_LOGS = (28, 20, 12, 4, -8, -24, -40, -66)
 """Of one level each: 16 log2 of the step."""
 LEVELS_STEP_LOG = 24
 """Of level 1 of the document of three levels."""
@@ -71,7 +71,7 @@ class TransformSinksScheme:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        return tuple(f"step {step_log:+d}" for step_log in STEP_LOGS[:-2])
+        return tuple(f"step {step_log:+d}" for step_log in STEP_LOGS[:5])
 
     @property
     def identity(self) -> str:
