@@ -22,7 +22,7 @@ from cachegen.coder.components import ComponentGroup
 from cachegen.coder.cuda import CudaKernels
 from cachegen.component_tables import LevelCoding
 from cachegen.errors import BitstreamError, InputError
-from cachegen.format import MAX_CHUNK_TOKENS, BandMode, Coder, PlaneLayout
+from cachegen.format import BandMode, Coder, PlaneLayout
 from cachegen.transform_format import ComponentChunkHeader
 from tests import emulation
 from tests.cuda_checks import SHAPES, Shape, check_corrupt_streams, check_shape, encode_on_cpu
@@ -165,7 +165,7 @@ def test_streams_longer_than_their_chunk_are_one_stream(request, kernels: str) -
     _, encoder, files = make_transform_document(cpu, num_key_heads=30, num_levels=1)
     chunk = container.parse_chunk(files[0][0])
     assert isinstance(chunk.header, ComponentChunkHeader) and chunk.header.streams_of_groups == [1, 1]
-    longer = dataclasses.replace(chunk.header, tokens_per_stream=(MAX_CHUNK_TOKENS, 64))
+    longer = dataclasses.replace(chunk.header, tokens_per_stream=(1 << 23, 64))
     files[0][0] = b"".join(container.build_component_chunk(longer, chunk.header.streams, [chunk.payload]))
     decode_transform_document(coder, encoder, files, 1)
 

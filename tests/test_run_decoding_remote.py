@@ -121,7 +121,7 @@ class TestAnswers:
     """What a good run says."""
 
     def test_json_has_the_disk_scripts_keys_and_a_log_of_every_chunk(self, argv, capsys):
-        record = run_to_json(argv, capsys, "--slo", 30, "--question", FIRST)
+        record = run_to_json(argv, capsys, "--slo", 30, "--level", 1, "--question", FIRST)
         keys = "num_cached_tokens num_recomputed_tokens num_chunks encoded_bytes load_seconds decode_seconds "
         keys += "prefill_seconds ttft_seconds text token_ids answers device decoding_device config versions"
         assert set(keys.split()) <= set(record)
