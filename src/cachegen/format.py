@@ -374,10 +374,7 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
     require(header_bytes == expected_bytes, f"must be {expected_bytes}, got {header_bytes}", 12, "header_bytes")
     chunks_at = planes_at + len(records) * _PLANE.size
     chunk_tokens = struct.unpack_from(f"<{num_chunks}I", content, chunks_at)
-    require(min(chunk_tokens) > 0, "a chunk must have tokens", chunks_at, "chunk_tokens")
-    require(max(chunk_tokens) <= MAX_CHUNK_TOKENS, "a chunk has too many tokens", chunks_at, "chunk_tokens")
-    covers = sum(chunk_tokens) <= num_cache_tokens
-    require(covers, "the chunks have more tokens than the cache", chunks_at, "chunk_tokens")
+    check_chunk_tokens(chunk_tokens, num_cache_tokens, chunks_at)
     header = TablesHeader(
         num_cache_tokens=num_cache_tokens,
         method=_known_method(method),
@@ -394,6 +391,14 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
     )
     check_file_bytes(content, header.header_bytes + header.tables_bytes)
     return header
+
+
+def check_chunk_tokens(chunk_tokens: tuple[int, ...], num_cache_tokens: int, offset: int) -> None:
+    """Refuse a plan of chunks that are empty, too long, or more than the cache."""
+    require(min(chunk_tokens) > 0, "a chunk must have tokens", offset, "chunk_tokens")
+    require(max(chunk_tokens) <= MAX_CHUNK_TOKENS, "a chunk has too many tokens", offset, "chunk_tokens")
+    covers = sum(chunk_tokens) <= num_cache_tokens
+    require(covers, "the chunks have more tokens than the cache", offset, "chunk_tokens")
 
 
 def _chunk_header_bytes(num_planes: int, num_streams: int) -> int:

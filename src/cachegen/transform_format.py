@@ -23,6 +23,7 @@ from cachegen.format import (
     Dtype,
     Method,
     StreamEntry,
+    check_chunk_tokens,
     round_up,
 )
 from cachegen.framing import (
@@ -211,10 +212,7 @@ def unpack_transform_tables_header(content: Buffer, checksum: Checksum) -> Trans
         planes.append(plane)
     chunks_at = shapes_at + len(planes) * _SHAPE.size
     chunk_tokens = struct.unpack_from(f"<{num_chunks}I", content, chunks_at)
-    require(min(chunk_tokens) > 0, "a chunk must have tokens", chunks_at, "chunk_tokens")
-    require(max(chunk_tokens) <= MAX_CHUNK_TOKENS, "a chunk has too many tokens", chunks_at, "chunk_tokens")
-    covers = sum(chunk_tokens) <= num_cache_tokens
-    require(covers, "the chunks have more tokens than the cache", chunks_at, "chunk_tokens")
+    check_chunk_tokens(chunk_tokens, num_cache_tokens, chunks_at)
     check_file_bytes(content, header_bytes)
     return TransformTablesHeader(
         num_cache_tokens=num_cache_tokens,
