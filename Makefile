@@ -31,7 +31,7 @@ demo: $(INSTALLED) ## Prefill, encode, decode and answer a question with the bun
 	@$(IN_VENV) bash scripts/demo.sh
 
 test: $(INSTALLED) ## Run all tests that need neither a GPU nor the internet
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU")'
