@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -158,18 +159,20 @@ Status decode_plane_stream(const Plane& plane, const StreamRef& stream, const ui
     }
     const auto dequantize = [&](int64_t first_channel, int64_t num_channels, const uint16_t* symbols,
                                 int64_t symbol_stride) {
-        for (int64_t token = 0; token < stream.shape.num_tokens; ++token) {
-            const float scale = Dtype::widen(scales[token]);
-            const Storage* table = has_tables ? tables + token * num_levels : nullptr;
-            int64_t head = first_channel / plane.head_dim;
-            int64_t dim = first_channel % plane.head_dim;
-            Storage* row = values + token * plane.token_stride + head * plane.head_stride;
-            for (int64_t channel = 0; channel < num_channels; ++channel) {
-                const uint16_t symbol = symbols[channel * symbol_stride + token];
-                row[dim] = has_tables ? table[symbol] : Dtype::narrow(levels[symbol] * scale);
-                if (++dim == plane.head_dim) {
-                    dim = 0;
-                    row += plane.head_stride;
+        // Head by head: the channels of one are contiguous.
+        for (int64_t done = 0, count; done < num_channels; done += count) {
+            const int64_t head = (first_channel + done) / plane.head_dim, dim = (first_channel + done) % plane.head_dim;
+            count = std::min(num_channels - done, plane.head_dim - dim);
+            Storage* row = values + head * plane.head_stride + dim;
+            const uint16_t* symbol = symbols + done * symbol_stride;
+            for (int64_t token = 0; token < stream.shape.num_tokens; ++token, ++symbol, row += plane.token_stride) {
+                if (has_tables) {
+                    const Storage* const table = tables + token * num_levels;
+                    for (int64_t i = 0; i < count; ++i) row[i] = table[symbol[i * symbol_stride]];
+                } else {
+                    const float scale = Dtype::widen(scales[token]);
+                    for (int64_t i = 0; i < count; ++i)
+                        row[i] = Dtype::narrow(levels[symbol[i * symbol_stride]] * scale);
                 }
             }
         }
