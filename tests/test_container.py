@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
 from cachegen import container
+from cachegen.coder.cpu import DTYPES
 from cachegen.coder.reference import crc32c
 from cachegen.errors import BitstreamError, InputError
 from tests.golden.make_golden import FOLDER
@@ -66,6 +68,23 @@ def test_chunk_round_trip() -> None:
     assert b"".join(parts) == CHUNK_FILE
     assert chunk.scales.dtype == torch.bfloat16 and chunk.scales.shape == (2, 34)
     assert chunk.payload.nbytes == chunk.header.payload_bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, None])
+def test_a_scale_that_is_not_finite_is_refused(dtype: torch.dtype, value: float | None) -> None:
+    chunk = container.parse_chunk(CHUNK_FILE)
+    header = dataclasses.replace(chunk.header, dtype=DTYPES[dtype])
+    scales = torch.full_like(chunk.scales, torch.finfo(dtype).max, dtype=dtype)
+    scales[0, 1], scales[1, 2] = torch.finfo(dtype).tiny / 2, -0.0
+    if value is not None:
+        scales[1, 33] = value
+    content = b"".join(container.build_chunk(header, scales, chunk.header.streams, chunk.payload))
+    if value is None:
+        assert torch.equal(container.parse_chunk(content).scales, scales)
+        return
+    with pytest.raises(BitstreamError, match="a scale is NaN or infinity"):
+        container.parse_chunk(content)
 
 
 def test_tables_round_trip() -> None:

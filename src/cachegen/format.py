@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple
 
 from cachegen.framing import (
@@ -149,7 +150,7 @@ class ChunkHeader:
     def num_streams(self) -> int:
         return count_streams(self.planes, self.num_tokens)
 
-    @property
+    @cached_property
     def streams(self) -> list[StreamEntry]:
         return [StreamEntry(*fields) for fields in STREAM.iter_unpack(self.stream_index)]
 

@@ -205,13 +205,13 @@ class EncodedFolder:
             contents = [container.read_whole(self.path / name) for name in names]
             return contents, time.perf_counter() - start
 
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            pending = reader.submit(read, 0)
-            for index in range(num_chunks):
-                content = pending.result()
-                if index + 1 < num_chunks:
-                    pending = reader.submit(read, index + 1)
-                yield content
+        with ThreadPoolExecutor(max_workers=1) as reader:  # starts its thread for the second chunk
+            current = read(0) if num_chunks else None
+            for index in range(1, num_chunks + 1):
+                pending = reader.submit(read, index) if index < num_chunks else None
+                assert current is not None
+                yield current
+                current = pending.result() if pending is not None else None
 
     @property
     def plane_shapes(self) -> list[tuple[int, int]]:
