@@ -35,14 +35,14 @@ def build(folder: Path = ROOT / "build" / "emulation", native: Path = NATIVE) ->
         The module's path; `load` imports it.
     """
     kernel_sources = [*native.glob("*.h"), *native.glob("cuda/*"), EMULATION / "simt_emulation.h"]
-    key = _hash_files([*kernel_sources, Path(__file__)])
+    key = hash_files([*kernel_sources, Path(__file__)])
     module = folder / key / f"torchac_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists():
         return module
     module.parent.mkdir(parents=True, exist_ok=True)
     # The bindings are the slower half, and no mutation touches them.
     headers = [native / "cuda" / "bindings.cpp", native / "cuda" / "launch.h", *native.glob("*.h")]
-    bindings = ROOT / "build" / "emulation" / f"bindings-{_hash_files([*headers, Path(__file__)])}.o"
+    bindings = ROOT / "build" / "emulation" / f"bindings-{hash_files([*headers, Path(__file__)])}.o"
     kernels = module.parent / "kernels.o"
     includes = [f"-I{path}" for path in (native, EMULATION, sysconfig.get_path("include"), pybind11.get_include())]
     commands = [["-DCACHEGEN_EMULATION", "-O1", "-x", "c++", str(native / "cuda" / "kernels.cu"), "-o", str(kernels)]]
@@ -81,8 +81,9 @@ def kernels_of(path: Path) -> CudaKernels:
     return CudaKernels(load(path), torch.device("cpu"))
 
 
-def _hash_files(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
+def hash_files(paths: list[Path], options: str = "") -> str:
+    """Return what tells builds apart: a hash of the files' names and content, and of the compiler's options."""
+    digest = hashlib.sha256(options.encode())
     for path in sorted(paths, key=lambda path: path.name):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

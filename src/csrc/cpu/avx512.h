@@ -5,20 +5,30 @@
 
 #pragma once
 
+#ifdef CACHEGEN_EMULATION
+// For tests/emulation: the intrinsics as plain C++, for processors without them.
+#include "avx512_emulation.h"
+#else
 // GCC 12's own intrinsics start from registers that are undefined on purpose (GCC bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 
 #include "quantization.h"
 
+#ifdef CACHEGEN_EMULATION
+#define CACHEGEN_AVX512
+#define CACHEGEN_AVX512_INLINE inline
+#else
 #define CACHEGEN_AVX512 \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,bmi2,popcnt,f16c,fma")))
 #define CACHEGEN_AVX512_INLINE CACHEGEN_AVX512 __attribute__((always_inline)) inline
+#endif
 
 namespace cachegen::avx512 {
 

@@ -20,6 +20,9 @@ inline bool supports(CpuPath path) {
         // F16C, too, is in every processor with AVX2; older clangs do not know its name.
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
                __builtin_cpu_supports("fma");
+#ifdef CACHEGEN_EMULATION
+    if (path == CpuPath::kAvx512) return true;
+#endif
     if (path == CpuPath::kAvx512)
         return supports(CpuPath::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
