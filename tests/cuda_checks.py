@@ -42,7 +42,7 @@ SHAPES = [
     Shape(70, (2, 1), (16, 24), (32, 256), (32, 96), head_major=True),  # whole sectors; low bits with a tail
     Shape(64, (1, 1), (65, 128), (32, 16), (64, 32)),  # a tile and a channel; two tiles
     Shape(300, (3, 1), (8, 4), (38, 32), (32, 32)),  # more streams than the warps of a block; groups across heads
-    Shape(2113, (1, 1), (2, 3), (32, 128), (4096, 2112)),  # more rows than a warp stages
+    Shape(4161, (1, 1), (2, 3), (32, 128), (8192, 4160)),  # more rows than a warp stages
     Shape(130, (2, 1), (20, 33), (32, 32), (64, 128), head_major=True),  # pieces only partly aligned; bands and a rest
 ]
 
