@@ -163,3 +163,17 @@ def check_corrupt_streams(kernels, encoded: Encoded, num_tries: int) -> None:
         else:
             assert isinstance(found, KVCache) and same_bits(found, expected)
     assert num_refused > num_tries // 4
+
+
+def check_word_counts(kernels) -> None:
+    """A stream with a word more or less than its symbols take is refused as on the CPU."""
+    encoded = encode_on_cpu(Shape(32, (1, 1), (40, 3), (32, 32), (32, 32)), torch.float16, Coder.RANS)
+    first = encoded.streams[0]
+    body, rest = encoded.payload[: first.num_bytes], encoded.payload[-(-first.num_bytes // 16) * 16 :]
+    for change in (1, 2, -1, -2):
+        num_bytes = first.num_bytes + 2 * change
+        changed = body[:num_bytes].ljust(num_bytes, b"\0")
+        payload = changed.ljust(-(-num_bytes // 16) * 16, b"\0") + rest
+        streams = [StreamEntry(num_bytes, first.num_words + change, 0), *encoded.streams[1:]]
+        found, expected = (outcome(encoded, which, payload, streams) for which in (kernels, cpu))
+        assert isinstance(expected, str) and found == expected

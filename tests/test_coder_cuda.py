@@ -17,7 +17,15 @@ from cachegen.format import Coder, PlaneLayout
 from cachegen.kv_cache import KVCache, from_planes
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
-from tests.cuda_checks import SHAPES, OnDevice, Shape, check_corrupt_streams, check_shape, encode_on_cpu
+from tests.cuda_checks import (
+    SHAPES,
+    OnDevice,
+    Shape,
+    check_corrupt_streams,
+    check_shape,
+    check_word_counts,
+    encode_on_cpu,
+)
 from tests.cuda_component_checks import (
     COMPONENT_SHAPES,
     ComponentShape,
@@ -84,6 +92,7 @@ def test_golden_files_are_written_and_read(kernels, golden: Golden) -> None:
 
 def test_corrupt_streams_are_refused_as_on_the_cpu(kernels) -> None:
     check_corrupt_streams(kernels, encode_on_cpu(SHAPES[2], torch.float16, Coder.RANS), 300)
+    check_word_counts(kernels)
 
 
 def test_corrupt_components_are_refused_as_on_the_cpu(kernels) -> None:

@@ -25,7 +25,7 @@ from cachegen.errors import BitstreamError, InputError
 from cachegen.format import BandMode, Coder, PlaneLayout
 from cachegen.transform_format import ComponentChunkHeader
 from tests import emulation
-from tests.cuda_checks import SHAPES, Shape, check_corrupt_streams, check_shape, encode_on_cpu
+from tests.cuda_checks import SHAPES, Shape, check_corrupt_streams, check_shape, check_word_counts, encode_on_cpu
 from tests.cuda_component_checks import (
     COMPONENT_SHAPES,
     ComponentShape,
@@ -131,6 +131,10 @@ def test_corrupt_streams_are_refused_as_on_the_cpu(emulated, coder: Coder) -> No
     wrong = [encoded.streams[0]._replace(num_words=1), *encoded.streams[1:]]
     with pytest.raises(BitstreamError, match="stream 0"):
         encoded.decode(emulated, streams=wrong)
+
+
+def test_words_too_many_or_too_few_are_refused_as_on_the_cpu(emulated) -> None:
+    check_word_counts(emulated)
 
 
 def test_corrupt_components_are_refused_as_on_the_cpu(emulated) -> None:
@@ -307,7 +311,7 @@ MUTATIONS = {
         "__syncwarp();  // no lane reads the words that are stored over any more",
         "",
     ),
-    "a refill comes a row late": ("rans_decode.cuh", "next_word >= ring.refill_at", "next_word > ring.refill_at + 32"),
+    "a refill comes too late": ("rans_decode.cuh", "next_word >= ring.refill_at", "next_word > ring.refill_at + 64"),
     "a refill loads what is in the ring": (
         "rans_decode.cuh",
         "load_pair(refill_at + kRefillWords, lane)",
@@ -323,8 +327,8 @@ MUTATIONS = {
     "a search leaves a quarter of its table out": ("rans_decode.cuh", "is_high ? high_middle : low_middle", "middle"),
     "a tile has the tables of the first one": (
         "rans_decode.cuh",
-        "tile > margin ? tile - margin : 0",
-        "0",
+        "kTableSize, first_table, last_table)",
+        "kTableSize, 0, last_table - first_table)",
     ),
     "a tile's tables are loaded while the one before decodes": (
         "rans_decode.cuh",
