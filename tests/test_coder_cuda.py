@@ -138,6 +138,23 @@ def test_kernels_run_on_torchs_current_stream(kernels, gpu: torch.device) -> Non
     assert stream.query()
 
 
+def test_chunks_in_flight_do_not_touch_each_other(on_gpu: CudaKernels, gpu: torch.device) -> None:
+    chunks = [encode_on_cpu(shape, torch.float16, Coder.RANS) for shape in (*SHAPES[:4], MISTRAL)]
+    started = []
+    torch.cuda._sleep(50_000_000)  # all copies are queued before the first kernel runs
+    for chunk in chunks:
+        output, content = to(gpu, chunk.cache), bytearray(chunk.payload)
+        for plane in output.planes:
+            plane.fill_(torch.nan)
+        tables = chunk.load_tables(on_gpu)
+        finish = on_gpu.start_decoding(memoryview(content), chunk.streams, chunk.scales, chunk.layouts, tables, output)
+        content[:] = bytes(len(content))
+        started.append((chunk, output, finish))
+    for chunk, output, finish in started:
+        finish()
+        assert same_bits(to(torch.device("cpu"), output), chunk.decode(cpu))
+
+
 def test_the_module_allocates_nothing(kernels, gpu: torch.device) -> None:
     check_shape(kernels, MISTRAL, torch.float16, Coder.RANS)  # warm: code, and blocks of torch's allocator
     torch.cuda.synchronize(gpu)
