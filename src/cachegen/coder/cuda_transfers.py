@@ -9,6 +9,7 @@ late, or as early, as events allow.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,11 +126,12 @@ class Upload:
 
 
 class Transfers:
-    """The buffers of one device. Used by one thread at a time."""
+    """The buffers of one device, for any thread."""
 
     def __init__(self, operations: DeviceOperations | HostOperations) -> None:
         self.operations = operations
         self._free: list[_Buffers] = []
+        self._lock = threading.Lock()
 
     def reserve(self, sizes: Sequence[int]) -> Upload:
         """Return room for parts of so many bytes; waits until the copy before the last one has ended.
@@ -138,7 +140,8 @@ class Transfers:
         place.
         """
         needed = sum(-(-size // _PART_ALIGNMENT) * _PART_ALIGNMENT for size in sizes) + _PART_ALIGNMENT
-        buffers = self._free.pop(0) if len(self._free) >= NUM_BUFFERS else None
+        with self._lock:
+            buffers = self._free.pop(0) if len(self._free) >= NUM_BUFFERS else None
         if buffers is not None:
             self.operations.synchronize(buffers.copied)
         if buffers is None or len(buffers.host) < needed:
