@@ -10,7 +10,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo test test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -39,6 +39,17 @@ test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no 
 	    "make test-gpu: torchac_cuda is not built: put nvcc 12 or newer on PATH, then make clean test-gpu")'
 	@$(BIN)/python -m pytest -m cuda || { \
 	    status=$$?; test $$status -ne 5 || echo "make test-gpu: there is no test marked cuda" >&2; exit $$status; }
+
+SANITIZER ?= compute-sanitizer
+GPU_TOOLS ?= memcheck racecheck synccheck
+test-gpu-sanitized: $(INSTALLED) ## Run the CUDA tests under each tool of compute-sanitizer; slow
+	@command -v $(SANITIZER) >/dev/null || { \
+	    echo "make test-gpu-sanitized: no $(SANITIZER) on PATH: it comes with the CUDA toolkit" >&2; exit 1; }
+	@for tool in $(GPU_TOOLS); do \
+	    echo "make: the CUDA tests under $$tool"; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --target-processes all --error-exitcode 1 \
+	        $(BIN)/python -m pytest -q -m cuda -k 'not allocates_nothing' tests/test_coder_cuda.py || exit 1; \
+	done
 
 lint: $(INSTALLED) ## Check style and types, changing nothing
 	@$(BIN)/ruff check

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cuda_throughput import describe_gpu, run_on_gpu
 from documents import Document, iterate_documents, run_pipeline
 from goals import print_goals
 from peers import VERSIONS, Peer, save_inputs
@@ -194,7 +195,8 @@ def describe_device() -> str:
         lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
         fields = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines}
         model = " ".join(fields.get(key, "") for key in ("model name", "cpu family", "model"))
-    return f"{model}, {len(os.sched_getaffinity(0))} processors, paths {', '.join(cpu.supported_paths())}"
+    processors = f"{model}, {len(os.sched_getaffinity(0))} processors, paths {', '.join(cpu.supported_paths())}"
+    return "; ".join(filter(None, [processors, describe_gpu()]))
 
 
 def main() -> None:
@@ -224,6 +226,8 @@ def main() -> None:
             rows += run_case(document, our_entries(document, paths[-1:], (len(processors),)), rounds)
         if document.metadata is not None or document.is_large:
             rows += [Row(document.name, *numbers) for numbers in run_pipeline(document, len(processors), rounds)]
+        if document.is_large:
+            rows += [Row(document.name, *numbers) for numbers in run_on_gpu(document, args.rounds, len(processors))]
     versions = {"cachegen": __version__, "python": platform.python_version(), **VERSIONS, "torch": torch.__version__}
     versions["numpy"] = np.__version__
     print(describe_device())

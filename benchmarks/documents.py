@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -146,15 +146,33 @@ def iterate_documents(repository: Path) -> Iterator[Document]:
     yield Document("Mistral-7B, 9000 tokens, 32 bins", synthetic_cache(64, 1500, 8, 128), 32, repeats=6)
 
 
-def run_pipeline(document: Document, threads: int, rounds: int) -> list[tuple]:
+def run_pipeline(
+    document: Document,
+    threads: int,
+    rounds: int,
+    *,
+    kernels=cpu,
+    output: KVCache | None = None,
+    chunk_tokens: int | None = None,
+    path: str | None = None,
+    wait: Callable[[], object] = lambda: None,
+) -> list[tuple]:
     """Time whole documents, files included, into a warm cache; returns the rest of a row each.
 
     Encoding has a document's tables to make as often as it goes over the cache, decoding reads them once.
+
+    Args:
+        output: where to decode to; None is the document's, on the CPU.
+        chunk_tokens: tokens of a chunk file; None is all of the cache in one.
+        path: of the rows. The time is the clock's where there is one.
+        wait: for all that the kernels have been asked for.
     """
+    from cachegen.pipeline.chunking import plan_chunks
     from cachegen.pipeline.decode import EncodedFolder
     from cachegen.pipeline.encode import encode_document
 
-    cache = document.cache
+    cache, target = document.cache, output or document.output
+    lengths = plan_chunks(cache.num_tokens, None, chunk_tokens or cache.num_tokens)
     metadata = document.metadata or ContextMetadata(
         "synthetic", "00" * 32, torch.zeros(cache.num_tokens, dtype=torch.int32), (), 512
     )
@@ -162,25 +180,26 @@ def run_pipeline(document: Document, threads: int, rounds: int) -> list[tuple]:
     config = QuantizationConfig(Method.CACHEGEN, group, group, Coder.RANS)
     rows = []
     for num_threads in dict.fromkeys((1, threads)):
-        clock = time.process_time if num_threads == 1 else time.perf_counter
+        clock = time.process_time if num_threads == 1 and path is None else time.perf_counter
         encode_seconds, decode_seconds = [], []
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as folder:
                 start = clock()
                 encoder = DocumentEncoder(
-                    cache, metadata, config, [cache.num_tokens], Coder.RANS, num_threads=num_threads
+                    cache, metadata, config, lengths, Coder.RANS, num_threads=num_threads, kernels=kernels
                 )
                 encode_document(encoder, folder)
                 encode_seconds.append(clock() - start)
                 start = clock()
-                encoded = EncodedFolder(folder, num_threads)
+                encoded = EncodedFolder(folder, num_threads, kernels)
                 # One tables file, and a longer cache as chunks of the same length.
                 for _ in range(document.repeats):
-                    encoded.decode_into(document.output, metadata.token_ids, encoded.select_chunks(None))
+                    encoded.decode_into(target, metadata.token_ids, encoded.select_chunks(None))
+                wait()
                 decode_seconds.append(clock() - start)
         rates = [
             cache.num_values / min(encode_seconds) / 1e6,
             document.num_values / min(decode_seconds) / 1e6,
         ]
-        rows.append(("documents", None, num_threads, *rates, None))
+        rows.append(("documents", path, num_threads, *rates, None))
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 SMALL, LARGE = "4 planes x 256 tokens, 32 bins", "64 planes x 256 tokens, 32 bins"
+FP16_BYTES = 2
 MISTRAL = "Mistral-7B, 9000 tokens, 32 bins"
 
 
@@ -30,6 +31,11 @@ def list_goals(rows: list[dict]) -> Iterator[tuple[str, float | None, float, flo
         yield f"{path} decode over torchac -O3", found, floor, goal, False
     found = of(find_row(rows, SMALL, "rans", "avx512"), "encode_over_constriction")
     yield "avx512 encode over constriction", found, 12, 18, False
+    gpu = find_row(rows, MISTRAL, "rans", "cuda", threads=0)
+    for operation, verb, floor, goal in (("decode", "written", 0.3, 0.7), ("encode", "read", 0.2, 0.5)):
+        rate = of(gpu, f"{operation}_msym_s")
+        terabytes = None if rate is None else rate * FP16_BYTES / 1e6
+        yield f"GPU {operation}, TB/s of fp16 {verb} (H100)", terabytes, floor, goal, False
     one = find_row(rows, LARGE, "rans", "*")
     two = next((row for row in rows if (row["case"], row["coder"], row["threads"]) == (LARGE, "rans", 2)), None)
     for operation in ("decode", "encode"):

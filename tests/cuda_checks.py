@@ -42,7 +42,7 @@ SHAPES = [
     Shape(70, (2, 1), (16, 24), (32, 256), (32, 96), head_major=True),  # whole sectors; low bits with a tail
     Shape(64, (1, 1), (65, 128), (32, 16), (64, 32)),  # a tile and a channel; two tiles
     Shape(300, (3, 1), (8, 4), (38, 32), (32, 32)),  # more streams than the warps of a block; groups across heads
-    Shape(2113, (1, 1), (2, 3), (32, 128), (4096, 2112)),  # more rows than a warp stages
+    Shape(4161, (1, 1), (2, 3), (32, 128), (8192, 4160)),  # more rows than a warp stages
     Shape(130, (2, 1), (20, 33), (32, 32), (64, 128), head_major=True),  # pieces only partly aligned; bands and a rest
 ]
 
@@ -163,3 +163,17 @@ def check_corrupt_streams(kernels, encoded: Encoded, num_tries: int) -> None:
         else:
             assert isinstance(found, KVCache) and same_bits(found, expected)
     assert num_refused > num_tries // 4
+
+
+def check_word_counts(kernels) -> None:
+    """A stream with a word more or less than its symbols take is refused as on the CPU."""
+    encoded = encode_on_cpu(Shape(32, (1, 1), (40, 3), (32, 32), (32, 32)), torch.float16, Coder.RANS)
+    first = encoded.streams[0]
+    body, rest = encoded.payload[: first.num_bytes], encoded.payload[-(-first.num_bytes // 16) * 16 :]
+    for change in (1, 2, -1, -2):
+        num_bytes = first.num_bytes + 2 * change
+        changed = body[:num_bytes].ljust(num_bytes, b"\0")
+        payload = changed.ljust(-(-num_bytes // 16) * 16, b"\0") + rest
+        streams = [StreamEntry(num_bytes, first.num_words + change, 0), *encoded.streams[1:]]
+        found, expected = (outcome(encoded, which, payload, streams) for which in (kernels, cpu))
+        assert isinstance(expected, str) and found == expected

@@ -17,7 +17,15 @@ from cachegen.format import Coder, PlaneLayout
 from cachegen.kv_cache import KVCache, from_planes
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
-from tests.cuda_checks import SHAPES, OnDevice, Shape, check_corrupt_streams, check_shape, encode_on_cpu
+from tests.cuda_checks import (
+    SHAPES,
+    OnDevice,
+    Shape,
+    check_corrupt_streams,
+    check_shape,
+    check_word_counts,
+    encode_on_cpu,
+)
 from tests.cuda_component_checks import (
     COMPONENT_SHAPES,
     ComponentShape,
@@ -84,6 +92,7 @@ def test_golden_files_are_written_and_read(kernels, golden: Golden) -> None:
 
 def test_corrupt_streams_are_refused_as_on_the_cpu(kernels) -> None:
     check_corrupt_streams(kernels, encode_on_cpu(SHAPES[2], torch.float16, Coder.RANS), 300)
+    check_word_counts(kernels)
 
 
 def test_corrupt_components_are_refused_as_on_the_cpu(kernels) -> None:
@@ -127,6 +136,23 @@ def test_kernels_run_on_torchs_current_stream(kernels, gpu: torch.device) -> Non
         check_shape(kernels, SHAPES[3], torch.float16, Coder.RANS)
         check_component_shape(kernels, COMPONENT_SHAPES[2])
     assert stream.query()
+
+
+def test_chunks_in_flight_do_not_touch_each_other(on_gpu: CudaKernels, gpu: torch.device) -> None:
+    chunks = [encode_on_cpu(shape, torch.float16, Coder.RANS) for shape in (*SHAPES[:4], MISTRAL)]
+    started = []
+    torch.cuda._sleep(50_000_000)  # all copies are queued before the first kernel runs
+    for chunk in chunks:
+        output, content = to(gpu, chunk.cache), bytearray(chunk.payload)
+        for plane in output.planes:
+            plane.fill_(torch.nan)
+        tables = chunk.load_tables(on_gpu)
+        finish = on_gpu.start_decoding(memoryview(content), chunk.streams, chunk.scales, chunk.layouts, tables, output)
+        content[:] = bytes(len(content))
+        started.append((chunk, output, finish))
+    for chunk, output, finish in started:
+        finish()
+        assert same_bits(to(torch.device("cpu"), output), chunk.decode(cpu))
 
 
 def test_the_module_allocates_nothing(kernels, gpu: torch.device) -> None:

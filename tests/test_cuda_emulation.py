@@ -25,7 +25,7 @@ from cachegen.errors import BitstreamError, InputError
 from cachegen.format import BandMode, Coder, PlaneLayout
 from cachegen.transform_format import ComponentChunkHeader
 from tests import emulation
-from tests.cuda_checks import SHAPES, Shape, check_corrupt_streams, check_shape, encode_on_cpu
+from tests.cuda_checks import SHAPES, Shape, check_corrupt_streams, check_shape, check_word_counts, encode_on_cpu
 from tests.cuda_component_checks import (
     COMPONENT_SHAPES,
     ComponentShape,
@@ -91,6 +91,33 @@ def test_transform_documents_of_either_decode_with_the_other(emulated) -> None:
     check_transform_document(emulated)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_rows", "is_whole"), [(1, True), (4, True), (8, True), (16, False)])
+def test_decoding_writes_whole_sectors(
+    emulated, module_path: Path, num_rows: int, is_whole: bool, dtype: torch.dtype
+) -> None:
+    shape = Shape(32 * num_rows - 5, (2, 1), (16, 96), (32, 64), (32 * num_rows, 32))
+    encoded = encode_on_cpu(shape, dtype, Coder.RANS)
+    emulation.take_store_counts(module_path)
+    decoded = encoded.decode(emulated)
+    counts = emulation.take_store_counts(module_path)
+    num_bytes = [plane.numel() * plane.element_size() for plane in decoded.planes]
+    # Streams of more than 8 rows have room for 8 channels at a time: 16 bytes of fp16.
+    num_split = 0 if is_whole or dtype is torch.float32 else num_bytes[0] // 32
+    assert counts.num_whole_sectors == sum(num_bytes) // 32 - num_split
+    assert counts.num_sectors == counts.num_whole_sectors + 2 * num_split
+
+
+def test_decoding_components_writes_whole_sectors(emulated, module_path: Path) -> None:
+    coding = LevelCoding(np.full(40, 13, np.uint16), np.zeros(40, np.uint8), 0)
+    values = torch.zeros(250, 40, dtype=torch.int32)
+    payload, streams = components.encode_components(values, None, coding, 256)
+    emulation.take_store_counts(module_path)
+    emulated.decode_components(payload, streams, values, coding, 256)
+    counts = emulation.take_store_counts(module_path)
+    assert counts.num_whole_sectors == counts.num_sectors == 4 * values.numel() // 32
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +131,10 @@ def test_corrupt_streams_are_refused_as_on_the_cpu(emulated, coder: Coder) -> No
     wrong = [encoded.streams[0]._replace(num_words=1), *encoded.streams[1:]]
     with pytest.raises(BitstreamError, match="stream 0"):
         encoded.decode(emulated, streams=wrong)
+
+
+def test_words_too_many_or_too_few_are_refused_as_on_the_cpu(emulated) -> None:
+    check_word_counts(emulated)
 
 
 def test_corrupt_components_are_refused_as_on_the_cpu(emulated) -> None:
@@ -267,8 +298,42 @@ def test_a_device_that_is_not_there_is_refused(module_path: Path) -> None:
 MUTATIONS = {
     "a lane counts itself among the lower ones": (
         "rans_decode.cuh",
-        "__popc(needing & lower_lanes)",
-        "__popc(needing & (lower_lanes << 1 | 1))",
+        "__popc(needing & ((1u << lane) - 1))",
+        "__popc(needing & ((2u << lane) - 1))",
+    ),
+    "the ring is refilled over words that are still read": (
+        "rans_decode.cuh",
+        "(refill_at - kRefillWords) % kNumWords",
+        "refill_at % kNumWords",
+    ),
+    "a lane refills the ring while others read from it": (
+        "rans_decode.cuh",
+        "__syncwarp();  // no lane reads the words that are stored over any more",
+        "",
+    ),
+    "a refill comes too late": ("rans_decode.cuh", "next_word >= ring.refill_at", "next_word > ring.refill_at + 64"),
+    "a refill loads what is in the ring": (
+        "rans_decode.cuh",
+        "load_pair(refill_at + kRefillWords, lane)",
+        "load_pair(refill_at, lane)",
+    ),
+    "the last of an odd number of words is not loaded": (
+        "rans_decode.cuh",
+        "word < num_words ? words[word] : 0",
+        "0",
+    ),
+    "missing words go unnoticed": ("rans_decode.cuh", "if (next_word > ring.num_words) return Status::kTruncated;", ""),
+    "left-over words go unnoticed": ("rans_decode.cuh", "next_word < ring.num_words || unfinished", "unfinished"),
+    "a search leaves a quarter of its table out": ("rans_decode.cuh", "is_high ? high_middle : low_middle", "middle"),
+    "a tile has the tables of the first one": (
+        "rans_decode.cuh",
+        "kTableSize, first_table, last_table)",
+        "kTableSize, 0, last_table - first_table)",
+    ),
+    "a tile's tables are loaded while the one before decodes": (
+        "rans_decode.cuh",
+        "__syncthreads();  // nobody reads the tables of the tile before any more",
+        "",
     ),
     "the tail row is dropped": ("rans_decode.cuh", "if (last_full_row == last_row) continue;", "continue;"),
     "one lane too many is live": (
@@ -299,8 +364,8 @@ MUTATIONS = {
     ),
     "a dead lane decodes a component": (
         "components.cuh",
-        "lane_decoder.decode(table, is_live, lower_lanes)",
-        "lane_decoder.decode(table, true, lower_lanes)",
+        "lane_decoder.decode(table, is_live, lane)",
+        "lane_decoder.decode(table, true, lane)",
     ),
     "one component too few is refined": (
         "components.cuh",
@@ -366,7 +431,13 @@ def test_corrupt_streams_are_not_read_beyond_their_payload(module_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_guard_notices_a_dropped_check(tmp_path: Path) -> None:
-    check = "if (needs_word && word < num_words) state"
-    result = run("guarded", mutate(tmp_path, "rans_decode.cuh", check, "if (needs_word) state"))
+@pytest.mark.parametrize(
+    ("check", "mutated"),
+    [
+        ("if (word + 1 < num_words) return", "if (word < 2 * num_words) return"),
+        ("word < num_words ? words[word] : 0", "words[word]"),
+    ],
+)
+def test_the_guard_notices_a_dropped_check(tmp_path: Path, check: str, mutated: str) -> None:
+    result = run("guarded", mutate(tmp_path, "rans_decode.cuh", check, mutated))
     assert result.returncode == -signal.SIGSEGV, result.stdout + result.stderr

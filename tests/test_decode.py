@@ -132,7 +132,7 @@ def test_the_result_counts_tokens_and_the_bytes_that_were_read(folder):
 
 def test_the_next_chunk_is_read_while_one_decodes(folder, monkeypatch):
     reading = {f"chunk_0000{index}.cgc": threading.Event() for index in range(3)}
-    read_whole, decode_levels, num_decoded = container.read_whole, decode.decode_levels, [0]
+    read_whole, start_decoding_levels, num_decoded = container.read_whole, decode.start_decoding_levels, [0]
 
     def note_and_read(path):
         if path.name in reading:
@@ -143,10 +143,10 @@ def test_the_next_chunk_is_read_while_one_decodes(folder, monkeypatch):
         next_name = f"chunk_0000{num_decoded[0] + 1}.cgc"
         assert num_decoded[0] == 2 or reading[next_name].wait(timeout=30)
         num_decoded[0] += 1
-        return decode_levels(*args, **kwargs)
+        return start_decoding_levels(*args, **kwargs)
 
     monkeypatch.setattr(container, "read_whole", note_and_read)
-    monkeypatch.setattr(decode, "decode_levels", wait_for_the_next)
+    monkeypatch.setattr(decode, "start_decoding_levels", wait_for_the_next)
     decode_folder(folder, CACHE, METADATA.token_ids)
     assert num_decoded == [3]
 

@@ -32,7 +32,7 @@ from cachegen.framing import Buffer
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
 from cachegen.profile import Profile
 from cachegen.quantization import low_bits_for
-from cachegen.transform_codec import TransformDocument, decode_component_chunk, load_transform_document
+from cachegen.transform_codec import TransformDocument, load_transform_document, start_decoding_component_chunk
 from cachegen.transform_format import TransformTablesHeader
 
 # A lane costs about 24 bits beyond its symbols (its state, less what the state carries). At 4096 symbols of 2 to 3 bits
@@ -219,11 +219,30 @@ def decode_levels(
     Args and errors: as `decode_chunk` and `decode_component_chunk`.
     """
     where = {"first_token": first_token, "token_hash": token_hash, "num_threads": num_threads}
+    start_decoding_levels(contents, document, output, kernels=kernels, **where)()
+
+
+def start_decoding_levels(
+    contents: Sequence[Buffer],
+    document: Document | TransformDocument,
+    output: KVCache,
+    *,
+    first_token: int,
+    token_hash: bytes,
+    num_threads: int = 1,
+    kernels=cpu,
+) -> Callable[[], None]:
+    """Begin what `decode_levels` does, on a GPU: make all checks that need no decoding, queue the rest there.
+
+    Returns:
+        A function that waits for the GPU and raises what is left to raise: BitstreamError. Until it has returned,
+        `output` holds no usable values. With kernels of the CPU all is done before.
+    """
+    where = {"first_token": first_token, "token_hash": token_hash, "num_threads": num_threads}
     if isinstance(document, TransformDocument):
-        decode_component_chunk(contents, document, output, kernels=kernels, **where)
-        return
+        return start_decoding_component_chunk(contents, document, output, kernels=kernels, **where)[1]
     (content,) = contents
-    decode_chunk(content, document, output, kernels=kernels, **where)
+    return _start_decoding_chunk(content, document, output, kernels=kernels, **where)[1]
 
 
 def decode_chunk(
@@ -251,6 +270,23 @@ def decode_chunk(
         BitstreamError: the chunk is corrupt; `output` then holds no usable values.
         MismatchError: the chunk is of another document, model, context or configuration, naming the field.
     """
+    where = {"first_token": first_token, "token_hash": token_hash, "num_threads": num_threads}
+    header, finish = _start_decoding_chunk(content, document, output, kernels=kernels, **where)
+    finish()
+    return header
+
+
+def _start_decoding_chunk(
+    content: Buffer,
+    document: Document,
+    output: KVCache,
+    *,
+    first_token: int,
+    token_hash: bytes,
+    num_threads: int,
+    kernels,
+) -> tuple[ChunkHeader, Callable[[], None]]:
+    """Begin what `decode_chunk` does; returns the header, and what waits for the rest."""
     chunk = container.parse_chunk(content, num_threads)
     header, expected = chunk.header, document.header
     if not isinstance(header, ChunkHeader):
@@ -279,7 +315,8 @@ def decode_chunk(
             )
     if (document.tables is None) != (header.coder is Coder.PACKED):
         raise MismatchError(f"coder is {header.coder.name.lower()}, which does not go with the tables file")
-    kernels.decode(
+    start_decoding = getattr(kernels, "start_decoding", None)
+    finish = (start_decoding or kernels.decode)(
         chunk.payload,
         header.streams,
         chunk.scales,
@@ -289,7 +326,7 @@ def decode_chunk(
         num_threads,
         coder=header.coder,
     )
-    return header
+    return header, finish if start_decoding is not None else _do_nothing
 
 
 def choose_tokens_per_stream(num_channels: int, num_tokens: int, coder: Coder = Coder.RANS) -> int:
@@ -311,6 +348,10 @@ def document_dtype(document: Document | TransformDocument) -> torch.dtype:
 def _low_bits(num_bins: int, coder: Coder) -> int:
     """How many low bits a plane stores raw: all of them with coder `packed`."""
     return low_bits_for(num_bins, 1 if coder is Coder.PACKED else TABLE_SIZE)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _show(value: object) -> str:

@@ -8,8 +8,9 @@ and the container.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -277,6 +278,28 @@ def decode_component_chunk(
         BitstreamError: a file is corrupt; `output` then holds no usable values.
         MismatchError: a file is of another document, model, context or level, naming the field.
     """
+    where = {"first_token": first_token, "token_hash": token_hash, "num_threads": num_threads}
+    header, finish = start_decoding_component_chunk(contents, document, output, kernels=kernels, **where)
+    finish()
+    return header
+
+
+def start_decoding_component_chunk(
+    contents: Sequence[Buffer],
+    document: TransformDocument,
+    output: KVCache,
+    *,
+    first_token: int,
+    token_hash: bytes,
+    num_threads: int = 1,
+    kernels=cpu,
+) -> tuple[ComponentChunkHeader, Callable[[], None]]:
+    """Begin what `decode_component_chunk` does, on a GPU: make all checks that need no decoding, queue the rest there.
+
+    Returns:
+        The header of the last level's file, and a function that waits for the GPU and raises BitstreamError where a
+        file is corrupt. Until it has returned, `output` holds no usable values.
+    """
     if not contents:
         raise ValueError("`contents` must have at least the file of level 1")
     codings = [document.codings(level) for level in range(1, len(contents) + 1)]
@@ -291,6 +314,8 @@ def decode_component_chunk(
             raise
         chunks.append(chunk)
     coder = component_kernels(kernels)
+    start_decoding = getattr(coder, "start_decoding_component_groups", None)
+    started: list[tuple[int, Callable[[], None]]] = []
     step = step_of_level(document.header.step_log, len(chunks))
     longest = round_up(output.num_tokens, LANES)  # a file may claim longer streams, and has one then
     starts, offsets = [0] * len(chunks), [0] * len(chunks)
@@ -307,17 +332,32 @@ def decode_component_chunk(
             streams = header.streams[starts[level] :][: sum(header.streams_of_groups[group] for group in batch)]
             num_bytes = sum(round_up(stream.num_bytes, ALIGNMENT) for stream in streams)
             payload = chunk.payload[offsets[level] : offsets[level] + num_bytes]
-            try:
-                coder.decode_component_groups(payload, streams, groups, num_threads)
-            except BitstreamError as error:
-                located = BitstreamError(error.problem, field=error.field)
-                located.level = level + 1
-                raise located from error
+            if start_decoding is not None:
+                started.append((level + 1, start_decoding(payload, streams, groups, num_threads)))
+            else:
+                _call_at_level(
+                    level + 1, functools.partial(coder.decode_component_groups, payload, streams, groups, num_threads)
+                )
             starts[level] += len(streams)
             offsets[level] += num_bytes
         for group, components in zip(batch, decoded, strict=True):
             document.transforms[group].synthesize(components, step, output, first_token)
-    return headers[-1]
+
+    def finish() -> None:
+        for level, finish_level in started:
+            _call_at_level(level, finish_level)
+
+    return headers[-1], finish
+
+
+def _call_at_level(level: int, decode: Callable[[], None]) -> None:
+    """Decode, or wait for it; an error is about the file of that level."""
+    try:
+        decode()
+    except BitstreamError as error:
+        located = BitstreamError(error.problem, field=error.field)
+        located.level = level
+        raise located from error
 
 
 def component_kernels(kernels):

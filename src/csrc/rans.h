@@ -59,8 +59,10 @@ struct TableEntry {
     uint32_t frequency;
 
     CACHEGEN_HOST_DEVICE static TableEntry unpack(uint32_t packed) { return {packed >> 16, packed & 0xFFFFu}; }
-    // The packed entry of a symbol is at most this where, and only where, its start is at most the slot.
-    CACHEGEN_HOST_DEVICE static uint32_t largest_at(uint32_t slot) { return slot << 16 | 0xFFFFu; }
+    // The packed entry of a symbol is at most this where, and only where, its start is at most the state's slot.
+    CACHEGEN_HOST_DEVICE static uint32_t largest_at(uint32_t state) {
+        return (state * 0x10000u + 0xFFFFu) & ((kFrequencyTotal << 16) - 1);  // as a sum it is a fused multiply-add
+    }
 };
 
 // What a kernel may want to know of a table before it uses it; bits of a byte.

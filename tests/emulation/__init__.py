@@ -13,6 +13,7 @@ import importlib.util
 import os
 import subprocess
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -74,6 +75,22 @@ def load(path: Path) -> ModuleType:
 def reverse_threads(path: Path, is_reversed: bool) -> None:
     """Run the threads of each block from the last to the first; a kernel without a race does not notice."""
     ctypes.CDLL(str(path)).cachegen_emulation_reverse(int(is_reversed))
+
+
+@dataclass(frozen=True)
+class StoreCounts:
+    """What decoding stored: a store of a warp touches some sectors of 32 bytes, and fills some of them whole."""
+
+    num_stores: int
+    num_sectors: int
+    num_whole_sectors: int
+
+
+def take_store_counts(path: Path) -> StoreCounts:
+    """Return what was counted since the last call."""
+    counts = (ctypes.c_uint64 * 3)()
+    ctypes.CDLL(str(path)).cachegen_emulation_stores(counts)
+    return StoreCounts(*counts)
 
 
 def kernels_of(path: Path) -> CudaKernels:

@@ -12,11 +12,11 @@ import torch
 
 from cachegen.errors import CacheGenError
 from cachegen.format import Coder
-from tests.cuda_checks import Shape, check_shape
+from tests.cuda_checks import Shape, check_corrupt_streams, check_shape, check_word_counts, encode_on_cpu
 from tests.cuda_component_checks import ComponentShape, check_component_shape, check_corrupt_escapes
 from tests.emulation import kernels_of, reverse_threads
 
-SHAPE = Shape(70, (2, 1), (16, 24), (32, 64), (32, 96))
+SHAPE = Shape(70, (2, 1), (16, 72), (32, 64), (32, 96))  # a tile, and a tile and a part
 COMPONENT_SHAPE = ComponentShape(70, (33, 5), (32, 96))
 
 
@@ -27,6 +27,8 @@ def main(path: Path) -> int:
         try:
             for coder in Coder:
                 check_shape(kernels, SHAPE, torch.float16, coder)
+            check_corrupt_streams(kernels, encode_on_cpu(SHAPE, torch.float16, Coder.RANS), 20)
+            check_word_counts(kernels)
             check_component_shape(kernels, COMPONENT_SHAPE)
             check_corrupt_escapes(kernels)
         except (AssertionError, CacheGenError, RuntimeError, ValueError) as error:

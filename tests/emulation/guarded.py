@@ -12,10 +12,9 @@ import mmap
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from cachegen.coder import cuda_memory
+from cachegen.coder import cuda_components, cuda_transfers
 from cachegen.format import Coder
 from tests.cuda_checks import Shape, check_corrupt_streams, encode_on_cpu
 from tests.cuda_component_checks import ComponentShape, check_corrupt_components, encode_components_on_cpu
@@ -24,25 +23,24 @@ from tests.emulation import kernels_of
 SHAPES = [Shape(33, (1, 1), (9, 8), (32, 64), (32, 64)), Shape(64, (1, 1), (3, 16), (256, 32), (32, 32))]
 COMPONENT_SHAPES = [ComponentShape(33, (9, 5), (64, 32)), ComponentShape(64, (20,), (32,), 14.0)]
 _PROT_NONE = 0
-_REGION = mmap.mmap(-1, 64 * mmap.PAGESIZE)
+_REGION = mmap.mmap(-1, 257 * mmap.PAGESIZE)  # room for a buffer
 _ADDRESS = ctypes.addressof(ctypes.c_char.from_buffer(_REGION))
-_USABLE_BYTES = 63 * mmap.PAGESIZE
+_USABLE_BYTES = 256 * mmap.PAGESIZE
 
 
-def place_before_the_guard(content: bytes | memoryview, device: torch.device) -> torch.Tensor:
-    """Stand in for the copy to the GPU: the last byte is the last that may be read."""
-    del device
-    whole = torch.frombuffer(_REGION, dtype=torch.uint8, count=_USABLE_BYTES)
-    placed = whole[_USABLE_BYTES - len(content) :]
-    placed.numpy()[:] = np.frombuffer(content, np.uint8)
-    return placed
+class Guarded(cuda_transfers.HostOperations):
+    """Transfers into the memory before the guard: the payload's last byte is the last that may be read."""
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        whole = torch.frombuffer(_REGION, dtype=torch.uint8, count=_USABLE_BYTES)
+        return whole[_USABLE_BYTES - num_bytes :]
 
 
 def main(path: Path) -> int:
     guard = ctypes.c_void_p(_ADDRESS + _USABLE_BYTES)
     if ctypes.CDLL(None, use_errno=True).mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), _PROT_NONE):
         raise OSError(ctypes.get_errno(), "mprotect")
-    cuda_memory.to_device = place_before_the_guard
+    cuda_components.operations_of = lambda device: Guarded()
     kernels = kernels_of(path)
     for shape in SHAPES:
         for coder in (Coder.RANS, Coder.AC):

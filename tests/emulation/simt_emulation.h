@@ -15,8 +15,10 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -54,7 +56,17 @@ struct Fiber {
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     Meeting* waits_at = nullptr;
     uint64_t generation = 0;
+    int num_stores = 0;  // since the last meeting
     bool is_done = false;
+};
+
+constexpr uintptr_t kSectorBytes = 32;
+
+// What the watched stores of warps did to memory: a GPU writes sectors, and must first read those it gets in part.
+struct StoreCounts {
+    uint64_t num_stores = 0;   // of a warp
+    uint64_t num_sectors = 0;  // touched, summed over stores
+    uint64_t num_whole = 0;    // of them, written whole by their store
 };
 
 struct Machine {
@@ -66,11 +78,36 @@ struct Machine {
     int current = 0;
     bool is_reversed = false;
     std::string error;
+    // Of a warp's k-th store since its last meeting: per sector, a bit for every byte.
+    std::map<std::pair<int, int>, std::map<uintptr_t, uint32_t>> stores;
+    StoreCounts store_counts;
 };
 
 static Machine machine;
 
 inline void yield() { swapcontext(&machine.fibers[machine.current]->context, &machine.scheduler); }
+
+// Store a lane's part of a store that is the warp's: lanes between two meetings store in step.
+template <class Value>
+void store(Value* target, const Value& value) {
+    *target = value;
+    const int lane_store = machine.fibers[machine.current]->num_stores++;
+    auto& sectors = machine.stores[{machine.current / kWarpSize, lane_store}];
+    const auto first = reinterpret_cast<uintptr_t>(target);
+    for (uintptr_t byte = first; byte < first + sizeof(Value); ++byte)
+        sectors[byte / kSectorBytes] |= 1u << byte % kSectorBytes;
+}
+
+// Count the stores of a warp that all its lanes have passed.
+inline void count_stores(int warp) {
+    const auto first = machine.stores.lower_bound({warp, 0}), last = machine.stores.lower_bound({warp + 1, 0});
+    for (auto store = first; store != last; ++store) {
+        ++machine.store_counts.num_stores;
+        machine.store_counts.num_sectors += store->second.size();
+        for (const auto& sector : store->second) machine.store_counts.num_whole += sector.second == ~uint32_t{0};
+    }
+    machine.stores.erase(first, last);
+}
 
 // Wait for all members of a meeting; returns the generation whose values are now complete.
 inline uint64_t meet(Meeting& meeting, Operation operation, uint64_t value) {
@@ -81,7 +118,9 @@ inline uint64_t meet(Meeting& meeting, Operation operation, uint64_t value) {
         for (;;) yield();
     }
     meeting.values[generation & 1][machine.current % kWarpSize] = value;
+    machine.fibers[machine.current]->num_stores = 0;
     if (++meeting.num_arrived == meeting.num_members) {
+        if (meeting.num_members == kWarpSize) count_stores(machine.current / kWarpSize);
         meeting.num_arrived = 0;
         ++meeting.generation;
         return generation;
@@ -119,8 +158,10 @@ inline void run_block(int num_threads) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, run_fiber, 0);
         fiber.waits_at = nullptr;
+        fiber.num_stores = 0;
         fiber.is_done = false;
     }
+    machine.stores.clear();
     for (int num_done = 0; num_done < num_threads && machine.error.empty();) {
         bool has_progress = false;
         for (int i = 0; i < num_threads && machine.error.empty(); ++i) {
@@ -157,6 +198,8 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
 #define CACHEGEN_LAUNCH(kernel, grid, block, stream, ...) \
     ((void)(stream), simt::launch(grid, block, [&] { kernel(__VA_ARGS__); }))
 
+#define CACHEGEN_SHARED_ADDRESS(pointer) static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pointer))
+#define CACHEGEN_STORE(pointer, value) simt::store(pointer, value)
 #define CACHEGEN_ASSUME_GLOBAL(pointer) ((void)(pointer))
 
 inline void __syncthreads() { simt::meet(simt::machine.block, simt::Operation::kNone, 0); }
@@ -223,4 +266,9 @@ inline const char* cudaGetErrorString(cudaError_t) { return last_error.c_str(); 
 // For the tests, through ctypes: run the threads of each block from the last to the first.
 extern "C" __attribute__((visibility("default"))) void cachegen_emulation_reverse(int is_reversed) {
     simt::machine.is_reversed = is_reversed != 0;
+}
+
+// For the tests: the watched stores since the last call.
+extern "C" __attribute__((visibility("default"))) void cachegen_emulation_stores(simt::StoreCounts* counts) {
+    *counts = std::exchange(simt::machine.store_counts, {});
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cachegen.coder import cpu, cuda_memory
 from cachegen.coder.cuda_components import ComponentKernels
 from cachegen.coder.cuda_memory import Tables
+from cachegen.coder.cuda_transfers import Download
 from cachegen.coder.reference import not_finite_error
 from cachegen.errors import BackendUnavailableError
 from cachegen.format import (
@@ -187,7 +188,7 @@ class CudaKernels(ComponentKernels):
             launch = self._launch(device, rows, cache, layouts, packed)
             start_encoding = self._module.encode_codes if is_ac else self._module.encode
             start_encoding(launch, slots.data_ptr(), streams.data_ptr(), statuses.data_ptr())
-            failed, status = cuda_memory.first_failure(statuses)
+            failed, status = cuda_memory.first_failure(statuses.cpu().numpy())
             if failed >= 0:
                 raise cpu.encode_error(failed, status)
             payload = torch.empty(cuda_memory.place_streams(streams), dtype=torch.uint8, device=device)
@@ -215,22 +216,46 @@ class CudaKernels(ComponentKernels):
             output: on the GPU, or on several: each decodes its planes.
             coder: as in `encode`.
         """
+        self.start_decoding(payload, streams, scales, planes, tables, output, num_threads, coder=coder)()
+
+    def start_decoding(
+        self,
+        payload: bytes | memoryview,
+        streams: Sequence[StreamEntry],
+        scales: torch.Tensor,
+        planes: Sequence[PlaneLayout],
+        tables: Tables | None,
+        output: KVCache,
+        num_threads: int = 1,
+        *,
+        coder: Coder | None = None,
+    ) -> Callable[[], None]:
+        """Begin what `decode` does: queue the copy to the GPU and the kernels. The bytes may then change.
+
+        Returns:
+            A function that waits for the GPU and raises what `decode` raises of a corrupt payload. Until it has
+            returned, `output` holds no usable values.
+        """
         del num_threads
         is_ac = _check_coder(coder, planes, tables)
         layouts = _check(output, planes, scales, tables)
         num_streams = sum(-(-output.num_tokens // plane.tokens_per_stream) for plane in layouts)
         stream_rows = cuda_memory.describe_streams(streams, num_streams, len(payload))
-        all_statuses = []
+        all_statuses: list[Download] = []
         for device in sorted({values.device for values in output.planes}, key=str):
             if device.type != self._device.type:
                 raise ValueError(f"`output` must be on a {self._device.type} device, got {device}")
             with cuda_memory.on_device(device):
                 started = self._start_decoding(device, payload, stream_rows, scales, layouts, tables, output, is_ac)
                 all_statuses.append(started)
-        for statuses in all_statuses:
-            failed, status = cuda_memory.first_failure(statuses)
-            if failed >= 0:
-                raise cpu.decode_error(failed, status)
+
+        def finish() -> None:
+            for statuses in all_statuses:
+                failed, status = cuda_memory.first_failure(statuses.finish())
+                if failed >= 0:
+                    raise cpu.decode_error(failed, status)
+
+        return finish
 
     def _start_decoding(
         self,
@@ -242,9 +267,19 @@ class CudaKernels(ComponentKernels):
         tables: Tables | None,
         output: KVCache,
         is_ac: bool,
-    ) -> torch.Tensor:
+    ) -> Download:
         """Launch the decoding of the planes on one device; returns the statuses to come, zero for other planes'."""
-        device_scales = scales.to(device).contiguous()
+        num_planes = sum(values.device == device for values in output.planes)
+        transfers = self._transfers(device)
+        scale_bytes = scales.numel() * scales.element_size() if scales.device.type == "cpu" else 0
+        record_bytes = 8 * self._module.PLANE_FIELDS * num_planes
+        upload = transfers.reserve([record_bytes, stream_rows.nbytes, scale_bytes, len(payload)])
+        rows, streams, device_scales, content = upload.device
+        if scale_bytes:
+            upload.host[2][:] = scales.contiguous().view(torch.uint8).numpy().reshape(-1)
+            device_scales = device_scales.view(scales.dtype).view(scales.shape)
+        else:
+            device_scales = scales.to(device).contiguous()
         first_stream, first_table, num_bands, records = 0, 0, 0, []
         for index, (values, plane) in enumerate(zip(output.planes, layouts, strict=True)):
             if values.device == device:
@@ -254,19 +289,22 @@ class CudaKernels(ComponentKernels):
                 num_bands += -(-output.num_tokens // LANES) * -(-plane.num_channels // _BAND_CHANNELS)
             first_stream += -(-output.num_tokens // plane.tokens_per_stream)
             first_table += plane.num_channels
-        streams = torch.from_numpy(stream_rows).to(device)
-        content = cuda_memory.to_device(payload, device)
+        upload.host[0][:] = np.array(records, np.int64).reshape(-1).view(np.uint8)
+        upload.host[1][:] = stream_rows.reshape(-1).view(np.uint8)
+        upload.host[3][:] = np.frombuffer(payload, np.uint8)
+        transfers.start(upload)
         packed = tables.on(device) if tables is not None else None
         band_positions = torch.empty(num_bands, dtype=torch.int64, device=device)
         statuses = torch.zeros(len(stream_rows), dtype=torch.int32, device=device)
-        rows = cuda_memory.pack_records(records, device)
+        rows = rows.view(torch.int64).view(num_planes, self._module.PLANE_FIELDS)
         launch = self._launch(device, rows, output, layouts, packed)
         arguments = (content.data_ptr(), len(payload), streams.data_ptr())
         if is_ac:
             self._module.decode_codes(launch, *arguments, statuses.data_ptr())
         else:
             self._module.decode(launch, *arguments, band_positions.data_ptr(), statuses.data_ptr())
-        return statuses
+        transfers.release(upload)
+        return transfers.start_download(statuses)
 
     def _launch(
         self,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from types import ModuleType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cachegen.coder import cpu, cuda_memory
 from cachegen.coder.components import ComponentGroup, Components, component_tables
+from cachegen.coder.cuda_transfers import Transfers, operations_of
 from cachegen.component_tables import LevelCoding
 from cachegen.format import LANES, MAX_LOW_BITS, StreamEntry, round_up
 
@@ -22,6 +24,10 @@ _MAX_TOKENS = (1 << 31) - LANES
 
 class ComponentKernels:
     """The functions of `cachegen.coder.components` on a GPU; a part of `CudaKernels`."""
+
+    CHUNKS_IN_FLIGHT = 1
+    """How many chunks the pipeline should start to decode before it waits for the one before them: while a chunk
+    decodes, the next one is checked and copied to the GPU."""
 
     COMPONENTS_AT_A_TIME = 64 << 20
     """How many integers the codec should let these kernels decode at a time: a warp decodes a stream, and the streams
@@ -35,10 +41,16 @@ class ComponentKernels:
             device: where what is on the CPU is brought for encoding.
         """
         self._module, self._device = module, device
+        self._transfers_of: dict[torch.device, Transfers] = {}
 
     @property
     def device(self) -> torch.device:
         return self._device
+
+    def _transfers(self, device: torch.device) -> Transfers:
+        if device not in self._transfers_of:
+            self._transfers_of[device] = Transfers(operations_of(device))
+        return self._transfers_of[device]
 
     @cached_property
     def _component_tables(self) -> cuda_memory.Tables:
@@ -75,10 +87,10 @@ class ComponentKernels:
             statuses = torch.zeros(group.num_streams, dtype=torch.int32, device=device)
             slots = torch.empty(group.num_streams * slot_bytes, dtype=torch.uint8, device=device)
             records = cuda_memory.pack_records([_record(group, before, 0, 0)], device)
-            component_records = _pack_components([group], device)
+            component_records = torch.from_numpy(_pack_components([group])).to(device)
             launch = self._launch_components(device, records, component_records, [group])
             self._module.encode_components(launch, slots.data_ptr(), streams.data_ptr(), statuses.data_ptr())
-            failed, status = cuda_memory.first_failure(statuses)
+            failed, status = cuda_memory.first_failure(statuses.cpu().numpy())
             if failed >= 0:
                 raise cpu.encode_error(failed, status)
             if int(streams[:, 1].max().item()) > _MAX_STREAM_BYTES:
@@ -105,7 +117,8 @@ class ComponentKernels:
             components: on the GPU, the components of a token contiguous.
         """
         del num_threads
-        failed, status = self._decode(payload, streams, [ComponentGroup(0, components, coding, tokens_per_stream)])
+        group = ComponentGroup(0, components, coding, tokens_per_stream)
+        failed, status = self._start_decoding_groups(payload, streams, [group])()
         if failed >= 0:
             raise cpu.decode_error(failed, status)
 
@@ -121,22 +134,42 @@ class ComponentKernels:
         Args:
             groups: their components on one GPU, those of a token contiguous.
         """
-        del num_threads
-        failed, status = self._decode(payload, streams, groups)
-        for group in groups:
-            if 0 <= failed < group.num_streams:
-                raise group.name_in(cpu.decode_error(failed, status))
-            failed -= group.num_streams
+        self.start_decoding_component_groups(payload, streams, groups, num_threads)()
 
-    def _decode(
+    def start_decoding_component_groups(
+        self,
+        payload: bytes | memoryview,
+        streams: Sequence[StreamEntry],
+        groups: Sequence[ComponentGroup],
+        num_threads: int = 1,
+    ) -> Callable[[], None]:
+        """Begin what `decode_component_groups` does: queue the copy to the GPU and the kernel.
+
+        Returns:
+            A function that waits for the GPU and raises what `decode_component_groups` raises of a corrupt payload.
+            What is queued behind the kernel may read the components before, to no use if that raises.
+        """
+        del num_threads
+        find_failure = self._start_decoding_groups(payload, streams, groups)
+
+        def finish() -> None:
+            failed, status = find_failure()
+            for group in groups:
+                if 0 <= failed < group.num_streams:
+                    raise group.name_in(cpu.decode_error(failed, status))
+                failed -= group.num_streams
+
+        return finish
+
+    def _start_decoding_groups(
         self, payload: bytes | memoryview, streams: Sequence[StreamEntry], groups: Sequence[ComponentGroup]
-    ) -> tuple[int, int]:
-        """Decode; returns the first stream that failed and its status, or -1 and 0."""
+    ) -> Callable[[], tuple[int, int]]:
+        """Launch; returns what waits and returns the first stream that failed and its status, or -1 and 0."""
         checked = [_check(group, self._component_tables.num_tables) for group in groups]
         num_streams = sum(group.num_streams for group in checked)
         rows = cuda_memory.describe_streams(streams, num_streams, len(payload))
         if not num_streams:
-            return -1, 0
+            return lambda: (-1, 0)
         tensors = [torch.as_tensor(group.components) for group in checked]
         device = tensors[0].device
         if device.type != self._device.type or any(
@@ -149,16 +182,22 @@ class ComponentKernels:
                 records.append(_record(group, None, first_stream, first_component))
                 first_stream += group.num_streams
                 first_component += group.coding.num_components
-            packed = cuda_memory.pack_records(records, device)
-            component_records = _pack_components(checked, device)
-            stream_records = torch.from_numpy(rows).to(device)
-            content = cuda_memory.to_device(payload, device)
+            parts = [np.array(records, np.int64), _pack_components(checked), rows, np.frombuffer(payload, np.uint8)]
+            transfers = self._transfers(device)
+            upload = transfers.reserve([part.nbytes for part in parts])
+            for target, part in zip(upload.host, parts, strict=True):
+                target[:] = part.reshape(-1).view(np.uint8)
+            transfers.start(upload)
+            packed, component_records, stream_records, content = upload.device
+            packed = packed.view(torch.int64).view(len(records), -1)
             statuses = torch.zeros(num_streams, dtype=torch.int32, device=device)
             launch = self._launch_components(device, packed, component_records, checked)
             self._module.decode_components(
                 launch, content.data_ptr(), len(payload), stream_records.data_ptr(), statuses.data_ptr()
             )
-            return cuda_memory.first_failure(statuses)
+            transfers.release(upload)
+            download = transfers.start_download(statuses)
+        return lambda: cuda_memory.first_failure(download.finish())
 
     def _launch_components(
         self,
@@ -238,11 +277,11 @@ def _record(group: ComponentGroup, coarse: torch.Tensor | None, first_stream: in
     ]
 
 
-def _pack_components(groups: Sequence[ComponentGroup], device: torch.device) -> torch.Tensor:
+def _pack_components(groups: Sequence[ComponentGroup]) -> NDArray[np.int64]:
     """Return the ComponentRecords of all groups' components, one after the other, as int64."""
     parts = []
     for coding in (group.coding for group in groups):
         low_bits = coding.low_bits.astype(np.int64)
         before = low_bits.cumsum() - low_bits
         parts.append(before | coding.table_indices.astype(np.int64) << 32 | low_bits << 48)
-    return torch.from_numpy(np.concatenate(parts)).to(device)
+    return np.concatenate(parts)

@@ -38,13 +38,6 @@ def pack_records(records: list[list[int]], device: torch.device) -> torch.Tensor
     return torch.tensor(records, dtype=torch.int64).to(device)
 
 
-def to_device(content: bytes | memoryview, device: torch.device) -> torch.Tensor:
-    """Copy bytes to a device, through pinned memory where it has such."""
-    pinned = torch.empty(len(content), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    pinned.numpy()[:] = np.frombuffer(content, np.uint8)
-    return pinned.to(device, non_blocking=True)
-
-
 def describe_streams(streams: Sequence[StreamEntry], num_streams: int, payload_bytes: int) -> NDArray[np.int64]:
     """Return the streams of a payload as StreamRecords: offset, length and words.
 
@@ -77,11 +70,10 @@ def list_streams(records: torch.Tensor, content: memoryview, num_threads: int) -
     return [entry._replace(crc=crc) for entry, crc in zip(unchecked, checksums, strict=True)]
 
 
-def first_failure(statuses: torch.Tensor) -> tuple[int, int]:
-    """Return the index and status of the first stream that failed, or -1 and 0; waits for the GPU."""
-    found = statuses.cpu().numpy()
-    failed = np.flatnonzero(found)
-    return (int(failed[0]), int(found[failed[0]])) if len(failed) else (-1, 0)
+def first_failure(statuses: NDArray[np.int32]) -> tuple[int, int]:
+    """Return the index and status of the first stream that failed, or -1 and 0."""
+    failed = np.flatnonzero(statuses)
+    return (int(failed[0]), int(statuses[failed[0]])) if len(failed) else (-1, 0)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

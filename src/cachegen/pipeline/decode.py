@@ -1,9 +1,14 @@
-"""From a folder of chunk files to a cache: the next chunk is read while this one decodes."""
+"""From a folder of chunk files to a cache: while a chunk decodes, the next one is read.
+
+Where a GPU decodes, the chunk in between is checked and copied there meanwhile.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cachegen import container
-from cachegen.codec import Document, FindProfile, decode_levels, document_dtype, load_document
+from cachegen.codec import Document, FindProfile, document_dtype, load_document, start_decoding_levels
 from cachegen.coder import cpu
 from cachegen.errors import BitstreamError, CacheGenError, ConfigError, MismatchError
 from cachegen.kv_cache import KVCache, hash_rotary_embeddings, hash_token_prefixes
@@ -168,29 +173,56 @@ class EncodedFolder:
         hashes = hash_token_prefixes(token_ids, stops)
         load_seconds, decode_seconds = self._read_seconds, self._parse_seconds
         encoded_bytes = self._tables_bytes
-        for index, (contents, seconds) in enumerate(self._read_ahead(len(chunk_tokens))):
+        in_flight: deque[tuple[int, Callable[[], None]]] = deque()
+
+        def finish_until(num_left: int) -> None:
+            while len(in_flight) > num_left:
+                index, finish = in_flight.popleft()
+                try:
+                    with self._naming(index):
+                        finish()
+                except CacheGenError:
+                    in_flight.clear()  # what came later does not matter any more
+                    raise
+                if progress is not None:
+                    progress(chunk_tokens[index])
+
+        try:
+            for index, (contents, seconds) in enumerate(self._read_ahead(len(chunk_tokens))):
+                start = time.perf_counter()
+                tokens = output.slice(stops[index] - chunk_tokens[index], stops[index])
+                with self._naming(index):
+                    finish = _start_decoding(
+                        contents,
+                        self.document,
+                        tokens,
+                        first_token=stops[index] - chunk_tokens[index],
+                        token_hash=hashes[index],
+                        num_threads=self._num_threads,
+                        kernels=self._kernels,
+                    )
+                in_flight.append((index, finish))
+                finish_until(getattr(self._kernels, "CHUNKS_IN_FLIGHT", 0))
+                load_seconds += seconds
+                decode_seconds += time.perf_counter() - start
+                encoded_bytes += sum(map(len, contents))
             start = time.perf_counter()
-            tokens = output.slice(stops[index] - chunk_tokens[index], stops[index])
-            try:
-                _decode_and_copy(
-                    contents,
-                    self.document,
-                    tokens,
-                    first_token=stops[index] - chunk_tokens[index],
-                    token_hash=hashes[index],
-                    num_threads=self._num_threads,
-                    kernels=self._kernels,
-                )
-            except BitstreamError as error:
-                raise error.at(self._path_of(index, error)) from error
-            except MismatchError as error:
-                raise MismatchError(f"{self._path_of(index, error)}: {error}") from error
-            load_seconds += seconds
+            finish_until(0)
             decode_seconds += time.perf_counter() - start
-            encoded_bytes += sum(map(len, contents))
-            if progress is not None:
-                progress(chunk_tokens[index])
+        except CacheGenError:
+            finish_until(0)  # an earlier chunk's error comes first
+            raise
         return DecodeResult(sum(chunk_tokens), encoded_bytes, load_seconds, decode_seconds)
+
+    @contextlib.contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Let errors say which chunk's file they are about."""
+        try:
+            yield
+        except BitstreamError as error:
+            raise error.at(self._path_of(index, error)) from error
+        except MismatchError as error:
+            raise MismatchError(f"{self._path_of(index, error)}: {error}") from error
 
     def _path_of(self, index: int, error: CacheGenError) -> Path:
         """Return the file of a chunk that an error is about."""
@@ -269,7 +301,7 @@ def copy_cache(source: KVCache, target: KVCache) -> None:
         plane.copy_(copied)
 
 
-def _decode_and_copy(
+def _start_decoding(
     contents: Sequence[bytes],
     document: Document | TransformDocument,
     output: KVCache,
@@ -278,11 +310,15 @@ def _decode_and_copy(
     token_hash: str,
     num_threads: int,
     kernels,
-) -> None:
-    """Decode straight into the output, or by way of the kernels' device where the output is elsewhere."""
+) -> Callable[[], None]:
+    """Begin to decode straight into the output, or by way of the kernels' device where the output is elsewhere.
+
+    Returns:
+        What waits for the rest: as of `start_decoding_levels`.
+    """
     is_direct = all(plane.device.type == kernels.device.type for plane in output.planes)
     target = output if is_direct else empty_on(kernels.device, output)
-    decode_levels(
+    finish = start_decoding_levels(
         contents,
         document,
         target,
@@ -291,5 +327,11 @@ def _decode_and_copy(
         num_threads=num_threads,
         kernels=kernels,
     )
-    if not is_direct:
+    if is_direct:
+        return finish
+
+    def finish_and_copy() -> None:
+        finish()
         copy_cache(target, output)
+
+    return finish_and_copy

@@ -15,8 +15,9 @@ namespace cachegen {
 namespace cuda {
 
 constexpr int kStagedComponents = kNumLanes;  // of a group, at most: neighbouring lanes on neighbouring components
-constexpr int kStagePadding = 2;  // symbols, so that neighbouring components of a token lie in different banks
-constexpr int kComponentStage = kStagedRows * kNumLanes + kStagedComponents * kStagePadding;
+constexpr int kStagePadding = 2;          // symbols, so that neighbouring components of a token lie in different banks
+constexpr int kStagedComponentRows = 64;  // as kStagedRows
+constexpr int kComponentStage = kStagedComponentRows * kNumLanes + kStagedComponents * kStagePadding;
 
 // From a staged component to the next one.
 __device__ inline int stage_stride(const Group& group) { return group.num_rows * kNumLanes + kStagePadding; }
@@ -50,7 +51,7 @@ struct ComponentDecoder {
 
     // Take the stream apart, making every check that keeps the warp inside its bytes.
     __device__ Status open(const GroupRecord& record, const WarpStream& stream, const uint8_t* payload,
-                           int64_t payload_bytes, const StreamRecord& stream_record, int lane) {
+                           int64_t payload_bytes, const StreamRecord& stream_record, uint32_t* ring, int lane) {
         if (stream_record.offset < 0 || stream_record.num_bytes < 0 || stream_record.num_words < 0 ||
             stream_record.num_bytes > payload_bytes - stream_record.offset)
             return Status::kTruncated;
@@ -62,9 +63,7 @@ struct ComponentDecoder {
         low_bits = bytes + parts.low_bits;
         escapes = reinterpret_cast<const Escape*>(bytes + list.begin);
         num_escapes = list.count;
-        lane_decoder = {kStateLow, reinterpret_cast<const uint16_t*>(bytes + parts.words),
-                        static_cast<uint32_t>(stream_record.num_words), 0};
-        if (lane < stream.num_tokens) lane_decoder.state = reinterpret_cast<const uint32_t*>(bytes)[lane];
+        lane_decoder.open(bytes, parts.words, stream_record.num_words, ring, stream.shape().num_lanes(), lane);
         return Status::kOk;
     }
 
@@ -72,14 +71,13 @@ struct ComponentDecoder {
     __device__ void decode_group(const GroupRecord& record, const WarpStream& stream, const Group& group,
                                  const uint32_t* tables, const ComponentRecord* components, uint16_t* staged,
                                  int lane) {
-        const uint32_t lower_lanes = (1u << lane) - 1;
         for (int i = 0; i < group.num_channels; ++i, staged += stage_stride(group)) {
             const ComponentRecord component = components[i];
-            const uint32_t* table = tables + component.table * kTableSize;
+            const SearchedTable table(tables + component.table * kTableSize);
             for (int row = 0; row < group.num_rows; ++row) {
                 const int live_lanes = stream.shape().live_lanes(group.first_row + row);
                 const bool is_live = lane < live_lanes;
-                uint32_t symbol = lane_decoder.decode(table, is_live, lower_lanes) << component.low_bits;
+                uint32_t symbol = lane_decoder.decode(table, is_live, lane) << component.low_bits;
                 if (component.low_bits > 0 && is_live)
                     symbol |= read_low_bits(record, component, group.first_row + row, live_lanes, lane);
                 staged[row * kNumLanes + lane] = static_cast<uint16_t>(symbol);
@@ -103,10 +101,8 @@ struct ComponentDecoder {
 
     // What became of the stream, once all of it is decoded.
     __device__ Status finish(const GroupRecord& record, const WarpStream& stream, int lane) const {
-        const uint32_t unfinished = __ballot_sync(kAllLanes, lane_decoder.state != kStateLow);
-        if (lane_decoder.next_word > lane_decoder.num_words) return Status::kTruncated;
-        if (lane_decoder.next_word < lane_decoder.num_words || unfinished != 0) return Status::kCorrupt;
-        return apply_escapes(record, stream, lane);
+        const Status status = lane_decoder.finish();
+        return status == Status::kOk ? apply_escapes(record, stream, lane) : status;
     }
 
     // Put the escapes in their places; each is checked against the one before it.
@@ -145,7 +141,7 @@ __device__ inline void write_components(const GroupRecord& record, const WarpStr
     walk_group(stream, group, lane, begin, [&](int token, int component) {
         const int32_t symbol = staged[component * stride + token];
         int32_t* const value = values + token * record.token_stride + component;
-        *value = is_refined ? refine(*value, symbol) : symbol - zero_symbol;
+        CACHEGEN_STORE(value, is_refined ? refine(*value, symbol) : symbol - zero_symbol);
     });
 }
 
@@ -159,15 +155,18 @@ __device__ inline void load_component_tables(uint32_t* staged, const uint32_t* t
 __device__ inline Status decode_component_stream(const GroupRecord& record, const WarpStream& stream,
                                                  const ComponentRecord* components, const uint32_t* tables,
                                                  const uint8_t* payload, int64_t payload_bytes,
-                                                 const StreamRecord& stream_record, uint16_t* staged, int lane) {
+                                                 const StreamRecord& stream_record, uint16_t* staged, uint32_t* ring,
+                                                 int lane) {
     ComponentDecoder decoder;
-    const Status opened = decoder.open(record, stream, payload, payload_bytes, stream_record, lane);
+    const Status opened = decoder.open(record, stream, payload, payload_bytes, stream_record, ring, lane);
     if (opened != Status::kOk) return opened;
-    const int num_rows = stream.num_rows(), group_components = channels_per_group(num_rows, kStagedComponents);
+    const int num_rows = stream.num_rows(),
+              group_components = channels_per_group(num_rows, kStagedComponents, kStagedComponentRows);
     for (int first = 0; first < stream.num_channels; first += group_components) {
         const int rest = stream.num_channels - first, count = rest < group_components ? rest : group_components;
-        for (int row = 0; row < num_rows; row += kStagedRows) {
-            const Group group{first, count, row, num_rows - row < kStagedRows ? num_rows - row : kStagedRows};
+        for (int row = 0; row < num_rows; row += kStagedComponentRows) {
+            const Group group{first, count, row,
+                              num_rows - row < kStagedComponentRows ? num_rows - row : kStagedComponentRows};
             decoder.decode_group(record, stream, group, tables, components + first, staged, lane);
             __syncwarp();  // lanes read what other lanes have staged
             write_components(record, stream, group, components + first, staged, lane);
@@ -178,12 +177,13 @@ __device__ inline Status decode_component_stream(const GroupRecord& record, cons
 }
 
 // Grid: x = groups of layers, y = blocks of eight streams of a group, as many as there are or fewer.
-static __global__ void __launch_bounds__(kThreadsPerBlock)
+static __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerProcessor)
     decode_components_kernel(const GroupRecord* groups, int num_tokens, const ComponentRecord* components,
                              const uint32_t* tables, int num_tables, const uint8_t* payload, int64_t payload_bytes,
                              const StreamRecord* streams, int32_t* statuses) {
-    alignas(16) __shared__ uint32_t staged_tables[kMaxComponentTables * kTableSize];
+    alignas(kTableBytes) __shared__ uint32_t staged_tables[kMaxComponentTables * kTableSize];
     __shared__ uint16_t staged_symbols[kWarpsPerBlock][kComponentStage];
+    __shared__ uint32_t rings[kWarpsPerBlock][WordRing::kNumWords / 2];
     const int lane = static_cast<int>(threadIdx.x) % kNumLanes, warp = find_warp();
     const GroupRecord record = groups[blockIdx.x];
     load_component_tables(staged_tables, tables, num_tables);
@@ -195,7 +195,7 @@ static __global__ void __launch_bounds__(kThreadsPerBlock)
         const int64_t index = record.first_stream + i;
         const Status status =
             decode_component_stream(record, stream, components + record.first_component, staged_tables, payload,
-                                    payload_bytes, streams[index], staged_symbols[warp], lane);
+                                    payload_bytes, streams[index], staged_symbols[warp], rings[warp], lane);
         if (lane == 0) statuses[index] = static_cast<int32_t>(status);
     }
 }
@@ -321,14 +321,16 @@ static __global__ void __launch_bounds__(kThreadsPerBlock)
         const int64_t index = record.first_stream + i;
         ComponentEncoder encoder;
         encoder.open(record, stream, slots, lane);
-        const int num_rows = stream.num_rows(), group_components = channels_per_group(num_rows, kStagedComponents);
-        const int last_row = (num_rows - 1) / kStagedRows * kStagedRows;
+        const int num_rows = stream.num_rows(),
+                  group_components = channels_per_group(num_rows, kStagedComponents, kStagedComponentRows);
+        const int last_row = (num_rows - 1) / kStagedComponentRows * kStagedComponentRows;
         const int last_group = (stream.num_channels - 1) / group_components * group_components;
         for (int first = stream.num_channels > 0 ? last_group : -1; first >= 0; first -= group_components) {
             const int rest = stream.num_channels - first, count = rest < group_components ? rest : group_components;
             const ComponentRecord* group_records = components + record.first_component + first;
-            for (int row = last_row; row >= 0; row -= kStagedRows) {
-                const Group group{first, count, row, num_rows - row < kStagedRows ? num_rows - row : kStagedRows};
+            for (int row = last_row; row >= 0; row -= kStagedComponentRows) {
+                const Group group{first, count, row,
+                                  num_rows - row < kStagedComponentRows ? num_rows - row : kStagedComponentRows};
                 uint16_t* staged = staged_symbols[warp];
                 encoder.read_group(record, stream, group, ranges, group_records, staged, lane);
                 __syncwarp();  // lanes encode what other lanes have staged

@@ -15,10 +15,12 @@ namespace cuda {
 
 constexpr int kWarpsPerBlock = 8;  // streams of one plane, which share the tables in shared memory
 constexpr int kThreadsPerBlock = kWarpsPerBlock * kNumLanes;
+constexpr int kBlocksPerProcessor = 3;  // that the decoders' registers leave room for, and their shared memory
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
-constexpr int kStagedRows = 64;     // rows of lanes, over all channels of a group, that a warp stages
-constexpr int kGroupChannels = 16;  // at most: two or four 16-byte pieces per token, whole 32-byte sectors
+constexpr int kStagedRows = 128;    // rows of lanes, over all channels of a group, that a warp stages
+constexpr int kGroupChannels = 16;  // at most, of streams of at most 8 rows: tokens of whole 32-byte sectors
 constexpr int kTileChannels = 64;   // whose tables are in shared memory at a time
+constexpr int kTableBytes = 4 * kTableSize;
 constexpr int kNumLevels = 256;     // a staged symbol is a byte; the largest of all quantizers is 254
 constexpr int kMaxTableOffset = 8;  // of a band map, in either direction
 constexpr int kStagedTables = kTileChannels + 2 * kMaxTableOffset;
@@ -75,8 +77,9 @@ struct Group {
 
 // Channels of a group of streams with so many rows, at most `num_channels`, a power of two, and one, so that groups
 // fill tiles.
-__device__ inline int channels_per_group(int num_rows, int num_channels = kGroupChannels) {
-    while (num_channels > 1 && num_channels * num_rows > kStagedRows) num_channels /= 2;
+__device__ inline int channels_per_group(int num_rows, int num_channels = kGroupChannels,
+                                         int staged_rows = kStagedRows) {
+    while (num_channels > 1 && num_channels * num_rows > staged_rows) num_channels /= 2;
     return num_channels;
 }
 
@@ -141,13 +144,13 @@ __device__ void write_group(const PlaneRecord& plane, const WarpStream& stream, 
             const uint8_t* symbols = staged + first * channel_step + token;
             Piece<Storage> piece;
             for (int i = 0; i < kPieceValues; ++i) piece.values[i] = dequantize(symbols[i * channel_step], scale);
-            *reinterpret_cast<Piece<Storage>*>(memory.at(token, first)) = piece;
+            CACHEGEN_STORE(reinterpret_cast<Piece<Storage>*>(memory.at(token, first)), piece);
         }
     } else {
         for (int token = lane; token < memory.num_tokens; token += kNumLanes) {
             const float scale = Dtype::widen(memory.scales[token]);
             for (int channel = 0; channel < group.num_channels; ++channel)
-                *memory.at(token, channel) = dequantize(staged[channel * channel_step + token], scale);
+                CACHEGEN_STORE(memory.at(token, channel), dequantize(staged[channel * channel_step + token], scale));
         }
     }
 }

@@ -7,27 +7,112 @@
 namespace cachegen {
 namespace cuda {
 
+// The words of a warp's stream on their way to its lanes: a ring in shared memory, which the warp refills with one load
+// of 128 bytes per kRefillWords. What a refill stores was loaded a refill ahead, so that no lane waits for memory.
+//
+// Bounds are checked here alone. Words behind the last one read as zero: lanes may ask for any, and finish() tells.
+struct WordRing {
+    static constexpr uint32_t kRefillWords = 2 * kNumLanes;  // two per lane; at most one refill per row
+    static constexpr uint32_t kNumWords = 2 * kRefillWords;  // a row never takes more than kNumLanes
+
+    const uint16_t* words;  // of the stream, 4-byte aligned
+    uint32_t num_words;
+    uint32_t* pairs;       // in shared memory, kNumWords / 2
+    uint32_t refill_at;    // the next word from which on the ring must hold more
+    uint32_t loaded_pair;  // of the next refill
+
+    // Begin a stream; all lanes of the warp.
+    __device__ void open(const uint16_t* stream_words, int64_t count, uint32_t* ring, int lane) {
+        words = stream_words;
+        num_words = static_cast<uint32_t>(count);
+        pairs = ring;
+        refill_at = kRefillWords;
+        __syncwarp();  // no lane reads words of the stream before any more
+        pairs[lane] = load_pair(0, lane);
+        pairs[kNumLanes + lane] = load_pair(kRefillWords, lane);
+        loaded_pair = load_pair(2 * kRefillWords, lane);
+        __syncwarp();  // lanes read what other lanes have stored
+    }
+
+    __device__ uint32_t at(uint32_t word) const { return reinterpret_cast<const uint16_t*>(pairs)[word % kNumWords]; }
+
+    // Store the loaded words over those before refill_at; all lanes of the warp, once the next word is at or behind it.
+    __device__ void refill(int lane) {
+        __syncwarp();  // no lane reads the words that are stored over any more
+        pairs[(refill_at - kRefillWords) % kNumWords / 2 + lane] = loaded_pair;
+        refill_at += kRefillWords;
+        loaded_pair = load_pair(refill_at + kRefillWords, lane);
+        __syncwarp();  // lanes read what other lanes have stored
+    }
+
+    // Load a lane's two of the words from `first` on, a multiple of two.
+    __device__ uint32_t load_pair(uint32_t first, int lane) const {
+        const uint32_t word = first + 2 * lane;
+        if (word + 1 < num_words) return reinterpret_cast<const uint32_t*>(words)[word / 2];
+        return word < num_words ? words[word] : 0;
+    }
+};
+
+// A table in shared memory, and those of its entries that every search looks at.
+struct SearchedTable {
+    const uint32_t* entries;  // 128-byte aligned
+    uint32_t middle, low_middle, high_middle;
+
+    __device__ explicit SearchedTable(const uint32_t* table)
+        : entries(table),
+          middle(table[kTableSize / 2]),
+          low_middle(table[kTableSize / 4]),
+          high_middle(table[kTableSize / 2 + kTableSize / 4]) {}
+
+    // The last entry that is at most `largest`: a step is a load, a comparison and an addition.
+    __device__ const uint32_t* find(uint32_t largest) const {
+        const bool is_high = middle <= largest;
+        const uint32_t* found = is_high ? entries + kTableSize / 2 : entries;
+        if ((is_high ? high_middle : low_middle) <= largest) found += kTableSize / 4;
+        for (int step = kTableSize / 8; step > 0; step /= 2)
+            if (found[step] <= largest) found += step;
+        return found;
+    }
+
+    // The symbol of an entry, from its address: entries - found would be arithmetic with 64 bits.
+    __device__ static uint32_t symbol_of(const uint32_t* found) {
+        return (CACHEGEN_SHARED_ADDRESS(found) & (kTableBytes - 1)) / sizeof(uint32_t);
+    }
+};
+
 // A lane's state, and the words that the lanes of its warp take turns in reading.
 struct LaneDecoder {
     uint32_t state;
-    const uint16_t* words;
-    uint32_t num_words;
-    uint32_t next_word;  // beyond num_words once they have run out
+    WordRing ring;
+    uint32_t next_word;  // beyond the ring's num_words once they have run out
+
+    // Begin a stream, whose words lie behind the states of its lanes; all lanes of the warp.
+    __device__ void open(const uint8_t* stream, int64_t words_at, int64_t num_words, uint32_t* shared_ring,
+                         int num_states, int lane) {
+        ring.open(reinterpret_cast<const uint16_t*>(stream + words_at), num_words, shared_ring, lane);
+        state = lane < num_states ? reinterpret_cast<const uint32_t*>(stream)[lane] : kStateLow;
+        next_word = 0;
+    }
 
     // Decode one symbol in each live lane, all with one table; returns the high part.
-    __device__ uint32_t decode(const uint32_t* table, bool is_live, uint32_t lower_lanes) {
-        const uint32_t largest = TableEntry::largest_at(slot_of(state));
-        uint32_t symbol = 0;
-        for (uint32_t step = kTableSize / 2; step > 0; step /= 2)
-            if (table[symbol + step] <= largest) symbol += step;
-        const TableEntry entry = TableEntry::unpack(table[symbol]);
+    __device__ uint32_t decode(const SearchedTable& table, bool is_live, int lane) {
+        const uint32_t* found = table.find(TableEntry::largest_at(state));
+        const TableEntry entry = TableEntry::unpack(*found);
         if (is_live) state = decode_step(state, entry.start, entry.frequency);
         const bool needs_word = is_live && decode_needs_word(state);
         const uint32_t needing = __ballot_sync(kAllLanes, needs_word);
-        const uint32_t word = next_word + __popc(needing & lower_lanes);
-        if (needs_word && word < num_words) state = decode_take_word(state, words[word]);
+        if (needs_word) state = decode_take_word(state, ring.at(next_word + __popc(needing & ((1u << lane) - 1))));
         next_word += __popc(needing);
-        return symbol;
+        if (next_word >= ring.refill_at) ring.refill(lane);
+        return SearchedTable::symbol_of(found);
+    }
+
+    // What became of the stream's words and states, once all of it is decoded.
+    __device__ Status finish() const {
+        const uint32_t unfinished = __ballot_sync(kAllLanes, state != kStateLow);
+        if (next_word > ring.num_words) return Status::kTruncated;
+        if (next_word < ring.num_words || unfinished != 0) return Status::kCorrupt;
+        return Status::kOk;
     }
 };
 
@@ -102,7 +187,8 @@ struct StreamDecoder {
 
     // Take the stream apart, making every check that keeps the warp inside its bytes.
     __device__ Status open(const PlaneRecord& plane, const WarpStream& stream, bool has_tables, const uint8_t* payload,
-                           int64_t payload_bytes, const StreamRecord& record, int64_t* band_positions, int lane) {
+                           int64_t payload_bytes, const StreamRecord& record, int64_t* band_positions, uint32_t* ring,
+                           int lane) {
         if (record.offset < 0 || record.num_bytes < 0 || record.num_bytes > payload_bytes - record.offset)
             return Status::kTruncated;
         const StreamShape shape = stream.shape();
@@ -123,9 +209,7 @@ struct StreamDecoder {
         if (record.num_words < 0 || parts.words + 2 * record.num_words != record.num_bytes) return Status::kTruncated;
         if (!has_tables && record.num_words != 0) return Status::kCorrupt;
         low_bits = bytes + parts.low_bits;
-        lane_decoder = {kStateLow, reinterpret_cast<const uint16_t*>(bytes + parts.words),
-                        static_cast<uint32_t>(record.num_words), 0};
-        if (has_tables && lane < shape.num_lanes()) lane_decoder.state = reinterpret_cast<const uint32_t*>(bytes)[lane];
+        lane_decoder.open(bytes, parts.words, record.num_words, ring, has_tables ? shape.num_lanes() : 0, lane);
         return Status::kOk;
     }
 
@@ -138,16 +222,16 @@ struct StreamDecoder {
     // first channel and on.
     __device__ void decode_high_parts(const WarpStream& stream, const Group& group, const uint32_t* tables,
                                       uint8_t* staged, int lane) {
-        const uint32_t lower_lanes = (1u << lane) - 1;
         const int last_row = group.first_row + group.num_rows, full_rows = stream.num_tokens / kNumLanes;
         const int last_full_row = last_row < full_rows ? last_row : full_rows;
         staged += lane;
         for (int i = 0; i < group.num_channels; ++i, tables += kTableSize) {
+            const SearchedTable table(tables);
             for (int row = group.first_row; row < last_full_row; ++row, staged += kNumLanes)
-                *staged = static_cast<uint8_t>(lane_decoder.decode(tables, true, lower_lanes));
+                *staged = static_cast<uint8_t>(lane_decoder.decode(table, true, lane));
             if (last_full_row == last_row) continue;
             const bool is_live = full_rows * kNumLanes + lane < stream.num_tokens;
-            *staged = static_cast<uint8_t>(lane_decoder.decode(tables, is_live, lower_lanes));
+            *staged = static_cast<uint8_t>(lane_decoder.decode(table, is_live, lane));
             staged += kNumLanes;
         }
     }
@@ -155,7 +239,6 @@ struct StreamDecoder {
     // The same for any symbols.
     __device__ void decode_group(const WarpStream& stream, const Group& group, const uint32_t* tables, bool has_tables,
                                  uint8_t* staged, int lane) {
-        const uint32_t lower_lanes = (1u << lane) - 1;
         staged += lane;
         for (int i = 0; i < group.num_channels; ++i, tables += kTableSize) {
             const int channel = group.first_channel + i;
@@ -165,8 +248,8 @@ struct StreamDecoder {
                 const Bands::Entry band = bands.at(row, channel, live_lanes);
                 uint32_t symbol = 0;
                 if (has_tables) {
-                    const uint32_t* table = tables + band.table_offset * kTableSize;
-                    symbol = lane_decoder.decode(table, is_live, lower_lanes) << band.low_bits;
+                    const SearchedTable table(tables + band.table_offset * kTableSize);
+                    symbol = lane_decoder.decode(table, is_live, lane) << band.low_bits;
                 }
                 for (int bit = 0; bit < band.low_bits && is_live; ++bit)
                     symbol |= read_bits(low_bits, band.position + bit * live_lanes + lane, 1) << bit;
@@ -174,24 +257,17 @@ struct StreamDecoder {
             }
         }
     }
-
-    // What became of the stream, once all of it is decoded.
-    __device__ Status finish() const {
-        const uint32_t unfinished = __ballot_sync(kAllLanes, lane_decoder.state != kStateLow);
-        if (lane_decoder.next_word > lane_decoder.num_words) return Status::kTruncated;
-        if (lane_decoder.next_word < lane_decoder.num_words || unfinished != 0) return Status::kCorrupt;
-        return Status::kOk;
-    }
 };
 
 // Grid: x = planes, y = blocks of eight streams of a plane, as many as there are or fewer.
 template <class Dtype>
-__global__ void __launch_bounds__(kThreadsPerBlock)
+__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerProcessor)
     decode_kernel(const PlaneRecord* planes, int num_tokens, const uint32_t* tables, const uint8_t* payload,
                   int64_t payload_bytes, const StreamRecord* streams, int64_t* band_positions, int32_t* statuses) {
-    alignas(16) __shared__ uint32_t staged_tables[kStagedTables * kTableSize];
+    alignas(kTableBytes) __shared__ uint32_t staged_tables[kStagedTables * kTableSize];
     __shared__ float levels[kNumLevels];
     __shared__ uint8_t staged_symbols[kWarpsPerBlock][kStagedRows * kNumLanes];
+    __shared__ uint32_t rings[kWarpsPerBlock][WordRing::kNumWords / 2];
     const int lane = static_cast<int>(threadIdx.x) % kNumLanes, warp = find_warp();
     const PlaneRecord& plane = planes[blockIdx.x];
     const bool has_tables = tables != nullptr;
@@ -208,8 +284,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
         StreamDecoder decoder;
         Status status = Status::kOk;
         if (stream.exists())
-            status =
-                decoder.open(plane, stream, has_tables, payload, payload_bytes, streams[index], band_positions, lane);
+            status = decoder.open(plane, stream, has_tables, payload, payload_bytes, streams[index], band_positions,
+                                  rings[warp], lane);
         const bool is_active = stream.exists() && status == Status::kOk;
         const int num_rows = stream.num_rows(), group_channels = channels_per_group(num_rows);
         const int margin = plane.has_band_map ? kMaxTableOffset : 0;
@@ -237,7 +313,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
                 }
             }
         }
-        if (is_active) status = decoder.finish();
+        if (is_active) status = decoder.lane_decoder.finish();
         if (stream.exists() && lane == 0) statuses[index] = static_cast<int32_t>(status);
     }
 }

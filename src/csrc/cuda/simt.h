@@ -10,6 +10,12 @@
 #define CACHEGEN_LAUNCH(kernel, grid, block, stream, ...) \
     kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
+// The address of shared memory, in 32 bits.
+#define CACHEGEN_SHARED_ADDRESS(pointer) static_cast<uint32_t>(__cvta_generic_to_shared(pointer))
+
+// A store to the cache; the emulation counts the sectors that the lanes of a warp fill with one.
+#define CACHEGEN_STORE(pointer, value) (*(pointer) = (value))
+
 // An address that came as a number could be of any memory, for all nvcc knows.
 #define CACHEGEN_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
 
