@@ -54,12 +54,12 @@ def _publish(args: argparse.Namespace) -> None:
     from cachegen.catalog import publish_document
     from cachegen.kv_cache import load_kv_cache
     from cachegen.pipeline.encode import read_encoded_levels
-    from cachegen.store import open_store
+    from cachegen.store import WRITING, open_store
 
     report = command_line.Reporter(args)
     levels = read_encoded_levels(args.path_to_encoded_kv, args.kl)
     _, metadata = load_kv_cache(args.path_to_kv)
-    store = open_store(args.path_to_store, create=True)
+    store = open_store(args.path_to_store, retry=WRITING, create=True)
     start = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         published = publish_document(store, levels, metadata, bar.update)
