@@ -23,8 +23,8 @@ import torch
 import cachegen
 from cachegen.errors import CacheGenError, InputError, OutputError
 from cachegen.files import write_file
+from cachegen.startup import EXIT_INTERRUPTED, end_guard
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _LABEL_WIDTH = 18
@@ -87,6 +87,7 @@ def run(
         The exit code: 0, the code `body` returned, that of a CacheGenError, 2 for a wrong flag, 1 for exhausted
         memory, 130 when interrupted, 141 when whoever read our output has gone.
     """
+    end_guard()
     try:
         try:
             exit_code = body(parser.parse_args(argv)) or 0
