@@ -24,6 +24,7 @@ from cachegen.format import Method  # noqa: E402
 from cachegen.pipeline.answers import (  # noqa: E402
     add_answer_flags,
     append_questions,
+    check_profile_flag,
     list_answers,
     report_answers,
     verify_answers,
@@ -63,6 +64,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
         args.path_to_encoded_kv, num_threads, chosen.kernels, find_profile=find_profile, level=args.level
     )
     header = folder.document.header
+    check_profile_flag(args, header.method)
     if args.quantization_config is not None:
         load_quantization_config(args.quantization_config).check_planes(
             header.method, header.planes, folder.tables_path

@@ -29,6 +29,7 @@ from cachegen.format import Method  # noqa: E402
 from cachegen.pipeline.answers import (  # noqa: E402
     add_answer_flags,
     append_questions,
+    check_profile_flag,
     list_answers,
     report_answers,
     verify_answers,
@@ -194,6 +195,7 @@ def _check_configs(args: argparse.Namespace, document: RemoteDocument) -> None:
     """Refuse a document that does not agree with the configs given; needs its tables, and fetches them."""
     from cachegen.config import load_model_config, load_quantization_config
 
+    check_profile_flag(args, Method[document.manifest.levels[0].method.upper()])
     checks = []
     if args.quantization_config is not None:
         config = load_quantization_config(args.quantization_config)

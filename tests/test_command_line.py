@@ -150,6 +150,17 @@ def test_json_into_an_impossible_place_is_an_output_error(tmp_path):
         command_line.write_json(tmp_path / "file" / "out.json", {})
 
 
+@pytest.mark.parametrize("place", ["", "file/out.json", "."])
+def test_a_json_that_cannot_be_written_is_refused_before_the_work(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+
+    def body(args: argparse.Namespace) -> None:
+        raise AssertionError("the work has begun")
+
+    assert command_line.run(body, make_parser(), ["--json", str(tmp_path / place)]) == OutputError.exit_code
+    assert "cannot be written: " in capsys.readouterr().err
+
+
 def test_effective_config_has_every_flag_with_its_default():
     assert command_line.effective_config(make_parser().parse_args(["--quiet"])) == {
         "count": 3,

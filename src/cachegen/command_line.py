@@ -90,7 +90,9 @@ def run(
     end_guard()
     try:
         try:
-            exit_code = body(parser.parse_args(argv)) or 0
+            args = parser.parse_args(argv)
+            _check_json_place(args)
+            exit_code = body(args) or 0
         except SystemExit as stop:  # argparse: --help, or a wrong flag that it has already reported
             exit_code = stop.code if isinstance(stop.code, int) else 0
         sys.stdout.flush()
@@ -196,6 +198,24 @@ def write_json(destination: str | os.PathLike[str], record: Mapping[str, Any]) -
         sys.stdout.flush()
     else:
         write_file(destination, text.encode())
+
+
+def _check_json_place(args: argparse.Namespace) -> None:
+    """Refuse a --json that cannot be written before the work is done, where that shows."""
+    destination = getattr(args, "json", None)
+    if destination is None or destination == "-":
+        return
+    path = Path(destination)
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if path.exists() and not path.is_file():
+        problem = "is not a file"
+    elif nearest != path and not nearest.is_dir():
+        problem = f"{nearest} is not a folder"
+    elif not os.access(nearest if nearest.is_dir() else nearest.parent, os.W_OK):
+        problem = "permission denied"
+    else:
+        return
+    raise OutputError(f"{destination}: cannot be written: {problem} (--json)")
 
 
 def format_bytes(num_bytes: float) -> str:
