@@ -106,6 +106,14 @@ def test_a_reader_that_goes_away_is_met_with_silence():
     process.stderr.close()
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_error(stream, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, stream, None)
+        assert command_line.run(lambda args: print("x", file=getattr(sys, stream)), make_parser(), []) == 0
+        getattr(sys, stream).close()
+
+
 def test_report_aligns_values_on_stdout(capsys):
     report = command_line.Reporter(make_parser().parse_args([]))
     report.row("tokens", 9000)

@@ -88,6 +88,7 @@ def run(
         memory, 130 when interrupted, 141 when whoever read our output has gone.
     """
     end_guard()
+    _replace_closed_streams()
     try:
         try:
             args = parser.parse_args(argv)
@@ -266,6 +267,13 @@ def _one_line(text: str) -> str:
 def _fail(message: str, exit_code: int) -> int:
     print(f"error: {_one_line(message)}", file=sys.stderr, flush=True)
     return exit_code
+
+
+def _replace_closed_streams() -> None:
+    """Let what is printed go nowhere where the caller has closed stdout or stderr; Python has no stream then."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
 
 
 def _discard_stdout() -> None:
