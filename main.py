@@ -15,6 +15,10 @@ SCRIPT_FOLDER = Path(__file__).resolve().parent
 # In a clone that is not installed, the package is beside the script; an installed one comes first.
 sys.path.append(str(SCRIPT_FOLDER / "src"))
 
+from cachegen import startup  # noqa: E402
+
+startup.guard_imports(__name__)
+
 from cachegen import command_line  # noqa: E402
 from cachegen.device import DEVICE_NAMES, DTYPE_NAMES, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.errors import BitstreamError, ConfigError, InputError, OutputError  # noqa: E402

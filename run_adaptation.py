@@ -12,6 +12,10 @@ SCRIPT_FOLDER = Path(__file__).resolve().parent
 # In a clone that is not installed, the package is beside the script; an installed one comes first.
 sys.path.append(str(SCRIPT_FOLDER / "src"))
 
+from cachegen import startup  # noqa: E402
+
+startup.guard_imports(__name__)
+
 from cachegen import command_line  # noqa: E402
 from cachegen.errors import ConfigError  # noqa: E402
 from cachegen.streaming import adaptation, adaptation_plots, scenario  # noqa: E402

@@ -14,12 +14,17 @@ SCRIPT_FOLDER = Path(__file__).resolve().parent
 # In a clone that is not installed, the package is beside the script; an installed one comes first.
 sys.path.append(str(SCRIPT_FOLDER / "src"))
 
+from cachegen import startup  # noqa: E402
+
+startup.guard_imports(__name__)
+
 from cachegen import command_line  # noqa: E402
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.format import Method  # noqa: E402
 from cachegen.pipeline.answers import (  # noqa: E402
     add_answer_flags,
     append_questions,
+    check_profile_flag,
     list_answers,
     report_answers,
     verify_answers,
@@ -59,6 +64,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
         args.path_to_encoded_kv, num_threads, chosen.kernels, find_profile=find_profile, level=args.level
     )
     header = folder.document.header
+    check_profile_flag(args, header.method)
     if args.quantization_config is not None:
         load_quantization_config(args.quantization_config).check_planes(
             header.method, header.planes, folder.tables_path

@@ -19,12 +19,17 @@ SCRIPT_FOLDER = Path(__file__).resolve().parent
 # In a clone that is not installed, the package is beside the script; an installed one comes first.
 sys.path.append(str(SCRIPT_FOLDER / "src"))
 
+from cachegen import startup  # noqa: E402
+
+startup.guard_imports(__name__)
+
 from cachegen import command_line  # noqa: E402
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.format import Method  # noqa: E402
 from cachegen.pipeline.answers import (  # noqa: E402
     add_answer_flags,
     append_questions,
+    check_profile_flag,
     list_answers,
     report_answers,
     verify_answers,
@@ -190,6 +195,7 @@ def _check_configs(args: argparse.Namespace, document: RemoteDocument) -> None:
     """Refuse a document that does not agree with the configs given; needs its tables, and fetches them."""
     from cachegen.config import load_model_config, load_quantization_config
 
+    check_profile_flag(args, Method[document.manifest.levels[0].method.upper()])
     checks = []
     if args.quantization_config is not None:
         config = load_quantization_config(args.quantization_config)

@@ -13,6 +13,10 @@ SCRIPT_FOLDER = Path(__file__).resolve().parent
 # In a clone that is not installed, the package is beside the script; an installed one comes first.
 sys.path.append(str(SCRIPT_FOLDER / "src"))
 
+from cachegen import startup  # noqa: E402
+
+startup.guard_imports(__name__)
+
 from cachegen import command_line  # noqa: E402
 
 
@@ -54,12 +58,12 @@ def _publish(args: argparse.Namespace) -> None:
     from cachegen.catalog import publish_document
     from cachegen.kv_cache import load_kv_cache
     from cachegen.pipeline.encode import read_encoded_levels
-    from cachegen.store import open_store
+    from cachegen.store import WRITING, open_store
 
     report = command_line.Reporter(args)
     levels = read_encoded_levels(args.path_to_encoded_kv, args.kl)
     _, metadata = load_kv_cache(args.path_to_kv)
-    store = open_store(args.path_to_store, create=True)
+    store = open_store(args.path_to_store, retry=WRITING, create=True)
     start = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         published = publish_document(store, levels, metadata, bar.update)

@@ -80,6 +80,7 @@ class HttpServer:
     faults: list[Misbehaviour] = field(default_factory=list)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     bytes_per_second: float | None = None
+    takes_writes: bool = False
 
     def open(self, retry: RetryRule = QUICK) -> Store:
         return open_store(self.url, retry=retry)
@@ -127,6 +128,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.misbehave(fault, content)
                 return
         self.respond(content)
+
+    def do_PUT(self) -> None:
+        self.state.requests.append((self.command, self.path, self.headers.get("If-None-Match")))
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if not self.state.takes_writes:
+            self.send(405, b"no\n")
+            return
+        path = self.folder / self.path.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        self.send(201, b"")
 
     def respond(self, content: bytes, tamper: Callable[[bytes], bytes] = lambda body: body) -> None:
         span = self.headers.get("Range")

@@ -57,6 +57,12 @@ class TestPublish:
         before = read_folder(folder)
         assert publish(folder, document).num_written == 0 and read_folder(folder) == before
 
+    def test_a_corrupt_chunk_is_named(self, tmp_path, document):
+        first, *others = document.levels
+        broken = dataclasses.replace(first, chunks=[*first.chunks[:2], lambda: b"", *first.chunks[3:]])
+        with pytest.raises(BitstreamError, match="level 1, chunk 2"):
+            publish(tmp_path / "store", dataclasses.replace(document, levels=[broken, *others]))
+
     def test_two_documents_share_a_store(self, folder, document, tmp_path):
         other = make_document(tmp_path, seed=1)
         publish(folder, other)

@@ -106,6 +106,14 @@ def test_a_reader_that_goes_away_is_met_with_silence():
     process.stderr.close()
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_error(stream, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, stream, None)
+        assert command_line.run(lambda args: print("x", file=getattr(sys, stream)), make_parser(), []) == 0
+        getattr(sys, stream).close()
+
+
 def test_report_aligns_values_on_stdout(capsys):
     report = command_line.Reporter(make_parser().parse_args([]))
     report.row("tokens", 9000)
@@ -148,6 +156,17 @@ def test_json_into_an_impossible_place_is_an_output_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         command_line.write_json(tmp_path / "file" / "out.json", {})
+
+
+@pytest.mark.parametrize("place", ["", "file/out.json", "."])
+def test_a_json_that_cannot_be_written_is_refused_before_the_work(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+
+    def body(args: argparse.Namespace) -> None:
+        raise AssertionError("the work has begun")
+
+    assert command_line.run(body, make_parser(), ["--json", str(tmp_path / place)]) == OutputError.exit_code
+    assert "cannot be written: " in capsys.readouterr().err
 
 
 def test_effective_config_has_every_flag_with_its_default():

@@ -78,3 +78,12 @@ def test_stale_temporaries_are_swept_and_nothing_of_others(tmp_path, monkeypatch
         assert not is_temporary(tmp_path / name)
     remove_stale_temporaries(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(foreign)
+
+
+def test_what_is_not_a_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(OutputError, match=f"{name}: cannot be written: is not a file"):
+            write_file(tmp_path / name, b"x")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir()

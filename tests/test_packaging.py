@@ -56,6 +56,7 @@ LAYERS = {
     "evaluation": 4,
     "integrations": 4,
     "command_line": 4,
+    "startup": 4,
     "device": 4,
 }
 """The layer of each file or folder of src/cachegen; docs in CONTRIBUTING.md."""

@@ -270,6 +270,13 @@ class TestRefusals:
         )
         assert "--level 4 asked for" in refuse(run_decoding_remote.main, [*argv, "--level", 4], 2)
 
+    def test_a_profile_that_nothing_would_use(self, argv, refuse, published):
+        error = refuse(run_decoding_remote.main, [*argv, "--profile", "x"], 2)
+        assert "--profile is for method transform, the document is of method cachegen" in error
+        argv = ["--path_to_encoded_kv", published.folder / CONFIGS[0], "--path_to_context", published.context]
+        error = refuse(run_decoding_disk.main, [*argv, "--profile", "x"], 2)
+        assert "--profile is for method transform, the document is of method cachegen" in error
+
     def test_another_dtype(self, argv, refuse):
         error = refuse(run_decoding_remote.main, [*argv, "--dtype", "bfloat16"], 5)
         assert "dtype is torch.float32, but the model has torch.bfloat16" in error

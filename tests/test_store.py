@@ -92,6 +92,12 @@ def test_an_unknown_kind_of_store_is_refused(location):
         open_store(location)
 
 
+def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file: no folder can be made here"):
+        open_store(tmp_path / "file", create=True)
+
+
 def test_a_missing_folder_is_said(tmp_path):
     with pytest.raises(StoreError, match=r"nowhere: no such folder \(make one with run_publishing"):
         open_store(tmp_path / "nowhere")
@@ -217,6 +223,28 @@ class TestWebServer:
     def test_a_plain_server_lists_nothing_and_says_so(self, server):
         with pytest.raises(StoreError, match="PROPFIND"):
             list(server.open().list())
+
+    def test_a_server_of_the_plainest_kind_takes_whole_objects_without_a_condition(self, server):
+        server.takes_writes = True
+        content = bytes(6 << 20)  # more than a part
+        assert server.open().put("new/x", b"x") and server.open().put("new/large", content)
+        assert not server.open().put("new/x", b"y")
+        assert server.open().get("new/x", 1) == b"x" and server.open().get("new/large", len(content)) == content
+
+    def test_a_server_that_takes_nothing_is_an_output_error(self, server):
+        with pytest.raises(OutputError, match=r"http://.*/new: cannot be written: .*405 Method Not Allowed"):
+            server.open().put("new", b"x")
+        assert [method for method, _, _ in server.requests] == ["HEAD", "PUT"]
+
+    def test_a_bucket_elsewhere_says_what_to_set(self, server, tmp_path, monkeypatch):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+        server.faults = [Misbehaviour("bucket", "status", body=b"301")]
+        (tmp_path / "bucket").mkdir()
+        (tmp_path / "bucket" / "x").write_bytes(b"x")
+        with pytest.raises(StoreError, match="the bucket is in another region: set AWS_REGION"):
+            open_store("s3://bucket", retry=QUICK).get("x", 1)
+        assert len(server.requests) == 1
 
     def test_no_server_at_all(self):
         with pytest.raises(StoreError, match=r"http://127.0.0.1:9/x: .*HTTP error"):

@@ -241,7 +241,10 @@ def _publish_level(
     description: Level | None = None
     for token_hash, stop, num_tokens, read in zip(hashes, stops, header.chunk_tokens, level.chunks, strict=True):
         content = read()
-        chunk = container.parse_chunk(content).header
+        try:
+            chunk = container.parse_chunk(content).header
+        except BitstreamError as error:
+            raise error.at(f"level {number}, chunk {len(files)}") from error
         wanted = (token_hash, tables.sha256, stop - num_tokens, num_tokens)
         if (chunk.token_hash.hex(), chunk.tables_hash.hex(), chunk.first_token, chunk.num_tokens) != wanted:
             raise MismatchError(

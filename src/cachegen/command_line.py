@@ -23,8 +23,8 @@ import torch
 import cachegen
 from cachegen.errors import CacheGenError, InputError, OutputError
 from cachegen.files import write_file
+from cachegen.startup import EXIT_INTERRUPTED, end_guard
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _LABEL_WIDTH = 18
@@ -87,9 +87,13 @@ def run(
         The exit code: 0, the code `body` returned, that of a CacheGenError, 2 for a wrong flag, 1 for exhausted
         memory, 130 when interrupted, 141 when whoever read our output has gone.
     """
+    end_guard()
+    _replace_closed_streams()
     try:
         try:
-            exit_code = body(parser.parse_args(argv)) or 0
+            args = parser.parse_args(argv)
+            _check_json_place(args)
+            exit_code = body(args) or 0
         except SystemExit as stop:  # argparse: --help, or a wrong flag that it has already reported
             exit_code = stop.code if isinstance(stop.code, int) else 0
         sys.stdout.flush()
@@ -197,6 +201,24 @@ def write_json(destination: str | os.PathLike[str], record: Mapping[str, Any]) -
         write_file(destination, text.encode())
 
 
+def _check_json_place(args: argparse.Namespace) -> None:
+    """Refuse a --json that cannot be written before the work is done, where that shows."""
+    destination = getattr(args, "json", None)
+    if destination is None or destination == "-":
+        return
+    path = Path(destination)
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if path.exists() and not path.is_file():
+        problem = "is not a file"
+    elif nearest != path and not nearest.is_dir():
+        problem = f"{nearest} is not a folder"
+    elif not os.access(nearest if nearest.is_dir() else nearest.parent, os.W_OK):
+        problem = "permission denied"
+    else:
+        return
+    raise OutputError(f"{destination}: cannot be written: {problem} (--json)")
+
+
 def format_bytes(num_bytes: float) -> str:
     """Return a size for people, in decimal units: "27.6 MB"."""
     for unit in ("bytes", "kB", "MB"):
@@ -245,6 +267,13 @@ def _one_line(text: str) -> str:
 def _fail(message: str, exit_code: int) -> int:
     print(f"error: {_one_line(message)}", file=sys.stderr, flush=True)
     return exit_code
+
+
+def _replace_closed_streams() -> None:
+    """Let what is printed go nowhere where the caller has closed stdout or stderr; Python has no stream then."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
 
 
 def _discard_stdout() -> None:

@@ -30,6 +30,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OutputError: the file cannot be written (no space, no permission, no such folder).
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
+        raise OutputError(f"{path}: cannot be written: is not a file")
     temporary = path.parent / f"{_TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(6)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

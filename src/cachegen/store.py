@@ -26,8 +26,28 @@ from cachegen.files import is_temporary, write_file
 URL_SCHEMES = ("http", "https", "s3", "gs", "az", "memory")
 
 # obstore has one exception for all of these; 408 and 429 ask to come back later.
-_FINAL_RESPONSE = re.compile(r"status code: 4(?!08|29)|Content-Length Header missing|Requested \d+\.\.\d+, got")
+_FINAL_RESPONSE = re.compile(
+    r"status code: 4(?!08|29)|Content-Length Header missing|Requested \d+\.\.\d+, got|redirect without LOCATION"
+)
+# The clouds answer in XML, after the status in obstore's message.
+_CLOUD_ANSWER = re.compile(r"status code: ([^:\n]+): .*?<Code>([^<]+)</Code>\s*<Message>([^<\n]*)", re.DOTALL)
+_NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>")
+# The last place where obstore looks is a server that only machines of the cloud have.
+_NO_CREDENTIALS = "no credentials are set (docs/store.md says where they are looked for)"
+# What obstore's messages mean to whoever has to do something about them.
+_REMEDIES = (
+    ("redirect without LOCATION", "the bucket is in another region: set AWS_REGION"),
+    ("/latest/api/token", "no credentials are set, and there is no instance metadata to give some (docs/store.md)"),
+    (
+        "metadata.google.internal",
+        "no credentials are set, and there is no metadata server to give some (docs/store.md)",
+    ),
+    ("/metadata/identity", "no credentials are set, and there is no managed identity to give some (docs/store.md)"),
+)
 _PIECE_BYTES = 1 << 16  # what a read waits for at least: 1 ms at 0.5 Gbps
+_PART_BYTES = 5 << 20  # of an upload in parts, the least that S3 takes
+_PARTS_IN_FLIGHT = 2
+_CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -50,12 +70,16 @@ class RetryRule:
         return self.first_pause_seconds * 2 ** (num_failures - 1) * (1 - random.random() / 2)
 
 
+# A whole part goes up in silence before the answer comes: in 60 s, two parts at 1.4 Mbit/s.
+WRITING = RetryRule(max_attempts=4, first_pause_seconds=0.5, stall_seconds=60.0)
+
+
 class Store:
     """Objects by name in one place; made by `open_store`.
 
     Attributes:
         url: of the place, for messages.
-        retry: the rule for reading.
+        retry: the rule for all requests.
     """
 
     def __init__(self, url: str, backend: Any, retry: RetryRule, folder: Path | None = None) -> None:
@@ -144,23 +168,43 @@ class Store:
         """Write an object, whole or not at all.
 
         Args:
-            overwrite: replace what is there; otherwise it stays, since names of objects say their content.
+            overwrite: replace what is there; otherwise it stays, since names of objects say their content. Where two
+                write a small object at once, the first one's stays if the store has conditional writes.
 
         Returns:
             Whether it was written.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: it cannot be written, after all attempts.
         """
-        if not overwrite and self.exists(name):
-            return False
-        if self._folder is not None:  # ours is on disk before it has its name; obstore's is renamed only
-            write_file(self._folder / name, bytes(content))
-            return True
         try:
-            _obstore().put(self._backend, name, bytes(content))
-        except (_obstore().exceptions.BaseError, OSError, ValueError) as error:
-            raise OutputError(f"{self.describe(name)}: cannot be written: {_reason(error)}") from error
+            if not overwrite and self.exists(name):
+                return False
+            if self._folder is not None:  # ours is on disk before it has its name; obstore's is renamed only
+                write_file(self._folder / name, bytes(content))
+                return True
+            return self._try_again(lambda: self._upload(name, bytes(content), overwrite))
+        except StoreError as error:
+            place = self.describe(name)
+            raise OutputError(f"{place}: cannot be written: {str(error).removeprefix(place + ': ')}") from error
+
+    def _upload(self, name: str, content: bytes, overwrite: bool) -> bool:
+        """Send an object; returns False where another one was there first."""
+        obstore = _obstore()
+        with self._translated(name):
+            try:
+                if len(content) > _PART_BYTES:  # conditions are for whole objects only; its name says its content
+                    parts = {"use_multipart": True, "chunk_size": _PART_BYTES, "max_concurrency": _PARTS_IN_FLIGHT}
+                    obstore.put(self._backend, name, content, **parts)
+                else:
+                    mode = "overwrite" if overwrite else "create"
+                    obstore.put(self._backend, name, content, mode=mode, use_multipart=False)
+            except obstore.exceptions.AlreadyExistsError:
+                return False
+            except (obstore.exceptions.BaseError, NotImplementedError) as error:
+                if not isinstance(error, NotImplementedError) and "501 Not Implemented" not in str(error):
+                    raise
+                obstore.put(self._backend, name, content, use_multipart=False)  # a server of the plainest kind
         return True
 
     def exists(self, name: str) -> bool:
@@ -251,7 +295,9 @@ class Store:
         place, exceptions = self.describe(name), _obstore().exceptions
         try:
             yield
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if _NO_BUCKET.search(str(error)):
+                raise StoreError(f"{place}: there is no such bucket: {_reason(error)}") from None
             raise StoreError(f"{place}: no such object", is_missing=True) from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
             raise StoreError(f"{place}: access is denied: {_reason(error)}") from None
@@ -271,13 +317,14 @@ def open_store(location: str | os.PathLike[str], *, retry: RetryRule | None = No
     Args:
         location: a folder, or a URL: `http(s)://host:port/path`, `s3://bucket/path`, `gs://...`, `az://...`,
             `memory://` (a new, empty one). Clouds find their credentials where their own tools do.
-        retry: for reading; None takes the defaults.
+        retry: for all requests; None takes the defaults, which are for reading: to write, give `WRITING`.
         create: make a folder that is not there.
 
     Raises:
         BackendUnavailableError: obstore is not installed.
         ConfigError: the URL is not one of these.
         StoreError: there is no such folder.
+        OutputError: the folder cannot be made.
     """
     obstore_store, rule = _obstore().store, retry or RetryRule()
     text = os.fspath(location)
@@ -289,12 +336,16 @@ def open_store(location: str | os.PathLike[str], *, retry: RetryRule | None = No
     if not scheme:
         folder = Path(text).absolute()
         if create:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"{text}: no folder can be made here: {error.strerror}") from error
         if not folder.is_dir():
             raise StoreError(f"{text}: no such folder (make one with run_publishing.py)", is_missing=True)
         return Store(text, obstore_store.LocalStore(folder), rule, folder)
-    milliseconds = f"{max(1, round(1000 * rule.stall_seconds))}ms"
-    client = {"connect_timeout": milliseconds, "read_timeout": milliseconds, "timeout": "1day", "allow_http": True}
+    silence = f"{max(1, round(1000 * rule.stall_seconds))}ms"
+    connecting = f"{max(1, round(1000 * min(rule.stall_seconds, _CONNECT_SECONDS)))}ms"
+    client = {"connect_timeout": connecting, "read_timeout": silence, "timeout": "1day", "allow_http": True}
     try:
         backend = obstore_store.from_url(text, client_options=client, retry_config={"max_retries": 0})
     except (_obstore().exceptions.BaseError, ValueError) as error:
@@ -313,6 +364,13 @@ def _obstore() -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of obstore's message, without the Rust structure that it prints below."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    """Return what obstore's message says in one line, without the XML and the Rust structure in and below it."""
+    text = str(error).strip()
+    remedies = [remedy for sign, remedy in _REMEDIES if sign in text]
+    answer = _CLOUD_ANSWER.search(text)
+    lines = text.splitlines()
+    if answer is not None:
+        reason = f"{answer[1]}: {answer[2]}: {answer[3]}"
+    else:
+        reason = (lines[0] if lines else type(error).__name__).removesuffix(': <?xml version="1.0" encoding="utf-8"?>')
+    return "; ".join([reason[:300], *remedies])

@@ -19,11 +19,13 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["cachegen"]):
-    from cachegen import codec, container
+    from cachegen import codec, container, transform_format
     from cachegen import format as layout
     from cachegen.coder import cpu
     from cachegen.errors import BitstreamError, MismatchError
     from cachegen.kv_cache import KVCache
+    from cachegen.profile import load_profile
+    from cachegen.transform_codec import TransformDocument, decode_component_chunk
 
 import numpy as np
 import torch
@@ -32,13 +34,25 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FOLDERS = sorted(path.parent for path in GOLDEN.glob(f"*/{container.TABLES_NAME}"))
 KEEP_CHECKSUMS, KEEP_FILE_BYTES, KEEP_STREAM_BYTES, KEEP_WORDS = 1, 2, 4, 8  # flags: what is not made right again
 MAX_VALUES = 1 << 16  # a header of a few bytes may claim millions
+MAX_TOKENS = 1 << 31  # where a chunk begins is what the reader expects: a place in a context
 TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in cpu.DTYPES.items()}
 PREFIX_BYTES, CHUNK_PLANES_AT, PLANE_BYTES, STREAM_BYTES = 24, 208, 12, 12
+GROUPS_AT, LENGTHS_AT = 208, 212  # in a chunk of method transform
 
 
 @cache
-def golden_document(index: int) -> codec.Document:
-    return codec.load_document((FOLDERS[index] / container.TABLES_NAME).read_bytes())
+def golden_document(index: int) -> codec.Document | TransformDocument:
+    folder = FOLDERS[index]
+    content = (folder / container.TABLES_NAME).read_bytes()
+    return codec.load_document(content, find_profile=lambda _: load_profile(folder / "profile"))
+
+
+@cache
+def golden_transform() -> TransformDocument:
+    (index,) = (index for index, folder in enumerate(FOLDERS) if folder.name == "transform")
+    document = golden_document(index)
+    assert isinstance(document, TransformDocument)
+    return document
 
 
 def seal(content: bytearray, flags: int) -> None:
@@ -50,8 +64,12 @@ def seal(content: bytearray, flags: int) -> None:
     (header_bytes,) = struct.unpack_from("<I", content, 12)
     if not PREFIX_BYTES + 4 <= header_bytes <= len(content):
         return
+    is_transform = content[8] == transform_format.TRANSFORM_FORMAT_VERSION
     if content[: len(layout.TABLES_MAGIC)] == layout.TABLES_MAGIC:
-        struct.pack_into("<I", content, 48, cpu.crc32c(content[header_bytes:]))
+        if not is_transform:
+            struct.pack_into("<I", content, 48, cpu.crc32c(content[header_bytes:]))
+    elif is_transform:
+        seal_component_streams(content, header_bytes, flags)
     else:
         seal_sections(content, header_bytes, flags)
     struct.pack_into("<I", content, header_bytes - 4, cpu.crc32c(content[: header_bytes - 4]))
@@ -68,11 +86,30 @@ def seal_sections(content: bytearray, header_bytes: int, flags: int) -> None:
         return
     struct.pack_into("<I", content, 44, cpu.crc32c(content[header_bytes:payload_at]))
     steps = [struct.unpack_from("<I", content, at + 8)[0] for at in range(CHUNK_PLANES_AT, planes_end, PLANE_BYTES)]
+    seal_streams(content, header_bytes, planes_end, payload_at, num_tokens, steps, flags)
+
+
+def seal_component_streams(content: bytearray, header_bytes: int, flags: int) -> None:
+    """The same for a chunk of method transform, which has no scales."""
+    if header_bytes < LENGTHS_AT:
+        return
+    (num_tokens,) = struct.unpack_from("<I", content, 32)
+    (num_groups,) = struct.unpack_from("<H", content, GROUPS_AT)
+    index_at = LENGTHS_AT + 4 * num_groups
+    if index_at > header_bytes:
+        return
+    steps = list(struct.unpack_from(f"<{num_groups}I", content, LENGTHS_AT))
+    seal_streams(content, header_bytes, index_at, header_bytes, num_tokens, steps, flags)
+
+
+def seal_streams(
+    content: bytearray, header_bytes: int, index_at: int, offset: int, num_tokens: int, steps: list[int], flags: int
+) -> None:
+    """Make the streams' checksums right, `steps` being their tokens, and let the last one end with the file."""
     if 0 in steps or (num_streams := sum(-(-num_tokens // step) for step in steps)) > header_bytes // STREAM_BYTES:
         return
-    offset = payload_at
     for stream in range(num_streams):
-        at = planes_end + stream * STREAM_BYTES
+        at = index_at + stream * STREAM_BYTES
         if at + STREAM_BYTES > header_bytes - 4:
             return
         num_bytes, num_words, _ = struct.unpack_from("<III", content, at)
@@ -90,6 +127,11 @@ def seal_sections(content: bytearray, header_bytes: int, flags: int) -> None:
 
 def check_tables(content: bytes) -> None:
     header, _ = container.parse_tables(content)
+    if isinstance(header, transform_format.TransformTablesHeader):
+        if transform_format.pack_transform_tables_header(header, cpu.crc32c) != content:
+            raise AssertionError("the tables file of method transform is not what packing it gives")
+        codec.load_document(content, find_profile=lambda _: golden_transform().profile)
+        return
     if layout.pack_tables_header(header, cpu.crc32c) != content[: header.header_bytes]:
         raise AssertionError("the header of the tables is not what packing it gives")
     document = codec.load_document(content)
@@ -135,8 +177,13 @@ class OnePath:
         cpu.decode(*arguments, path=self._path, **options)
 
 
-def check_chunk(content: bytes, golden: codec.Document) -> None:
+def check_chunk(content: bytes, golden: codec.Document | TransformDocument) -> None:
     header = container.parse_chunk(content).header
+    if isinstance(header, transform_format.ComponentChunkHeader):
+        check_component_chunk(content, header)
+        return
+    if not isinstance(golden, codec.Document):
+        return
     if layout.pack_chunk_header(header, cpu.crc32c) != content[: header.header_bytes]:
         raise AssertionError("the header of the chunk is not what packing it gives")
     if header.num_tokens * sum(plane.num_channels for plane in header.planes) > MAX_VALUES:
@@ -167,6 +214,37 @@ def decode(content: bytes, header: layout.ChunkHeader, document: codec.Document,
     return b"".join(plane.view(torch.uint8).numpy().tobytes() for plane in planes)
 
 
+def check_component_chunk(content: bytes, header: transform_format.ComponentChunkHeader) -> None:
+    """Decode a chunk of level 1 whatever document it names, one of level 2 on top of its golden level 1."""
+    if transform_format.pack_component_chunk_header(header, cpu.crc32c) != content[: header.header_bytes]:
+        raise AssertionError("the header of the chunk is not what packing it gives")
+    document = golden_transform()
+    shapes = document.header.planes
+    if header.num_tokens * sum(shape.num_channels for shape in shapes) > MAX_VALUES or header.level > 2:
+        return
+    if header.first_token >= MAX_TOKENS:
+        return
+    contents = [content]
+    if header.level == 2:
+        first = min(header.first_token, document.header.chunk_tokens[0])
+        number = 0 if first < document.header.chunk_tokens[0] else 1
+        (folder,) = (folder for folder in FOLDERS if folder.name == "transform")
+        contents = [(folder / f"chunk_{number:05}.L1{container.CHUNK_SUFFIX}").read_bytes(), content]
+    else:
+        names = ("model_fingerprint", "rope_hash", "dtype", "step_log", "profile_hash")
+        expected = dataclasses.replace(document.header, **{name: getattr(header, name) for name in names})
+        document = TransformDocument(expected, header.tables_hash, document.profile)
+    dtype = TORCH_DTYPES[header.dtype]
+    planes = [torch.zeros(header.num_tokens, shape.num_kv_heads, shape.head_dim, dtype=dtype) for shape in shapes]
+    decode_component_chunk(
+        contents,
+        document,
+        KVCache(planes[0::2], planes[1::2]),
+        first_token=header.first_token,
+        token_hash=header.token_hash,
+    )
+
+
 def test_one_input(data: bytes) -> None:
     if len(data) < 2:
         return
@@ -187,7 +265,7 @@ def write_seeds(corpus: Path) -> None:
     """Begin a corpus: every golden file, sealed or not, and the files that must be refused."""
     corpus.mkdir(parents=True, exist_ok=True)
     files = [(index, path) for index, folder in enumerate(FOLDERS) for path in sorted(folder.glob("*.cg?"))]
-    files += [(number % len(FOLDERS), path) for number, path in enumerate(sorted(GOLDEN.glob("invalid/*.cg?")))]
+    files += [(number % len(FOLDERS), path) for number, path in enumerate(sorted(GOLDEN.glob("invalid*/*.cg?")))]
     for index, path in files:
         (corpus / f"seed_{path.parent.name}_{path.name}").write_bytes(bytes([index, 0]) + path.read_bytes())
 

@@ -13,6 +13,7 @@ import torch
 from cachegen import command_line
 from cachegen.device import DEVICE_NAMES, DTYPE_NAMES
 from cachegen.errors import ConfigError
+from cachegen.format import Method
 
 if TYPE_CHECKING:
     # transformers takes seconds to import, more than it takes to say that a flag is wrong.
@@ -55,6 +56,16 @@ def add_answer_flags(parser: argparse.ArgumentParser, script_folder: str | os.Pa
     add("--max_gpu_memory", type=command_line.positive_int, help="GiB of weights on each GPU at most")
     add("--threads", type=command_line.positive_int, help="CPU threads for decoding; None takes all processors")
     command_line.add_common_flags(parser)
+
+
+def check_profile_flag(args: argparse.Namespace, method: Method) -> None:
+    """Refuse --profile where nothing would use it.
+
+    Raises:
+        ConfigError: the document is not of method transform.
+    """
+    if args.profile is not None and method is not Method.TRANSFORM:
+        raise ConfigError(f"--profile is for method transform, the document is of method {method.name.lower()}")
 
 
 def append_questions(
