@@ -26,24 +26,33 @@ class LevelCurve:
         expected_kl: nats per token to the uncompressed cache, not increasing.
         is_embedded: whether levels refine each other, see `ChunkLevels`.
         source: where the numbers come from, for the report.
+        chunk_bits: what each file of a chunk costs beside `bits_per_value`, in bits per channel: ends of streams,
+            headers.
     """
 
     bits_per_value: tuple[float, ...]
     expected_kl: tuple[float, ...]
     is_embedded: bool
     source: str = ""
+    chunk_bits: float = 0.0
 
     def document(self, num_tokens: int, chunk_size: int, values_per_token: int) -> tuple[ChunkLevels, ...]:
         """Return a document of this many tokens in chunks of `chunk_size`, the last one shorter."""
         chunks = []
         for first in range(0, num_tokens, chunk_size):
             tokens = min(chunk_size, num_tokens - first)
-            totals = [math.ceil(bits * values_per_token * tokens / 8) for bits in self.bits_per_value]
+            totals = [
+                math.ceil((bits * tokens + self._num_files(level) * self.chunk_bits) * values_per_token / 8)
+                for level, bits in enumerate(self.bits_per_value, 1)
+            ]
             if self.is_embedded:
                 totals = [totals[0], *(after - before for before, after in itertools.pairwise(totals))]
             loss = tuple(kl * tokens / num_tokens for kl in self.expected_kl)
             chunks.append(ChunkLevels(first, tokens, tuple(totals), loss, self.is_embedded))
         return tuple(chunks)
+
+    def _num_files(self, level: int) -> int:
+        return level if self.is_embedded else 1
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,14 @@ class Machine:
 
     Attributes:
         values_per_token: of the KV cache.
+        num_layers: of the model, between which it can break off.
         speeds: of prefill, decoding and the first token.
         source: where the numbers come from, for the report.
     """
 
     name: str
     values_per_token: int
+    num_layers: int
     speeds: Speeds
     source: str
 
@@ -79,6 +90,9 @@ def load_level_curves(path: str | os.PathLike[str]) -> tuple[dict[str, LevelCurv
             expected_kl=tuple(_number(path, level, "expected_kl", where, minimum=0) for level in levels),
             is_embedded=_field(path, codec, "levels_are_embedded", bool, where),
             source=_field(path, codec, "source", str, where),
+            chunk_bits=_number(path, codec, "bits_per_channel_and_chunk", where, minimum=0)
+            if "bits_per_channel_and_chunk" in codec
+            else 0.0,
         )
         _check_curve(path, where, curves[name])
     return curves, _field(path, content, "source", str)
@@ -108,6 +122,7 @@ def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: 
     prefill = prefills[gpu]
     place = f"{where}prefill.{gpu}."
     values = int(_number(path, models[model], "values_per_token", where))
+    num_layers = int(_number(path, models[model], "num_layers", where))
     bandwidth = 1e12 * _number(
         path,
         _field(path, _field(path, content, "gpus", dict), gpu, dict),
@@ -132,7 +147,7 @@ def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: 
         / (gpu_share * num_gpus * bandwidth),
     )
     source = f"{_field(path, content, 'source', str)} Decoding: {_field(path, decode, 'source', str, 'decode.')}."
-    return Machine(f"{model} on {int(num_gpus)} x {gpu}", values, speeds, source)
+    return Machine(f"{model} on {int(num_gpus)} x {gpu}", values, num_layers, speeds, source)
 
 
 def load_encodings(
