@@ -247,9 +247,7 @@ class _World:
         self._end_requests()
         return True
 
-    def finish(
-        self, state: LoadState, block_tokens: int, num_layers: int, num_decisions: int
-    ) -> SimulatedRequest:
+    def finish(self, state: LoadState, block_tokens: int, num_layers: int, num_decisions: int) -> SimulatedRequest:
         """Return the result; the model first ends the layer that it is in, the question then needs its time.
 
         Where the document's last tokens were computed last, the question was computed with them.
