@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gpu_share", type=positive, default=1.0, help="of the GPUs, what this request gets, up to 1")
     add("--levels", default=levels, help="each codec's bits and KL per level, with their sources")
     add("--num_tokens", type=count, default=9491, help="of the document; without --document")
-    add("--chunk_size", type=count, default=1500, help="tokens per chunk; without --document")
+    add("--chunk_size", type=count, default=512, help="tokens per chunk; without --document")
     add(
         "--document",
         nargs="+",

@@ -101,6 +101,8 @@ def _decoding_can_wait(state: LoadState, latest_start: float, is_loading: bool) 
     """
     if not _shares_device(state) or _must_use_what_came(state):
         return False
+    if state.speeds.decode.seconds(state.chunks[-1], 1) == 0:
+        return False  # what nobody has timed yet counts as free; the first chunk tells
     if sum(_seconds_to_sufficient_levels(state)) < state.compute_seconds_left():
         return False  # all will be loaded before the model ends its chunk, which will not be needed
     loss = 0.0
