@@ -254,6 +254,12 @@ class TestTwoEnded:
         assert decide_two_ended(seen).fetch == (Fetch(3, 2),)
         assert decide_two_ended(replace(seen, samples=(ThroughputSample(1.0, 100),) * 5)).fetch == (Fetch(2, 1),)
 
+    def test_an_idle_link_brings_what_the_model_may_be_late_with(self):
+        progress = (ChunkProgress(), *(arrived(1, 2, 3, decoded_level=3),) * 3)
+        slow = (ThroughputSample(1.0, 10),) * 5  # 10 s for the smallest file, 5 s to compute
+        seen = state(progress=progress, samples=slow, computing=Work(0, TEXT, 0.0))
+        assert decide_two_ended(seen).fetch == (Fetch(0, 1),)
+
     def test_a_shared_device_decodes_at_once_what_is_good_enough_and_lets_the_rest_wait(self):
         speeds = {"decode": DecodeSpeed(seconds_per_chunk=0.5, compute_slowdown=1.0)}
         computing = Work(0, TEXT, 0.0)
@@ -263,6 +269,16 @@ class TestTwoEnded:
                 document(is_embedded=True), progress=progress, speeds=speeds, target_loss=0.4, computing=computing
             )
             assert decide_two_ended(seen).decode == decoded
+
+    def test_a_decoder_that_nobody_has_timed_is_tried_at_once(self):
+        progress = (*(ChunkProgress(),) * 3, arrived(1))
+        seen = state(
+            document(is_embedded=True),
+            progress=progress,
+            speeds={"decode": DecodeSpeed(compute_slowdown=1.0)},
+            computing=Work(0, TEXT, 0.0),
+        )
+        assert decide_two_ended(seen).decode == Decode(3, 1)
 
     def test_what_came_is_decoded_when_it_is_too_late_to_compute_all_in_order(self):
         # Chunk 2 is decoded, chunk 3 only has its smallest level; 5 s to compute each, 20 s in all.

@@ -12,8 +12,8 @@ import torch
 
 from cachegen.codec import FindProfile
 from cachegen.coder import cpu
-from cachegen.kv_cache import hash_rotary_embeddings
 from cachegen.format import Method
+from cachegen.kv_cache import hash_rotary_embeddings
 from cachegen.pipeline.decode import copy_cache, empty_on
 from cachegen.store import Store
 from cachegen.streaming.loader import SILENCE_SECONDS, Loader

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from cachegen.streaming.estimator import conservative_throughput
 from cachegen.streaming.policy import LoadState
 
-
 IN_ORDER_SHARE = 0.5
 """Of the time that is left, what loading chunk by chunk may take: the rest is for a link that fails meanwhile."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from cachegen.streaming.estimator import recent_throughput
-from cachegen.streaming.plan_levels import plan_levels
+from cachegen.streaming.plan_levels import lowest_level, plan_levels
 from cachegen.streaming.policy import Decision, Decode, Fetch, LoadState
 
 GUARD_FRACTION = 0.02
@@ -101,7 +101,7 @@ def _decoding_can_wait(state: LoadState, latest_start: float, is_loading: bool) 
     """
     if not _shares_device(state) or _must_use_what_came(state):
         return False
-    if state.speeds.decode.seconds(state.chunks[-1], 1) == 0:
+    if state.speeds.decode.is_free:
         return False  # what nobody has timed yet counts as free; the first chunk tells
     if sum(_seconds_to_sufficient_levels(state)) < state.compute_seconds_left():
         return False  # all will be loaded before the model ends its chunk, which will not be needed
@@ -276,7 +276,7 @@ def _choose_fetches(state: LoadState, end_seconds: float) -> Iterator[Fetch]:
         return
     candidates = _covering_fetches(state, end_seconds)
     if not candidates:
-        candidates = _refining_fetches(state, end_seconds)
+        candidates = _refining_fetches(state, end_seconds) or _insuring_fetches(state)
     yield from candidates[:num_free]
 
 
@@ -305,6 +305,15 @@ def _covering_fetches(state: LoadState, end_seconds: float) -> list[Fetch]:
         if files and levels[i] > state.progress[i].decoded_level:
             found.append(Fetch(i, files[0]))
     return found
+
+
+def _insuring_fetches(state: LoadState) -> list[Fetch]:
+    """Return the file of the chunk that the model computes now: the link is idle, and the model may be late."""
+    i = state.computing.chunk if state.computing is not None else None
+    if i is None or _is_covered(state, i) or not _is_worth_loading(state, i):
+        return []
+    files = state.chunks[i].files_of(lowest_level(state, i))
+    return [Fetch(i, next(n for n in files if n not in state.expected_files(i)))]
 
 
 def _is_worth_loading(state: LoadState, chunk: int) -> bool:
