@@ -101,6 +101,8 @@ def load_level_curves(path: str | os.PathLike[str]) -> tuple[dict[str, LevelCurv
 def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: float = 1.0) -> Machine:
     """Read one model on one kind of GPU from config/adaptation/models.json.
 
+    An entry of "prefill" with `decode_tokens_per_second` was measured as a whole: it has all speeds and its source.
+
     Args:
         path: of the file.
         model: a key of its "models".
@@ -123,15 +125,40 @@ def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: 
     place = f"{where}prefill.{gpu}."
     values = int(_number(path, models[model], "values_per_token", where))
     num_layers = int(_number(path, models[model], "num_layers", where))
-    bandwidth = 1e12 * _number(
-        path,
-        _field(path, _field(path, content, "gpus", dict), gpu, dict),
-        "memory_terabytes_per_second",
-        f"gpus.{gpu}.",
+    num_gpus = int(_number(path, prefill, "num_gpus", place))
+    if "decode_tokens_per_second" in prefill:
+        speeds, source = _measured_speeds(path, prefill, place, gpu_share), _field(path, prefill, "source", str, place)
+    else:
+        speeds, source = _stated_speeds(path, content, models[model], where, gpu, gpu_share)
+    return Machine(f"{model} on {num_gpus} x {gpu}", values, num_layers, speeds, source)
+
+
+def _measured_speeds(path: object, prefill: dict, place: str, gpu_share: float) -> Speeds:
+    """Return the speeds of an entry that was measured as a whole."""
+    return Speeds(
+        prefill=PrefillSpeed(
+            gpu_share * _number(path, prefill, "tokens_per_second", place),
+            _number(path, prefill, "attention_nanoseconds", place, minimum=0) * 1e-9 / gpu_share,
+        ),
+        decode=DecodeSpeed(
+            tokens_per_second=gpu_share * _number(path, prefill, "decode_tokens_per_second", place),
+            compute_slowdown=_number(path, prefill, "compute_slowdown", place, minimum=0),
+        ),
+        first_token_seconds=_number(path, prefill, "first_token_seconds", place, minimum=0) / gpu_share,
     )
-    num_gpus = _number(path, prefill, "num_gpus", place)
+
+
+def _stated_speeds(
+    path: object, content: dict, model: dict, where: str, gpu: str, gpu_share: float
+) -> tuple[Speeds, str]:
+    """Return the speeds that follow from a GPU's memory bandwidth and the prefill's fit, and their source."""
+    prefill, place = model["prefill"][gpu], f"{where}prefill.{gpu}."
+    gpus = _field(path, _field(path, content, "gpus", dict), gpu, dict)
+    bandwidth = 1e12 * _number(path, gpus, "memory_terabytes_per_second", f"gpus.{gpu}.")
+    bandwidth *= gpu_share * _number(path, prefill, "num_gpus", place)
     decode = _field(path, content, "decode", dict)
     per_bandwidth = _number(path, decode, "fp16_gigabytes_per_second_per_memory_terabyte_per_second", "decode.") / 1000
+    fp16_bytes = BYTES_PER_FP16 * _number(path, model, "values_per_token", where)
     speeds = Speeds(
         prefill=PrefillSpeed(
             gpu_share * _number(path, prefill, "tokens_per_second", place),
@@ -139,15 +166,12 @@ def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: 
             _number(path, content, "overhead", ""),
         ),
         decode=DecodeSpeed(
-            tokens_per_second=gpu_share * num_gpus * bandwidth * per_bandwidth / (BYTES_PER_FP16 * values),
+            tokens_per_second=bandwidth * per_bandwidth / fp16_bytes,
             compute_slowdown=_number(path, decode, "compute_slowdown", "decode.", minimum=0),
         ),
-        first_token_seconds=BYTES_PER_FP16
-        * _number(path, models[model], "parameters", where)
-        / (gpu_share * num_gpus * bandwidth),
+        first_token_seconds=BYTES_PER_FP16 * _number(path, model, "parameters", where) / bandwidth,
     )
-    source = f"{_field(path, content, 'source', str)} Decoding: {_field(path, decode, 'source', str, 'decode.')}."
-    return Machine(f"{model} on {int(num_gpus)} x {gpu}", values, num_layers, speeds, source)
+    return speeds, f"{_field(path, content, 'source', str)} Decoding: {_field(path, decode, 'source', str, 'decode.')}."
 
 
 def load_encodings(
