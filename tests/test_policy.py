@@ -332,10 +332,16 @@ class TestPlan:
         assert self.plan(1000, target_loss=0.81) == [1, 1, 2, 2]
 
     def test_embedded_levels_begin_with_the_base_where_time_is_short(self):
-        # All files of all chunks are 2800 bytes; they may take half of 9.8 s.
+        # All files of all chunks are 2800 bytes; they may take a third of 9.8 s.
         assert self.plan(None, chunks=document(is_embedded=True)) == [1, 1, 1, 1]
-        assert self.plan(560, chunks=document(is_embedded=True)) == [1, 1, 1, 1]
-        assert self.plan(580, chunks=document(is_embedded=True)) == [3, 3, 3, 3]
+        assert self.plan(860, chunks=document(is_embedded=True)) == [1, 1, 1, 1]
+        assert self.plan(870, chunks=document(is_embedded=True)) == [3, 3, 3, 3]
+
+    def test_embedded_levels_may_take_all_the_time_where_text_would_be_in_time(self):
+        # Computing everything takes 400 s.
+        assert self.plan(290, chunks=document(is_embedded=True), deadline=400.0) == [3, 3, 3, 3]
+        assert self.plan(290, chunks=document(is_embedded=True), deadline=399.0) == [1, 1, 1, 1]
+        assert self.plan(280, chunks=document(is_embedded=True), deadline=400.0) == [1, 1, 1, 1]
 
     def test_embedded_levels_are_raised_as_far_as_the_objective_asks_and_the_back_first(self):
         assert self.plan(1000, chunks=document(is_embedded=True), target_loss=0.41) == [2, 2, 2, 2]
@@ -345,7 +351,7 @@ class TestPlan:
         progress = (*(ChunkProgress(),) * 3, arrived(1, 2))
         changes = {"chunks": document(is_embedded=True), "progress": progress}
         # 2100 + 400 bytes are left.
-        assert (self.plan(505, **changes), self.plan(515, **changes)) == ([1, 1, 1, 2], [3, 3, 3, 3])
+        assert (self.plan(770, **changes), self.plan(780, **changes)) == ([1, 1, 1, 2], [3, 3, 3, 3])
 
 
 @pytest.mark.parametrize("policy", [*POLICIES.values(), functools.partial(decide_fixed_level, level=1)])

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from cachegen.streaming.estimator import conservative_throughput
 from cachegen.streaming.policy import LoadState
 
-IN_ORDER_SHARE = 0.5
-"""Of the time that is left, what loading chunk by chunk may take: the rest is for a link that fails meanwhile."""
+IN_ORDER_SHARE = 0.33
+"""Of the time that is left, what loading chunk by chunk may take: the rest is for a link that fails meanwhile. All of
+it where computing everything would meet the deadline, too."""
 
 
 def plan_levels(state: LoadState, waiting: Sequence[int], end_seconds: float) -> dict[int, int]:
@@ -66,7 +67,9 @@ def plan_levels(state: LoadState, waiting: Sequence[int], end_seconds: float) ->
             low = middle + 1
     enough = low
     if all(state.chunks[i].is_embedded for i in waiting):
-        return raised(enough) if is_in_time(enough, IN_ORDER_SHARE) else lowest
+        text_seconds = sum(state.prefill_seconds(i) for i in range(len(state.chunks)))
+        is_safe = text_seconds <= state.objective.deadline_seconds
+        return raised(enough) if is_in_time(enough, 1.0 if is_safe else IN_ORDER_SHARE) else lowest
     low, high = 0, enough
     while low < high:
         middle = (low + high + 1) // 2
