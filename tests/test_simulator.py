@@ -191,6 +191,16 @@ class TestBusyToTheEnd:
         fetched = [entry.level for entry in request.log if entry.kind == "fetch"]
         assert fetched == sorted(fetched[: fetched.index(2)]) + fetched[fetched.index(2) :] and fetched.count(1) > 10
 
+    def test_a_refinement_that_is_late_does_not_keep_a_chunk_from_being_decoded(self):
+        # Seed 60 slows down while the last refinement is in flight.
+        chunks = LevelCurve((0.82, 1.13, 3.52, 5.29), (0.0061, 0.0017, 0.000057, 0.0000057), True, "", 2.2).document(
+            9491, 512, 65536
+        )
+        link = SEEDED_TRACES["uniform-per-chunk"](60)
+        speeds = replace(A40, stop_seconds=0.0016)
+        request = simulate_request(POLICIES["ours"], chunks, Objective(1.0), speeds, link, num_layers=32)
+        assert request.ttft_seconds <= 1.0
+
 
 class TestNoOracle:
     """A policy knows the past only."""

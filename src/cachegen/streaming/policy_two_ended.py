@@ -183,7 +183,8 @@ def _choose_decode(
             continue
         if not progress.is_ready:
             is_premature = level < _sufficient_level(state, i) and (
-                _refinement_is_near(state, end_seconds) or _own_refinement_is_near(state, i, fetches, seconds)
+                _refinement_is_near(state, end_seconds)
+                or _own_refinement_is_near(state, i, fetches, seconds, end_seconds)
             )
             if not loading_pays or (is_loading and is_premature):
                 continue
@@ -243,11 +244,18 @@ def _refinement_is_near(state: LoadState, end_seconds: float) -> bool:
     return seconds < decode_seconds and state.elapsed_seconds + seconds + decode_seconds < end_seconds
 
 
-def _own_refinement_is_near(state: LoadState, chunk: int, fetches: Sequence[Fetch], decode_seconds: float) -> bool:
-    """Tell whether a file of the chunk is in flight or requested now, and here before the chunk would be decoded."""
+def _own_refinement_is_near(
+    state: LoadState, chunk: int, fetches: Sequence[Fetch], decode_seconds: float, end_seconds: float
+) -> bool:
+    """Tell whether a file of the chunk is in flight or requested now, and here before the chunk would be decoded.
+
+    It may come late: then there must be time left to decode what is here.
+    """
     num_bytes = sum(state.chunks[fetch.chunk].file_bytes[fetch.level - 1] for fetch in fetches)
     is_coming = any(coming.chunk == chunk for coming in (*state.in_flight, *fetches))
-    return is_coming and bool(recent_throughput(state)) and _arrival_seconds(state, num_bytes) < decode_seconds
+    seconds = _arrival_seconds(state, num_bytes)
+    is_near = is_coming and bool(recent_throughput(state)) and seconds < decode_seconds
+    return is_near and state.elapsed_seconds + seconds + 2 * decode_seconds < end_seconds
 
 
 def _seconds_to_sufficient_levels(state: LoadState) -> tuple[float, float]:
