@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gpu_share", type=positive, default=1.0, help="of the GPUs, what this request gets, up to 1")
     add("--levels", default=levels, help="each codec's bits and KL per level, with their sources")
     add("--num_tokens", type=count, default=9491, help="of the document; without --document")
-    add("--chunk_size", type=count, default=1500, help="tokens per chunk; without --document")
+    add("--chunk_size", type=count, default=512, help="tokens per chunk; without --document")
     add(
         "--document",
         nargs="+",
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--slo", type=positive, default=1.0, help="objective for the time to first token, in seconds")
     add("--target_kl", type=command_line.non_negative_float, default=0.0, help="good enough; 0 uses the whole SLO")
     add("--num_connections", type=count, default=1, help="requests in flight together")
-    add("--block_tokens", type=count, default=DEFAULT_BLOCK_TOKENS, help="what the model cannot abandon half-way")
+    add("--block_tokens", type=count, default=DEFAULT_BLOCK_TOKENS, help="that the model computes in one go")
     add("--csv", metavar="FILE", help="write every request as one row")
     add("--plot", metavar="FILE", help="draw the results; needs matplotlib")
     command_line.add_common_flags(parser)
@@ -92,6 +92,7 @@ def _simulate(args: argparse.Namespace) -> None:
         machine.speeds,
         num_connections=args.num_connections,
         block_tokens=args.block_tokens,
+        num_layers=machine.num_layers,
     )
     total = len(cases) * len(systems)
     for outcome in tqdm(runs, total=total, unit="request", file=sys.stderr, disable=report.is_quiet or None):

@@ -25,7 +25,6 @@ startup.guard_imports(__name__)
 
 from cachegen import command_line  # noqa: E402
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
-from cachegen.format import Method  # noqa: E402
 from cachegen.pipeline.answers import (  # noqa: E402
     add_answer_flags,
     append_questions,
@@ -96,7 +95,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     from cachegen.pipeline.generate import generate_answer
     from cachegen.pipeline.model import load_model
     from cachegen.pipeline.model_cache import empty_cache, set_length
-    from cachegen.pipeline.prefill import recompute_first_tokens, tokenize
+    from cachegen.pipeline.prefill import tokenize
     from cachegen.streaming.client import find_for_model, make_loader, measure_speeds
     from cachegen.streaming.policy import Objective
 
@@ -110,6 +109,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     )
     loaded = load(dtype=dtype)
     token_ids = tokenize(loaded, text)
+    find_profile = profile_finder(args.profile, SCRIPT_FOLDER / "profiles", model_fingerprint=loaded.fingerprint)
     lookup_start = time.perf_counter()
     document = find_for_model(
         store,
@@ -117,7 +117,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
         token_ids,
         num_threads=num_threads,
         kernels=chosen.kernels,
-        find_profile=profile_finder(args.profile, SCRIPT_FOLDER / "profiles"),
+        find_profile=find_profile,
     )
     lookup_seconds = time.perf_counter() - lookup_start
     document.limit_chunks(args.num_chunks)
@@ -151,8 +151,6 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     with loader:
         loading = loader.run()
         set_length(cache, num_cached)
-        if document.manifest.levels[0].method == Method.TRANSFORM.name.lower():
-            recompute_first_tokens(loaded, cache, token_ids, num_cached)
         answers = [
             generate_answer(loaded, cache, num_cached, prompt, args.max_new_tokens, block_size) for prompt in prompts
         ]
@@ -252,6 +250,7 @@ def _describe_run(
         "throughput_samples": [asdict(sample) for sample in loading.samples],
         "speeds": asdict(loading.speeds),
         "problems": loading.problems,
+        "num_layers": loaded.num_layers,
         "device": str(loaded.device),
         "decoding_device": decoding_device,
         "config": command_line.effective_config(args),

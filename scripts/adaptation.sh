@@ -11,7 +11,7 @@ for levels in pessimistic small_model; do
   python "$root/run_adaptation.py" --levels "$curve" --traces uniform-per-chunk --seeds "$seeds" \
     --json "$folder/slo-$levels.json"
   for gpu in a40 h100; do
-    for kl in 0.00001 0.0001 0.0018; do
+    for kl in 0.0000057 0.000057 0.0018; do
       echo "== $levels, $gpu: time to first token at KL $kl"
       python "$root/run_adaptation.py" --levels "$curve" --gpu "$gpu" --traces constant --gbps 0.4 15 --num_rates 25 \
         --slo 10 --target_kl "$kl" --json "$folder/ttft-$levels-$gpu-$kl.json"

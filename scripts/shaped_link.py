@@ -173,7 +173,7 @@ def _measure(args: argparse.Namespace) -> None:
     why_not = find_missing()
     if why_not is not None:
         raise BackendUnavailableError(f"no shaped link here: {why_not}")
-    rows = []
+    rows, logs = [], []
     with ShapedLink(Path(args.path_to_store), args.mbps[0]) as link:
         for mbps in args.mbps:
             link.set_rate(mbps)
@@ -194,11 +194,12 @@ def _measure(args: argparse.Namespace) -> None:
             )
             if args.output_path is not None:
                 _draw(args, policy, mbps)
+            logs.append({"mbps": mbps, "whole": whole, "policy": policy})
     if args.output_path is not None:
         _write_csv(Path(args.output_path) / "shaped_link.csv", rows)
     if args.json is not None:
         versions = command_line.collect_versions()
-        command_line.write_json(args.json, {"rows": rows, "config": vars(args), "versions": versions})
+        command_line.write_json(args.json, {"rows": rows, "runs": logs, "config": vars(args), "versions": versions})
 
 
 def _load(args: argparse.Namespace, url: str, *flags: str) -> dict[str, Any]:
@@ -248,14 +249,20 @@ def _compare_with_simulator(
     document = RemoteDocument(store, FoundDocument(manifest, address, record["num_chunks"]), 1)
     measured = record["speeds"]
     decode = {name: float("inf") if value is None else value for name, value in measured["decode"].items()}
-    speeds = Speeds(PrefillSpeed(**measured["prefill"]), DecodeSpeed(**decode), record["prefill_seconds"])
+    speeds = Speeds(
+        PrefillSpeed(**measured["prefill"]),
+        DecodeSpeed(**decode),
+        record["prefill_seconds"],
+        stop_seconds=measured["stop_seconds"],
+    )
     result = simulate_request(
         POLICIES[args.policy],
         document.list_levels(),
-        Objective(args.slo),
+        Objective(args.slo - record["lookup_seconds"]),
         speeds,
         traces.constant(mbps / 1000 * GOODPUT),
-        block_tokens=64,  # the client breaks a block off between layers
+        block_tokens=manifest.prefill_block_size,
+        num_layers=record["num_layers"],
     )
     simulated = result.ttft_seconds + record["lookup_seconds"]
     return {

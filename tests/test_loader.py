@@ -68,6 +68,9 @@ class FakeWorkers:
         time.sleep(self.decode_seconds)
         return lambda start: self.write(start, CHUNKS[chunk].end_token, ("store", level))
 
+    def prepare(self) -> None:
+        assert self.tokens == [None] * len(self.tokens)
+
     def compute(self, start: int, stop: int, should_stop: Callable[[], bool]) -> bool:
         assert None not in self.tokens[:start]
         for _ in range(3):

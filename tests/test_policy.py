@@ -15,6 +15,7 @@ from cachegen.streaming.policy import (
     TEXT,
     ChunkLevels,
     ChunkProgress,
+    Decode,
     DecodeSpeed,
     Fetch,
     LoadState,
@@ -246,6 +247,57 @@ class TestTwoEnded:
         wake = decide_two_ended(state()).wake_at_seconds
         assert wake is not None and 9.5 <= wake <= 10.0
 
+    def test_a_chunk_is_completed_before_the_next_where_the_link_is_fast(self):
+        progress = (*(ChunkProgress(),) * 3, arrived(1))
+        fast = (ThroughputSample(1.0, 10_000),) * 5
+        seen = state(document(is_embedded=True), progress=progress, samples=fast)
+        assert decide_two_ended(seen).fetch == (Fetch(3, 2),)
+        assert decide_two_ended(replace(seen, samples=(ThroughputSample(1.0, 100),) * 5)).fetch == (Fetch(2, 1),)
+
+    def test_an_idle_link_brings_what_the_model_may_be_late_with(self):
+        progress = (ChunkProgress(), *(arrived(1, 2, 3, decoded_level=3),) * 3)
+        slow = (ThroughputSample(1.0, 10),) * 5  # 10 s for the smallest file, 5 s to compute
+        seen = state(progress=progress, samples=slow, computing=Work(0, TEXT, 0.0))
+        assert decide_two_ended(seen).fetch == (Fetch(0, 1),)
+
+    def test_a_shared_device_decodes_at_once_what_is_good_enough_and_lets_the_rest_wait(self):
+        speeds = {"decode": DecodeSpeed(seconds_per_chunk=0.5, compute_slowdown=1.0)}
+        computing = Work(0, TEXT, 0.0)
+        for level, decoded in ((1, None), (2, Decode(3, 2))):
+            progress = (*(ChunkProgress(),) * 3, arrived(*range(1, level + 1)))
+            seen = state(
+                document(is_embedded=True), progress=progress, speeds=speeds, target_loss=0.4, computing=computing
+            )
+            assert decide_two_ended(seen).decode == decoded
+
+    def test_a_decoder_that_nobody_has_timed_is_tried_at_once(self):
+        progress = (*(ChunkProgress(),) * 3, arrived(1))
+        seen = state(
+            document(is_embedded=True),
+            progress=progress,
+            speeds={"decode": DecodeSpeed(compute_slowdown=1.0)},
+            computing=Work(0, TEXT, 0.0),
+        )
+        assert decide_two_ended(seen).decode == Decode(3, 1)
+
+    def test_what_came_is_decoded_when_it_is_too_late_to_compute_all_in_order(self):
+        # Chunk 2 is decoded, chunk 3 only has its smallest level; 5 s to compute each, 20 s in all.
+        speeds = {"decode": DecodeSpeed(seconds_per_chunk=0.5, compute_slowdown=1.0)}
+        done = ChunkProgress(is_computed=True)
+        progress = (done, done, arrived(1, 2, 3, decoded_level=3), arrived(1))
+        seen = state(
+            document(is_embedded=True),
+            deadline=100.0,
+            progress=progress,
+            speeds=speeds,
+            target_loss=0.2,
+            in_flight=(Transfer(3, 2, 0, 9.0),),
+            samples=(ThroughputSample(1.0, 1),),
+        )
+        early, late = replace(seen, elapsed_seconds=10.0), replace(seen, elapsed_seconds=10.5)
+        assert (decide_two_ended(early).compute, decide_two_ended(early).decode) == (2, None)
+        assert (decide_two_ended(late).compute, decide_two_ended(late).decode) == (None, Decode(3, 1))
+
     def test_nothing_is_decoded_that_is_quicker_computed(self):
         speeds = {"decode": DecodeSpeed(seconds_per_chunk=6.0, compute_slowdown=1.0)}
         progress = (*(ChunkProgress(),) * 3, arrived(1))
@@ -279,8 +331,27 @@ class TestPlan:
         assert self.plan(1000, target_loss=0.41) == [2, 2, 2, 2]
         assert self.plan(1000, target_loss=0.81) == [1, 1, 2, 2]
 
-    def test_embedded_levels_begin_with_the_base(self):
-        assert self.plan(1000, chunks=document(is_embedded=True)) == [1, 1, 1, 1]
+    def test_embedded_levels_begin_with_the_base_where_time_is_short(self):
+        # All files of all chunks are 2800 bytes; they may take a third of 9.8 s.
+        assert self.plan(None, chunks=document(is_embedded=True)) == [1, 1, 1, 1]
+        assert self.plan(860, chunks=document(is_embedded=True)) == [1, 1, 1, 1]
+        assert self.plan(870, chunks=document(is_embedded=True)) == [3, 3, 3, 3]
+
+    def test_embedded_levels_may_take_all_the_time_where_text_would_be_in_time(self):
+        # Computing everything takes 400 s.
+        assert self.plan(290, chunks=document(is_embedded=True), deadline=400.0) == [3, 3, 3, 3]
+        assert self.plan(290, chunks=document(is_embedded=True), deadline=399.0) == [1, 1, 1, 1]
+        assert self.plan(280, chunks=document(is_embedded=True), deadline=400.0) == [1, 1, 1, 1]
+
+    def test_embedded_levels_are_raised_as_far_as_the_objective_asks_and_the_back_first(self):
+        assert self.plan(1000, chunks=document(is_embedded=True), target_loss=0.41) == [2, 2, 2, 2]
+        assert self.plan(1000, chunks=document(is_embedded=True), target_loss=0.81) == [1, 1, 2, 2]
+
+    def test_what_is_here_of_an_embedded_chunk_is_not_requested_again(self):
+        progress = (*(ChunkProgress(),) * 3, arrived(1, 2))
+        changes = {"chunks": document(is_embedded=True), "progress": progress}
+        # 2100 + 400 bytes are left.
+        assert (self.plan(770, **changes), self.plan(780, **changes)) == ([1, 1, 1, 2], [3, 3, 3, 3])
 
 
 @pytest.mark.parametrize("policy", [*POLICIES.values(), functools.partial(decide_fixed_level, level=1)])

@@ -98,6 +98,21 @@ class TestExactness:
         # 250 bytes/s: both files are here after 0.8 s, the model is between the blocks that end at 0.6 and 0.9 s.
         assert both.ttft_seconds == pytest.approx(0.9, abs=1e-12) and both.levels == (1, 1)
 
+    def test_the_model_ends_its_layer_where_it_has_several(self):
+        chunks = tuple(ChunkLevels(100 * i, 100, (100,), (0.1,), False) for i in range(2))
+        link = traces.held("t", [2e-6], 1.0)
+        # As above; a block of 0.3 s has 5 layers of 0.06 s, the fourth of the third block ends at 0.84 s.
+        both = simulate_request(
+            POLICIES["ours"],
+            chunks,
+            Objective(9.0, 1.0),
+            Speeds(PrefillSpeed(100.0)),
+            link,
+            block_tokens=30,
+            num_layers=5,
+        )
+        assert both.ttft_seconds == pytest.approx(0.84, abs=1e-12) and both.levels == (1, 1)
+
     def test_what_waits_for_a_dead_link_never_comes(self):
         request = simulate_request(fixed, one_level(100), Objective(1.0), SLOW_MODEL, traces.no_bandwidth())
         assert request.ttft_seconds == math.inf
@@ -146,6 +161,45 @@ class TestNeverSlowerThanText:
         chunks = (*load("embedded")[:-1], ChunkLevels(9000, 491, (), (), True))
         request = simulate_request(POLICIES["ours"], chunks, Objective(1.0), A40, traces.constant(40))
         assert request.levels[-1] == TEXT and request.levels[3] > 0 and request.ttft_seconds < 1.0
+
+
+class TestBusyToTheEnd:
+    """Decoding what is complete while the rest comes."""
+
+    @pytest.mark.parametrize("gbps", [1, 2, 3, 5])
+    def test_the_time_is_close_to_what_link_and_device_can_do_together(self, gbps):
+        chunks = load("embedded", 512)
+        objective = Objective(10.0, 0.0018)
+        speeds = replace(A40, stop_seconds=0.002)
+        request = simulate_request(POLICIES["ours"], chunks, objective, speeds, traces.constant(gbps), num_layers=32)
+        bound, _ = clairvoyant_bound(chunks, objective, A40, traces.constant(gbps))
+        decode_seconds = sum(A40.decode.seconds(c, 2) for c, n in zip(chunks, request.levels, strict=True) if n)
+        assert request.loss <= objective.target_loss
+        # The bound decodes in no time; a device that decodes does not compute meanwhile. A chunk computes in 0.09 s.
+        assert request.ttft_seconds <= bound + decode_seconds + 0.045
+
+    @pytest.mark.parametrize("gbps", [1, 3])
+    def test_nothing_is_decoded_twice_on_a_steady_link(self, gbps):
+        request = simulate_request(
+            POLICIES["ours"], load("embedded", 512), Objective(10.0, 0.0018), A40, traces.constant(gbps)
+        )
+        decoded = [entry.chunk for entry in request.log if entry.kind == "decode"]
+        assert len(decoded) == len(set(decoded)) == sum(level > 0 for level in request.levels)
+
+    def test_a_link_that_may_still_fail_brings_the_smallest_levels_first(self):
+        request = simulate_request(POLICIES["ours"], load("embedded", 512), Objective(1.0), A40, traces.constant(1.5))
+        fetched = [entry.level for entry in request.log if entry.kind == "fetch"]
+        assert fetched == sorted(fetched[: fetched.index(2)]) + fetched[fetched.index(2) :] and fetched.count(1) > 10
+
+    def test_a_refinement_that_is_late_does_not_keep_a_chunk_from_being_decoded(self):
+        # Seed 60 slows down while the last refinement is in flight.
+        chunks = LevelCurve((0.82, 1.13, 3.52, 5.29), (0.0061, 0.0017, 0.000057, 0.0000057), True, "", 2.2).document(
+            9491, 512, 65536
+        )
+        link = SEEDED_TRACES["uniform-per-chunk"](60)
+        speeds = replace(A40, stop_seconds=0.0016)
+        request = simulate_request(POLICIES["ours"], chunks, Objective(1.0), speeds, link, num_layers=32)
+        assert request.ttft_seconds <= 1.0
 
 
 class TestNoOracle:

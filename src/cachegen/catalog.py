@@ -167,17 +167,15 @@ def find_document(
     if num_tokens % tokens_per_block:
         stops.append(num_tokens)  # a document may end anywhere: its last pointer is at its end
     names = [_pointer_name(model_fingerprint, rope_hash, digest) for digest in hash_token_prefixes(token_ids, stops)]
-    if names and num_tokens % tokens_per_block and store.exists(names[-1]):
-        found = len(names)
-    else:
+    name = _find_whole(store, names[-1]) if names and num_tokens % tokens_per_block else None
+    if name is None:
         low, found = 0, num_tokens // tokens_per_block + 1  # names[low - 1] exists, names[found - 1] does not
         while found - low > 1:
             middle = (low + found) // 2
             low, found = (middle, found) if store.exists(names[middle - 1]) else (low, middle)
-        found = low
-    if found == 0:
-        return None
-    name = _read_pointer(store, names[found - 1])
+        if low == 0:
+            return None
+        name = _read_pointer(store, names[low - 1])
     address = store.describe(name)
     manifest = unpack_manifest(store.get(name, MAX_MANIFEST_BYTES), address)
     for field, value, wanted in (
@@ -187,6 +185,16 @@ def find_document(
         if value != wanted:
             raise MismatchError(f"{address}: {field} is {value[:12]}, but the pointer to it was for {wanted[:12]}")
     return FoundDocument(manifest, address, count_shared_chunks(manifest, token_ids))
+
+
+def _find_whole(store: Store, pointer: str) -> str | None:
+    """Return the manifest of the document that ends where the text does, in one request; None where there is none."""
+    try:
+        return _read_pointer(store, pointer)
+    except StoreError as error:
+        if not error.is_missing:
+            raise
+        return None
 
 
 def count_shared_chunks(manifest: Manifest, token_ids: torch.Tensor) -> int:

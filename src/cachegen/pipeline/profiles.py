@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from cachegen.config import TransformConfig
-from cachegen.errors import ConfigError, InputError
+from cachegen.errors import CacheGenError, ConfigError, InputError
 from cachegen.profile import PROFILE_NAME, Profile, load_profile
 from cachegen.transform_format import MAX_STEP_LOG
 
 
-def profile_finder(named: str | os.PathLike[str] | None, shelf: str | os.PathLike[str]) -> Callable[[bytes], Profile]:
+def profile_finder(
+    named: str | os.PathLike[str] | None, shelf: str | os.PathLike[str], *, model_fingerprint: str | None = None
+) -> Callable[[bytes], Profile]:
     """Return a function from a profile's hash (32 bytes) to the profile.
 
     Args:
         named: a profile's folder that the user gave; None searches the shelf.
         shelf: a folder of profiles.
+        model_fingerprint: load the profiles of this model, 64 hex digits, at once, as a server that has the model in
+            memory would; those that cannot be read are reported when they are asked for.
     """
+    in_memory: dict[bytes, Profile] = {}
+    if model_fingerprint is not None and named is None:
+        for path in sorted(Path(shelf).glob(f"*/{PROFILE_NAME}")):
+            content = path.read_bytes()
+            if model_fingerprint.encode() in content:
+                with contextlib.suppress(CacheGenError):
+                    in_memory[hashlib.sha256(content).digest()] = load_profile(path.parent)
 
     def find(profile_hash: bytes) -> Profile:
         """Load the profile; where one is named, whether it is the right one is the codec's gate.
@@ -29,6 +41,8 @@ def profile_finder(named: str | os.PathLike[str] | None, shelf: str | os.PathLik
         """
         if named is not None:
             return load_profile(named)
+        if profile_hash in in_memory:
+            return in_memory[profile_hash]
         for path in sorted(Path(shelf).glob(f"*/{PROFILE_NAME}")):
             if hashlib.sha256(path.read_bytes()).digest() == profile_hash:
                 return load_profile(path.parent)

@@ -123,14 +123,16 @@ def run_cases(
     *,
     num_connections: int = 1,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
+    num_layers: int = 1,
 ) -> Iterator[Outcome]:
     """Yield the outcome of each system on each trace, trace by trace.
 
-    `Speeds.stop_seconds` is replaced by what the document's last block takes.
+    The model breaks off between two of its layers: `Speeds.stop_seconds` is replaced by what one layer of the
+    document's last block takes.
     """
     end_token = systems[0].chunks[-1].end_token
     last_block_seconds = speeds.prefill.seconds(max(0, end_token - block_tokens), min(block_tokens, end_token))
-    speeds = replace(speeds, stop_seconds=last_block_seconds)
+    speeds = replace(speeds, stop_seconds=last_block_seconds / num_layers)
     for case in cases:
         for system in systems:
             if system.policy is None:
@@ -147,6 +149,7 @@ def run_cases(
                 case.trace,
                 num_connections=num_connections,
                 block_tokens=block_tokens,
+                num_layers=num_layers,
             )
             computed = request.levels.count(TEXT) / len(request.levels)
             yield Outcome(case, system.name, request.ttft_seconds, request.loss, request.num_bytes, computed)

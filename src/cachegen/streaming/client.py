@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from cachegen.codec import FindProfile
 from cachegen.coder import cpu
+from cachegen.format import Method
 from cachegen.kv_cache import hash_rotary_embeddings
 from cachegen.pipeline.decode import copy_cache, empty_on
 from cachegen.store import Store
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from cachegen.pipeline.model import LoadedModel
     from cachegen.pipeline.model_cache import Cache
 
-SHARED_CPU_SLOWDOWN = 0.5
-"""What the model loses while chunks decode on the processor that it computes on: both want all of its cores."""
+MOST_SLOWDOWN = 0.9
+"""The largest share of the model's speed that decoding on the same processor is believed to take."""
 
 
 class _Interrupted(Exception):
@@ -49,12 +51,16 @@ class ModelWorkers:
 
     def __post_init__(self) -> None:
         from cachegen.pipeline.model_cache import view_kv_cache
+        from cachegen.pipeline.prefill import SINK_TOKENS
 
         self._target = view_kv_cache(self.cache, self.document.num_tokens)
         longest = max(chunk.num_tokens for chunk in self.document.manifest.chunks[: self.document.num_chunks])
         self._staging = empty_on(self.device, self._target, longest)
         shapes = [tuple(plane.shape[1:]) for plane in self._target.planes]
         self.document.expect_planes(shapes, self._target.dtype)
+        is_transform = self.document.manifest.levels[0].method == Method.TRANSFORM.name.lower()
+        # Tokens that are never taken from a file; see `recompute_first_tokens`.
+        self._num_first = min(SINK_TOKENS, self.document.num_tokens) if is_transform else 0
 
     def fetch(self, chunk: int, level: int, on_bytes: Callable[[int], object]) -> FetchedFile:
         """Fetch a file; see `loader.Workers`."""
@@ -67,11 +73,22 @@ class ModelWorkers:
         self.document.decode(chunk, level, contents, staged)
 
         def place(start: int) -> None:
+            start = max(start, self._num_first)
             if start < entry.end_token:
                 part = staged.slice(start - entry.first_token, entry.num_tokens)
                 copy_cache(part, self._target.slice(start, entry.end_token))
 
         return place
+
+    def prepare(self) -> None:
+        """Compute the first tokens, which method `transform` takes from the text; see `loader.Workers`."""
+        from cachegen.pipeline.model_cache import empty_cache, view_kv_cache
+        from cachegen.pipeline.prefill import extend_cache
+
+        if self._num_first:
+            first_tokens = empty_cache(self.loaded.num_layers, self._num_first)
+            extend_cache(self.loaded, first_tokens, self.token_ids[: self._num_first])
+            copy_cache(view_kv_cache(first_tokens, self._num_first), self._target.slice(0, self._num_first))
 
     def compute(self, start: int, stop: int, should_stop: Callable[[], bool]) -> bool:
         """Compute a block; see `loader.Workers`. It can break off before every layer."""
@@ -170,7 +187,8 @@ def measure_speeds(
     """Measure how fast the model computes, as a server knows from earlier requests; also warms it up.
 
     Two blocks tell the two parameters: one at the beginning, where attention costs next to nothing, and one at the
-    end. The decoder's speed is not known before it has decoded; until then it is taken to cost nothing.
+    end. The decoder's speed is not known before it has decoded; until then it is taken to cost nothing. Where it
+    shares the model's processor, a third block tells how much of the model's speed that takes.
 
     Args:
         cache: from `allocate_cache` or `empty_cache`; its first `num_tokens` tokens are overwritten.
@@ -203,8 +221,9 @@ def measure_speeds(
     prefill = PrefillSpeed(num_block / linear_seconds, attention_seconds)
     num_behind = num_prompt_tokens - 1 - num_tokens
     behind_seconds = prefill.seconds(num_tokens, num_behind) if num_behind > 0 else 0.0
-    is_shared = decoding_device.type == loaded.device.type
-    slowdown = (1.0 if decoding_device.type == "cuda" else SHARED_CPU_SLOWDOWN) if is_shared else 0.0
+    slowdown = 0.0
+    if decoding_device.type == loaded.device.type:
+        slowdown = 1.0 if decoding_device.type == "cuda" else _measure_slowdown(last_seconds, lambda: time_block(last))
     return Speeds(
         prefill=prefill,
         decode=DecodeSpeed(compute_slowdown=slowdown),
@@ -212,6 +231,28 @@ def measure_speeds(
         # The model breaks off between two layers.
         stop_seconds=last_seconds / loaded.num_layers,
     )
+
+
+def _measure_slowdown(alone_seconds: float, time_block: Callable[[], float]) -> float:
+    """Return the share of the model's speed that is lost while something else wants all cores of the processor.
+
+    Matrix products, the larger part of what method `transform`'s decoder does, stand for the decoder.
+    """
+    is_over = threading.Event()
+
+    def compete() -> None:
+        factor = torch.ones(256, 256)
+        while not is_over.is_set():
+            torch.mm(factor, factor)
+
+    competitor = threading.Thread(target=compete, daemon=True, name="cachegen-compete")
+    competitor.start()
+    try:
+        beside_seconds = time_block()
+    finally:
+        is_over.set()
+        competitor.join()
+    return min(max(1 - alone_seconds / beside_seconds, 0.0), MOST_SLOWDOWN)
 
 
 def _wait_for(device: torch.device) -> None:

@@ -57,6 +57,10 @@ class Workers(Protocol):
         """Decode files outside the cache; returns what copies the chunk's tokens from a position on into it."""
         ...
 
+    def prepare(self) -> None:
+        """Do what needs no file, in the thread that computes, while the first requests are on their way."""
+        ...
+
     def compute(self, start: int, stop: int, should_stop: Callable[[], bool]) -> bool:
         """Compute tokens `start` to `stop`, all before them being in the cache.
 
@@ -151,6 +155,7 @@ class Loader:
         self._interval_bytes = self._received_bytes = 0
         self._computed = [0.0, 0.0]  # seconds measured, seconds predicted
         self._decoded = [0.0, 0.0]  # tokens, seconds
+        self._decoder_busy = [0.0, 0.0]  # seconds until its last stop, when it began; 0 while idle
         self._decoder: threading.Thread | None = None
 
     def __enter__(self) -> Loader:
@@ -182,11 +187,14 @@ class Loader:
         self._decoder = self._start(self._decode_when_told)
         self._start(self._control)
         try:
+            self._workers.prepare()
             while (chunk := self._wait_for_compute()) is not None:
                 self._compute(chunk)
         finally:
             with self._changed:
                 self._end()
+                while self._placing is not None and self._failure is None:
+                    self._changed.wait()  # what is being copied is in the cache, or will be, and in the report
         if self._failure is not None:
             raise self._failure
         if not all(chunk.progress.is_ready for chunk in self._chunks):
@@ -210,13 +218,20 @@ class Loader:
         while position < end:
             stop = min(position + self._workers.block_size, end)
             start_seconds = self._now()
+            busy_seconds = self._decoder_busy_seconds()
             is_whole = self._workers.compute(position, stop, self._should_stop_computing)
             with self._changed:
                 if not is_whole:
                     self._log("compute", index, TEXT, start_seconds, outcome="cancelled")
                     break
                 self._log("compute", index, TEXT, start_seconds)
-                self._computed[0] += self._now() - start_seconds
+                # What the decoder took of the processor meanwhile is not the model's own speed.
+                slowdown = self._speeds.decode.compute_slowdown
+                delay_seconds = slowdown * (self._decoder_busy_seconds() - busy_seconds)
+                if self._computing is not None:
+                    delayed = self._computing.delayed_seconds + delay_seconds
+                    self._computing = replace(self._computing, delayed_seconds=delayed)
+                self._computed[0] += self._now() - start_seconds - delay_seconds
                 self._computed[1] += self._speeds.prefill.seconds(position, stop - position)
                 chunk.num_exact_tokens = stop - first
                 position = stop
@@ -243,14 +258,17 @@ class Loader:
                 chunk = self._chunks[index]
                 contents = {number: chunk.arrived[number] for number in chunk.levels.files_of(level)}
             start_seconds = self._now()
+            self._decoder_busy[1] = start_seconds
             try:
                 place = self._workers.decode(index, level, contents)
             except CacheGenError as error:
                 with self._changed:
+                    self._decoder_busy = [self._decoder_busy_seconds(), 0.0]
                     self._log("decode", index, level, start_seconds, outcome=str(error))
                     self._lose(index, level, str(error))
             else:
                 with self._changed:
+                    self._decoder_busy = [self._decoder_busy_seconds(), 0.0]
                     num_bytes = sum(map(len, contents.values()))
                     self._log("decode", index, level, start_seconds, num_bytes)
                     self._decoded[0] += chunk.levels.num_tokens
@@ -259,6 +277,11 @@ class Loader:
             with self._changed:
                 self._decoding = None
                 self._announce()
+
+    def _decoder_busy_seconds(self) -> float:
+        """Return how long the decoder has been at work."""
+        total, started = self._decoder_busy
+        return total + (self._now() - started if started else 0.0)
 
     def _place(self, index: int, level: int, place: Callable[[int], object]) -> None:
         """Copy a decoded chunk into the cache, behind what was computed of it."""

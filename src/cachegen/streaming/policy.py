@@ -16,6 +16,7 @@ for a chunk that is computed. A document without levels has one level, number 1,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
@@ -206,6 +207,11 @@ class DecodeSpeed:
             raise ValueError(f"a decode speed must be positive, got {self}")
         if not 0 <= self.compute_slowdown <= 1:
             raise ValueError(f"`compute_slowdown` must be 0 to 1, got {self.compute_slowdown}")
+
+    @property
+    def is_free(self) -> bool:
+        """Whether decoding costs nothing, or nobody has timed it yet."""
+        return self.seconds_per_chunk == 0 and math.isinf(self.bytes_per_second) and math.isinf(self.tokens_per_second)
 
     def seconds(self, chunk: ChunkLevels, level: int) -> float:
         """Return the seconds to decode all files that `level` of `chunk` takes."""

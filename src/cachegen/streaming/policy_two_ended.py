@@ -11,10 +11,10 @@ rules. In short:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cachegen.streaming.estimator import recent_throughput
-from cachegen.streaming.plan_levels import plan_levels
+from cachegen.streaming.plan_levels import lowest_level, plan_levels
 from cachegen.streaming.policy import Decision, Decode, Fetch, LoadState
 
 GUARD_FRACTION = 0.02
@@ -34,8 +34,9 @@ def decide_two_ended(state: LoadState) -> Decision:
     fetch = tuple(_choose_fetches(state, decode_seconds))
     is_loading = bool(fetch or state.in_flight)
     decode = None
-    if state.decoding is None and not _decoding_can_wait(state, decode_seconds, is_loading):
-        decode = _choose_decode(state, end_seconds, is_loading)
+    if state.decoding is None:
+        can_wait = _decoding_can_wait(state, decode_seconds, is_loading)
+        decode = _choose_decode(state, end_seconds, fetch, only_sufficient=can_wait)
     compute = _choose_compute(state, end_seconds) if state.computing is None else None
     if state.is_complete and (
         state.loss <= state.objective.target_loss
@@ -98,8 +99,10 @@ def _decoding_can_wait(state: LoadState, latest_start: float, is_loading: bool) 
     computed, or refined and decoded again. It begins when nothing is left to cover and what has arrived is good
     enough, when nothing better comes, or when the time is there.
     """
-    if not _shares_device(state):
+    if not _shares_device(state) or _must_use_what_came(state):
         return False
+    if state.speeds.decode.is_free:
+        return False  # what nobody has timed yet counts as free; the first chunk tells
     if sum(_seconds_to_sufficient_levels(state)) < state.compute_seconds_left():
         return False  # all will be loaded before the model ends its chunk, which will not be needed
     loss = 0.0
@@ -127,30 +130,50 @@ def _choose_compute(state: LoadState, end_seconds: float) -> int | None:
     if missing < len(state.chunks) and not _can_be_loaded(state, missing):
         return missing
     front = state.first_not_computed()
-    if front == len(state.chunks):
+    if front == len(state.chunks) or _must_use_what_came(state):
         return None
     if missing < len(state.chunks) or state.elapsed_seconds + state.prefill_seconds(front) <= end_seconds:
         return front
     return None
 
 
+def _must_use_what_came(state: LoadState) -> bool:
+    """Tell whether all that is not ready has arrived, and it is too late to compute it in order instead.
+
+    It would be in order if the model now went over chunks that are decoded already to one that is not.
+    """
+    front, missing = state.first_not_computed(), state.first_not_ready()
+    if state.computing is not None or not front < missing < len(state.chunks):
+        return False
+    not_ready = [i for i, progress in enumerate(state.progress) if not progress.is_ready]
+    if not all(state.chunks[i].usable_level(state.progress[i].arrived) for i in not_ready):
+        return False
+    seconds = state.decode_seconds_left() + sum(state.prefill_seconds(i) for i in range(front, len(state.chunks)))
+    return state.elapsed_seconds + seconds > _latest_end_against_text(state)
+
+
 def _can_be_loaded(state: LoadState, chunk: int) -> bool:
     return bool(state.chunks[chunk].obtainable_levels(state.progress[chunk].missing))
 
 
-def _choose_decode(state: LoadState, end_seconds: float, is_loading: bool) -> Decode | None:
+def _choose_decode(
+    state: LoadState, end_seconds: float, fetches: Sequence[Fetch], *, only_sufficient: bool
+) -> Decode | None:
     """Return what the idle decoder does next: chunks that are not ready, from the back; then the largest gain in loss.
 
     A chunk is decoded only where that costs the model no more time than computing the chunk would, or has left, and
     where the end that then comes is none that text alone would have come to before.
     """
     best: tuple[float, int, Decode] | None = None
+    is_loading = bool(fetches or state.in_flight)
     speed = state.speeds.decode
     compute_seconds_left = state.compute_seconds_left()
     loading_pays = _loading_pays(state)
     for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
         level = chunk.usable_level(progress.arrived)
         if progress.is_computed or level <= progress.decoded_level:
+            continue
+        if only_sufficient and level < _sufficient_level(state, i):
             continue
         seconds = speed.seconds(chunk, level)
         if state.computing is not None and state.computing.chunk == i:
@@ -159,7 +182,10 @@ def _choose_decode(state: LoadState, end_seconds: float, is_loading: bool) -> De
         elif seconds * speed.compute_slowdown > state.prefill_seconds(i):
             continue
         if not progress.is_ready:
-            is_premature = level < _sufficient_level(state, i) and _refinement_is_near(state, end_seconds)
+            is_premature = level < _sufficient_level(state, i) and (
+                _refinement_is_near(state, end_seconds)
+                or _own_refinement_is_near(state, i, fetches, seconds, end_seconds)
+            )
             if not loading_pays or (is_loading and is_premature):
                 continue
             gain = float("inf")
@@ -218,6 +244,20 @@ def _refinement_is_near(state: LoadState, end_seconds: float) -> bool:
     return seconds < decode_seconds and state.elapsed_seconds + seconds + decode_seconds < end_seconds
 
 
+def _own_refinement_is_near(
+    state: LoadState, chunk: int, fetches: Sequence[Fetch], decode_seconds: float, end_seconds: float
+) -> bool:
+    """Tell whether a file of the chunk is in flight or requested now, and here before the chunk would be decoded.
+
+    It may come late: then there must be time left to decode what is here.
+    """
+    num_bytes = sum(state.chunks[fetch.chunk].file_bytes[fetch.level - 1] for fetch in fetches)
+    is_coming = any(coming.chunk == chunk for coming in (*state.in_flight, *fetches))
+    seconds = _arrival_seconds(state, num_bytes)
+    is_near = is_coming and bool(recent_throughput(state)) and seconds < decode_seconds
+    return is_near and state.elapsed_seconds + seconds + 2 * decode_seconds < end_seconds
+
+
 def _seconds_to_sufficient_levels(state: LoadState) -> tuple[float, float]:
     """Return how long it takes to load the sufficient levels of all that is not computed, and how long to decode them.
 
@@ -244,29 +284,51 @@ def _choose_fetches(state: LoadState, end_seconds: float) -> Iterator[Fetch]:
         return
     candidates = _covering_fetches(state, end_seconds)
     if not candidates:
-        candidates = _refining_fetches(state, end_seconds)
+        candidates = _refining_fetches(state, end_seconds) or _insuring_fetches(state)
     yield from candidates[:num_free]
 
 
 def _covering_fetches(state: LoadState, end_seconds: float) -> list[Fetch]:
-    """Return the first file of each chunk that nothing covers, from the last chunk to the first."""
-    uncovered = [
-        i
-        for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True))
-        if not progress.is_computed
-        and not _is_covered(state, i)
-        and _can_be_loaded(state, i)
-        and state.speeds.decode.compute_slowdown * state.speeds.decode.seconds(chunk, 1) <= state.prefill_seconds(i)
-    ]
-    if state.computing is not None and state.computing.chunk in uncovered and not _wins_race(state):
-        uncovered.remove(state.computing.chunk)
+    """Return files of chunks that nothing covers, and of those that shall be complete before, from the back.
+
+    None when every chunk is covered. With independent levels each chunk has one file; with embedded ones, the files
+    of a chunk follow each other where the plan has more than the smallest for it.
+    """
+    waiting = [i for i in range(len(state.chunks)) if not state.progress[i].is_computed and _is_worth_loading(state, i)]
+    uncovered = [i for i in waiting if not _is_covered(state, i)]
+    computing = state.computing.chunk if state.computing is not None else None
+    if computing in uncovered and not _wins_race(state):
+        uncovered.remove(computing)
     if not uncovered:
         return []
-    levels = plan_levels(state, uncovered, end_seconds)
-    return [
-        Fetch(i, next(n for n in state.chunks[i].files_of(levels[i]) if n not in state.expected_files(i)))
-        for i in reversed(uncovered)
-    ]
+    if all(state.chunks[i].is_embedded for i in waiting):
+        waiting = [i for i in waiting if i != computing or i in uncovered]
+    else:
+        waiting = uncovered
+    levels = plan_levels(state, waiting, end_seconds)
+    found = []
+    for i in reversed(waiting):
+        expected = state.expected_files(i)
+        files = [n for n in state.chunks[i].files_of(levels[i]) if n not in expected]
+        if files and levels[i] > state.progress[i].decoded_level:
+            found.append(Fetch(i, files[0]))
+    return found
+
+
+def _insuring_fetches(state: LoadState) -> list[Fetch]:
+    """Return the file of the chunk that the model computes now: the link is idle, and the model may be late."""
+    i = state.computing.chunk if state.computing is not None else None
+    if i is None or _is_covered(state, i) or not _is_worth_loading(state, i):
+        return []
+    files = state.chunks[i].files_of(lowest_level(state, i))
+    return [Fetch(i, next(n for n in files if n not in state.expected_files(i)))]
+
+
+def _is_worth_loading(state: LoadState, chunk: int) -> bool:
+    """Tell whether some level of the chunk can be had, and decoding it delays the model less than computing it."""
+    speed = state.speeds.decode
+    decode_seconds = speed.compute_slowdown * speed.seconds(state.chunks[chunk], 1) if state.chunks[chunk].loss else 0.0
+    return _can_be_loaded(state, chunk) and decode_seconds <= state.prefill_seconds(chunk)
 
 
 def _is_covered(state: LoadState, chunk: int) -> bool:

@@ -26,24 +26,33 @@ class LevelCurve:
         expected_kl: nats per token to the uncompressed cache, not increasing.
         is_embedded: whether levels refine each other, see `ChunkLevels`.
         source: where the numbers come from, for the report.
+        chunk_bits: what each file of a chunk costs beside `bits_per_value`, in bits per channel: ends of streams,
+            headers.
     """
 
     bits_per_value: tuple[float, ...]
     expected_kl: tuple[float, ...]
     is_embedded: bool
     source: str = ""
+    chunk_bits: float = 0.0
 
     def document(self, num_tokens: int, chunk_size: int, values_per_token: int) -> tuple[ChunkLevels, ...]:
         """Return a document of this many tokens in chunks of `chunk_size`, the last one shorter."""
         chunks = []
         for first in range(0, num_tokens, chunk_size):
             tokens = min(chunk_size, num_tokens - first)
-            totals = [math.ceil(bits * values_per_token * tokens / 8) for bits in self.bits_per_value]
+            totals = [
+                math.ceil((bits * tokens + self._num_files(level) * self.chunk_bits) * values_per_token / 8)
+                for level, bits in enumerate(self.bits_per_value, 1)
+            ]
             if self.is_embedded:
                 totals = [totals[0], *(after - before for before, after in itertools.pairwise(totals))]
             loss = tuple(kl * tokens / num_tokens for kl in self.expected_kl)
             chunks.append(ChunkLevels(first, tokens, tuple(totals), loss, self.is_embedded))
         return tuple(chunks)
+
+    def _num_files(self, level: int) -> int:
+        return level if self.is_embedded else 1
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,14 @@ class Machine:
 
     Attributes:
         values_per_token: of the KV cache.
+        num_layers: of the model, between which it can break off.
         speeds: of prefill, decoding and the first token.
         source: where the numbers come from, for the report.
     """
 
     name: str
     values_per_token: int
+    num_layers: int
     speeds: Speeds
     source: str
 
@@ -79,6 +90,9 @@ def load_level_curves(path: str | os.PathLike[str]) -> tuple[dict[str, LevelCurv
             expected_kl=tuple(_number(path, level, "expected_kl", where, minimum=0) for level in levels),
             is_embedded=_field(path, codec, "levels_are_embedded", bool, where),
             source=_field(path, codec, "source", str, where),
+            chunk_bits=_number(path, codec, "bits_per_channel_and_chunk", where, minimum=0)
+            if "bits_per_channel_and_chunk" in codec
+            else 0.0,
         )
         _check_curve(path, where, curves[name])
     return curves, _field(path, content, "source", str)
@@ -86,6 +100,8 @@ def load_level_curves(path: str | os.PathLike[str]) -> tuple[dict[str, LevelCurv
 
 def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: float = 1.0) -> Machine:
     """Read one model on one kind of GPU from config/adaptation/models.json.
+
+    An entry of "prefill" with `decode_tokens_per_second` was measured as a whole: it has all speeds and its source.
 
     Args:
         path: of the file.
@@ -108,15 +124,41 @@ def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: 
     prefill = prefills[gpu]
     place = f"{where}prefill.{gpu}."
     values = int(_number(path, models[model], "values_per_token", where))
-    bandwidth = 1e12 * _number(
-        path,
-        _field(path, _field(path, content, "gpus", dict), gpu, dict),
-        "memory_terabytes_per_second",
-        f"gpus.{gpu}.",
+    num_layers = int(_number(path, models[model], "num_layers", where))
+    num_gpus = int(_number(path, prefill, "num_gpus", place))
+    if "decode_tokens_per_second" in prefill:
+        speeds, source = _measured_speeds(path, prefill, place, gpu_share), _field(path, prefill, "source", str, place)
+    else:
+        speeds, source = _stated_speeds(path, content, models[model], where, gpu, gpu_share)
+    return Machine(f"{model} on {num_gpus} x {gpu}", values, num_layers, speeds, source)
+
+
+def _measured_speeds(path: object, prefill: dict, place: str, gpu_share: float) -> Speeds:
+    """Return the speeds of an entry that was measured as a whole."""
+    return Speeds(
+        prefill=PrefillSpeed(
+            gpu_share * _number(path, prefill, "tokens_per_second", place),
+            _number(path, prefill, "attention_nanoseconds", place, minimum=0) * 1e-9 / gpu_share,
+        ),
+        decode=DecodeSpeed(
+            tokens_per_second=gpu_share * _number(path, prefill, "decode_tokens_per_second", place),
+            compute_slowdown=_number(path, prefill, "compute_slowdown", place, minimum=0),
+        ),
+        first_token_seconds=_number(path, prefill, "first_token_seconds", place, minimum=0) / gpu_share,
     )
-    num_gpus = _number(path, prefill, "num_gpus", place)
+
+
+def _stated_speeds(
+    path: object, content: dict, model: dict, where: str, gpu: str, gpu_share: float
+) -> tuple[Speeds, str]:
+    """Return the speeds that follow from a GPU's memory bandwidth and the prefill's fit, and their source."""
+    prefill, place = model["prefill"][gpu], f"{where}prefill.{gpu}."
+    gpus = _field(path, _field(path, content, "gpus", dict), gpu, dict)
+    bandwidth = 1e12 * _number(path, gpus, "memory_terabytes_per_second", f"gpus.{gpu}.")
+    bandwidth *= gpu_share * _number(path, prefill, "num_gpus", place)
     decode = _field(path, content, "decode", dict)
     per_bandwidth = _number(path, decode, "fp16_gigabytes_per_second_per_memory_terabyte_per_second", "decode.") / 1000
+    fp16_bytes = BYTES_PER_FP16 * _number(path, model, "values_per_token", where)
     speeds = Speeds(
         prefill=PrefillSpeed(
             gpu_share * _number(path, prefill, "tokens_per_second", place),
@@ -124,15 +166,12 @@ def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: 
             _number(path, content, "overhead", ""),
         ),
         decode=DecodeSpeed(
-            tokens_per_second=gpu_share * num_gpus * bandwidth * per_bandwidth / (BYTES_PER_FP16 * values),
+            tokens_per_second=bandwidth * per_bandwidth / fp16_bytes,
             compute_slowdown=_number(path, decode, "compute_slowdown", "decode.", minimum=0),
         ),
-        first_token_seconds=BYTES_PER_FP16
-        * _number(path, models[model], "parameters", where)
-        / (gpu_share * num_gpus * bandwidth),
+        first_token_seconds=BYTES_PER_FP16 * _number(path, model, "parameters", where) / bandwidth,
     )
-    source = f"{_field(path, content, 'source', str)} Decoding: {_field(path, decode, 'source', str, 'decode.')}."
-    return Machine(f"{model} on {int(num_gpus)} x {gpu}", values, speeds, source)
+    return speeds, f"{_field(path, content, 'source', str)} Decoding: {_field(path, decode, 'source', str, 'decode.')}."
 
 
 def load_encodings(

@@ -32,7 +32,7 @@ SHORTEST_SAMPLE_SECONDS = 0.01
 """A sample also ends with a file, unless it is shorter than this."""
 
 DEFAULT_BLOCK_TOKENS = 256
-"""Tokens that the model computes in one go and cannot abandon in the middle."""
+"""Tokens that the model computes in one go; it can break off between two layers."""
 
 _TINY = 1e-9
 
@@ -80,6 +80,7 @@ def simulate_request(
     true_speeds: Speeds | None = None,
     num_connections: int = 1,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
+    num_layers: int = 1,
     observe: Callable[[LoadState], None] | None = None,
 ) -> SimulatedRequest:
     """Load one document over `trace` and return when its first token came.
@@ -94,7 +95,9 @@ def simulate_request(
         trace: what the link gives; the policy sees only what has arrived.
         true_speeds: how fast the machine is; None for as fast as `speeds` says.
         num_connections: requests that may be in flight together.
-        block_tokens: when the policy ends while the model computes, the first token waits for the end of the block.
+        block_tokens: tokens that the model computes in one go.
+        num_layers: of the model. When the policy ends while the model computes, the first token waits for the end of
+            the layer, whose time is its part of the block's; 1 for a model that cannot leave a block half-way.
         observe: called with each state before the policy is.
 
     Raises:
@@ -109,12 +112,12 @@ def simulate_request(
         decision = policy(state)
         num_decisions += 1
         if decision.is_finished:
-            return world.finish(state, block_tokens, num_decisions)
+            return world.finish(state, block_tokens, num_layers, num_decisions)
         world.apply(decision)
         if decision.cancel:
             continue  # connections are free again
         if not world.advance(decision.wake_at_seconds):
-            return replace(world.finish(state, block_tokens, num_decisions), ttft_seconds=math.inf)
+            return replace(world.finish(state, block_tokens, num_layers, num_decisions), ttft_seconds=math.inf)
 
 
 @dataclass
@@ -244,8 +247,8 @@ class _World:
         self._end_requests()
         return True
 
-    def finish(self, state: LoadState, block_tokens: int, num_decisions: int) -> SimulatedRequest:
-        """Return the result; the model first ends the block that it is in, the question then needs its time.
+    def finish(self, state: LoadState, block_tokens: int, num_layers: int, num_decisions: int) -> SimulatedRequest:
+        """Return the result; the model first ends the layer that it is in, the question then needs its time.
 
         Where the document's last tokens were computed last, the question was computed with them.
         """
@@ -253,7 +256,7 @@ class _World:
         last = self._log[-1] if self._log else None
         ended_by_computing = last is not None and last.kind == "compute" and last.chunk == len(self._chunks) - 1
         if self._computing is not None:
-            end += self._block_seconds_left(block_tokens)
+            end += self._stop_seconds(block_tokens, num_layers)
             self._log.append(LogEntry("abandoned", self._computing.chunk, TEXT, self._computing.started_seconds, end))
         for request in self._requests:
             self._note_fetch("cancelled", request)
@@ -324,15 +327,20 @@ class _World:
         levels = self._chunks[chunk]
         return self._true.prefill.seconds(levels.first_token, levels.num_tokens if num_tokens is None else num_tokens)
 
-    def _block_seconds_left(self, block_tokens: int) -> float:
-        """Return the seconds until the block that the model computes now is done."""
+    def _stop_seconds(self, block_tokens: int, num_layers: int) -> float:
+        """Return the seconds until the model is through the layer of the block that it computes now."""
         assert self._computing is not None
         chunk = self._computing.chunk
-        done = self._prefill_seconds(chunk) - self._compute_left
+        whole = self._prefill_seconds(chunk)
+        done = whole - self._compute_left
         if done <= _TINY:
             return 0.0
-        for end in range(block_tokens, self._chunks[chunk].num_tokens, block_tokens):
-            boundary = self._prefill_seconds(chunk, end)
-            if boundary >= done - _TINY:
-                return boundary - done
+        begin = 0.0
+        for stop in range(block_tokens, self._chunks[chunk].num_tokens + block_tokens, block_tokens):
+            end = self._prefill_seconds(chunk, min(stop, self._chunks[chunk].num_tokens))
+            if end >= done - _TINY:
+                layer_seconds = (end - begin) / num_layers
+                layers_done = math.ceil((done - begin) / layer_seconds - 1e-6)
+                return max(0.0, begin + layers_done * layer_seconds - done)
+            begin = end
         return self._compute_left
