@@ -60,7 +60,8 @@ def draw_timeline(
             axes.text(start + width / 2, lane, str(span["chunk"]), ha="center", va="center", fontsize=6, color="black")
     for label, seconds in marks.items():
         axes.axvline(seconds, color="#cb181d", linewidth=0.8, linestyle="--")
-        axes.text(seconds, -0.62, label, ha="right", va="bottom", fontsize=7, color="#cb181d")
+        side = "left" if len(marks) > 1 and seconds == max(marks.values()) else "right"  # labels of near marks part
+        axes.text(seconds, -0.62, label, ha=side, va="bottom", fontsize=7, color="#cb181d")
     levels = sorted({span["level"] for span in spans if span["level"] != TEXT})
     handles = [Patch(color=_LEVEL_COLORS[min(n, len(_LEVEL_COLORS)) - 1], label=f"level {n}") for n in levels]
     handles += [Patch(color=_TEXT_COLOR, label="from text"), Patch(facecolor="0.8", hatch="////", label="not used")]
