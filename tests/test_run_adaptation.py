@@ -121,6 +121,17 @@ def test_bundled_speeds_are_those_of_the_design():
         assert prefill.seconds(0, 9500) == pytest.approx(seconds, abs=0.006)
 
 
+def test_every_bundled_machine_is_read_and_states_its_source():
+    path = REPOSITORY / "config" / "adaptation" / "models.json"
+    models = json.loads(path.read_text())["models"]
+    for model, gpu in [(model, gpu) for model, content in models.items() for gpu in content["prefill"]]:
+        machine = scenario.load_machine(path, model, gpu)
+        assert machine.source and machine.num_layers == models[model]["num_layers"]
+        halved = scenario.load_machine(path, model, gpu, 0.5).speeds
+        assert halved.prefill.seconds(0, 100) == pytest.approx(2 * machine.speeds.prefill.seconds(0, 100))
+        assert halved.decode.tokens_per_second == pytest.approx(machine.speeds.decode.tokens_per_second / 2)
+
+
 @pytest.mark.parametrize(
     ("flags", "exit_code", "says"),
     [
