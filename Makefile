@@ -10,7 +10,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo test test-mutations test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -32,6 +32,9 @@ demo: $(INSTALLED) ## Prefill, encode, decode and answer a question with the bun
 
 test: $(INSTALLED) ## Run all tests that need neither a GPU nor the internet
 	@$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-mutations: $(INSTALLED) ## Change lines of the emulated kernels, one by one; the comparisons must notice
+	@$(BIN)/python -m pytest -m mutation -n auto
 
 test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU")'

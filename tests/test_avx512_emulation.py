@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulation import NATIVE, avx512
+from tests.emulation import NATIVE, avx512, choose_mutations
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 is of x86-64")
 
@@ -90,14 +90,14 @@ def test_kernels_agree_with_the_other_paths_and_stay_inside(module_path: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", choose_mutations(MUTATIONS, {"dead lanes take words", "quotients are not corrected"}))
 def test_comparison_notices_a_mutated_line(tmp_path: Path, name: str) -> None:
     result = avx512.run_tests(mutate(tmp_path, *MUTATIONS[name]), "-x", "tests/test_cpu_paths.py")
     assert result.returncode == 1 and "1 failed" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OVERRUNS)
+@pytest.mark.parametrize("name", choose_mutations(OVERRUNS, {"rows behind the last token are written"}))
 def test_sanitizer_notices_an_access_outside(tmp_path: Path, name: str) -> None:
     result = avx512.run_tests(mutate(tmp_path, *OVERRUNS[name]), "-x", "-s", "tests/test_cpu_paths.py")
     # An overflow, or, where it leaps over the gap between two blocks, a use after free.

@@ -393,6 +393,14 @@ MUTATIONS = {
         "const int64_t chunk_token = token;",
     ),
 }
+IN_EVERY_RUN = {
+    "the ring is refilled over words that are still read",
+    "missing words go unnoticed",
+    "the tail row is dropped",
+    "low bits forget the rows before",
+    "a barrier of components is missing",
+    "escapes ascend from the first one only",
+}
 
 
 def run(program: str, module: Path) -> subprocess.CompletedProcess[str]:
@@ -419,7 +427,7 @@ def test_comparison_agrees_without_a_mutation(module_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", emulation.choose_mutations(MUTATIONS, IN_EVERY_RUN))
 def test_comparison_notices_a_mutated_line(tmp_path: Path, name: str) -> None:
     result = run("compare", mutate(tmp_path, *MUTATIONS[name]))
     assert result.returncode == 1 and result.stdout.startswith("differs: "), result.stdout + result.stderr

@@ -13,11 +13,14 @@ import importlib.util
 import os
 import subprocess
 import sysconfig
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pybind11
+import pytest
 import torch
 
 from cachegen.coder.cuda import CudaKernels
@@ -96,6 +99,13 @@ def take_store_counts(path: Path) -> StoreCounts:
 def kernels_of(path: Path) -> CudaKernels:
     """Return the coder's CUDA half over an emulated module; its device's memory is the CPU's."""
     return CudaKernels(load(path), torch.device("cpu"))
+
+
+def choose_mutations(names: Iterable[str], in_every_run: Collection[str]) -> list[Any]:
+    """Return parameters for a test of mutations: those that `make test` leaves out are marked `mutation`."""
+    chosen = list(names)
+    assert set(in_every_run) <= set(chosen)
+    return [name if name in in_every_run else pytest.param(name, marks=pytest.mark.mutation) for name in chosen]
 
 
 def hash_files(paths: list[Path], options: str = "") -> str:
