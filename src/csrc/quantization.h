@@ -92,6 +92,24 @@ struct Float16 {
     }
 };
 
+// Call work(Float16{}), work(Bfloat16{}) or work(Float32{}); returns false, without a call, where `dtype` is none of
+// them.
+template <class Work>
+bool with_dtype(Dtype dtype, Work&& work) {
+    switch (dtype) {
+        case Dtype::kFloat16:
+            work(Float16{});
+            return true;
+        case Dtype::kBfloat16:
+            work(Bfloat16{});
+            return true;
+        case Dtype::kFloat32:
+            work(Float32{});
+            return true;
+    }
+    return false;
+}
+
 // M, the largest quantized magnitude: symbols run from 0 to 2M and M stands for zero.
 CACHEGEN_HOST_DEVICE inline int zero_symbol_of(int num_bins) { return num_bins / 2 - 1; }
 

@@ -31,16 +31,8 @@ namespace {
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 
 template <class Work>
-auto with_dtype(int dtype, Work&& work) {
-    switch (static_cast<Dtype>(dtype)) {
-        case Dtype::kFloat16:
-            return work(Float16{});
-        case Dtype::kBfloat16:
-            return work(Bfloat16{});
-        case Dtype::kFloat32:
-            return work(Float32{});
-    }
-    throw py::value_error("unknown dtype " + std::to_string(dtype));
+void with_known_dtype(int dtype, Work&& work) {
+    if (!with_dtype(static_cast<Dtype>(dtype), work)) throw py::value_error("unknown dtype " + std::to_string(dtype));
 }
 
 // Move a vector's memory into a NumPy array without a copy.
@@ -196,7 +188,7 @@ py::tuple measure(const std::vector<Plane>& planes, int dtype, int64_t num_token
     std::vector<int64_t> bad_tokens(planes.size(), -1);
     {
         py::gil_scoped_release release;
-        with_dtype(dtype, [&](auto tag) {
+        with_known_dtype(dtype, [&](auto tag) {
             parallel_for(static_cast<int64_t>(planes.size()), num_threads, [&](int64_t i) {
                 uint32_t* const plane_counts = &counts[first_rows[i] * kTableSize];
 #if CACHEGEN_X86
@@ -231,8 +223,8 @@ py::tuple encode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens
     EncodedStreams encoded;
     {
         py::gil_scoped_release release;
-        with_dtype(dtype,
-                   [&](auto tag) { encoded = encode_planes<decltype(tag)>(planes, streams, path, num_threads); });
+        with_known_dtype(dtype,
+                         [&](auto tag) { encoded = encode_planes<decltype(tag)>(planes, streams, path, num_threads); });
     }
     std::vector<uint32_t> index(3 * streams.size());
     std::vector<int64_t> offsets(streams.size() + 1, 0);
@@ -281,7 +273,7 @@ py::tuple decode(const std::vector<Plane>& planes, int dtype, int64_t num_tokens
     {
         const uint8_t* bytes = payload.data();
         py::gil_scoped_release release;
-        with_dtype(dtype, [&](auto tag) {
+        with_known_dtype(dtype, [&](auto tag) {
             decode_planes<decltype(tag)>(planes, streams, num_tokens, bytes, payload.size(), path, num_threads,
                                          statuses);
         });

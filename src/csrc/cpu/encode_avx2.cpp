@@ -368,12 +368,7 @@ CACHEGEN_AVX2 void encode_batch(const StreamBatch& batch, Scratch& scratch, Enco
 namespace cachegen {
 
 void encode_batch_avx2(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
-    if (dtype == Dtype::kFloat16)
-        avx2::encode_batch<Float16>(batch, scratch, encoded);
-    else if (dtype == Dtype::kBfloat16)
-        avx2::encode_batch<Bfloat16>(batch, scratch, encoded);
-    else
-        avx2::encode_batch<Float32>(batch, scratch, encoded);
+    with_dtype(dtype, [&](auto tag) { avx2::encode_batch<decltype(tag)>(batch, scratch, encoded); });
 }
 
 }  // namespace cachegen

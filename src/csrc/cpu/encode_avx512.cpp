@@ -362,12 +362,7 @@ void encode_batch(const StreamBatch& batch, Scratch& scratch, EncodedStream* enc
 namespace cachegen {
 
 void encode_batch_avx512(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
-    if (dtype == Dtype::kFloat16)
-        avx512::encode_batch<Float16>(batch, scratch, encoded);
-    else if (dtype == Dtype::kBfloat16)
-        avx512::encode_batch<Bfloat16>(batch, scratch, encoded);
-    else
-        avx512::encode_batch<Float32>(batch, scratch, encoded);
+    with_dtype(dtype, [&](auto tag) { avx512::encode_batch<decltype(tag)>(batch, scratch, encoded); });
 }
 
 }  // namespace cachegen

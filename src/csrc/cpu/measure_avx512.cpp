@@ -1,26 +1,19 @@
 // Measuring with AVX-512: the scales of a plane's tokens, and how often each channel's high part takes each value.
-//
-// Counting is what costs: one read-modify-write of memory per value. So that the counters stay in the first-level cache
-// and the values in the second, 64 tokens are taken at a time, and of those 32 channels.
 
 #include "cpu/cpu_path.h"
 
 #if CACHEGEN_X86
 
-#include <algorithm>
-#include <cstring>
-#include <type_traits>
 #include <utility>
 
 #include "cpu/avx512.h"
+#include "cpu/measure_blocks.h"
 #include "cpu/planes.h"
 #include "cpu/quantize_avx512.h"
 #include "cpu/stream_batch.h"
 
 namespace cachegen::avx512 {
 namespace {
-
-constexpr int64_t kBlockTokens = 64;
 
 // The largest magnitude of a token, as bits of its dtype.
 template <class Dtype>
@@ -77,43 +70,19 @@ CACHEGEN_AVX512 void count_tile(const Plane& plane, const typename Dtype::Storag
     }
 }
 
-template <class Dtype>
-int64_t measure(const Plane& plane, int64_t num_tokens, uint32_t* counts) {
-    using Storage = typename Dtype::Storage;
-    constexpr uint32_t kInfinity = Dtype::kDtype == cachegen::Dtype::kFloat16    ? 0x7C00
-                                   : Dtype::kDtype == cachegen::Dtype::kBfloat16 ? 0x7F80
-                                                                                 : 0x7F800000;
-    const auto* values = reinterpret_cast<const Storage*>(plane.values);
-    auto* scales = reinterpret_cast<Storage*>(plane.scales);
-    const int64_t num_channels = plane.num_channels();
-    for (int64_t first_token = 0; first_token < num_tokens; first_token += kBlockTokens) {
-        const int64_t count = std::min(kBlockTokens, num_tokens - first_token);
-        const Storage* block = values + first_token * plane.token_stride;
-        float inverses[kBlockTokens];
-        for (int64_t token = 0; token < count; ++token) {
-            const uint32_t largest = largest_magnitude<Dtype>(plane, block + token * plane.token_stride);
-            if (largest >= kInfinity) return first_token + token;
-            const auto bits = static_cast<std::conditional_t<sizeof(Storage) == 2, uint16_t, uint32_t>>(largest);
-            std::memcpy(&scales[first_token + token], &bits, sizeof bits);
-            inverses[token] = inverse_step(Dtype::widen(scales[first_token + token]), zero_symbol_of(plane.num_bins));
-        }
-        for (int64_t channel = 0; channel < num_channels; channel += kTileChannels)
-            count_tile<Dtype>(plane, block, inverses, count, channel,
-                              static_cast<int>(std::min<int64_t>(kTileChannels, num_channels - channel)),
-                              counts + channel * kTableSize);
-    }
-    return -1;
-}
-
 }  // namespace
 }  // namespace cachegen::avx512
 
 namespace cachegen {
 
 int64_t measure_plane_avx512(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts) {
-    if (dtype == Dtype::kFloat16) return avx512::measure<Float16>(plane, num_tokens, counts);
-    if (dtype == Dtype::kBfloat16) return avx512::measure<Bfloat16>(plane, num_tokens, counts);
-    return avx512::measure<Float32>(plane, num_tokens, counts);
+    int64_t bad_token = -1;
+    with_dtype(dtype, [&](auto tag) {
+        using Tag = decltype(tag);
+        bad_token =
+            measure_in_blocks<Tag>(plane, num_tokens, counts, avx512::largest_magnitude<Tag>, avx512::count_tile<Tag>);
+    });
+    return bad_token;
 }
 
 }  // namespace cachegen

@@ -47,19 +47,7 @@ template <class LaunchIt>
 const char* launch_for_dtype(const Launch& launch, LaunchIt&& launch_it) {
     const DeviceGuard guard(launch.device);
     cudaGetLastError();  // an earlier error is not this launch's
-    switch (static_cast<Dtype>(launch.dtype)) {
-        case Dtype::kFloat16:
-            launch_it(Float16{});
-            break;
-        case Dtype::kBfloat16:
-            launch_it(Bfloat16{});
-            break;
-        case Dtype::kFloat32:
-            launch_it(Float32{});
-            break;
-        default:
-            return "unknown dtype";
-    }
+    if (!with_dtype(static_cast<Dtype>(launch.dtype), launch_it)) return "unknown dtype";
     return take_error();
 }
 
