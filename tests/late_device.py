@@ -174,7 +174,7 @@ def _outcome(call: Callable[[], object]) -> str | None:
 
 def _start(kernels: CudaKernels, chunk: Encoded, payload: bytes, tables: Any) -> tuple[KVCache, Callable[[], None]]:
     output, content = allocate_like(chunk.cache, chunk.cache.num_tokens), bytearray(payload)
-    finish = kernels.start_decoding(memoryview(content), chunk.streams, chunk.scales, chunk.layouts, tables, output)
+    finish = kernels.start_decode(memoryview(content), chunk.streams, chunk.scales, chunk.layouts, tables, output)
     content[:] = bytes(len(content))  # they are the caller's again
 
     return output, finish

@@ -147,7 +147,7 @@ def test_chunks_in_flight_do_not_touch_each_other(on_gpu: CudaKernels, gpu: torc
         for plane in output.planes:
             plane.fill_(torch.nan)
         tables = chunk.load_tables(on_gpu)
-        finish = on_gpu.start_decoding(memoryview(content), chunk.streams, chunk.scales, chunk.layouts, tables, output)
+        finish = on_gpu.start_decode(memoryview(content), chunk.streams, chunk.scales, chunk.layouts, tables, output)
         content[:] = bytes(len(content))
         started.append((chunk, output, finish))
     for chunk, output, finish in started:

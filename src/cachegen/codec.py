@@ -16,6 +16,7 @@ import torch
 
 from cachegen import container
 from cachegen.coder import cpu
+from cachegen.coder.deferred import start
 from cachegen.config import QuantizationConfig
 from cachegen.errors import BitstreamError, MismatchError
 from cachegen.format import (
@@ -315,8 +316,9 @@ def _start_decoding_chunk(
             )
     if (document.tables is None) != (header.coder is Coder.PACKED):
         raise MismatchError(f"coder is {header.coder.name.lower()}, which does not go with the tables file")
-    start_decoding = getattr(kernels, "start_decoding", None)
-    finish = (start_decoding or kernels.decode)(
+    finish = start(
+        kernels,
+        "decode",
         chunk.payload,
         header.streams,
         chunk.scales,
@@ -326,7 +328,7 @@ def _start_decoding_chunk(
         num_threads,
         coder=header.coder,
     )
-    return header, finish if start_decoding is not None else _do_nothing
+    return header, finish
 
 
 def choose_tokens_per_stream(num_channels: int, num_tokens: int, coder: Coder = Coder.RANS) -> int:
@@ -348,10 +350,6 @@ def document_dtype(document: Document | TransformDocument) -> torch.dtype:
 def _low_bits(num_bins: int, coder: Coder) -> int:
     """How many low bits a plane stores raw: all of them with coder `packed`."""
     return low_bits_for(num_bins, 1 if coder is Coder.PACKED else TABLE_SIZE)
-
-
-def _do_nothing() -> None:
-    pass
 
 
 def _show(value: object) -> str:

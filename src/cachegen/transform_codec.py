@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from cachegen.coder import components as cpu_components
 from cachegen.coder import cpu
 from cachegen.coder.components import ComponentGroup
 from cachegen.coder.cpu import DTYPES
+from cachegen.coder.deferred import start
 from cachegen.coder.reference import not_finite_error
 from cachegen.component_tables import LevelCoding, plan_level
 from cachegen.errors import BitstreamError, InputError, MismatchError
@@ -39,6 +41,8 @@ from cachegen.transform_format import (
 
 # A lane costs about 24 bits beyond its symbols; many components cost only tenths of a bit.
 SYMBOLS_PER_LANE = 16384
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -314,7 +318,6 @@ def start_decoding_component_chunk(
             raise
         chunks.append(chunk)
     coder = component_kernels(kernels)
-    start_decoding = getattr(coder, "start_decoding_component_groups", None)
     started: list[tuple[int, Callable[[], None]]] = []
     step = step_of_level(document.header.step_log, len(chunks))
     longest = round_up(output.num_tokens, LANES)  # a file may claim longer streams, and has one then
@@ -332,12 +335,8 @@ def start_decoding_component_chunk(
             streams = header.streams[starts[level] :][: sum(header.streams_of_groups[group] for group in batch)]
             num_bytes = sum(round_up(stream.num_bytes, ALIGNMENT) for stream in streams)
             payload = chunk.payload[offsets[level] : offsets[level] + num_bytes]
-            if start_decoding is not None:
-                started.append((level + 1, start_decoding(payload, streams, groups, num_threads)))
-            else:
-                _call_at_level(
-                    level + 1, functools.partial(coder.decode_component_groups, payload, streams, groups, num_threads)
-                )
+            begin = functools.partial(start, coder, "decode_component_groups", payload, streams, groups, num_threads)
+            started.append((level + 1, _call_at_level(level + 1, begin)))
             starts[level] += len(streams)
             offsets[level] += num_bytes
         for group, components in zip(batch, decoded, strict=True):
@@ -350,10 +349,10 @@ def start_decoding_component_chunk(
     return headers[-1], finish
 
 
-def _call_at_level(level: int, decode: Callable[[], None]) -> None:
-    """Decode, or wait for it; an error is about the file of that level."""
+def _call_at_level(level: int, decode: Callable[[], Result]) -> Result:
+    """Begin to decode, or wait for it; an error is about the file of that level."""
     try:
-        decode()
+        return decode()
     except BitstreamError as error:
         located = BitstreamError(error.problem, field=error.field)
         located.level = level

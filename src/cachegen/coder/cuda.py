@@ -216,9 +216,9 @@ class CudaKernels(ComponentKernels):
             output: on the GPU, or on several: each decodes its planes.
             coder: as in `encode`.
         """
-        self.start_decoding(payload, streams, scales, planes, tables, output, num_threads, coder=coder)()
+        self.start_decode(payload, streams, scales, planes, tables, output, num_threads, coder=coder)()
 
-    def start_decoding(
+    def start_decode(
         self,
         payload: bytes | memoryview,
         streams: Sequence[StreamEntry],

@@ -134,9 +134,9 @@ class ComponentKernels:
         Args:
             groups: their components on one GPU, those of a token contiguous.
         """
-        self.start_decoding_component_groups(payload, streams, groups, num_threads)()
+        self.start_decode_component_groups(payload, streams, groups, num_threads)()
 
-    def start_decoding_component_groups(
+    def start_decode_component_groups(
         self,
         payload: bytes | memoryview,
         streams: Sequence[StreamEntry],
