@@ -12,6 +12,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cachegen.files import atomic_write
 FILE_FORMAT = "cachegen-kv"
 FILE_VERSION = 1
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_HASHED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class ContextMetadata:
         token_ids: int32 `[num_tokens]`, the tokens whose keys and values the cache holds.
         rotary_embeddings: empty for a model without rotary position embedding.
         block_size: tokens per prefill step; part of the result, since blocks change float rounding.
+        cache_hash: `hash_planes` of the cache, as its file records it; None for a cache that no file holds. What reads
+            all values anyway compares them with it.
     """
 
     model_id: str
@@ -76,6 +80,7 @@ class ContextMetadata:
     token_ids: torch.Tensor
     rotary_embeddings: tuple[RotaryEmbedding, ...]
     block_size: int
+    cache_hash: str | None = None
 
     @property
     def rope_hash(self) -> str:
@@ -142,6 +147,29 @@ class KVCache:
 def from_planes(planes: Sequence[torch.Tensor]) -> KVCache:
     """Build a cache from its planes, in the order of `KVCache.planes`."""
     return KVCache(list(planes[0::2]), list(planes[1::2]))
+
+
+def hash_planes(cache: KVCache, num_threads: int = 1) -> str:
+    """Hash a cache's dtype, shapes and values: two caches have one hash only if they are equal bit for bit.
+
+    Args:
+        num_threads: planes that are hashed side by side.
+
+    Returns:
+        SHA-256 in hex of one line per plane, in file order: its dtype, its shape, and the SHA-256 in hex of its values
+        as little-endian bytes, token after token. Memory is taken for `_HASHED_TOKENS` tokens of a plane at a time.
+    """
+
+    def describe(plane: torch.Tensor) -> str:
+        digest = hashlib.sha256()
+        for tokens in plane.split(_HASHED_TOKENS):
+            digest.update(tokens.cpu().contiguous().view(torch.uint8).numpy())
+        shape = " ".join(map(str, plane.shape))
+        return f"{str(plane.dtype).removeprefix('torch.')} {shape} {digest.hexdigest()}\n"
+
+    with ThreadPoolExecutor(max_workers=max(num_threads, 1)) as pool:
+        lines = "".join(pool.map(describe, cache.planes))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def hash_token_prefixes(token_ids: torch.Tensor, stops: Sequence[int]) -> list[str]:
