@@ -99,3 +99,7 @@ class OutputError(CacheGenError):
     """Report an output that cannot be written, or that would replace something of the user's."""
 
     exit_code = 7
+
+
+class OutputExistsError(OutputError):
+    """Refuse to replace what has the name already, if only since a moment ago: another process may have put it."""
