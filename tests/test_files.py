@@ -245,7 +245,7 @@ def test_only_a_folder_can_be_locked(tmp_path):
 def test_a_file_is_read_whole_up_to_its_limit(tmp_path):
     (tmp_path / "file").write_bytes(b"\0\r\n")
     assert read_file(tmp_path / "file", 3) == b"\0\r\n"
-    with pytest.raises(InputError, match="file: has 3 bytes, more than the 2 that a file of this kind may have"):
+    with pytest.raises(InputError, match="file: has 3 bytes, more than the 2 that a file may have"):
         read_file(tmp_path / "file", 2)
 
 

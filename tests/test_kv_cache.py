@@ -137,7 +137,7 @@ def test_the_rotary_hash_ignores_the_last_bits_and_nothing_else():
 
 
 def test_a_missing_file_says_what_writes_it(tmp_path):
-    with pytest.raises(InputError, match=r"no-such.pkl: no such file \(write one with main.py"):
+    with pytest.raises(InputError, match=r"no-such.pkl: no such KV cache file \(write one with main.py"):
         load_kv_cache(tmp_path / "no-such.pkl")
 
 

@@ -209,7 +209,8 @@ def load_model_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def _load_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    text = read_file(path, MAX_CONFIG_BYTES, hint="config/README.md lists the configs that come with cachegen")
+    hint = "config/README.md lists those that come with cachegen"
+    text = read_file(path, MAX_CONFIG_BYTES, kind="config file", hint=hint)
     try:
         content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:

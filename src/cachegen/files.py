@@ -33,30 +33,29 @@ _NO_HARD_LINKS = frozenset(
 _STALE_SECONDS = 24 * 3600.0  # of a temporary file where no lock can tell
 
 
-def read_file(path: str | os.PathLike[str], max_bytes: int, *, hint: str = "") -> bytes:
+def read_file(path: str | os.PathLike[str], max_bytes: int, *, kind: str = "file", hint: str = "") -> bytes:
     """Read a file that may be anyone's: at once, or not at all.
 
     Args:
         max_bytes: a larger file is refused before anything of it is read.
+        kind: of file, and
         hint: what to do where there is no such file, for the message.
 
     Raises:
         InputError: there is no such file, it is none (a folder, a pipe, a device), it is too large, or it cannot be
             read.
     """
-    with open_file(path, hint=hint) as stream:
+    with open_file(path, kind=kind, hint=hint) as stream:
         try:
             size = os.fstat(stream.fileno()).st_size
             if size > max_bytes:
-                raise InputError(
-                    f"{path}: has {size} bytes, more than the {max_bytes} that a file of this kind may have"
-                )
+                raise InputError(f"{path}: has {size} bytes, more than the {max_bytes} that a {kind} may have")
             return stream.read(size)
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def open_file(path: str | os.PathLike[str], *, hint: str = "") -> BinaryIO:
+def open_file(path: str | os.PathLike[str], *, kind: str = "file", hint: str = "") -> BinaryIO:
     """Open a file for reading; a pipe or a device, which could be read without end, is refused at once.
 
     Raises:
@@ -66,7 +65,7 @@ def open_file(path: str | os.PathLike[str], *, hint: str = "") -> BinaryIO:
         # Without O_NONBLOCK, opening a pipe waits for someone to write into it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such file{f' ({hint})' if hint else ''}") from None
+        raise InputError(f"{path}: no such {kind}{f' ({hint})' if hint else ''}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # a name with a NUL
@@ -74,8 +73,8 @@ def open_file(path: str | os.PathLike[str], *, hint: str = "") -> BinaryIO:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
-        raise InputError(f"{path}: cannot be read: is {kind}, where a file is needed")
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+        raise InputError(f"{path}: cannot be read: is {found}, where a file is needed")
     return os.fdopen(descriptor, "rb")
 
 

@@ -19,7 +19,11 @@ def read_context(path: Path) -> str:
         InputError: there is no such file, it is a folder or a device, it is too large, it is not UTF-8 text, or it is
             empty.
     """
-    content = _read_pipe(path) if _is_pipe(path) else read_file(path, MAX_CONTEXT_BYTES, hint="--path_to_context")
+    content = (
+        _read_pipe(path)
+        if _is_pipe(path)
+        else read_file(path, MAX_CONTEXT_BYTES, kind="context file", hint="--path_to_context")
+    )
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

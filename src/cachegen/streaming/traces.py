@@ -95,7 +95,7 @@ def load_trace(path: str | os.PathLike[str]) -> BandwidthTrace:
         InputError: it is missing, or not a trace, naming the line.
     """
     path = Path(path)
-    text = read_file(path, MAX_TRACE_BYTES)
+    text = read_file(path, MAX_TRACE_BYTES, kind="trace file")
     try:
         lines = text.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
