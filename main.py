@@ -277,7 +277,7 @@ def _examine(kv_path: Path, loaded: LoadedModel, token_ids: torch.Tensor, args: 
     if differing:
         raise OutputError(f"{kv_path}: was made with another {' and another '.join(differing)}; {remedy}")
     # What the file says about itself is covered by checksums; this reads the values, too.
-    is_whole = hash_planes(cache, os.cpu_count() or 1) == metadata.cache_hash
+    is_whole = hash_planes(cache) == metadata.cache_hash
     return FileState.FINISHED if is_whole else FileState.DAMAGED
 
 
