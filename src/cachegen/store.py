@@ -15,13 +15,13 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cachegen.errors import BackendUnavailableError, ConfigError, OutputError, StoreError
-from cachegen.files import is_temporary, write_file
+from cachegen.errors import BackendUnavailableError, ConfigError, OutputError, OutputExistsError, StoreError
+from cachegen.files import is_temporary, remove_stale_temporaries, write_file
 
 URL_SCHEMES = ("http", "https", "s3", "gs", "az", "memory")
 
@@ -85,6 +85,7 @@ class Store:
     def __init__(self, url: str, backend: Any, retry: RetryRule, folder: Path | None = None) -> None:
         self.url, self.retry = url.rstrip("/"), retry
         self._backend, self._folder = backend, folder
+        self._swept: set[Path] = set()  # folders that hold no file of a killed writer any more
 
     def describe(self, name: str) -> str:
         """Return the full address of an object, for messages."""
@@ -178,15 +179,28 @@ class Store:
             OutputError: it cannot be written, after all attempts.
         """
         try:
-            if not overwrite and self.exists(name):
+            is_there = not overwrite and self.exists(name)
+            if self._folder is not None:
+                self._sweep((self._folder / name).parent)
+            if is_there:
                 return False
             if self._folder is not None:  # ours is on disk before it has its name; obstore's is renamed only
-                write_file(self._folder / name, bytes(content))
+                try:
+                    write_file(self._folder / name, bytes(content), replace=overwrite)
+                except OutputExistsError:  # by another process, just now
+                    return False
                 return True
             return self._try_again(lambda: self._upload(name, bytes(content), overwrite))
         except StoreError as error:
             place = self.describe(name)
             raise OutputError(f"{place}: cannot be written: {str(error).removeprefix(place + ': ')}") from error
+
+    def _sweep(self, folder: Path) -> None:
+        """Remove what killed writers left in a folder, once."""
+        if folder not in self._swept:
+            with suppress(OSError):  # there is no such folder yet, or what is wrong with it will show
+                remove_stale_temporaries(folder)
+            self._swept.add(folder)
 
     def _upload(self, name: str, content: bytes, overwrite: bool) -> bool:
         """Send an object; returns False where another one was there first."""
