@@ -319,8 +319,8 @@ def read_rotary_embeddings(records: object) -> tuple[RotaryEmbedding, ...]:
         frequencies = _read_list(record["inv_freq"], "inv_freq", 0, MAX_CHANNELS)
         embeddings.append(
             RotaryEmbedding(
-                name=_read_text(record["name"], "name"),
-                rope_type=_read_text(record["rope_type"], "rope_type"),
+                name=_read_name(record["name"], "name"),
+                rope_type=_read_name(record["rope_type"], "rope_type"),
                 inv_freq=tuple(_read_number(frequency, "inv_freq") for frequency in frequencies),
                 attention_scaling=_read_number(record["attention_scaling"], "attention_scaling"),
             )
@@ -411,6 +411,13 @@ def _read_text(value: object, field: str) -> str:
     if type(value) is not str or len(value) > _MAX_TEXT:
         raise BitstreamError(f"must be a text of at most {_MAX_TEXT} characters", field=field)
     return value
+
+
+def _read_name(value: object, field: str) -> str:
+    name = _read_text(value, field)
+    if not name.isprintable():  # nor can the rest be hashed: half a character has no UTF-8
+        raise BitstreamError("must be printable characters", field=field)
+    return name
 
 
 def _read_hash(value: object, field: str) -> str:
