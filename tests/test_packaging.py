@@ -43,6 +43,7 @@ LAYERS = {
     "manifest": 0,
     "quantization": 1,
     "transform": 1,
+    "exact_values": 1,
     "coder": 2,
     "component_tables": 2,
     "symbol_model": 2,

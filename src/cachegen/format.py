@@ -40,7 +40,7 @@ MAX_CHUNKS = 1 << 20
 MAX_CODE_TOKENS = 1 << 14  # of a stream of coder `ac`: a code's length in bytes must fit in 16 bits
 
 _CHUNK_FIELDS = struct.Struct("<QIHBBBBHI32s32s32s32s32s")
-_TABLES_FIELDS = struct.Struct("<QIHBBBBHII32s32s32s32s")
+_TABLES_FIELDS = struct.Struct("<QIHBBBBHII32s32s32s32s32s")
 _PLANE = struct.Struct("<HHHBBI")
 STREAM = struct.Struct("<III")
 
@@ -169,7 +169,7 @@ class ChunkHeader:
 
     @property
     def payload_bytes(self) -> int:
-        return sum(round_up(stream.num_bytes, ALIGNMENT) for stream in self.streams)
+        return streams_bytes(self.stream_index)
 
 
 @dataclass(frozen=True)
@@ -178,15 +178,18 @@ class TablesHeader:
 
     Attributes:
         num_cache_tokens: tokens of the saved cache; those that no chunk covers are recomputed from text.
+        coder: of all chunks.
         prefill_block_size: tokens per prefill step of the saved cache.
         tables_crc: CRC-32C of the tables section.
         token_hash: hash of all tokens of the saved cache.
+        cache_hash: `kv_cache.hash_planes` of the saved cache.
         plane_table_bytes: per plane, the length of its tables; 0 for coder `packed`.
         chunk_tokens: per chunk, its number of tokens; chunks follow each other from token 0.
     """
 
     num_cache_tokens: int
     method: Method
+    coder: Coder
     dtype: Dtype
     prefill_block_size: int
     tables_crc: int
@@ -194,6 +197,7 @@ class TablesHeader:
     token_hash: bytes
     rope_hash: bytes
     profile_hash: bytes
+    cache_hash: bytes
     planes: tuple[PlaneLayout, ...]
     plane_table_bytes: tuple[int, ...]
     chunk_tokens: tuple[int, ...]
@@ -210,6 +214,11 @@ class TablesHeader:
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
+
+
+def streams_bytes(stream_index: bytes) -> int:
+    """Return the length of the streams of an index of `StreamEntry` records, each with its padding."""
+    return sum(round_up(num_bytes, ALIGNMENT) for num_bytes, _, _ in STREAM.iter_unpack(stream_index))
 
 
 def count_streams(planes: tuple[PlaneLayout, ...], num_tokens: int) -> int:
@@ -251,7 +260,7 @@ def pack_tables_header(header: TablesHeader, checksum: Checksum) -> bytes:
         len(header.chunk_tokens),
         len(header.planes) // 2,
         header.method,
-        0,
+        header.coder,
         header.dtype,
         0,
         0,
@@ -261,6 +270,7 @@ def pack_tables_header(header: TablesHeader, checksum: Checksum) -> bytes:
         header.token_hash,
         header.rope_hash,
         header.profile_hash,
+        header.cache_hash,
     )
     planes = b"".join(map(_pack_plane, header.planes, header.plane_table_bytes))
     body = fields + planes + struct.pack(f"<{len(header.chunk_tokens)}I", *header.chunk_tokens)
@@ -354,7 +364,7 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
         num_chunks,
         num_layers,
         method,
-        reserved_coder,
+        coder,
         dtype,
         reserved_level,
         reserved,
@@ -364,9 +374,10 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
         token_hash,
         rope_hash,
         profile_hash,
+        cache_hash,
     ) = unpack_record(_TABLES_FIELDS, content, PREFIX.size, header_bytes)
-    is_clear = reserved == reserved_coder == reserved_level == 0
-    require(is_clear, "reserved bits are set, a later release may read them", 39, "reserved", unsupported=True)
+    is_clear = reserved == reserved_level == 0
+    require(is_clear, "reserved bits are set, a later release may read them", 41, "reserved", unsupported=True)
     require(0 < num_chunks <= MAX_CHUNKS, f"must be 1 to {MAX_CHUNKS}, got {num_chunks}", 32, "num_chunks")
     require(prefill_block_size > 0, "must be positive", 44, "prefill_block_size")
     planes_at = PREFIX.size + _TABLES_FIELDS.size
@@ -379,6 +390,7 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
     header = TablesHeader(
         num_cache_tokens=num_cache_tokens,
         method=_known_method(method),
+        coder=known(Coder, coder, 39, "coder"),
         dtype=known(Dtype, dtype, 40, "dtype"),
         prefill_block_size=prefill_block_size,
         tables_crc=tables_crc,
@@ -386,10 +398,14 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
         token_hash=token_hash,
         rope_hash=rope_hash,
         profile_hash=profile_hash,
+        cache_hash=cache_hash,
         planes=tuple(layout for layout, _ in records),
         plane_table_bytes=tuple(table_bytes for _, table_bytes in records),
         chunk_tokens=chunk_tokens,
     )
+    has_tables = header.tables_bytes > 0
+    require(has_tables or header.coder is Coder.PACKED, "only coder packed has no tables", 39, "coder")
+    require(not has_tables or header.coder is not Coder.PACKED, "coder packed has no tables", 39, "coder")
     check_file_bytes(content, header.header_bytes + header.tables_bytes)
     return header
 

@@ -32,7 +32,7 @@ class Invalid:
     field: str
 
 
-_CHUNK_PLANES_AT, _TABLES_PLANES_AT, _PLANE_BYTES = 208, 180, 12
+_CHUNK_PLANES_AT, _TABLES_PLANES_AT, _PLANE_BYTES = 208, 212, 12
 
 
 def put(content: bytes, offset: int, layout: str, *values: int) -> bytes:
@@ -160,7 +160,7 @@ def list_invalid_chunks(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
     for what, content, problem, field in (
         ("coder_0", reseal(worked, 39, "B", 0), unsupported, "coder"),
         ("coder_4", reseal(worked, 39, "B", 4), unsupported, "coder"),
-        ("named_ac", reseal(worked, 39, "B", 2), error, "stream 0"),
+        ("named_ac", reseal(worked, 39, "B", 2), mismatch, "coder"),
         ("without_tokens", reseal(worked, 32, "I", 0), error, "num_tokens"),
         ("tokens_beyond_the_limit", reseal(worked, 32, "I", 2**24 + 1), error, "num_tokens"),
         ("tokens_beyond_the_index", reseal(worked, 32, "I", 33), error, "header_bytes"),
@@ -229,8 +229,8 @@ def list_invalid_arithmetic_chunks(good: bytes) -> Iterator[Invalid]:
     at, start = _CHUNK_PLANES_AT, header.payload_offset
     stream = good[start : start + header.streams[0].num_bytes]
     # 64 tokens, 5 channels, 1 low bit: 40 bytes of low bits, 12 of lengths, then the codes.
+    yield Invalid("arithmetic_chunk_named_rans", "arithmetic", reseal(good, 39, "B", 1), "MismatchError", "coder")
     for what, content, field in (
-        ("named_rans", reseal(good, 39, "B", 1), "stream 0"),
         ("with_a_band_map", reseal(good, at + 7, "B", 1), "band_mode"),
         ("tokens_per_stream_beyond_the_limit", reseal(good, at + 8, "I", 2**14 + 32), "tokens_per_stream"),
         ("with_words", replace_stream(good, 0, stream, 1), "stream 0"),
@@ -263,7 +263,9 @@ def list_invalid_tables(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
     for case in list_invalid_prefixes("tables", worked, files["worked"][container.chunk_name(0)]):
         yield Invalid(case[0], "worked", *case[1:])
     for what, content, problem, field in (
-        ("coder_set", reseal(worked, 39, "B", 1), unsupported, "reserved"),
+        ("coder_0", reseal(worked, 39, "B", 0), unsupported, "coder"),
+        ("coder_4", reseal(worked, 39, "B", 4), unsupported, "coder"),
+        ("named_packed", reseal(worked, 39, "B", 3), error, "coder"),
         ("level_set", reseal(worked, 41, "B", 1), unsupported, "reserved"),
         ("without_chunks", reseal(worked, 32, "I", 0), error, "num_chunks"),
         ("chunks_beyond_the_limit", reseal(worked, 32, "I", 2**20 + 1), error, "num_chunks"),

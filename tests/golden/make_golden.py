@@ -41,7 +41,7 @@ from cachegen.format import (
     TablesHeader,
     round_up,
 )
-from cachegen.kv_cache import ContextMetadata, KVCache, from_planes, hash_token_prefixes
+from cachegen.kv_cache import ContextMetadata, KVCache, from_planes, hash_planes, hash_token_prefixes
 from cachegen.quantization import quantize
 from cachegen.symbol_model import normalize, pack_tables
 from tests.golden import make_transform_golden
@@ -273,8 +273,10 @@ def encode_with_band_maps(golden: Golden) -> dict[str, bytes]:
     tables_file = container.build_tables(
         TablesHeader(
             num_cache_tokens=cache.num_tokens,
+            coder=Coder.RANS,
             prefill_block_size=BLOCK_SIZE,
             tables_crc=0,
+            cache_hash=bytes.fromhex(hash_planes(cache)),
             planes=layouts,
             plane_table_bytes=tuple(map(len, tables)),
             chunk_tokens=golden.chunk_tokens,

@@ -105,6 +105,16 @@ def prefill(
     return cache
 
 
+def measure_plane_shapes(loaded: LoadedModel) -> list[tuple[int, int]]:
+    """Return (num_kv_heads, head_dim) of the model's keys and values of layer 0, of layer 1, ..., from one token.
+
+    Raises:
+        InputError: as `prefill`.
+    """
+    cache = prefill(loaded, torch.zeros(1, dtype=torch.int64))
+    return [(plane.shape[1], plane.shape[2]) for plane in view_kv_cache(cache, 1).planes]
+
+
 @torch.inference_mode()
 def extend_cache(
     loaded: LoadedModel,
