@@ -80,7 +80,7 @@ class BandMode(IntEnum):
     BYTES = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlaneLayout:
     """One layer's keys or values: its shape, its quantizer and how its streams are cut.
 

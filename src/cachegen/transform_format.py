@@ -51,7 +51,7 @@ _TABLES_FIELDS = struct.Struct("<QIHBBBBHIi32s32s32s32s32s")
 _SHAPE = struct.Struct("<HH")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlaneShape:
     """The shape of one layer's keys or values, per token."""
 

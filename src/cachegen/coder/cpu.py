@@ -198,7 +198,7 @@ def decode(
 
 
 def checksum_streams(
-    payload: bytes | memoryview, streams: Sequence[StreamEntry], num_threads: int = 1
+    payload: bytes | memoryview, streams: Sequence[StreamEntry] | NDArray[np.uint32], num_threads: int = 1
 ) -> NDArray[np.uint32]:
     """Return the CRC-32C of every stream with its padding."""
     return _native.checksum_streams(np.frombuffer(payload, np.uint8), _index_array(streams), num_threads)
@@ -231,7 +231,7 @@ def _native_path(path: str | None) -> _native.CpuPath:
     return _PATHS[path]
 
 
-def _index_array(streams: Sequence[StreamEntry]) -> NDArray[np.uint32]:
+def _index_array(streams: Sequence[StreamEntry] | NDArray[np.uint32]) -> NDArray[np.uint32]:
     return np.array(streams, dtype=np.uint32).reshape(len(streams), 3)
 
 
