@@ -73,13 +73,6 @@ class Dtype(IntEnum):
         return 4 if self is Dtype.FLOAT32 else 2
 
 
-class BandMode(IntEnum):
-    """Whether the streams of a plane carry a band map."""
-
-    NONE = 0
-    BYTES = 1
-
-
 @dataclass(frozen=True, slots=True)
 class PlaneLayout:
     """One layer's keys or values: its shape, its quantizer and how its streams are cut.
@@ -87,7 +80,6 @@ class PlaneLayout:
     Attributes:
         num_bins: bins of the quantizer; symbols run from 0 to num_bins - 2.
         low_bits: bits of a symbol that are stored raw, below the table-coded high part.
-        band_mode: see BandMode.
         tokens_per_stream: a multiple of 32; 0 in a tables file, which has no streams.
     """
 
@@ -95,7 +87,6 @@ class PlaneLayout:
     head_dim: int
     num_bins: int
     low_bits: int
-    band_mode: BandMode = BandMode.NONE
     tokens_per_stream: int = 0
 
     @property
@@ -318,11 +309,10 @@ def unpack_chunk_header(content: Buffer, checksum: Checksum) -> ChunkHeader:
         if coder == Coder.PACKED:
             require(layout.alphabet_size == 1, "coder packed has no tables for a high part", at + 6, "low_bits")
         if coder == Coder.AC:
-            require(layout.band_mode == BandMode.NONE, "coder ac has no band maps", at + 7, "band_mode")
             is_short = tokens_per_stream <= MAX_CODE_TOKENS
             require(is_short, f"must be at most {MAX_CODE_TOKENS} with coder ac", at + 8, "tokens_per_stream")
     planes = tuple(
-        PlaneLayout(p.num_kv_heads, p.head_dim, p.num_bins, p.low_bits, p.band_mode, tokens_per_stream)
+        PlaneLayout(p.num_kv_heads, p.head_dim, p.num_bins, p.low_bits, tokens_per_stream)
         for p, tokens_per_stream in records
     )
     num_streams = count_streams(planes, num_tokens)
@@ -428,7 +418,7 @@ def _tables_header_bytes(num_planes: int, num_chunks: int) -> int:
 
 
 def _pack_plane(plane: PlaneLayout, last_field: int) -> bytes:
-    return _PLANE.pack(plane.num_kv_heads, plane.head_dim, plane.num_bins, plane.low_bits, plane.band_mode, last_field)
+    return _PLANE.pack(plane.num_kv_heads, plane.head_dim, plane.num_bins, plane.low_bits, 0, last_field)
 
 
 def _unpack_planes(content: Buffer, offset: int, num_layers: int, header_bytes: int) -> list[tuple[PlaneLayout, int]]:
@@ -436,16 +426,16 @@ def _unpack_planes(content: Buffer, offset: int, num_layers: int, header_bytes: 
     require(num_layers > 0, "must be positive", 36, "num_layers")
     records = []
     for at in range(offset, offset + 2 * num_layers * _PLANE.size, _PLANE.size):
-        num_kv_heads, head_dim, num_bins, low_bits, band_mode, last_field = unpack_record(
+        num_kv_heads, head_dim, num_bins, low_bits, reserved, last_field = unpack_record(
             _PLANE, content, at, header_bytes
         )
+        is_clear = reserved == 0
+        require(is_clear, "reserved bits are set, a later release may read them", at + 7, "reserved", unsupported=True)
         num_channels = num_kv_heads * head_dim
         require(0 < num_channels <= MAX_CHANNELS, f"{num_channels} channels are not 1 to {MAX_CHANNELS}", at, "shape")
         require(4 <= num_bins <= 256 and num_bins % 2 == 0, "must be even, 4 to 256", at + 4, "num_bins")
         require(low_bits <= MAX_LOW_BITS, f"must be at most {MAX_LOW_BITS}", at + 6, "low_bits")
-        layout = PlaneLayout(
-            num_kv_heads, head_dim, num_bins, low_bits, known(BandMode, band_mode, at + 7, "band_mode")
-        )
+        layout = PlaneLayout(num_kv_heads, head_dim, num_bins, low_bits)
         require(layout.alphabet_size <= TABLE_SIZE, "too few for this number of bins", at + 6, "low_bits")
         records.append((layout, last_field))
     return records
