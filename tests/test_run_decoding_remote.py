@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, are_equal, from_planes, quantize_and_dequantize
-from random_models import BUNDLED_MODEL
+from random_models import BUNDLED_MODEL, copy_with_other_keys
 from stores import HttpServer, Misbehaviour, serve
 from test_run_decoding_disk import FIRST, FIRST_ANSWER, SECOND, TEXT, to_argv
 
@@ -249,6 +249,11 @@ class TestRefusals:
         other.write_text("Something else entirely. " * 300)
         error = refuse(run_decoding_remote.main, [*argv, "--path_to_context", other], 3)
         assert "holds no chunk of this context for this model (add it with run_publishing.py)" in error
+
+    def test_other_weights_behind_the_same_config_and_tokenizer_are_another_model(self, argv, refuse, tmp_path):
+        other = copy_with_other_keys(tmp_path / "other")
+        error = refuse(run_decoding_remote.main, [*argv, "--model_id", other], 3)
+        assert "holds no chunk of this context for this model" in error
 
     @pytest.mark.parametrize(
         ("fault", "code"),

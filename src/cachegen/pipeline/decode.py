@@ -276,7 +276,7 @@ def check_model(document: Document | TransformDocument, tables_name: object, loa
         if found != expected:
             raise MismatchError(
                 f"{tables_name}: {field} is {found}, but {loaded.model_id} has {expected}: "
-                "give --model_id (and --dtype) of the model that computed the cache"
+                "give --model_id (and --dtype, --load_in_8bit) of the model that computed the cache"
             )
 
 
