@@ -110,6 +110,8 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     )
     loaded = load(dtype=dtype)
     token_ids = tokenize(loaded, text)
+    questions = args.question or [None]
+    prompts = append_questions(loaded, token_ids, questions, args.max_new_tokens)
     find_profile = profile_finder(args.profile, SCRIPT_FOLDER / "profiles", model_fingerprint=loaded.fingerprint)
     lookup_start = time.perf_counter()
     document = find_for_model(
@@ -126,8 +128,6 @@ def _load_and_answer(args: argparse.Namespace) -> None:
         loaded = load(dtype=document.dtype)
     _check_configs(args, document)
     policy = _choose_policy(args, document)
-    questions = args.question or [None]
-    prompts = append_questions(loaded, token_ids, questions)
     num_cached, block_size = document.num_tokens, document.manifest.prefill_block_size
     cache = empty_cache(loaded.num_layers, max(map(len, prompts)) + args.max_new_tokens)
     speeds = measure_speeds(

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from cachegen.pipeline.model import LoadedModel, read_rotary_embeddings
+from cachegen.pipeline.model import LoadedModel, quiet_transformers, read_rotary_embeddings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUNDLED_MODEL = str(REPOSITORY / "models" / "tiny-mistral")
@@ -91,6 +91,15 @@ def make_loaded(config: transformers.PreTrainedConfig) -> LoadedModel:
 def make_named(name: str) -> LoadedModel:
     """The model of `CONFIGS[name]`; made once, so tests must not change it."""
     return make_loaded(CONFIGS[name])
+
+
+def save_model(config: transformers.PreTrainedConfig, folder: Path) -> Path:
+    """A folder with the model of `make_loaded` and the bundled model's tokenizer."""
+    with quiet_transformers():
+        make_loaded(config).model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(BUNDLED_MODEL) / name, folder / name)
+    return folder
 
 
 def copy_with_other_keys(folder: Path) -> Path:

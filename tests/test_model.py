@@ -134,6 +134,7 @@ def test_missing_weights_are_refused_not_made_up(model_folder):
         ),
         (transformers.XLNetConfig(), "xlnet is a model without a key-value cache"),
         (transformers.RwkvConfig(), "rwkv is"),
+        (transformers.Gemma3TextConfig(use_bidirectional_attention=True), "gemma3_text attends to later tokens"),
     ],
 )
 def test_models_with_other_states_are_refused_by_name_before_weights_are_read(tmp_path, config, reason):

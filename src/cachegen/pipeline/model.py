@@ -28,6 +28,7 @@ from transformers.utils.hub import cached_file
 from cachegen.errors import BackendUnavailableError, ConfigError, InputError
 from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
 from cachegen.pipeline.fingerprint import compute_fingerprint
+from cachegen.pipeline.limits import LengthLimit, read_length_limit
 from cachegen.pipeline.model_files import first_line, read_config
 
 BUNDLED_MODEL = "models/tiny-mistral"
@@ -96,6 +97,11 @@ class LoadedModel:
         return [
             self.device if device.type == "meta" else device for device in devices or [self.device] * self.num_layers
         ]
+
+    @functools.cached_property
+    def length_limit(self) -> LengthLimit | None:
+        """The most tokens that may pass through the model; None where it has no such limit of its own."""
+        return read_length_limit(self.model)
 
     @functools.cached_property
     def can_limit_logits(self) -> bool:
@@ -298,6 +304,10 @@ def _refuse_unrepresentable(model_id: str, config: Any) -> None:
         raise InputError(f"{name} has layers of type {', '.join(foreign)}, whose state is not keys and values")
     if "reuse" in (getattr(text_config, "kv_sharing_modes", None) or ()):
         raise InputError(f"{name} has layers that share the keys and values of others; not supported")
+    if getattr(text_config, "use_bidirectional_attention", None) in (True, "all"):
+        raise InputError(
+            f"{name} attends to later tokens (use_bidirectional_attention): its cache depends on the question"
+        )
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if "past_key_values" not in inspect.signature(model_class.forward).parameters:
         raise InputError(f"{name} is a model without a key-value cache")
