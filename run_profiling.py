@@ -96,7 +96,8 @@ def _profile(args: argparse.Namespace) -> None:
         open_contexts,
         split_contexts,
     )
-    from cachegen.pipeline.model import compute_fingerprint, load_model
+    from cachegen.pipeline.fingerprint import compute_fingerprint
+    from cachegen.pipeline.model import load_model
 
     settings = CalibrationSettings(
         args.layers_per_group,

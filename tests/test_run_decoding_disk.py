@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, are_equal, from_planes, quantize_and_dequantize, read_folder, write_config
-from random_models import BUNDLED_MODEL, load_tokenizer
+from random_models import BUNDLED_MODEL, copy_with_other_keys, load_tokenizer
 
 import main
 import run_decoding_disk
@@ -494,6 +494,22 @@ class TestRefusals:
         (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
         error = refuse(run_decoding_disk.main, [*argv, "--model_id", other], 5)
         assert "tables.cgt: model_fingerprint is " in error and "give --model_id" in error
+
+    def test_other_weights_behind_the_same_config_and_tokenizer(self, prefilled, argv, refuse, tmp_path):
+        other = copy_with_other_keys(tmp_path / "other")
+        error = refuse(run_decoding_disk.main, [*argv, "--model_id", other], 5)
+        assert "tables.cgt: model_fingerprint is " in error and "give --model_id" in error
+        # Nor is an encoding of the one model's cache reused for that of the other's.
+        flags = {"--model_id": other, "--path_to_context": prefilled.context, "--dtype": "float32"}
+        assert main.main([*to_argv(flags), "--save_dir", str(tmp_path / "data"), "--quiet"]) == 0
+        encoded = Path(shutil.copytree(prefilled.encoded("quantization_tiny"), tmp_path / "encoded"))
+        flags = {
+            "--path_to_kv": tmp_path / "data" / "test_kv_5.pkl",
+            "--quantization_config": CONFIGS / "quantization_tiny.json",
+            "--num_chunks": 4,
+            "--output_path": encoded,
+        }
+        assert "--overwrite" in refuse(run_encoding.main, [*to_argv(flags), "--quiet"], 7)
 
     def test_another_dtype(self, argv, refuse):
         error = refuse(run_decoding_disk.main, [*argv, "--dtype", "bfloat16"], 5)

@@ -67,7 +67,7 @@ class ContextMetadata:
 
     Attributes:
         model_id: the Hugging Face id or folder that was loaded; for people, not compared.
-        model_fingerprint: SHA-256 in hex of the model's config and tokenizer.
+        model_fingerprint: SHA-256 in hex of the model's config, tokenizer and weights.
         token_ids: int32 `[num_tokens]`, the tokens whose keys and values the cache holds.
         rotary_embeddings: empty for a model without rotary position embedding.
         block_size: tokens per prefill step; part of the result, since blocks change float rounding.

@@ -288,7 +288,7 @@ def check_model(document: Document | TransformDocument, tables_name: object, loa
         ("model_fingerprint", header.model_fingerprint.hex()[:12], loaded.fingerprint[:12]),
         ("rope_hash", header.rope_hash.hex()[:12], hash_rotary_embeddings(loaded.rotary_embeddings)[:12]),
     ]
-    remedy = "give --model_id (and --dtype) of the model that computed the cache"
+    remedy = "give --model_id (and --dtype, --load_in_8bit) of the model that computed the cache"
     for field, found, expected in gates:
         if found != expected:
             raise MismatchError(f"{tables_name}: {field} is {found}, but {loaded.model_id} has {expected}: {remedy}")
