@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import enum
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,9 +24,18 @@ startup.guard_imports(__name__)
 
 from cachegen import command_line  # noqa: E402
 from cachegen.device import DEVICE_NAMES, DTYPE_NAMES, resolve_device, resolve_dtype  # noqa: E402
-from cachegen.errors import BitstreamError, ConfigError, InputError, OutputError  # noqa: E402
+from cachegen.errors import (  # noqa: E402
+    BitstreamError,
+    ConfigError,
+    InputError,
+    OutputError,
+    OutputExistsError,
+    UnsupportedVersionError,
+)
 from cachegen.files import remove_stale_temporaries  # noqa: E402
+from cachegen.kv_archive import is_damaged_kv_file  # noqa: E402
 from cachegen.kv_cache import (  # noqa: E402
+    hash_planes,
     hash_rotary_embeddings,
     hash_token_prefixes,
     load_kv_cache,
@@ -48,6 +60,14 @@ class Document:
     kv_path: Path
 
 
+class FileState(enum.Enum):
+    """What is under the name that a document's cache gets."""
+
+    FREE = enum.auto()
+    FINISHED = enum.auto()
+    DAMAGED = enum.auto()
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = command_line.CommandLineParser(description=__doc__)
     add = parser.add_argument
@@ -55,7 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_id", default=model_default, help="Hugging Face id or local folder of the model")
     add("--save_dir", default="data", help="folder of the caches, test_kv_N.pkl")
     context_default = command_line.default_input(SCRIPT_FOLDER, "9k_prompts/0.txt")
-    add("--path_to_context", default=context_default, help="a text file, or a folder of files N.txt")
+    add(
+        "--path_to_context",
+        default=context_default,
+        help="a text file, a pipe such as /dev/stdin, or a folder of files N.txt",
+    )
     add(
         "--doc_id",
         type=command_line.non_negative_int,
@@ -67,7 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_gpus", type=command_line.positive_int, help="spread the layers over so many GPUs (needs accelerate)")
     add("--max_gpu_memory", type=command_line.positive_int, help="GiB of weights on each GPU at most")
     add("--block_size", type=command_line.positive_int, default=512, help="tokens per prefill step")
-    add("--overwrite", action="store_true", help="replace existing caches, whatever they are")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace existing caches, whatever they are; damaged ones are replaced without it",
+    )
     command_line.add_common_flags(parser)
     return parser
 
@@ -102,7 +130,7 @@ def _prefill_documents(args: argparse.Namespace) -> None:
 
     # All contexts are checked before the first is prefilled: a mistake should not show after an hour.
     ids_of_documents = [tokenize(loaded, text) for text in texts]
-    finished = []
+    states = []
     for document, token_ids in zip(documents, ids_of_documents, strict=True):
         if len(token_ids) < 2:
             raise InputError(f"{document.context_path}: a context needs at least two tokens, has {len(token_ids)}")
@@ -110,13 +138,15 @@ def _prefill_documents(args: argparse.Namespace) -> None:
         if loaded.max_tokens is not None and len(token_ids) > loaded.max_tokens:
             made_for = f"more than the {loaded.max_tokens} the model is made for"
             report.warn(f"{document.context_path}: {len(token_ids)} tokens, {made_for}")
-        finished.append(not args.overwrite and _is_finished(document.kv_path, loaded, token_ids, args.block_size))
+        states.append(FileState.FREE if args.overwrite else _examine(document.kv_path, loaded, token_ids, args))
 
-    num_tokens = sum(len(ids) - 1 for ids, skipped in zip(ids_of_documents, finished, strict=True) if not skipped)
+    num_tokens = sum(
+        len(ids) - 1 for ids, state in zip(ids_of_documents, states, strict=True) if state is not FileState.FINISHED
+    )
     records = []
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
-        for document, token_ids, skipped in zip(documents, ids_of_documents, finished, strict=True):
-            records.append(_prefill_document(document, loaded, token_ids, args.block_size, skipped, bar))
+        for document, token_ids, state in zip(documents, ids_of_documents, states, strict=True):
+            records.append(_prefill_document(document, loaded, token_ids, args, state, bar))
     for record in records:
         _report_document(report, record)
     if args.json is not None:
@@ -134,19 +164,35 @@ def _prefill_documents(args: argparse.Namespace) -> None:
 
 
 def _prefill_document(
-    document: Document, loaded: LoadedModel, token_ids: torch.Tensor, block_size: int, skipped: bool, bar: Any
+    document: Document,
+    loaded: LoadedModel,
+    token_ids: torch.Tensor,
+    args: argparse.Namespace,
+    state: FileState,
+    bar: Any,
 ) -> dict[str, Any]:
-    """Prefill and save one context, unless that is done already, and return its JSON record."""
+    """Prefill and save one context, unless that is done already, and return its JSON record.
+
+    Raises:
+        OutputError: the file cannot be written, or another process has put another document's there meanwhile.
+    """
     from cachegen.pipeline.prefill import prefill_context
 
     prefill_seconds = None
-    if skipped:
+    if state is FileState.FINISHED:
         cache, _ = load_kv_cache(document.kv_path)
     else:
         start = time.perf_counter()
-        cache, metadata = prefill_context(loaded, token_ids, block_size, progress=bar.update)
+        cache, metadata = prefill_context(loaded, token_ids, args.block_size, progress=bar.update)
         prefill_seconds = time.perf_counter() - start
-        save_kv_cache(document.kv_path, cache, metadata)
+        metadata = dataclasses.replace(metadata, load_in_8bit=args.load_in_8bit)
+        try:
+            save_kv_cache(document.kv_path, cache, metadata, replace=args.overwrite or state is FileState.DAMAGED)
+        except OutputExistsError:
+            # Another process was faster: with the same document, which is as good, or with another, which stays.
+            if _examine(document.kv_path, loaded, token_ids, args) is not FileState.FINISHED:
+                raise
+            state = FileState.FINISHED
     return {
         "doc_id": document.doc_id,
         "path_to_context": document.context_path,
@@ -155,7 +201,8 @@ def _prefill_document(
         "kv_bytes": BYTES_PER_VALUE * cache.num_values,
         "file_bytes": document.kv_path.stat().st_size,
         "prefill_seconds": prefill_seconds,
-        "skipped": skipped,
+        "skipped": state is FileState.FINISHED,
+        "was_damaged": state is FileState.DAMAGED,
     }
 
 
@@ -165,7 +212,12 @@ def _report_document(report: command_line.Reporter, record: dict[str, Any]) -> N
     report.row("  KV size", f"{command_line.format_bytes(record['kv_bytes'])} at 2 bytes per value")
     report.row("  file", f"{record['path_to_kv']} ({command_line.format_bytes(record['file_bytes'])})")
     seconds = record["prefill_seconds"]
-    report.row("  prefill", "skipped, the file is there already" if seconds is None else f"{seconds:.2f} s")
+    if record["was_damaged"]:
+        report.row("  prefill", f"{seconds:.2f} s: the file was damaged: written again")
+    elif record["skipped"]:
+        report.row("  prefill", "skipped, the file is there already")
+    else:
+        report.row("  prefill", f"{seconds:.2f} s")
 
 
 def _find_documents(context_path: Path, save_dir: Path, doc_id: int | None) -> list[Document]:
@@ -176,7 +228,7 @@ def _find_documents(context_path: Path, save_dir: Path, doc_id: int | None) -> l
         numbered = {int(path.stem): path for path in context_path.glob("*.txt") if _is_number(path.stem)}
         if not numbered:
             raise InputError(f"{context_path}: no context files N.txt (0.txt, 1.txt, ...) in this folder")
-    elif context_path.is_file():
+    elif context_path.exists():  # whether it can be read, `read_context` says: it may be a pipe
         number = int(context_path.stem) if context_path.suffix == ".txt" and _is_number(context_path.stem) else 0
         numbered = {number if doc_id is None else doc_id: context_path}
     else:
@@ -197,18 +249,21 @@ def _make_folder(folder: Path) -> None:
         raise OutputError(f"{folder}: cannot be made: {error.strerror} (--save_dir)") from error
 
 
-def _is_finished(kv_path: Path, loaded: LoadedModel, token_ids: torch.Tensor, block_size: int) -> bool:
-    """Tell whether the file is there and is what would be written.
+def _examine(kv_path: Path, loaded: LoadedModel, token_ids: torch.Tensor, args: argparse.Namespace) -> FileState:
+    """Tell whether a file is there, is what would be written, and is whole.
 
     Raises:
         OutputError: it is something else, which only --overwrite may replace.
     """
-    if not kv_path.exists():
-        return False
+    if not os.path.lexists(kv_path):
+        return FileState.FREE
     remedy = "give another --save_dir, or --overwrite to replace it"
     try:
         cache, metadata = load_kv_cache(kv_path)
     except (BitstreamError, InputError) as error:
+        is_ours = isinstance(error, BitstreamError) and not isinstance(error, UnsupportedVersionError)
+        if is_ours and is_damaged_kv_file(kv_path):
+            return FileState.DAMAGED
         raise OutputError(f"{error}; {remedy}") from error
     num_cached = len(token_ids) - 1
     differences = {
@@ -216,13 +271,16 @@ def _is_finished(kv_path: Path, loaded: LoadedModel, token_ids: torch.Tensor, bl
         "context": hash_token_prefixes(metadata.token_ids, [cache.num_tokens])
         != hash_token_prefixes(token_ids[:-1], [num_cached]),
         "dtype": cache.dtype != loaded.dtype,
-        "block size": metadata.block_size != block_size,
+        "block size": metadata.block_size != args.block_size,
+        "precision of the weights (--load_in_8bit)": metadata.load_in_8bit != args.load_in_8bit,
         "rotary embedding": metadata.rope_hash != hash_rotary_embeddings(loaded.rotary_embeddings),
     }
     differing = [name for name, differs in differences.items() if differs]
     if differing:
         raise OutputError(f"{kv_path}: was made with another {' and another '.join(differing)}; {remedy}")
-    return True
+    # What the file says about itself is covered by checksums; this reads the values, too.
+    is_whole = hash_planes(cache) == metadata.cache_hash
+    return FileState.FINISHED if is_whole else FileState.DAMAGED
 
 
 if __name__ == "__main__":

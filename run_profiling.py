@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -22,9 +23,16 @@ startup.guard_imports(__name__)
 
 from cachegen import command_line  # noqa: E402
 from cachegen.device import DEVICE_NAMES, DTYPES, choose_kernels, resolve_device, resolve_dtype  # noqa: E402
-from cachegen.errors import OutputError  # noqa: E402
-from cachegen.files import remove_stale_temporaries  # noqa: E402
-from cachegen.profile import PROFILE_NAME, Profile, load_profile, save_profile  # noqa: E402
+from cachegen.errors import BitstreamError, CacheGenError, InputError, OutputError, UnsupportedVersionError  # noqa: E402
+from cachegen.files import lock_folder, read_file, remove_stale_temporaries  # noqa: E402
+from cachegen.profile import (  # noqa: E402
+    FILE_FORMAT,
+    MAX_PROFILE_BYTES,
+    PROFILE_NAME,
+    Profile,
+    load_profile,
+    save_profile,
+)
 
 if TYPE_CHECKING:
     from cachegen.evaluation.profiling import CalibrationContext
@@ -82,7 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _profile(args: argparse.Namespace) -> None:
     report = command_line.Reporter(args)
     output = Path(args.output_path)
-    _prepare_output(output, args.overwrite)
+    _make_folder(output)
+    # The profile's files and the sums between runs are one run's; two would mix theirs.
+    with lock_folder(output):
+        _profile_into(output, args, report)
+
+
+def _profile_into(output: Path, args: argparse.Namespace, report: command_line.Reporter) -> None:
+    _prepare_output(output, args.overwrite, report)
     device = resolve_device(args.device)
 
     # transformers takes seconds to import, more than it takes to say that a folder is there already.
@@ -222,18 +237,42 @@ def _report(report: command_line.Reporter, record: dict[str, Any]) -> None:
     report.row("seconds", f"{record['seconds']:.1f} on {record['device']}")
 
 
-def _prepare_output(output: Path, overwrite: bool) -> None:
-    """Make the folder; refuse one that holds a profile."""
-    if (output / PROFILE_NAME).exists() and not overwrite:
-        raise OutputError(
-            f"{output}: holds a profile already; give another --output_path, or --overwrite to replace it"
-        )
+def _make_folder(output: Path) -> None:
     try:
-        (output / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
-        remove_stale_temporaries(output)
-        remove_stale_temporaries(output / WORK_FOLDER)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output}: cannot be made: {error.strerror} (--output_path)") from error
+
+
+def _prepare_output(output: Path, overwrite: bool, report: command_line.Reporter) -> None:
+    """Refuse a folder that holds a profile, unless it is damaged; remove what killed runs left."""
+    if os.path.lexists(output / PROFILE_NAME) and not overwrite:
+        if not _is_damaged(output):
+            raise OutputError(
+                f"{output}: holds a profile already; give another --output_path, or --overwrite to replace it"
+            )
+        report.warn(f"{output}: the profile there was damaged: it is made again")
+    try:
+        (output / WORK_FOLDER).mkdir(exist_ok=True)
+        for folder in (output, output / WORK_FOLDER, output / WORK_FOLDER / "profile"):
+            if folder.is_dir():
+                remove_stale_temporaries(folder)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error.strerror} (--output_path)") from error
+
+
+def _is_damaged(output: Path) -> bool:
+    """Tell whether a profile of ours is there, and is not whole."""
+    try:
+        load_profile(output, for_encoding=True)
+    except UnsupportedVersionError:
+        return False
+    except (BitstreamError, InputError):
+        try:
+            return FILE_FORMAT.encode() in read_file(output / PROFILE_NAME, MAX_PROFILE_BYTES)[:1000]
+        except CacheGenError:
+            return False
+    return False
 
 
 if __name__ == "__main__":

@@ -1,18 +1,31 @@
 #!/usr/bin/env bash
 # What each part of a profile brings: profiles by several recipes from the same caches, each with its measured curve.
 # usage: ablation.sh FOLDER_OF_KV_CACHES OUTPUT_FOLDER [MODEL]
-# Resumable: a recipe whose JSON is there is not measured again.
+# Resumable: a recipe whose JSON is there is not measured again, unless caches, model or recipe have changed since.
 set -euo pipefail
 caches=$1 output=$2
 root=$(cd "$(dirname "$0")/.." && pwd)
 model=${3:-$root/models/tiny-mistral}
 mkdir -p "$output"
 
+# What the results depend on: every byte of the caches, and of a model that is a folder.
+inputs=$({
+    find -L "$caches" -type f -print0
+    [ ! -d "$model" ] || find -L "$model" -type f -print0
+} | sort -z | xargs -0 sha256sum | sha256sum)
+
 measure() {
-    local name=$1
+    local name=$1 wanted
     shift
-    [ -s "$output/$name.json" ] || python "$root/run_profiling.py" --path_to_kv "$caches" --model_id "$model" \
+    wanted="$model $* $inputs"
+    # The JSON is written whole, and after the profile; the note of its inputs after both.
+    if [ -s "$output/$name.json" ] && [ "$(cat "$output/$name.inputs" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    rm -f "$output/$name.inputs"
+    python "$root/run_profiling.py" --path_to_kv "$caches" --model_id "$model" \
         --output_path "$output/$name" --overwrite --quiet --json "$output/$name.json" "$@"
+    echo "$wanted" >"$output/$name.inputs"
 }
 
 measure all-layers-fisher

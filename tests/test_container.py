@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 
 import pytest
@@ -141,5 +142,34 @@ def test_read_whole_names_a_missing_file(tmp_path) -> None:
 
 
 def test_read_whole_says_why_a_file_cannot_be_read(tmp_path) -> None:
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+    with pytest.raises(InputError, match="cannot be read: is a folder, where a file is needed"):
         container.read_whole(tmp_path)
+
+
+@pytest.mark.parametrize("content", [CHUNK_FILE, TABLES_FILE])
+def test_read_whole_reads_no_more_than_the_header_announces(tmp_path, content: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert container.read_whole(path) == content
+    with open(path, "r+b") as stream:
+        stream.truncate(3 << 30)
+    found = container.read_whole(path)
+    assert len(found) == len(content) + 1 and found.startswith(content)
+    parse = container.parse_chunk if content is CHUNK_FILE else container.parse_tables
+    with pytest.raises(BitstreamError, match="the file is not whole"):
+        parse(found)
+
+
+def test_read_whole_reads_only_the_beginning_of_what_is_none_of_ours(tmp_path) -> None:
+    with open(tmp_path / "file", "wb") as stream:
+        stream.truncate(3 << 30)
+    found = container.read_whole(tmp_path / "file")
+    assert len(found) < 100
+    with pytest.raises(BitstreamError, match="not a chunk file"):
+        container.parse_chunk(found)
+
+
+def test_read_whole_waits_at_no_pipe(tmp_path) -> None:
+    os.mkfifo(tmp_path / "chunk_00000.cgc")
+    with pytest.raises(InputError, match=r"chunk_00000\.cgc: cannot be read: is a pipe, where a file is needed"):
+        container.read_whole(tmp_path / "chunk_00000.cgc")

@@ -14,8 +14,8 @@ import time
 
 import pytest
 
-from cachegen.errors import OutputError, OutputExistsError
-from cachegen.files import atomic_write, is_temporary, lock_folder, remove_stale_temporaries, write_file
+from cachegen.errors import InputError, OutputError, OutputExistsError
+from cachegen.files import atomic_write, is_temporary, lock_folder, read_file, remove_stale_temporaries, write_file
 
 
 def test_a_file_appears_whole_and_only_at_the_end(tmp_path):
@@ -240,3 +240,42 @@ def test_only_a_folder_can_be_locked(tmp_path):
     for name in ("file", "missing"):
         with pytest.raises(OutputError, match=f"{name}: cannot be opened"), lock_folder(tmp_path / name):
             pass
+
+
+def test_a_file_is_read_whole_up_to_its_limit(tmp_path):
+    (tmp_path / "file").write_bytes(b"\0\r\n")
+    assert read_file(tmp_path / "file", 3) == b"\0\r\n"
+    with pytest.raises(InputError, match="file: has 3 bytes, more than the 2 that a file may have"):
+        read_file(tmp_path / "file", 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("missing", r"no such file \(make one\)"),
+        ("below", "no such file"),
+        ("folder", "is a folder, where a file is needed"),
+        ("pipe", "is a pipe, where a file is needed"),
+        ("device", "is a device or a socket, where a file is needed"),
+        ("sparse", "more than the 1048576 that"),
+        ("loop", "Too many levels of symbolic links"),
+    ],
+)
+def test_what_cannot_be_read_whole_is_refused_at_once(tmp_path, kind, reason):
+    path = tmp_path / "file"
+    if kind == "below":
+        path.write_bytes(b"")
+        path = path / "file"
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "sparse":
+        with open(path, "wb") as stream:
+            stream.truncate(3 << 30)
+    elif kind == "loop":
+        path.symlink_to(path)
+    with pytest.raises(InputError, match=f"file: .*{reason}"):
+        read_file(path, 1 << 20, hint="make one")

@@ -30,6 +30,7 @@ from cachegen.kv_cache import (
     KVCache,
     RotaryEmbedding,
     from_planes,
+    hash_planes,
     hash_rotary_embeddings,
     hash_token_prefixes,
     load_kv_cache,
@@ -37,6 +38,7 @@ from cachegen.kv_cache import (
 )
 
 ROTARY = RotaryEmbedding("rotary_emb.inv_freq", "default", (1.0, 0.0123456), 1.0)
+RECORD = {"name": "rotary_emb.inv_freq", "rope_type": "default", "inv_freq": [1.0, 0.01], "attention_scaling": 1.0}
 
 
 class RunsCode:
@@ -65,7 +67,8 @@ def test_a_saved_cache_comes_back_bit_for_bit(tmp_path, dtype):
     loaded, loaded_metadata = load_kv_cache(tmp_path / "kv.pkl")
     assert are_equal(loaded, from_planes([plane.contiguous() for plane in cache.planes]))
     assert loaded_metadata.token_ids.equal(metadata.token_ids)
-    assert dataclasses.replace(loaded_metadata, token_ids=metadata.token_ids) == metadata
+    assert loaded_metadata.cache_hash == hash_planes(loaded) == hash_planes(cache)
+    assert dataclasses.replace(loaded_metadata, token_ids=metadata.token_ids, cache_hash=None) == metadata
     assert os.listdir(tmp_path) == ["kv.pkl"]
 
 
@@ -212,37 +215,68 @@ def test_a_flipped_bit_is_refused_or_harmless_but_never_another_error(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "field version: version 2 is not supported, this release reads 1"),
-        ({"version": None}, "missing or wrong .*version"),
-        ({"keys": None}, "missing or wrong .*keys"),
-        ({"keys": 3}, "missing or wrong"),
+        ({"version": 1}, "field version: version 1 is not supported, this release reads 2"),
+        ({"version": 1 << 1000}, "field version: version a huge number is not supported"),
+        ({"version": True}, "field version: must be an integer"),
+        ({"version": "2"}, "field version: must be an integer"),
+        ({"version": torch.tensor([2, 2], dtype=torch.int32)}, "field version: must be an integer"),
+        ({"version": None}, "field version: must be an integer"),
+        ({"format": torch.zeros(2)}, "not a KV cache file"),
+        ({"keys": None}, "field keys: is missing"),
+        ({"cache_hash": None}, "field cache_hash: is missing"),
+        ({"cache_hash": "ab"}, "field cache_hash: must be a SHA-256 in hex"),
+        ({"cache_hash": ["ab" * 32]}, "field cache_hash: must be a SHA-256 in hex"),
+        ({"keys": 3}, "field keys: must be a list of 1 to 65535"),
+        ({"keys": []}, "field keys: must be a list of 1 to 65535"),
+        ({"keys": torch.zeros(2, 60, 1, 8).half()}, "field keys: must be a list"),
+        ({"keys": (torch.zeros(60, 1, 8).half(),) * 2}, "field keys: must be a list"),
         ({"keys": [torch.zeros(60, 1, 8).half()]}, "one tensor per layer"),
-        ({"keys": [torch.zeros(59, 1, 8).half()] * 2}, "59"),
-        ({"keys": [torch.zeros(60, 8).half()] * 2}, "must be .num_tokens, num_kv_heads, head_dim."),
-        ({"keys": [torch.zeros(60, 1, 8).int()] * 2}, "one of fp16, bf16 and fp32"),
-        ({"keys": [torch.zeros(60, 1, 8).half().to_sparse()] * 2}, "not a plain tensor"),
-        ({"keys": [torch.zeros(60, 1, 8).half(), "text"]}, "not a plain tensor"),
-        ({"keys": [torch.zeros(1, 1, 8).half().expand(60, 1, 8)] * 2}, "larger than its storage"),
+        ({"keys": [torch.zeros(59, 1, 8).half() + i for i in range(2)]}, "59"),
+        ({"keys": [torch.zeros(60, 8).half() + i for i in range(2)]}, "must be .num_tokens, num_kv_heads, head_dim."),
+        ({"keys": [torch.zeros(60, 1, 8).int() + i for i in range(2)]}, "one of fp16, bf16 and fp32"),
+        ({"keys": [torch.zeros(60, 1 << 16, 1).half() + i for i in range(2)]}, "at most 65535 heads and dims"),
+        ({"keys": [torch.zeros(60, 1, 1 << 16).half() + i for i in range(2)]}, "at most 65535 heads and dims"),
+        ({"keys": [torch.zeros(60, 512, 256).half() + i for i in range(2)]}, "65536 channels"),
+        ({"keys": [torch.zeros(60, 1, 8).half().to_sparse()] * 2}, "not a KV cache file"),
+        ({"keys": [torch.zeros(60, 1, 8).half(), "text"]}, "field keys: a plane is not a plain tensor"),
+        ({"keys": [torch.zeros(60, 1, 8).half(), 7]}, "field keys: a plane is not a plain tensor"),
+        ({"values": [torch.zeros(60, 1, 8).half(), [1.0]]}, "field values: a plane is not a plain tensor"),
+        ({"keys": [torch.zeros(60, 1, 8).half().requires_grad_()] * 2}, "not a plain tensor"),
+        ({"keys": [torch.zeros(1, 1, 8).half().expand(60, 1, 8)] * 2}, "elements of a plane share their place"),
+        ({"keys": [torch.zeros(1, 1, 1).half().expand(60, 1, 8)] * 2}, "elements of a plane share their place"),
+        ({"keys": [torch.zeros(600).half().as_strided((60, 1, 8), (4, 1, 1))] * 2}, "elements of a plane share"),
         ({"keys": [torch.zeros(60, 0, 8).half()] * 2}, "a plane is empty"),
-        ({"token_ids": torch.zeros(60, dtype=torch.int64)}, "field token_ids: one int32 per token"),
+        ({"token_ids": torch.zeros(60, dtype=torch.int64)}, "not a KV cache file"),
+        ({"token_ids": torch.zeros(60, dtype=torch.float32)}, "field token_ids: one int32 per token"),
         ({"token_ids": torch.zeros(59, dtype=torch.int32)}, "field token_ids: one int32 per token"),
         ({"token_ids": torch.zeros(60, dtype=torch.int32)}, "field token_hash: does not match the token ids"),
-        ({"token_ids": torch.zeros(60, dtype=torch.int32, device="meta")}, "not a plain tensor"),
+        ({"token_ids": torch.zeros(60, dtype=torch.int32, device="meta")}, "not a KV cache file"),
+        ({"token_ids": [1] * 60}, "field token_ids: a plane is not a plain tensor"),
         ({"rope_hash": "00" * 32}, "field rope_hash: does not match the rotary embeddings"),
-        ({"rotary_embeddings": [{"name": "x"}]}, "missing or wrong .*rope_type"),
-        ({"rotary_embeddings": 5}, "missing or wrong"),
+        ({"rotary_embeddings": [{"name": "x"}]}, "field rotary_embeddings: must have name, rope_type"),
+        ({"rotary_embeddings": 5}, "field rotary_embeddings: must be a list"),
+        ({"rotary_embeddings": [{**RECORD, "name": ["x"]}]}, "field name: must be a text"),
+        ({"rotary_embeddings": [{**RECORD, "inv_freq": "text"}]}, "field inv_freq: must be a list"),
+        ({"rotary_embeddings": [{**RECORD, "inv_freq": [True]}]}, "field inv_freq: must be a finite number"),
+        ({"rotary_embeddings": [{**RECORD, "attention_scaling": float("nan")}]}, "field attention_scaling: must be"),
+        ({"rotary_embeddings": [{**RECORD, "attention_scaling": 1 << 1999}]}, "field attention_scaling: must be"),
+        ({"rotary_embeddings": [{**RECORD, "inv_freq": [1.0] * 65_537}]}, "field inv_freq: must be a list"),
+        ({"load_in_8bit": 1}, "field load_in_8bit: must be true or false"),
+        ({"model_id": 7}, "field model_id: must be a text"),
+        ({"model_id": "x" * 5000}, "field model_id: must be a text"),
         ({"model_fingerprint": "ab"}, "field model_fingerprint: must be a SHA-256 in hex"),
-        ({"model_fingerprint": "xy" * 32}, "missing or wrong"),
-        ({"block_size": "many"}, "missing or wrong"),
-        ({"block_size": float("inf")}, "missing or wrong"),
-        ({"block_size": 0}, "block_size"),
-        ({"block_size": 1 << 32}, "block_size"),
+        ({"model_fingerprint": "xy" * 32}, "field model_fingerprint: must be a SHA-256 in hex"),
+        ({"block_size": "many"}, "field block_size: must be an integer"),
+        ({"block_size": True}, "field block_size: must be an integer"),
+        ({"block_size": 512.0}, "field block_size: must be an integer"),
+        ({"block_size": 0}, "field block_size"),
+        ({"block_size": 1 << 32}, "field block_size"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(tmp_path, changes, message):
     path = save_cache(tmp_path / "kv.pkl")
     rewrite(path, **changes)
-    expected = UnsupportedVersionError if changes.get("version") else BitstreamError
+    expected = UnsupportedVersionError if "is not supported" in message else BitstreamError
     with pytest.raises(expected, match=message) as caught:
         load_kv_cache(path)
     assert type(caught.value) is expected and str(caught.value).startswith(str(path))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from random_models import BUNDLED_MODEL, REPOSITORY, copy_with_other_keys, one_thread  # noqa: F401
 
 import main
-from cachegen.kv_cache import load_kv_cache
+from cachegen.kv_cache import load_kv_cache, save_kv_cache
 from cachegen.pipeline import model as model_module
 from cachegen.pipeline.fingerprint import compute_fingerprint
 
@@ -162,6 +164,91 @@ def test_a_foreign_pickle_under_the_name_is_neither_run_nor_replaced(context, sa
     assert "--overwrite" in read_error(capsys)
     assert not (save_dir / "pwned").exists()
     assert prefill(context, save_dir, "--overwrite") == 0
+
+
+def flip_a_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "last byte gone": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "a bit of a value": lambda path: flip_a_bit(path, path.stat().st_size // 2),
+    "a bit of the token ids": lambda path: flip_a_bit(path, path.read_bytes().index(b"data/0") + 70),
+    "a bit of the block size": lambda path: flip_a_bit(path, path.read_bytes().index(b"block_size") + 13),
+    "a bit of the first bytes": lambda path: flip_a_bit(path, 0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_written_again_and_the_script_says_so(context, save_dir, capsys, damage):
+    assert prefill(context, save_dir) == 0
+    path = save_dir / "test_kv_3.pkl"
+    whole = path.read_bytes()
+    DAMAGES[damage](path)
+    assert path.read_bytes() != whole
+    capsys.readouterr()
+    assert prefill(context, save_dir, "--json", "-") == 0
+    output = capsys.readouterr()
+    (document,) = json.loads(output.out)["documents"]
+    assert (document["skipped"], document["was_damaged"]) == (False, True)
+    assert "was damaged: written again" in output.err
+    assert path.read_bytes() == whole
+    assert os.listdir(save_dir) == ["test_kv_3.pkl"]
+    assert prefill(context, save_dir, "--json", "-", "--quiet") == 0
+    (document,) = read_json(capsys)["documents"]
+    assert (document["skipped"], document["was_damaged"]) == (True, False)
+
+
+def test_a_whole_file_of_something_else_is_not_taken_for_a_damaged_one(context, save_dir, capsys):
+    save_dir.mkdir()
+    path = save_dir / "test_kv_3.pkl"
+    torch.save({"my": torch.ones(3)}, path)
+    mine = path.read_bytes()
+    assert prefill(context, save_dir) == 7
+    assert "--overwrite" in read_error(capsys)
+    assert path.read_bytes() == mine
+
+
+def test_a_cache_of_8_bit_weights_is_another_one(context, save_dir, capsys):
+    assert prefill(context, save_dir) == 0
+    path = save_dir / "test_kv_3.pkl"
+    cache, metadata = load_kv_cache(path)
+    save_kv_cache(path, cache, dataclasses.replace(metadata, load_in_8bit=True))
+    assert prefill(context, save_dir) == 7
+    assert "another precision of the weights (--load_in_8bit)" in read_error(capsys)
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_what_another_process_has_put_there_meanwhile_stays(context, save_dir, monkeypatch, capsys, is_same):
+    assert prefill(context, save_dir) == 0
+    path = save_dir / "test_kv_3.pkl"
+    theirs = path.read_bytes() if is_same else b"PK: something else"
+    path.unlink()
+    save = main.save_kv_cache
+
+    def let_another_be_faster(*arguments, **flags):
+        path.write_bytes(theirs)
+        save(*arguments, **flags)
+
+    monkeypatch.setattr(main, "save_kv_cache", let_another_be_faster)
+    capsys.readouterr()
+    assert prefill(context, save_dir) == (0 if is_same else 7)
+    output = capsys.readouterr()
+    assert ("the file is there already" in output.out) is is_same
+    assert path.read_bytes() == theirs and os.listdir(save_dir) == ["test_kv_3.pkl"]
+
+
+def test_a_context_may_come_from_a_pipe(tmp_path, save_dir):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(TEXT,))
+    writer.start()
+    assert prefill(tmp_path / "pipe", save_dir) == 0
+    writer.join()
+    assert load_kv_cache(save_dir / "test_kv_0.pkl")[0].num_tokens > 10
 
 
 def test_a_missing_context_is_refused(tmp_path, save_dir, capsys):

@@ -35,6 +35,7 @@ LAYERS = {
     "errors": 0,
     "files": 0,
     "config": 0,
+    "kv_archive": 0,
     "kv_cache": 0,
     "format": 0,
     "framing": 0,

@@ -184,7 +184,7 @@ class TestGates:
 # Field by field, values of every wrong type and beyond every range; "." descends into the record.
 WRONG: dict[str, list[Any]] = {
     "format": [None, 1, "cachegen-kv", ["cachegen-profile"]],
-    "version": [None, "1", 2, 0, -1, [1], {}],
+    "version": [None, "1", 2, 0, -1, [1], {}, True, 1.0],
     "model_fingerprint": [None, 1, "", "ab", "zz" * 32, "ab" * 33, ["ab" * 32]],
     "plane_shapes": [None, 1, "x", {}, [], [[2, 8]], [[2, 8]] * 5, [[2]] * 6, [[2, 8, 1]] * 6],
     "plane_shapes.0": [None, [0, 8], [2, -8], [2, 8.0], [2, True], ["2", 8], [65536, 8], [2, 1 << 70], [2, 4], [3, 8]],
@@ -199,6 +199,8 @@ WRONG: dict[str, list[Any]] = {
     "curve.0.step_log": [None, "1", 1.5, True, 1 << 15, -(1 << 15)],
     "curve.0.bits_per_value": [None, "1", True, [1.0], 10**400],
     "curve.0.kl": [None, "1", True, [1.0], 10**400],
+    "rotary_embeddings.0.name": [None, 1, ["x"], {}, True, "x" * 5000],
+    "rotary_embeddings.0.rope_type": [None, 1, ["x"], {}, True],
     "calibration": [None, 1, "x", []],
     "sha256": [None, 1, "x", [], {}],
     f"sha256.{SYNTHESIS_NAME}": [None, 1, "", "ab" * 32, []],
@@ -255,7 +257,7 @@ class TestHostile:
     def test_a_huge_record_is_refused_unread(self, folder):
         with open(folder / PROFILE_NAME, "r+b") as stream:
             stream.truncate(1 << 40)  # sparse
-        with pytest.raises(BitstreamError, match="too many"):
+        with pytest.raises(InputError, match="more than the"):
             load_profile(folder)
 
     @pytest.mark.parametrize("name", [PROFILE_NAME, SYNTHESIS_NAME, ANALYSIS_NAME])

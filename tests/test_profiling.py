@@ -22,7 +22,7 @@ from cachegen.evaluation.profiling import (
     plan_groups,
     split_contexts,
 )
-from cachegen.kv_cache import load_kv_cache, save_kv_cache
+from cachegen.kv_cache import from_planes, hash_planes, load_kv_cache, save_kv_cache
 from cachegen.pipeline.prefill import prefill_context
 from cachegen.profile import Profile, load_profile, save_profile
 from cachegen.transform import GroupTransform
@@ -215,6 +215,22 @@ class TestFit:
         assert calibration["settings"]["finest_step"] == 0.01
 
 
+def twice(context: CalibrationContext) -> CalibrationContext:
+    """A context with the same tokens and twice the values."""
+    cache = from_planes([2 * plane for plane in context.cache.planes])
+    return dataclasses.replace(
+        context, cache=cache, metadata=dataclasses.replace(context.metadata, cache_hash=hash_planes(cache))
+    )
+
+
+def test_a_cache_whose_values_have_changed_is_refused(contexts, tmp_path):
+    damaged = dataclasses.replace(contexts[0], cache=twice(contexts[0]).cache)
+    for weights in ("fisher", "none"):
+        with pytest.raises(BitstreamError, match="its values are not what was saved") as caught:
+            run([damaged, *contexts[1:]], tmp_path, dataclasses.replace(SETTINGS, weights=weights))
+        assert str(damaged.path) in str(caught.value)
+
+
 class TestResume:
     def interrupt(self, contexts, work: Path, monkeypatch, after: int) -> None:
         """Run until so many contexts' gradients are done."""
@@ -246,7 +262,7 @@ class TestResume:
         assert are_same(run(contexts, tmp_path / "work"), whole)
         assert len(calls) == 1
 
-    @pytest.mark.parametrize("change", ["seed", "order", "damage", "foreign"])
+    @pytest.mark.parametrize("change", ["seed", "order", "damage", "flip", "values", "foreign"])
     def test_what_another_run_left_is_not_taken(self, contexts, tmp_path, monkeypatch, change):
         self.interrupt(contexts, tmp_path, monkeypatch, after=2)
         path, settings, order = tmp_path / profiling.FISHER_NAME, SETTINGS, contexts
@@ -256,6 +272,12 @@ class TestResume:
             order = contexts[::-1]
         elif change == "damage":
             path.write_bytes(path.read_bytes()[:-100])
+        elif change == "flip":
+            content = bytearray(path.read_bytes())
+            content[-100] ^= 1
+            path.write_bytes(content)
+        elif change == "values":
+            order = [twice(contexts[0]), *contexts[1:]]
         else:
             path.write_bytes(b"not a safetensors file")
         calls = self.count_passes(monkeypatch)

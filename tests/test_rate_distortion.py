@@ -14,6 +14,7 @@ from conftest import read_folder
 from cachegen.evaluation import rate_distortion
 from cachegen.evaluation.report import COLUMNS
 from cachegen.evaluation.retrieval import Question, expect_answers, score_retrieval
+from cachegen.kv_cache import from_planes, load_kv_cache, save_kv_cache
 from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model import load_model
 from cachegen.pipeline.model_cache import view_kv_cache
@@ -114,9 +115,9 @@ def test_a_run_measures_only_what_is_missing(inputs, tmp_path, monkeypatch) -> N
     measured = []
     original = rate_distortion._Bench.measure
 
-    def spy(self, scheme, setting, key, known):
+    def spy(self, scheme, setting, key, known, fitted_on):
         measured.append((self._context.path.name, setting, known is not None))
-        return original(self, scheme, setting, key, known)
+        return original(self, scheme, setting, key, known, fitted_on)
 
     monkeypatch.setattr(rate_distortion._Bench, "measure", spy)
     run(inputs, tmp_path)
@@ -131,8 +132,36 @@ def test_a_run_measures_only_what_is_missing(inputs, tmp_path, monkeypatch) -> N
     assert measured == [("0.txt", "6-bit", False), ("1.txt", "4-bit", False)]
     assert (tmp_path / "results.csv").read_bytes() == results
     measured.clear()
+    row = tmp_path / "rows/1/uniform_4-bit.json"
+    row.write_text(row.read_text().replace('"kl": 0.', '"kl": 1.', 1))  # a digit that has changed
+    run(inputs, tmp_path)
+    assert measured == [("1.txt", "4-bit", False)]
+    assert (tmp_path / "results.csv").read_bytes() == results
+    measured.clear()
     run(inputs, tmp_path, "--num_questions", "1")
     assert len(measured) == 6
+
+
+def test_a_result_is_of_the_caches_that_are_there(inputs, tmp_path) -> None:
+    """Same tokens, other values: as of another attention kernel, or with other weights."""
+    run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1")
+    first = read_rows(tmp_path / "results.csv")
+    path = tmp_path / "kv/test/test_kv_0.pkl"
+    cache, metadata = load_kv_cache(path)
+    save_kv_cache(path, from_planes([2 * plane for plane in cache.planes]), metadata)
+    run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1")
+    assert [row["kl"] for row in read_rows(tmp_path / "results.csv")] != [row["kl"] for row in first]
+
+
+def test_a_damaged_saved_cache_is_computed_again(inputs, tmp_path) -> None:
+    run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1")
+    path, results = tmp_path / "kv/test/test_kv_0.pkl", (tmp_path / "results.csv").read_bytes()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    for row in (tmp_path / "rows/0").iterdir():
+        row.unlink()
+    run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1")
+    assert path.read_bytes() == whole and (tmp_path / "results.csv").read_bytes() == results
 
 
 def test_questions_can_be_asked_later(inputs, tmp_path) -> None:

@@ -464,7 +464,7 @@ class TestRefusals:
         assert "no.pkl: no such KV cache file (write one with main.py" in error
 
     def test_a_folder_as_kv_file(self, argv, tmp_path, refuse):
-        assert "no such KV cache file" in refuse(run_encoding.main, [*argv, "--path_to_kv", tmp_path], 3)
+        assert "is a folder, where" in refuse(run_encoding.main, [*argv, "--path_to_kv", tmp_path], 3)
 
     @pytest.mark.parametrize("as_zip", [False, True])
     def test_a_pickle_that_would_run_code(self, argv, tmp_path, kv_path, refuse, as_zip):

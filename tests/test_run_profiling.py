@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import LlamaConfig
 
 import run_profiling
 from cachegen.evaluation import curve, profiling
+from cachegen.files import lock_folder
 from cachegen.kv_cache import save_kv_cache
 from cachegen.pipeline.model import load_model
 from cachegen.pipeline.prefill import prefill_context
@@ -140,6 +142,28 @@ class TestInterruption:
         assert load_profile(output).profile_hash == before
         assert run_profiling.main([*argv, "--no_curve", "--quiet", "--seed", "1", "--overwrite"]) == 0
         assert load_profile(output).profile_hash != before
+
+    @pytest.mark.parametrize("name", ["analysis.safetensors", "synthesis.safetensors", "profile.json"])
+    def test_a_damaged_profile_is_made_again_and_the_script_says_so(self, argv, output, capsys, name):
+        assert run_profiling.main([*argv, "--no_curve", "--quiet"]) == 0
+        whole = {path.name: path.read_bytes() for path in output.iterdir()}
+        (output / name).write_bytes(whole[name][:-200])
+        assert run_profiling.main([*argv, "--no_curve", "--quiet"]) == 0
+        assert capsys.readouterr().err == f"warning: {output}: the profile there was damaged: it is made again\n"
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == whole
+
+    def test_a_profile_json_of_someone_elses_is_not_taken_for_a_damaged_profile(self, argv, output, refuse):
+        output.mkdir()
+        (output / "profile.json").write_text('{"name": "mine"}')
+        assert "--overwrite" in refuse(run_profiling.main, [*argv, "--no_curve"], 7)
+        assert os.listdir(output) == ["profile.json"]
+
+    def test_a_second_process_in_the_folder_is_refused(self, argv, output, refuse):
+        output.mkdir()
+        with lock_folder(output):
+            line = refuse(run_profiling.main, [*argv, "--no_curve"], 7)
+        assert "another process is writing into this folder" in line
+        assert os.listdir(output) == []
 
 
 class TestRefusals:

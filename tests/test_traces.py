@@ -94,7 +94,7 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path, lines, says):
 
 
 def test_a_missing_and_a_binary_file_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no such trace"):
+    with pytest.raises(InputError, match="no such trace file"):
         load_trace(tmp_path / "none")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="UTF-8"):

@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cachegen.errors import ConfigError, InputError, MismatchError
+from cachegen.errors import ConfigError, MismatchError
+from cachegen.files import read_file
 from cachegen.format import Coder, Method, PlaneLayout
 from cachegen.transform_format import MAX_LEVELS, MAX_STEP_LOG, PlaneShape
+
+MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -206,15 +209,10 @@ def load_model_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def _load_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    path = Path(path)
+    hint = "config/README.md lists those that come with cachegen"
+    text = read_file(path, MAX_CONFIG_BYTES, kind="config file", hint=hint)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such config file (config/README.md lists those that come with cachegen)"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):

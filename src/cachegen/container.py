@@ -10,7 +10,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -18,8 +17,11 @@ import torch
 
 from cachegen.coder.cpu import DTYPES, checksum_streams, crc32c
 from cachegen.errors import BitstreamError, InputError
+from cachegen.files import open_file
 from cachegen.format import (
     ALIGNMENT,
+    CHUNK_MAGIC,
+    TABLES_MAGIC,
     ChunkHeader,
     Dtype,
     StreamEntry,
@@ -30,7 +32,8 @@ from cachegen.format import (
     unpack_chunk_header,
     unpack_tables_header,
 )
-from cachegen.framing import Buffer, read_version
+from cachegen.framing import PREFIX, Buffer, read_version
+from cachegen.manifest import MAX_OBJECT_BYTES
 from cachegen.transform_format import (
     TRANSFORM_FORMAT_VERSION,
     ComponentChunkHeader,
@@ -218,14 +221,25 @@ def parse_tables(content: bytes) -> tuple[TablesHeader | TransformTablesHeader, 
 
 
 def read_whole(path: str | os.PathLike[str]) -> bytes:
-    """Read a file.
+    """Read a chunk file or a tables file.
+
+    Returns:
+        The file. Of one that is longer than its header announces, only so much that this shows, and of one that is
+        none of ours only the first bytes: whoever takes it apart refuses it, without its size in memory.
 
     Raises:
-        InputError: there is no such file, or it cannot be read.
+        InputError: there is no such file, it is no regular file, or it cannot be read.
     """
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file (encode the document again with run_encoding.py)") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    with open_file(path, hint="encode the document again with run_encoding.py") as stream:
+        try:
+            begin = stream.read(PREFIX.size)
+            announced = PREFIX.unpack(begin)[-1] if len(begin) == PREFIX.size else 0
+            if begin[: len(CHUNK_MAGIC)] not in (CHUNK_MAGIC, TABLES_MAGIC) or announced <= PREFIX.size:
+                return begin
+            size = min(os.fstat(stream.fileno()).st_size, announced + 1)
+            if size > MAX_OBJECT_BYTES:
+                raise InputError(f"{path}: has {size} bytes, more than the {MAX_OBJECT_BYTES} that a file may have")
+            stream.seek(0)
+            return stream.read(size)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error

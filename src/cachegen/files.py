@@ -1,4 +1,6 @@
-"""Write whole files or none: a temporary file beside the target, flushed to disk, then given the target's name.
+"""Read files of others without being held up; write whole files or none.
+
+A written file is a temporary one beside its target, flushed to disk, then given the target's name.
 
 Several processes may work in one folder. Whoever writes a temporary file holds a lock (flock) on it, so that a sweep
 removes only what no living process is writing; a crash gives the lock back. `lock_folder` keeps a second process out of
@@ -19,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from cachegen.errors import OutputError, OutputExistsError
+from cachegen.errors import InputError, OutputError, OutputExistsError
 
 _TEMPORARY_PREFIX = ".tmp-"
 # Exactly what `atomic_write` makes: someone else's ".tmp-notes" is not ours to remove.
@@ -29,6 +31,51 @@ _NO_HARD_LINKS = frozenset(
     {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.EINVAL}
 )
 _STALE_SECONDS = 24 * 3600.0  # of a temporary file where no lock can tell
+
+
+def read_file(path: str | os.PathLike[str], max_bytes: int, *, kind: str = "file", hint: str = "") -> bytes:
+    """Read a file that may be anyone's: at once, or not at all.
+
+    Args:
+        max_bytes: a larger file is refused before anything of it is read.
+        kind: of file, and
+        hint: what to do where there is no such file, for the message.
+
+    Raises:
+        InputError: there is no such file, it is none (a folder, a pipe, a device), it is too large, or it cannot be
+            read.
+    """
+    with open_file(path, kind=kind, hint=hint) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
+            if size > max_bytes:
+                raise InputError(f"{path}: has {size} bytes, more than the {max_bytes} that a {kind} may have")
+            return stream.read(size)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def open_file(path: str | os.PathLike[str], *, kind: str = "file", hint: str = "") -> BinaryIO:
+    """Open a file for reading; a pipe or a device, which could be read without end, is refused at once.
+
+    Raises:
+        InputError: as `read_file`.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for someone to write into it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such {kind}{f' ({hint})' if hint else ''}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a name with a NUL
+        raise InputError(f"{path!r}: cannot be read: {error}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+        raise InputError(f"{path}: cannot be read: is {found}, where a file is needed")
+    return os.fdopen(descriptor, "rb")
 
 
 @contextmanager

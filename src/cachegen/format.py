@@ -35,6 +35,7 @@ LANES = 32  # tokens of a row
 ALIGNMENT = 16  # of sections and streams, in bytes
 MAX_LOW_BITS = 8
 MAX_CHANNELS = 1 << 16
+MAX_HEADS = MAX_LAYERS = (1 << 16) - 1  # and dims of a head: fields of 16 bits
 MAX_CHUNK_TOKENS = 1 << 24
 MAX_CHUNKS = 1 << 20
 MAX_CODE_TOKENS = 1 << 14  # of a stream of coder `ac`: a code's length in bytes must fit in 16 bits

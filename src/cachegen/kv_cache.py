@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,22 @@ from typing import Any
 import torch
 
 from cachegen import _native
-from cachegen.errors import BitstreamError, InputError, UnsupportedVersionError
+from cachegen.errors import BitstreamError, UnsupportedVersionError
 from cachegen.files import atomic_write
+from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
+from cachegen.kv_archive import check_archive
 
 FILE_FORMAT = "cachegen-kv"
-FILE_VERSION = 1
+FILE_VERSION = 2
+MAX_ROTARY_EMBEDDINGS = 1 << 10
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HASHED_TOKENS = 1024
+_MAX_TEXT = 1 << 12
+_HASH = re.compile(r"[0-9a-f]{64}")
+_FIELDS = frozenset(
+    "format version model_id model_fingerprint token_ids token_hash rope_hash rotary_embeddings block_size "
+    "load_in_8bit cache_hash keys values".split()
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class ContextMetadata:
         block_size: tokens per prefill step; part of the result, since blocks change float rounding.
         cache_hash: `hash_planes` of the cache, as its file records it; None for a cache that no file holds. What reads
             all values anyway compares them with it.
+        load_in_8bit: whether the model's weights were rounded to 8 bits.
     """
 
     model_id: str
@@ -81,6 +91,7 @@ class ContextMetadata:
     rotary_embeddings: tuple[RotaryEmbedding, ...]
     block_size: int
     cache_hash: str | None = None
+    load_in_8bit: bool = False
 
     @property
     def rope_hash(self) -> str:
@@ -96,7 +107,8 @@ class KVCache:
         keys: `[num_tokens, num_kv_heads, head_dim]` per layer, keys with their rotary embedding applied.
         values: the same for values; heads and dims may differ from the keys', and between layers.
 
-    All tensors have one dtype (fp16, bf16 or fp32) and one number of tokens; strides are free.
+    All tensors have one dtype (fp16, bf16 or fp32) and one number of tokens; strides are free. There are as many heads
+    and dims at most as the formats of encoded files can hold.
     """
 
     keys: list[torch.Tensor]
@@ -110,6 +122,11 @@ class KVCache:
         for tensor in self.planes:
             if tensor.ndim != 3 or 0 in tensor.shape[1:]:
                 raise ValueError(f"a plane must be [num_tokens, num_kv_heads, head_dim], got {list(tensor.shape)}")
+            if max(tensor.shape[1:]) > MAX_HEADS or tensor.shape[1] * tensor.shape[2] > MAX_CHANNELS:
+                raise ValueError(
+                    f"a plane must have at most {MAX_HEADS} heads and dims and {MAX_CHANNELS} channels, "
+                    f"got {list(tensor.shape)}"
+                )
             if tensor.shape[0] != self.num_tokens:
                 raise ValueError(f"all planes must have {self.num_tokens} tokens, got {tensor.shape[0]}")
             if tensor.dtype not in SUPPORTED_DTYPES or tensor.dtype != self.dtype:
@@ -223,10 +240,16 @@ def hash_token_prefixes(token_ids: torch.Tensor, stops: Sequence[int]) -> list[s
     return hashes
 
 
-def save_kv_cache(path: str | os.PathLike[str], cache: KVCache, metadata: ContextMetadata) -> None:
-    """Write a cache and its metadata, whole or not at all.
+def save_kv_cache(
+    path: str | os.PathLike[str], cache: KVCache, metadata: ContextMetadata, *, replace: bool = True
+) -> None:
+    """Write a cache and its metadata, `hash_planes` among it, whole or not at all.
+
+    Args:
+        replace: as `atomic_write`.
 
     Raises:
+        OutputExistsError: as `atomic_write`.
         OutputError: the file cannot be written.
     """
     content = {
@@ -247,10 +270,12 @@ def save_kv_cache(path: str | os.PathLike[str], cache: KVCache, metadata: Contex
             for rotary in metadata.rotary_embeddings
         ],
         "block_size": metadata.block_size,
+        "load_in_8bit": metadata.load_in_8bit,
+        "cache_hash": hash_planes(cache),
         "keys": cache.keys,
         "values": cache.values,
     }
-    with atomic_write(path) as stream:
+    with atomic_write(path, replace=replace) as stream:
         try:
             torch.save(content, stream)
         except RuntimeError as error:
@@ -263,23 +288,20 @@ def save_kv_cache(path: str | os.PathLike[str], cache: KVCache, metadata: Contex
 def load_kv_cache(path: str | os.PathLike[str]) -> tuple[KVCache, ContextMetadata]:
     """Read a file of `save_kv_cache`, its tensors memory-mapped.
 
+    Every field is checked but the values: they are read when they are used, and who needs them whole compares
+    `hash_planes` of the cache with the metadata's `cache_hash`. What the file says about itself takes at most
+    40 times as much memory as it takes in the file.
+
     Returns:
         The cache (on the CPU) and its metadata.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or it is no regular one.
         BitstreamError: the file is not one of ours, or not whole. Nothing in it was executed.
-        UnsupportedVersionError: it was written by a later release.
+        UnsupportedVersionError: it was written by another release.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such KV cache file (write one with main.py, or name it with --path_to_kv)")
-    try:
-        is_whole = zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:
-        is_whole = False
-    if not is_whole:
-        raise BitstreamError("not a KV cache file of main.py, or not whole (plain pickles are never loaded)", path=path)
+    check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on a corrupt pickle's protocol, before it is refused
@@ -291,61 +313,128 @@ def load_kv_cache(path: str | os.PathLike[str]) -> tuple[KVCache, ContextMetadat
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise BitstreamError(f"not a KV cache file of main.py, nothing of it was run ({reason})", path=path) from error
     try:
-        return _parse(content)
+        return _parse(content, path.stat().st_size)
     except BitstreamError as error:
         raise error.at(path) from error
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise BitstreamError(f"a field of the KV cache file is missing or wrong ({error})", path=path) from error
 
 
-def _parse(content: dict[str, Any]) -> tuple[KVCache, ContextMetadata]:
-    """Check every field of a loaded file, trusting none."""
-    if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
-        raise BitstreamError("not a KV cache file of main.py")
-    if content["version"] != FILE_VERSION:
-        raise UnsupportedVersionError(
-            f"version {content['version']} is not supported, this release reads {FILE_VERSION}", field="version"
-        )
-    for tensor in [content["token_ids"], *content["keys"], *content["values"]]:
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise BitstreamError("a plane is not a plain tensor", field="keys, values, token_ids")
-        last_element = tensor.storage_offset() + sum(
-            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        num_stored = tensor.untyped_storage().nbytes() // tensor.element_size()
-        if tensor.numel() == 0 or last_element >= num_stored or tensor.numel() > num_stored:
-            raise BitstreamError("a plane is empty or larger than its storage", field="keys, values, token_ids")
-    cache = KVCache(
-        [_with_contiguous_heads(plane) for plane in content["keys"]],
-        [_with_contiguous_heads(plane) for plane in content["values"]],
-    )
-    metadata = ContextMetadata(
-        model_id=str(content["model_id"]),
-        model_fingerprint=bytes.fromhex(content["model_fingerprint"]).hex(),
-        token_ids=content["token_ids"],
-        rotary_embeddings=tuple(
+def read_rotary_embeddings(records: object) -> tuple[RotaryEmbedding, ...]:
+    """Check rotary embeddings as files hold them: a list of objects with the fields of `RotaryEmbedding`.
+
+    Raises:
+        BitstreamError: naming the field.
+    """
+    embeddings = []
+    for record in _read_list(records, "rotary_embeddings", 0, MAX_ROTARY_EMBEDDINGS):
+        if type(record) is not dict or set(record) != {"name", "rope_type", "inv_freq", "attention_scaling"}:
+            raise BitstreamError("must have name, rope_type, inv_freq, attention_scaling", field="rotary_embeddings")
+        frequencies = _read_list(record["inv_freq"], "inv_freq", 0, MAX_CHANNELS)
+        embeddings.append(
             RotaryEmbedding(
-                name=str(rotary["name"]),
-                rope_type=str(rotary["rope_type"]),
-                inv_freq=tuple(float(frequency) for frequency in rotary["inv_freq"]),
-                attention_scaling=float(rotary["attention_scaling"]),
+                name=_read_text(record["name"], "name"),
+                rope_type=_read_text(record["rope_type"], "rope_type"),
+                inv_freq=tuple(_read_number(frequency, "inv_freq") for frequency in frequencies),
+                attention_scaling=_read_number(record["attention_scaling"], "attention_scaling"),
             )
-            for rotary in content["rotary_embeddings"]
-        ),
-        block_size=int(content["block_size"]),
-    )
-    token_ids = metadata.token_ids
+        )
+    return tuple(embeddings)
+
+
+def _parse(content: object, file_bytes: int) -> tuple[KVCache, ContextMetadata]:
+    """Check every field of a loaded file, trusting none."""
+    if type(content) is not dict or type(content.get("format")) is not str or content["format"] != FILE_FORMAT:
+        raise BitstreamError("not a KV cache file of main.py")
+    version = content.get("version")
+    if type(version) is not int:
+        raise BitstreamError("must be an integer", field="version")
+    if version != FILE_VERSION:
+        number = version if abs(version) < 1 << 64 else "a huge number"
+        raise UnsupportedVersionError(
+            f"version {number} is not supported, this release reads {FILE_VERSION}: prefill again with main.py",
+            field="version",
+        )
+    missing = sorted(_FIELDS - set(content))
+    if missing:
+        raise BitstreamError("is missing", field=missing[0])
+    keys, values = (_read_list(content[name], name, 1, MAX_LAYERS) for name in ("keys", "values"))
+    token_ids = content["token_ids"]
+    for field, tensors in (("token_ids", [token_ids]), ("keys", keys), ("values", values)):
+        for tensor in tensors:
+            _check_tensor(tensor, field)
+    # Planes may be views of one storage, and a file may name one span of bytes as several storages: neither may make
+    # more of the file than it is.
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in [token_ids, *keys, *values])
+    if num_bytes > file_bytes:
+        raise BitstreamError("the tensors are larger than the file", field="keys, values, token_ids")
+    try:
+        cache = KVCache(list(map(_with_contiguous_heads, keys)), list(map(_with_contiguous_heads, values)))
+    except ValueError as error:
+        raise BitstreamError(str(error), field="keys, values") from error
     if token_ids.dtype != torch.int32 or list(token_ids.shape) != [cache.num_tokens]:
         raise BitstreamError("one int32 per token of the cache is expected", field="token_ids")
-    if hash_token_prefixes(token_ids, [cache.num_tokens]) != [content["token_hash"]]:
+    block_size = content["block_size"]
+    if type(block_size) is not int or not 0 < block_size < 1 << 32:
+        raise BitstreamError("must be an integer, 1 to 2^32 - 1", field="block_size")
+    load_in_8bit = content["load_in_8bit"]
+    if type(load_in_8bit) is not bool:
+        raise BitstreamError("must be true or false", field="load_in_8bit")
+    metadata = ContextMetadata(
+        model_id=_read_text(content["model_id"], "model_id"),
+        model_fingerprint=_read_hash(content["model_fingerprint"], "model_fingerprint"),
+        token_ids=token_ids,
+        rotary_embeddings=read_rotary_embeddings(content["rotary_embeddings"]),
+        block_size=block_size,
+        cache_hash=_read_hash(content["cache_hash"], "cache_hash"),
+        load_in_8bit=load_in_8bit,
+    )
+    if hash_token_prefixes(token_ids, [cache.num_tokens]) != [_read_hash(content["token_hash"], "token_hash")]:
         raise BitstreamError("does not match the token ids", field="token_hash")
-    if metadata.rope_hash != content["rope_hash"]:
+    if metadata.rope_hash != _read_hash(content["rope_hash"], "rope_hash"):
         raise BitstreamError("does not match the rotary embeddings", field="rope_hash")
-    if not 0 < metadata.block_size < 1 << 32:
-        raise BitstreamError(f"must be 1 to 2^32 - 1, got {metadata.block_size}", field="block_size")
-    if len(metadata.model_fingerprint) != 64:
-        raise BitstreamError("must be a SHA-256 in hex", field="model_fingerprint")
     return cache, metadata
+
+
+def _check_tensor(tensor: object, field: str) -> None:
+    """Refuse all but a plain tensor whose elements lie within its storage, each in a place of its own."""
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise BitstreamError("a plane is not a plain tensor", field=field)
+    if tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        raise BitstreamError("a plane is not a plain tensor", field=field)
+    span = 1  # elements from the first to the last one of the dims so far
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                raise BitstreamError("elements of a plane share their place", field=field)
+            span += (size - 1) * stride
+    num_stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if tensor.numel() == 0 or tensor.storage_offset() + span > num_stored:
+        raise BitstreamError("a plane is empty or larger than its storage", field=field)
+    if tensor.data_ptr() % tensor.element_size():
+        raise BitstreamError("a plane does not begin at a multiple of its element's size", field=field)
+
+
+def _read_list(value: object, field: str, low: int, high: int) -> list[Any]:
+    if type(value) is not list or not low <= len(value) <= high:
+        raise BitstreamError(f"must be a list of {low} to {high}", field=field)
+    return value
+
+
+def _read_text(value: object, field: str) -> str:
+    if type(value) is not str or len(value) > _MAX_TEXT:
+        raise BitstreamError(f"must be a text of at most {_MAX_TEXT} characters", field=field)
+    return value
+
+
+def _read_hash(value: object, field: str) -> str:
+    if type(value) is not str or _HASH.fullmatch(value) is None:
+        raise BitstreamError("must be a SHA-256 in hex", field=field)
+    return value
+
+
+def _read_number(value: object, field: str) -> float:
+    if type(value) not in (int, float) or not abs(value) < 1e300:  # type: ignore[arg-type, operator]
+        raise BitstreamError("must be a finite number", field=field)
+    return float(value)  # type: ignore[arg-type]
 
 
 def _with_contiguous_heads(plane: torch.Tensor) -> torch.Tensor:

@@ -13,20 +13,20 @@ import itertools
 import json
 import math
 import os
-import stat
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from cachegen.errors import BitstreamError, InputError, MismatchError, UnsupportedVersionError
-from cachegen.files import write_file
-from cachegen.kv_cache import RotaryEmbedding, hash_rotary_embeddings
+from cachegen.files import read_file, write_file
+from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
+from cachegen.kv_cache import RotaryEmbedding, hash_rotary_embeddings, read_rotary_embeddings
 
 PROFILE_NAME = "profile.json"
 SYNTHESIS_NAME = "synthesis.safetensors"
@@ -36,7 +36,11 @@ FILE_VERSION = 1
 SCALE_LOGS_PER_OCTAVE = 16
 """Scales and steps are compared as integers: 16 times their binary logarithm, rounded."""
 
-_MAX_JSON_BYTES = 1 << 24
+MAX_PROFILE_BYTES = 1 << 22  # of profile.json
+_MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: the names and shapes of its tensors
+_MAX_CURVE_POINTS = 1 << 10
+_MAX_COMPONENTS = (1 << 16) - 1
+_HINT = "--profile takes a folder of run_profiling.py"
 _MAX_SCALE_LOG = 1 << 14
 
 
@@ -223,32 +227,34 @@ def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) 
     """
     folder = Path(folder)
     path = folder / PROFILE_NAME
-    text = _read(path, _MAX_JSON_BYTES)
+    text = read_file(path, MAX_PROFILE_BYTES, hint=_HINT)
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BitstreamError(f"not JSON ({error})", path=path) from error
+        raise BitstreamError(f"not JSON ({str(error)[:120]})", path=path) from error
     if not isinstance(record, dict) or record.get("format") != FILE_FORMAT:
         raise BitstreamError("not a profile of run_profiling.py", path=path, field="format")
-    if record.get("version") != FILE_VERSION:
+    version = record.get("version")
+    if type(version) is not int or version != FILE_VERSION:
         raise UnsupportedVersionError(
-            f"{record.get('version')} is not supported, this release reads {FILE_VERSION}", path=path, field="version"
+            f"{version!r:.20} is not supported, this release reads {FILE_VERSION}", path=path, field="version"
         )
     try:
         profile = _parse(record)
-        synthesis, num_bytes = _load_tensors(folder / SYNTHESIS_NAME, record["sha256"][SYNTHESIS_NAME])
+        layers = _parse_layers(record["groups"], profile)
+        hashes = _record(record["sha256"], "sha256", SYNTHESIS_NAME, ANALYSIS_NAME)
+        num_values = [
+            profile.channels_of(first, count) * (num_components + 4) for first, count, num_components in layers
+        ]
+        max_bytes = 2 * sum(num_values) + _MAX_HEADER_BYTES
+        synthesis, num_bytes = _load_tensors(folder / SYNTHESIS_NAME, hashes[SYNTHESIS_NAME], max_bytes)
         analysis: dict[str, torch.Tensor] = {}
         if for_encoding:
-            analysis, _ = _load_tensors(folder / ANALYSIS_NAME, record["sha256"][ANALYSIS_NAME])
+            analysis, _ = _load_tensors(folder / ANALYSIS_NAME, hashes[ANALYSIS_NAME], max_bytes)
         groups = tuple(
-            _parse_group(index, shape, profile, synthesis, analysis if for_encoding else None)
-            for index, shape in enumerate(record["groups"])
+            _parse_group(index, *group, profile, synthesis, analysis if for_encoding else None)
+            for index, group in enumerate(layers)
         )
-        covered = [layer for g in groups for layer in range(g.first_layer, g.first_layer + g.num_layers)]
-        if covered != list(range(profile.num_layers)):
-            raise BitstreamError("the groups do not cover the layers, each once and in order", field="groups")
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise BitstreamError(f"a field of the profile is missing or wrong ({error})", path=path) from error
     except BitstreamError as error:
         raise error if error.path else error.at(path) from error
     return dataclasses.replace(
@@ -278,50 +284,64 @@ def check_profile(profile: Profile, model_fingerprint: str, rope_hash: str, sour
 
 def _parse(record: dict[str, Any]) -> Profile:
     """Check the JSON's own fields; the groups' tensors come later."""
-    shapes = tuple((_integer(heads, 1, 65535), _integer(dim, 1, 65535)) for heads, dim in record["plane_shapes"])
-    if not shapes or len(shapes) % 2 or len(shapes) > 2 * 65535:
+    fields = "model_fingerprint rotary_embeddings plane_shapes groups curve calibration sha256".split()
+    _record(record, ", ".join(sorted(set(fields) - set(record))) or "record", *fields)
+    shapes = []
+    for shape in _items(record["plane_shapes"], "plane_shapes", 2 * MAX_LAYERS):
+        sizes = [_integer(size, 1, MAX_HEADS, "plane_shapes") for size in _items(shape, "plane_shapes", 2)]
+        if len(sizes) != 2:
+            raise BitstreamError("must be pairs of heads and dims", field="plane_shapes")
+        shapes.append((sizes[0], sizes[1]))
+    if not shapes or len(shapes) % 2:
         raise BitstreamError("must be two shapes per layer", field="plane_shapes")
-    rotary_embeddings = tuple(
-        RotaryEmbedding(
-            name=str(rotary["name"]),
-            rope_type=str(rotary["rope_type"]),
-            inv_freq=tuple(_number(frequency) for frequency in rotary["inv_freq"]),
-            attention_scaling=_number(rotary["attention_scaling"]),
-        )
-        for rotary in record["rotary_embeddings"]
-    )
+    if any(heads * dim > MAX_CHANNELS for heads, dim in shapes):
+        raise BitstreamError(f"a plane must have at most {MAX_CHANNELS} channels", field="plane_shapes")
+    rotary_embeddings = read_rotary_embeddings(record["rotary_embeddings"])
     for rotary in rotary_embeddings[:1]:
         if rotary.attention_scaling == 0:
             raise BitstreamError("must not be 0", field="attention_scaling")
         if any(2 * len(rotary.inv_freq) > dim for _, dim in shapes[0::2]):
             raise BitstreamError("more frequencies than a head has pairs", field="inv_freq")
     fingerprint = record["model_fingerprint"]
-    if not isinstance(fingerprint, str) or len(bytes.fromhex(fingerprint)) != 32:
+    if type(fingerprint) is not str or re.fullmatch("[0-9a-f]{64}", fingerprint) is None:
         raise BitstreamError("must be a SHA-256 in hex", field="model_fingerprint")
-    curve = tuple(
-        CurvePoint(
-            _integer(point["step_log"], -_MAX_SCALE_LOG, _MAX_SCALE_LOG),
-            _number(point["bits_per_value"]),
-            _number(point["kl"]),
-        )
-        for point in record["curve"]
-    )
-    if not isinstance(record["calibration"], dict):
-        raise BitstreamError("must be an object", field="calibration")
-    return Profile(fingerprint.lower(), rotary_embeddings, shapes, (), curve, record["calibration"])
+    curve = []
+    for item in _items(record["curve"], "curve", _MAX_CURVE_POINTS):
+        point = _record(item, "curve", "step_log", "bits_per_value", "kl")
+        step_log = _integer(point["step_log"], -_MAX_SCALE_LOG, _MAX_SCALE_LOG, "step_log")
+        bits_per_value = _number(point["bits_per_value"], "bits_per_value")
+        curve.append(CurvePoint(step_log, bits_per_value, _number(point["kl"], "kl")))
+    calibration = _record(record["calibration"], "calibration")
+    return Profile(fingerprint, rotary_embeddings, tuple(shapes), (), tuple(curve), calibration)
+
+
+def _parse_layers(records: object, profile: Profile) -> list[tuple[int, int, int]]:
+    """Return first layer, number of layers and of components of each group; they cover all layers in order."""
+    layers, next_layer = [], 0
+    for item in _items(records, "groups", MAX_LAYERS):
+        group = _record(item, "groups", "first_layer", "num_layers", "num_components")
+        left = profile.num_layers - next_layer
+        if not left or _integer(group["first_layer"], 0, MAX_LAYERS, "first_layer") != next_layer:
+            raise BitstreamError("the groups do not cover the layers, each once and in order", field="groups")
+        num_layers = _integer(group["num_layers"], 1, left, "num_layers")
+        limit = min(profile.channels_of(next_layer, num_layers), _MAX_COMPONENTS)
+        layers.append((next_layer, num_layers, _integer(group["num_components"], 1, limit, "num_components")))
+        next_layer += num_layers
+    if next_layer != profile.num_layers:
+        raise BitstreamError("the groups do not cover the layers, each once and in order", field="groups")
+    return layers
 
 
 def _parse_group(
     index: int,
-    record: dict[str, Any],
+    first_layer: int,
+    num_layers: int,
+    num_components: int,
     profile: Profile,
     synthesis: dict[str, torch.Tensor],
     analysis: dict[str, torch.Tensor] | None,
 ) -> TransformGroup:
-    first_layer = _integer(record["first_layer"], 0, profile.num_layers - 1)
-    num_layers = _integer(record["num_layers"], 1, profile.num_layers - first_layer)
     num_channels = profile.channels_of(first_layer, num_layers)
-    num_components = _integer(record["num_components"], 1, min(num_channels, 65535))
     group = TransformGroup(
         first_layer,
         num_layers,
@@ -339,6 +359,8 @@ def _parse_group(
 
 
 def _tensor(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    if name not in tensors:
+        raise BitstreamError("is missing", field=name)
     tensor = tensors[name]
     if tensor.dtype != dtype or list(tensor.shape) != shape:
         raise BitstreamError(f"must be {dtype} {shape}, got {tensor.dtype} {list(tensor.shape)}", field=name)
@@ -347,40 +369,38 @@ def _tensor(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype, sha
     return tensor
 
 
-def _load_tensors(path: Path, expected_hash: object) -> tuple[dict[str, torch.Tensor], int]:
-    content = _read(path)
+def _load_tensors(path: Path, expected_hash: object, max_bytes: int) -> tuple[dict[str, torch.Tensor], int]:
+    content = read_file(path, max_bytes, hint=_HINT)
     if hashlib.sha256(content).hexdigest() != expected_hash:
         raise BitstreamError(f"is not the file that {PROFILE_NAME} names, or has changed", path=path, field="sha256")
     try:
         return load_tensors(content), len(content)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise BitstreamError(f"not a safetensors file ({error})", path=path) from error
+    except Exception as error:  # a library's own errors over a dtype or a shape that it does not know
+        raise BitstreamError(f"not a safetensors file ({str(error)[:120]})", path=path) from error
 
 
-def _read(path: Path, max_bytes: int | None = None) -> bytes:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-            raise InputError(f"{path}: is not a file (--profile takes a folder of run_profiling.py)")
-        if max_bytes is not None and status.st_size > max_bytes:
-            raise BitstreamError(f"{status.st_size} bytes are too many for a profile", path=path)
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such file (--profile takes a folder of run_profiling.py)") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _integer(value: object, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"must be an integer, {low} to {high}, got {value!r}")
+def _integer(value: object, low: int, high: int, field: str) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise BitstreamError(f"must be an integer, {low} to {high}, got {value!r:.60}", field=field)
     return value
 
 
-def _number(value: object) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"must be a number, got {value!r}")
-    return float(value)
+def _number(value: object, field: str) -> float:
+    if type(value) not in (int, float) or not abs(value) < 1e300:  # type: ignore[arg-type, operator]
+        raise BitstreamError(f"must be a finite number, got {value!r:.60}", field=field)
+    return float(value)  # type: ignore[arg-type]
+
+
+def _record(value: object, field: str, *names: str) -> dict[str, Any]:
+    if type(value) is not dict or not set(names) <= set(value):
+        raise BitstreamError(f"must be an object with {', '.join(names)}", field=field)
+    return value
+
+
+def _items(value: object, field: str, limit: int) -> list[Any]:
+    if type(value) is not list or len(value) > limit:
+        raise BitstreamError(f"must be a list of at most {limit}", field=field)
+    return value
 
 
 def _interpolate(x: float, xs: Sequence[float], ys: Sequence[int]) -> float:

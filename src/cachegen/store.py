@@ -16,14 +16,14 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from cachegen.errors import ConfigError, OutputError, StoreError
-from cachegen.files import is_temporary, write_file
+from cachegen.errors import ConfigError, OutputError, OutputExistsError, StoreError
+from cachegen.files import is_temporary, remove_stale_temporaries, write_file
 from cachegen.http_objects import HttpObjects
 from cachegen.objects import MIN_BYTES_PER_SECOND, Answer
 from cachegen.obstore_objects import ObstoreObjects, load_obstore, reason_of
@@ -102,6 +102,7 @@ class Store:
     def __init__(self, url: str, objects: Objects, retry: RetryRule, folder: Path | None = None) -> None:
         self.url, self.retry = url.rstrip("/"), retry
         self._objects, self._folder = objects, folder
+        self._swept: set[Path] = set()  # folders that hold no file of a killed writer any more
 
     def describe(self, name: str) -> str:
         """Return the full address of an object, for messages."""
@@ -197,15 +198,29 @@ class Store:
             OutputError: it cannot be written, after all attempts.
         """
         try:
+            self._sweep(name)
             if not overwrite and self.exists(name):
                 return False
             if self._folder is not None:  # ours is on disk before it has its name; obstore's is renamed only
-                write_file(self._folder / name, bytes(content))
+                try:
+                    write_file(self._folder / name, bytes(content), replace=overwrite)
+                except OutputExistsError:  # by another process, just now
+                    return False
                 return True
             return self._try_again(lambda: self._objects.put(name, bytes(content), overwrite=overwrite))
         except StoreError as error:
             place = self.describe(name)
             raise OutputError(f"{place}: cannot be written: {str(error).removeprefix(place + ': ')}") from error
+
+    def _sweep(self, name: str) -> None:
+        """Remove what killed writers left beside an object of a folder, once."""
+        if self._folder is None:
+            return
+        folder = (self._folder / name).parent
+        if folder not in self._swept:
+            with suppress(OSError):  # there is no such folder yet, or what is wrong with it will show
+                remove_stale_temporaries(folder)
+            self._swept.add(folder)
 
     def ensure(self, name: str, content: bytes) -> Ensured:
         """Write an object whose name says its content, unless it is there and whole.
@@ -215,6 +230,7 @@ class Store:
         Raises:
             OutputError: it cannot be written, or what is there cannot be read, after all attempts.
         """
+        self._sweep(name)
         try:
             found = self.holds(name, content)
             if found is None and self.put(name, content):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
 import cachegen
-from cachegen.errors import InputError, MismatchError
+from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.evaluation.basis import Weights, fit_basis, weigh
 from cachegen.evaluation.fisher import accumulate_fisher, add_outer_products
-from cachegen.files import write_file
-from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes, load_kv_cache
+from cachegen.files import open_file, write_file
+from cachegen.kv_cache import ContextMetadata, KVCache, hash_planes, hash_token_prefixes, load_kv_cache
 from cachegen.pipeline.model import LoadedModel
 from cachegen.profile import Profile, TransformGroup
 from cachegen.transform import BLOCK_TOKENS, join_planes
@@ -64,6 +65,16 @@ class CalibrationContext:
     def token_hash(self) -> str:
         """SHA-256 in hex of the tokens."""
         return hash_token_prefixes(self.metadata.token_ids, [self.cache.num_tokens])[0]
+
+    def check_values(self) -> None:
+        """Read all values and see that they are those that were saved.
+
+        Raises:
+            BitstreamError: they are not.
+        """
+        if hash_planes(self.cache) != self.metadata.cache_hash:
+            problem = "its values are not what was saved, the file is damaged: run main.py again"
+            raise BitstreamError(problem, path=self.path, field="cache_hash")
 
 
 def open_contexts(path: Path) -> list[CalibrationContext]:
@@ -210,6 +221,9 @@ def calibrate(
             raise InputError("the model's predictions do not depend on its cache: the gradients are zero or NaN")
         for total in fisher:
             total /= unit
+    if fisher is None:
+        for context in contexts:
+            context.check_values()
     means, covariances = _measure_covariances(contexts, layer_groups, num_channels, device, progress)
     groups = []
     for index, (first_layer, num_layers) in enumerate(layer_groups):
@@ -244,6 +258,9 @@ def _measure_fisher(
 ) -> list[torch.Tensor]:
     """Return the sum of outer products per group, going on where an interrupted run stopped."""
     path = work_folder / FISHER_NAME
+    for context in contexts:
+        context.check_values()  # before an hour is spent on them
+    identities = [f"{context.token_hash} {context.metadata.cache_hash}" for context in contexts]
     key = {
         "model_fingerprint": loaded.fingerprint,
         "layer_groups": [list(group) for group in layer_groups],
@@ -252,7 +269,7 @@ def _measure_fisher(
         "settings": [settings.fisher_tokens, settings.fisher_samples, settings.seed],
     }
     totals, done = _load_fisher(path, key, num_channels, device)
-    if done != [context.token_hash for context in contexts][: len(done)]:
+    if done != identities[: len(done)]:
         totals, done = None, []
     if totals is None:
         totals = [torch.zeros(n, n, dtype=torch.float64, device=device) for n in num_channels]
@@ -273,9 +290,10 @@ def _measure_fisher(
             raise InputError(f"{context.path}: {error}") from error
         if not all(torch.isfinite(total).all() for total in totals):
             raise InputError(f"{context.path}: its gradients hold NaN or infinity; the cache or the model is damaged")
-        done.append(context.token_hash)
+        done.append(identities[len(done)])
         tensors = {f"fisher.{index}": total.cpu() for index, total in enumerate(totals)}
-        write_file(path, save_tensors(tensors, {"key": json.dumps(key), "done": json.dumps(done)}))
+        metadata = {"key": json.dumps(key), "done": json.dumps(done), "sha256": _hash_totals(totals)}
+        write_file(path, save_tensors(tensors, metadata))
         progress(1)
     return totals
 
@@ -283,20 +301,33 @@ def _measure_fisher(
 def _load_fisher(
     path: Path, key: dict[str, Any], num_channels: Sequence[int], device: torch.device
 ) -> tuple[list[torch.Tensor] | None, list[str]]:
-    """Return what an interrupted run has summed up and the contexts it has done; nothing where settings differ."""
+    """Return what an interrupted run has summed up and the contexts it has done.
+
+    Nothing is taken from a file of other settings, or one that is not whole.
+    """
     try:
+        open_file(path).close()  # not a pipe, which the library would wait at
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("key") != json.dumps(key):
                 return None, []
             totals = [file.get_tensor(f"fisher.{index}").to(device) for index in range(len(num_channels))]
             done = json.loads(metadata["done"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (InputError, OSError, SafetensorError, KeyError, ValueError):
+        return None, []
+    if metadata.get("sha256") != _hash_totals(totals):
         return None, []
     shapes = [(list(total.shape), total.dtype) for total in totals]
     if shapes != [([n, n], torch.float64) for n in num_channels]:
         return None, []
     return totals, done
+
+
+def _hash_totals(totals: Sequence[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for total in totals:
+        digest.update(total.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _measure_covariances(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from cachegen.errors import InputError, MismatchError
+from cachegen.errors import BitstreamError, CacheGenError, InputError, MismatchError
 from cachegen.evaluation.retrieval import (
     PromptContext,
     count_packed_tokens,
@@ -26,8 +26,9 @@ from cachegen.evaluation.retrieval import (
     score_retrieval,
 )
 from cachegen.evaluation.schemes import ByteCount, SavedCache, Scheme
-from cachegen.files import write_file
-from cachegen.kv_cache import KVCache, hash_token_prefixes, load_kv_cache, save_kv_cache
+from cachegen.files import read_file, write_file
+from cachegen.kv_archive import is_damaged_kv_file
+from cachegen.kv_cache import KVCache, hash_planes, hash_token_prefixes, load_kv_cache, save_kv_cache
 from cachegen.pipeline.context import read_context
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
@@ -36,6 +37,7 @@ from cachegen.pipeline.verify import compare_caches, count_verified_tokens
 
 # A result is measured anew when this changes: with the measurement itself.
 MEASUREMENT_VERSION = 1
+MAX_ROW_BYTES = 1 << 20
 ROWS_FOLDER = "rows"
 
 
@@ -48,6 +50,7 @@ class Result:
         context: the context's file name.
         num_values: scalars of the encoded part of the cache.
         bytes_of: per method name.
+        cache_hashes: of the uncompressed cache, then of those that the scheme was fitted on.
         fidelity: fields of `Fidelity`.
         retrieval: fields of `RetrievalScore`; None: not asked yet.
     """
@@ -58,6 +61,7 @@ class Result:
     setting: str
     num_values: int
     bytes_of: Mapping[str, ByteCount]
+    cache_hashes: Sequence[str]
     fidelity: Mapping[str, float]
     retrieval: Mapping[str, int] | None
 
@@ -117,15 +121,19 @@ def measure(study: Study, report: Callable[[str], None]) -> list[Result]:
     results: list[Result] = []
     for context in study.contexts:
         token_ids = tokenize(study.loaded, read_context(context.path))
+        cache_hashes = [
+            _saved_cache_hash(study, c, kind)
+            for c, kind in [(context, "test"), *((c, "calibration") for c in study.calibration)]
+        ]
         keys = {scheme.name: _result_key(study, profiles, context, token_ids, scheme) for scheme in study.schemes}
-        found = [_read_result(_row_path(study, context, *task), keys[task[0].name]) for task in tasks]
+        found = [_read_result(_row_path(study, context, *task), keys[task[0].name], cache_hashes) for task in tasks]
         if not all(result and (result.retrieval or not study.with_retrieval) for result in found):
             bench = _Bench(study, context, token_ids)
             for index, (scheme, setting) in enumerate(tasks):
                 known = found[index]
                 if known is None or (known.retrieval is None and study.with_retrieval):
                     profiles.fit(scheme)
-                    result = bench.measure(scheme, setting, keys[scheme.name], known)
+                    result = bench.measure(scheme, setting, keys[scheme.name], known, profiles.cache_hashes)
                     _write_result(_row_path(study, context, scheme, setting), result)
                     found[index] = result
                     report(_describe(result))
@@ -144,6 +152,11 @@ class _Profiles:
         for context in study.calibration:
             digest.update(tokenize(study.loaded, read_context(context.path)).numpy().tobytes())
         self.identity = digest.hexdigest()
+
+    @property
+    def cache_hashes(self) -> list[str]:
+        """Of the caches that schemes are fitted on, once one is."""
+        return [str(saved.metadata.cache_hash) for saved in self._caches]
 
     def fit(self, scheme: Scheme) -> None:
         if scheme.name in self._fitted:
@@ -168,7 +181,7 @@ class _Bench:
         _fill(self._reference, saved.cache)
         self._expected = None
 
-    def measure(self, scheme: Scheme, setting: str, key: str, known: Result | None) -> Result:
+    def measure(self, scheme: Scheme, setting: str, key: str, known: Result | None, fitted_on: Sequence[str]) -> Result:
         """Recode the cache and compare; with a known result only ask the questions."""
         study, encoded = self._study, self._saved.slice(self._start)
         recoded = scheme.recode(encoded, setting)
@@ -181,6 +194,7 @@ class _Bench:
             setting=setting,
             num_values=encoded.cache.num_values,
             bytes_of=recoded.bytes_of,
+            cache_hashes=[str(self._saved.metadata.cache_hash), *fitted_on],
             fidelity=fidelity,
             retrieval=self._ask() if study.with_retrieval else None,
         )
@@ -212,22 +226,51 @@ class _Bench:
 
 
 def load_caches(study: Study, contexts: Sequence[PromptContext], kind: str) -> Iterator[SavedCache]:
-    """Load the saved caches of contexts, prefilling and saving those that are missing.
+    """Load the saved caches of contexts, prefilling and saving those that are missing or damaged.
 
     Raises:
-        MismatchError: a saved cache is of another model or text.
+        MismatchError: a saved cache is of another model or text, or prefilled in other blocks.
     """
     for context in contexts:
         path = study.kv_folder / kind / f"test_kv_{context.path.stem}.pkl"
         token_ids = tokenize(study.loaded, read_context(context.path))
-        if not path.exists():
+        if not _is_whole(path):
             save_kv_cache(path, *prefill_context(study.load_for_prefill(), token_ids, study.block_size))
         saved = SavedCache(*load_kv_cache(path))
         if saved.metadata.model_fingerprint != study.loaded.fingerprint:
             raise MismatchError(f"{path}: is of another model than {study.loaded.model_id}; choose another --kv_folder")
         if not torch.equal(saved.metadata.token_ids, token_ids[:-1]):
             raise MismatchError(f"{path}: is of another text than {context.path}; choose another --kv_folder")
+        if saved.metadata.block_size != study.block_size:
+            blocks = f"blocks of {saved.metadata.block_size} tokens, not {study.block_size}"
+            raise MismatchError(f"{path}: was prefilled in {blocks}; choose another --kv_folder")
         yield saved
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether a saved cache is there and whole; a damaged one is to be written again.
+
+    Raises:
+        CacheGenError: it is a file of something else.
+    """
+    if not path.exists():
+        return False
+    try:
+        cache, metadata = load_kv_cache(path)
+    except BitstreamError:
+        if is_damaged_kv_file(path):
+            return False
+        raise
+    return hash_planes(cache) == metadata.cache_hash
+
+
+def _saved_cache_hash(study: Study, context: PromptContext, kind: str) -> str | None:
+    """Return what a saved cache's file says of its values; None where there is no such file, or it is damaged."""
+    path = study.kv_folder / kind / f"test_kv_{context.path.stem}.pkl"
+    try:
+        return load_kv_cache(path)[1].cache_hash
+    except CacheGenError:
+        return None
 
 
 def _fill(cache: Cache, kv: KVCache) -> None:
@@ -259,18 +302,32 @@ def _row_path(study: Study, context: PromptContext, scheme: Scheme, setting: str
 
 
 def _write_result(path: Path, result: Result) -> None:
-    write_file(path, (json.dumps(asdict(result), indent=1) + "\n").encode())
+    content = asdict(result)
+    write_file(path, (json.dumps({**content, "sha256": _hash_content(content)}, indent=1) + "\n").encode())
 
 
-def _read_result(path: Path, key: str) -> Result | None:
-    """Read a result; None if there is none, or one of another measurement."""
+def _hash_content(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_result(path: Path, key: str, cache_hashes: Sequence[str | None]) -> Result | None:
+    """Read a result; None if there is none, one of another measurement, or one that has changed since.
+
+    Args:
+        cache_hashes: of the saved caches that are there; None for one that would be computed.
+    """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(read_file(path, MAX_ROW_BYTES).decode("utf-8"))
+        if content.pop("sha256") != _hash_content(content):
+            return None
         content["bytes_of"] = {name: ByteCount(**count) for name, count in content["bytes_of"].items()}
         result = Result(**content)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (InputError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    return result if result.key == key else None
+    if len(result.cache_hashes) != len(cache_hashes):
+        return None
+    is_of_these = all(now in (None, then) for now, then in zip(cache_hashes, result.cache_hashes, strict=True))
+    return result if result.key == key and is_of_these else None
 
 
 def _describe(result: Result) -> str:

@@ -17,10 +17,13 @@ import torch
 from transformers.cache_utils import Cache
 
 from cachegen.errors import InputError
+from cachegen.files import read_file
 from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import get_capacity, set_length
 from cachegen.pipeline.prefill import tokenize
+
+MAX_QUESTIONS_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def read_prompts(folder: Path) -> list[PromptContext]:
         InputError: it is not there or not such a file.
     """
     path = folder / "questions.json"
+    text = read_file(path, MAX_QUESTIONS_BYTES, hint="a prompts folder like 9k_prompts has one")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(text.decode("utf-8"))
         return [
             PromptContext(
                 folder / entry["file"],
@@ -94,11 +98,7 @@ def read_prompts(folder: Path) -> list[PromptContext]:
             )
             for entry in entries
         ]
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror} (a prompts folder like 9k_prompts has one)"
-        ) from None
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a list of contexts with questions ({error!r})") from None
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cachegen.config import TransformConfig
 from cachegen.errors import CacheGenError, ConfigError, InputError
-from cachegen.profile import PROFILE_NAME, Profile, load_profile
+from cachegen.files import read_file
+from cachegen.profile import MAX_PROFILE_BYTES, PROFILE_NAME, Profile, load_profile
 from cachegen.transform_format import MAX_STEP_LOG
 
 
@@ -28,9 +29,9 @@ def profile_finder(
     in_memory: dict[bytes, Profile] = {}
     if model_fingerprint is not None and named is None:
         for path in sorted(Path(shelf).glob(f"*/{PROFILE_NAME}")):
-            content = path.read_bytes()
-            if model_fingerprint.encode() in content:
-                with contextlib.suppress(CacheGenError):
+            with contextlib.suppress(CacheGenError):
+                content = read_file(path, MAX_PROFILE_BYTES)
+                if model_fingerprint.encode() in content:
                     in_memory[hashlib.sha256(content).digest()] = load_profile(path.parent)
 
     def find(profile_hash: bytes) -> Profile:
@@ -44,7 +45,10 @@ def profile_finder(
         if profile_hash in in_memory:
             return in_memory[profile_hash]
         for path in sorted(Path(shelf).glob(f"*/{PROFILE_NAME}")):
-            if hashlib.sha256(path.read_bytes()).digest() == profile_hash:
+            content = b""
+            with contextlib.suppress(CacheGenError):  # another profile of the shelf, or a pipe there
+                content = read_file(path, MAX_PROFILE_BYTES)
+            if hashlib.sha256(content).digest() == profile_hash:
                 return load_profile(path.parent)
         raise InputError(
             f"{shelf}: no profile there is {profile_hash.hex()[:12]}, which the document was encoded with: "

@@ -8,13 +8,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from cachegen.errors import ConfigError, InputError, MismatchError
+from cachegen.errors import ConfigError, MismatchError
+from cachegen.files import read_file
 from cachegen.streaming.policy import ChunkLevels, DecodeSpeed, PrefillSpeed, Speeds
 
 BYTES_PER_FP16 = 2
+MAX_JSON_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -277,12 +278,9 @@ def _check_curve(path: object, where: str, curve: LevelCurve) -> None:
 
 
 def _load_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    text = read_file(path, MAX_JSON_BYTES)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):

@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from cachegen.errors import InputError
-from cachegen.files import write_file
+from cachegen.files import read_file, write_file
 
 BYTES_PER_GIGABIT = 1e9 / 8
 _HEADER_FIELDS = {"name", "indexed_by", "first_byte_seconds", "connection_gbps"}
 _MAX_PIECES = 1_000_000
+MAX_TRACE_BYTES = 128 << 20  # a million pieces, and more than a hundred bytes for each
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,9 @@ def load_trace(path: str | os.PathLike[str]) -> BandwidthTrace:
         InputError: it is missing, or not a trace, naming the line.
     """
     path = Path(path)
+    text = read_file(path, MAX_TRACE_BYTES, kind="trace file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such trace file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        lines = text.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a trace of JSON lines: byte {error.start} is not UTF-8") from error
     header: dict = {}
