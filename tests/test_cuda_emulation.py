@@ -316,8 +316,8 @@ MUTATIONS = {
     "a search leaves a quarter of its table out": ("rans_decode.cuh", "is_high ? high_middle : low_middle", "middle"),
     "a tile has the tables of the first one": (
         "rans_decode.cuh",
-        "kTableSize, first_table, last_table)",
-        "kTableSize, 0, last_table - first_table)",
+        "kTableSize, tile, tile_end)",
+        "kTableSize, 0, tile_end - tile)",
     ),
     "a tile's tables are loaded while the one before decodes": (
         "rans_decode.cuh",

@@ -216,6 +216,7 @@ class TestScripts:
         for flags in (["--max_new_tokens", "10"], ["--question", " the waters" * 9, "--max_new_tokens", "1"]):
             error = refuse(script.main, [*argv, *flags], 3)
             assert f"takes {LIMIT}: " in error and "(--question, --max_new_tokens)" in error
-        assert computed == []
+        # A single token tells what shapes the model's cache has.
+        assert set(computed) <= {1}
         assert script.main([*argv, "--max_new_tokens", "9", "--verify"]) == 0
         assert "same answer" in capsys.readouterr().out
