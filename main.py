@@ -114,6 +114,7 @@ def _prefill_documents(args: argparse.Namespace) -> None:
     # transformers takes seconds to import, more than it takes to say that a file is missing.
     from tqdm import tqdm
 
+    from cachegen.pipeline.limits import check_context
     from cachegen.pipeline.model import load_model
     from cachegen.pipeline.prefill import tokenize
 
@@ -133,6 +134,7 @@ def _prefill_documents(args: argparse.Namespace) -> None:
     for document, token_ids in zip(documents, ids_of_documents, strict=True):
         if len(token_ids) < 2:
             raise InputError(f"{document.context_path}: a context needs at least two tokens, has {len(token_ids)}")
+        check_context(loaded, len(token_ids), document.context_path)
         if loaded.max_tokens is not None and len(token_ids) > loaded.max_tokens:
             made_for = f"more than the {loaded.max_tokens} the model is made for"
             report.warn(f"{document.context_path}: {len(token_ids)} tokens, {made_for}")

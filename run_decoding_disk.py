@@ -95,7 +95,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     num_cached = sum(chunk_tokens)
     folder.check_context(token_ids, num_cached, args.path_to_context)
     questions = args.question or [None]
-    prompts = append_questions(loaded, token_ids, questions)
+    prompts = append_questions(loaded, token_ids, questions, args.max_new_tokens)
     capacity = max(map(len, prompts)) + args.max_new_tokens
     cache = allocate_cache(folder.plane_shapes, capacity, folder.dtype, loaded.layer_devices)
 

@@ -25,6 +25,7 @@ startup.guard_imports(__name__)
 
 from cachegen import command_line  # noqa: E402
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
+from cachegen.errors import ConfigError, StoreError  # noqa: E402
 from cachegen.format import Method  # noqa: E402
 from cachegen.pipeline.answers import (  # noqa: E402
     add_answer_flags,
@@ -40,6 +41,8 @@ from cachegen.streaming.policies import POLICIES  # noqa: E402
 SILENT_STALLS = 2.5  # in a row, after which a request is given up for good
 
 if TYPE_CHECKING:
+    import torch
+
     from cachegen.pipeline.model import LoadedModel
     from cachegen.streaming.load_report import LoadResult
     from cachegen.streaming.policy import Policy
@@ -71,6 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=2.0,
         help="a connection that is silent for so long is given up and tried again",
     )
+    add(
+        "--follow-redirects",
+        "--follow_redirects",
+        action="store_true",
+        help="let a web server send requests on to other hosts, ports or from http to https",
+    )
     add_answer_flags(parser, SCRIPT_FOLDER)
     return parser
 
@@ -89,7 +98,11 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     num_threads = args.threads or default_num_threads()
     device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
     chosen = choose_kernels(args.device)
-    store = open_store(args.path_to_encoded_kv, retry=RetryRule(stall_seconds=args.stall_seconds))
+    store = open_store(
+        args.path_to_encoded_kv,
+        retry=RetryRule(stall_seconds=args.stall_seconds),
+        follow_redirects=args.follow_redirects,
+    )
     text = read_context(Path(args.path_to_context))
 
     # transformers takes seconds to import, more than it takes to say that a file is missing.
@@ -110,24 +123,30 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     )
     loaded = load(dtype=dtype)
     token_ids = tokenize(loaded, text)
+    questions = args.question or [None]
+    prompts = append_questions(loaded, token_ids, questions, args.max_new_tokens)
     find_profile = profile_finder(args.profile, SCRIPT_FOLDER / "profiles", model_fingerprint=loaded.fingerprint)
     lookup_start = time.perf_counter()
-    document = find_for_model(
-        store,
-        loaded,
-        token_ids,
-        num_threads=num_threads,
-        kernels=chosen.kernels,
-        find_profile=find_profile,
-    )
-    lookup_seconds = time.perf_counter() - lookup_start
-    document.limit_chunks(args.num_chunks)
+    try:
+        document = find_for_model(
+            store,
+            loaded,
+            token_ids,
+            num_threads=num_threads,
+            kernels=chosen.kernels,
+            find_profile=find_profile,
+        )
+        lookup_seconds = time.perf_counter() - lookup_start
+        document.limit_chunks(args.num_chunks)
+        _check_configs(args, document)
+    except StoreError as error:
+        if not error.is_too_slow:
+            raise
+        _answer_from_text(args, report, loaded, token_ids, questions, prompts, lookup_start, str(error))
+        return
     if dtype == "auto" and loaded.dtype != document.dtype:
         loaded = load(dtype=document.dtype)
-    _check_configs(args, document)
     policy = _choose_policy(args, document)
-    questions = args.question or [None]
-    prompts = append_questions(loaded, token_ids, questions)
     num_cached, block_size = document.num_tokens, document.manifest.prefill_block_size
     cache = empty_cache(loaded.num_layers, max(map(len, prompts)) + args.max_new_tokens)
     speeds = measure_speeds(
@@ -190,6 +209,78 @@ def _load_and_answer(args: argparse.Namespace) -> None:
         command_line.write_json(args.json, record)
 
 
+def _answer_from_text(
+    args: argparse.Namespace,
+    report: command_line.Reporter,
+    loaded: LoadedModel,
+    token_ids: torch.Tensor,
+    questions: Sequence[str | None],
+    prompts: Sequence[torch.Tensor],
+    lookup_start: float,
+    problem: str,
+) -> None:
+    """Answer without a document, since the store is too slow to say what it has."""
+    from cachegen.pipeline.generate import generate_answer
+    from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE, prefill
+
+    report.warn(f"{problem}; computed from the text")
+    begin = time.perf_counter()
+    num_prefilled = len(token_ids) - 1
+    cache = prefill(loaded, token_ids[:num_prefilled], capacity=max(map(len, prompts)) + args.max_new_tokens)
+    ready = time.perf_counter()
+    answers = [generate_answer(loaded, cache, num_prefilled, prompt, args.max_new_tokens) for prompt in prompts]
+    ttft_seconds = answers[0].first_token_at - lookup_start
+    record = {
+        "stage": "decode_remote",
+        "policy": "text",
+        "slo_seconds": args.slo,
+        "slo_met": ttft_seconds <= args.slo,
+        "ttft_seconds": ttft_seconds,
+        "lookup_seconds": begin - lookup_start,
+        "ready_seconds": ready - lookup_start,
+        "prefill_seconds": answers[0].prefill_seconds,
+        "num_cached_tokens": 0,
+        "num_recomputed_tokens": num_prefilled,
+        "num_chunks": 0,
+        "encoded_bytes": 0,
+        "load_seconds": 0.0,
+        "decode_seconds": 0.0,
+        "copy_seconds": 0.0,
+        "compute_seconds": ready - begin,
+        "expected_kl": 0.0,
+        "text": answers[0].text,
+        "token_ids": answers[0].token_ids,
+    }
+    if args.verify:
+        record |= verify_answers(
+            loaded,
+            token_ids,
+            prompts,
+            answers,
+            cache,
+            num_cached=num_prefilled,
+            max_new_tokens=args.max_new_tokens,
+            block_size=DEFAULT_BLOCK_SIZE,
+        )
+    record |= {
+        "answers": list_answers(questions, answers),
+        "manifest": None,
+        "chunks": [],
+        "timeline": [],
+        "throughput_samples": [],
+        "speeds": None,
+        "problems": [problem],
+        "num_layers": loaded.num_layers,
+        "device": str(loaded.device),
+        "decoding_device": None,
+        "config": command_line.effective_config(args),
+        "versions": command_line.collect_versions(),
+    }
+    _report(report, record)
+    if args.json is not None:
+        command_line.write_json(args.json, record)
+
+
 def _check_configs(args: argparse.Namespace, document: RemoteDocument) -> None:
     """Refuse a document that does not agree with the configs given; needs its tables, and fetches them."""
     from cachegen.config import load_model_config, load_quantization_config
@@ -210,7 +301,6 @@ def _check_configs(args: argparse.Namespace, document: RemoteDocument) -> None:
 
 
 def _choose_policy(args: argparse.Namespace, document: RemoteDocument) -> Policy:
-    from cachegen.errors import ConfigError
     from cachegen.streaming.policy_front_to_back import decide_fixed_level
 
     if args.level is None:

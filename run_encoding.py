@@ -77,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="leave so many last tokens out of the chunks: they are recomputed from text at decoding",
     )
+    add(
+        "--max_error",
+        type=command_line.positive_float,
+        help="refuse to encode where a value would decode further than this from the cache's, at the last level",
+    )
     coder_names = [coder.name.lower() for coder in Coder]
     add("--coder", choices=coder_names, help="entropy coder; None takes the config's")
     add(
@@ -135,7 +140,9 @@ def _encode(args: argparse.Namespace) -> None:
             cache, metadata, config, chunk_tokens, coder, num_threads=num_threads, kernels=chosen.kernels
         )
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
-        result = encode_document(encoder, args.output_path, overwrite=args.overwrite, progress=bar.update)
+        result = encode_document(
+            encoder, args.output_path, overwrite=args.overwrite, max_error=args.max_error, progress=bar.update
+        )
     seconds = time.perf_counter() - start
 
     num_values = cache.slice(0, num_tokens).num_values
@@ -149,6 +156,7 @@ def _encode(args: argparse.Namespace) -> None:
         "num_uncovered_tokens": num_uncovered,
         "num_chunks": len(chunk_tokens),
         "num_reused_chunks": result.num_reused_chunks,
+        "repaired_files": list(result.repaired),
         "kv_bytes": BYTES_PER_FP16 * num_values,
         "encoded_bytes": sizes.total,
         "bytes_by_part": {
@@ -229,7 +237,16 @@ def _describe_levels(encoder: Encoder, result: EncodeResult, num_values: int) ->
     for level, sizes in result.chunk_bytes.items():
         num_bytes += sum(sizes)
         expected = encoder.expected_kl(level)
-        levels.append({"level": level, "bits_per_value": 8 * num_bytes / num_values, "expected_kl": expected})
+        error = result.errors[level]
+        levels.append(
+            {
+                "level": level,
+                "bits_per_value": 8 * num_bytes / num_values,
+                "expected_kl": expected,
+                "max_error": error.largest,
+                "mean_error": error.mean,
+            }
+        )
     tokens = result.header.chunk_tokens
     return {
         # Level 0: files that are not one of several levels.
@@ -256,7 +273,13 @@ def _report(report: command_line.Reporter, record: dict, args: argparse.Namespac
     report.row("method", f"{record['method']} ({args.quantization_config}), coder {record['coder']}")
     report.row("chunks", f"{record['num_chunks']} in {args.output_path}{reused}")
     report.row("encoded", f"{size(record['encoded_bytes'])}: {parts}")
+    if record["repaired_files"]:
+        names = ", ".join(record["repaired_files"][:4]) + (", ..." if len(record["repaired_files"]) > 4 else "")
+        report.row("repaired", f"{len(record['repaired_files'])} damaged files were written again ({names})")
     report.row("bits per value", f"{record['bits_per_value']:.3f}")
+    last = record["levels"][-1]
+    mean = "" if last["mean_error"] is None else f", {last['mean_error']:.3g} on average"
+    report.row("error", f"at most {last['max_error']:.3g} per value{mean}")
     report.row(
         "smaller by",
         f"{record['ratio_vs_fp16']:.2f}x than fp16, {record['ratio_vs_int8']:.2f}x than 8-bit",

@@ -111,7 +111,8 @@ def _profile_into(output: Path, args: argparse.Namespace, report: command_line.R
         open_contexts,
         split_contexts,
     )
-    from cachegen.pipeline.model import compute_fingerprint, load_model
+    from cachegen.pipeline.fingerprint import compute_fingerprint
+    from cachegen.pipeline.model import load_model
 
     settings = CalibrationSettings(
         args.layers_per_group,

@@ -20,7 +20,6 @@ class Case:
     name: str
     symbols: list[list[int]]
     coding: StreamCoding
-    band_map: bytes | None = None
 
     @property
     def is_small(self) -> bool:
@@ -45,29 +44,6 @@ def draw_symbols(generator: random.Random, table: list[int], low_bits: int, num_
     """Symbols as frequent as the table says, their low bits even."""
     high = generator.choices(range(32), weights=table, k=num_tokens)
     return [symbol << low_bits | generator.randrange(1 << low_bits) for symbol in high]
-
-
-def make_band_mapped(name: str, num_channels: int, num_tokens: int, seed: int, *, has_indices: bool = False) -> Case:
-    """A stream with a random band map: any low bits, and any table offset that stays inside the tables."""
-    generator = random.Random(seed)
-    num_tables = num_channels + 20
-    tables = [make_frequencies(generator, 32) for _ in range(num_tables)]
-    indices = [generator.randrange(num_tables) for _ in range(num_channels)] if has_indices else None
-    num_bands = -(-num_channels // 32)
-    entries, symbols = [], [[0] * num_tokens for _ in range(num_channels)]
-    for row in range(0, num_tokens, 32):
-        for band in range(num_bands):
-            channels = range(32 * band, min(32 * band + 32, num_channels))
-            of_band = [indices[channel] if indices else channel for channel in channels]
-            offset = generator.randrange(max(-8, -min(of_band)), min(8, num_tables - max(of_band)))
-            low_bits = generator.randrange(9)
-            entries.append(low_bits << 4 | offset & 15)
-            for channel, index in zip(channels, of_band, strict=True):
-                tokens = range(row, min(row + 32, num_tokens))
-                symbols[channel][row : row + 32] = draw_symbols(
-                    generator, tables[index + offset], low_bits, len(tokens)
-                )
-    return Case(name, symbols, StreamCoding(tables, 0, indices, has_band_map=True), bytes(entries))
 
 
 def list_cases() -> Iterator[Case]:
@@ -96,14 +72,6 @@ def list_cases() -> Iterator[Case]:
     indices = [generator.randrange(5) for _ in range(40)]
     symbols = [draw_symbols(generator, tables[index], 1, 45) for index in indices]
     yield Case("table indices", symbols, StreamCoding(tables, 1, indices))
-    for seed, (num_channels, num_tokens) in enumerate([(1, 1), (1, 33), (32, 32), (33, 45), (80, 100)]):
-        yield make_band_mapped(f"band map, {num_channels} x {num_tokens}", num_channels, num_tokens, seed)
-        name = f"band map and table indices, {num_channels} x {num_tokens}"
-        yield make_band_mapped(name, num_channels, num_tokens, seed, has_indices=True)
-    symbols = [[generator.randrange(1 << 4) for _ in range(40)] for _ in range(33)]
-    yield Case(
-        "packed with a band map", symbols, StreamCoding(None, 0, has_band_map=True), bytes([0x40, 0x70, 0x80, 0x50])
-    )
 
 
 CASES = list(list_cases())

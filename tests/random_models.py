@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from cachegen.pipeline.model import LoadedModel, read_rotary_embeddings
+from cachegen.pipeline.model import LoadedModel, quiet_transformers, read_rotary_embeddings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUNDLED_MODEL = str(REPOSITORY / "models" / "tiny-mistral")
@@ -89,6 +91,24 @@ def make_loaded(config: transformers.PreTrainedConfig) -> LoadedModel:
 def make_named(name: str) -> LoadedModel:
     """The model of `CONFIGS[name]`; made once, so tests must not change it."""
     return make_loaded(CONFIGS[name])
+
+
+def save_model(config: transformers.PreTrainedConfig, folder: Path) -> Path:
+    """A folder with the model of `make_loaded` and the bundled model's tokenizer."""
+    with quiet_transformers():
+        make_loaded(config).model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(BUNDLED_MODEL) / name, folder / name)
+    return folder
+
+
+def copy_with_other_keys(folder: Path) -> Path:
+    """Copy the bundled model, with larger keys in layer 2: a fine-tune behind the same config and tokenizer."""
+    shutil.copytree(BUNDLED_MODEL, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.self_attn.k_proj.weight"] *= 1.25
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def make_token_ids(num_tokens: int, seed: int = 0) -> torch.Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,12 +52,13 @@ def publish(folder: Path, document: Document) -> Published:
 
 @dataclass
 class Misbehaviour:
-    """What a server does with the answers to GET whose path contains `path`.
+    """What a server does with the answers to requests whose path contains `path`.
 
     Attributes:
         how: see `_Handler.respond`.
         times: how often; the answers after that are right.
         position: in bytes, where it begins.
+        methods: whose answers.
     """
 
     path: str
@@ -64,6 +66,7 @@ class Misbehaviour:
     times: int = 1 << 30
     position: int = 0
     body: bytes = b""
+    methods: tuple[str, ...] = ("GET",)
 
 
 @dataclass
@@ -81,6 +84,18 @@ class HttpServer:
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     bytes_per_second: float | None = None
     takes_writes: bool = False
+    connections: list[socket.socket] = field(default_factory=list)
+
+    @property
+    def num_connections(self) -> int:
+        return len(self.connections)
+
+    def hang_up(self) -> None:
+        """End all connections, as a server does that has waited long enough."""
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        time.sleep(0.05)
 
     def open(self, retry: RetryRule = QUICK) -> Store:
         return open_store(self.url, retry=retry)
@@ -109,6 +124,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     state: HttpServer
     protocol_version = "HTTP/1.1"
 
+    def setup(self) -> None:
+        super().setup()
+        self.state.connections.append(self.connection)
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -123,7 +142,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         content = path.read_bytes()
         for fault in self.state.faults:
-            if self.command == "GET" and fault.times > 0 and fault.path in self.path:
+            if self.command in fault.methods and fault.times > 0 and fault.path in self.path:
                 fault.times -= 1
                 self.misbehave(fault, content)
                 return
@@ -132,6 +151,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self.state.requests.append((self.command, self.path, self.headers.get("If-None-Match")))
         content = self.rfile.read(int(self.headers["Content-Length"]))
+        for fault in self.state.faults:
+            if "PUT" in fault.methods and fault.path in self.path:
+                self.misbehave(fault, content)
+                return
         if not self.state.takes_writes:
             self.send(405, b"no\n")
             return
@@ -173,6 +196,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for byte in content[at : at + 30]:
                 self.wfile.write(bytes([byte]))
                 time.sleep(0.05)
+        elif fault.how == "drip for ever":
+            self.send(200, content + b" " * (1 << 14), stop=at)
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.05)
+        elif fault.how == "drip its headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while True:
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+        elif fault.how == "redirect":
+            self.send(int(fault.body[:3]), b"", {"Location": fault.body[4:].decode()})
         elif fault.how == "ignore range":
             self.send(200, content)
         elif fault.how == "wrong range":

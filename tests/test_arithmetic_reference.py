@@ -164,11 +164,8 @@ def test_symbol_without_frequency_is_refused(symbol: int) -> None:
     assert native_encode([[0, symbol]], [[4096]])[1] == "NO_FREQUENCY"
 
 
-def test_band_maps_and_missing_tables_are_refused() -> None:
+def test_missing_tables_are_refused() -> None:
     symbols = np.zeros((1, 32), dtype=np.uint16)
-    tables = _native.TableSet.from_frequencies(pad([[4096]]))
-    with pytest.raises(ValueError, match="band maps"):
-        _native.encode_symbols(symbols, tables, 0, band_map=np.zeros(1, np.uint8), is_arithmetic=True)
     with pytest.raises(ValueError, match="tables"):
         _native.encode_symbols(symbols, None, 0, is_arithmetic=True)
 

@@ -12,7 +12,7 @@ from cachegen.codec import DocumentEncoder, choose_tokens_per_stream, decode_chu
 from cachegen.coder import cpu, reference
 from cachegen.errors import BitstreamError, ConfigError, InputError, MismatchError
 from cachegen.format import Coder, Method
-from cachegen.kv_cache import KVCache, RotaryEmbedding, from_planes
+from cachegen.kv_cache import KVCache, RotaryEmbedding, from_planes, hash_planes
 from tests.small_documents import (
     DTYPES,
     allocate_like,
@@ -205,7 +205,6 @@ def other_tables(**changes) -> bytes:
         ("method", {"method": Method.UNIFORM}),
         ("dtype", {"dtype": torch.float16}),
         ("planes", {"num_bins": (32, 8)}),
-        ("planes", {"shapes": [(3, 1), (1, 2)]}),
         ("tables_hash", {"seed": 1}),
         ("tables_hash", {"block_size": 513}),
     ],
@@ -216,13 +215,54 @@ def test_chunk_of_another_document_is_refused_by_field(field: str, changes: dict
         decode_with(content, other_tables(**changes))
 
 
+@pytest.mark.parametrize("shapes", [[(3, 1), (1, 2)], [(1, 3), (2, 2)], [(1, 3), (1, 2)] * 2])
+def test_an_output_of_other_shapes_is_refused_before_the_chunk_is_read(shapes: list[tuple[int, int]]) -> None:
+    _, tables_file, _ = tiny_document()
+    output = allocate_like(make_cache(shapes, 34, torch.bfloat16), 34)
+    with pytest.raises(MismatchError, match=r"the cache.*the document is of another model"):
+        decode_with(b"", tables_file, output=output)
+
+
 def test_chunk_of_another_coder_is_refused() -> None:
     cache = make_cache([(1, 3), (1, 2)], 34, torch.bfloat16)
     tables_file, chunk = encode_all(start_encoder(cache, (64, 8), (34,), Coder.PACKED))
-    with pytest.raises(MismatchError, match=r"^planes is "):
+    with pytest.raises(MismatchError, match=r"^coder is packed, but .* say rans"):
         decode_with(chunk, tiny_document()[1])
-    with pytest.raises(MismatchError, match=r"^planes is "):
+    with pytest.raises(MismatchError, match=r"^coder is rans, but .* say packed"):
         decode_with(tiny_document()[2], tables_file)
+
+
+def test_tables_are_not_unpacked_before_their_document_is_known_to_fit() -> None:
+    # A tables file of 32 KB can say what takes 2.5 MB: 65,536 channels of a symbol each.
+    unpacked = []
+
+    class Kernels:
+        device = cpu.device
+
+        @staticmethod
+        def load_tables(*arguments):
+            unpacked.append(arguments)
+            return cpu.load_tables(*arguments)
+
+    _, tables_file, content = tiny_document()
+    document = load_document(tables_file, kernels=Kernels)
+    output = allocate_like(make_cache([(1, 3), (1, 2)], 34, torch.bfloat16), 34)
+    with pytest.raises(MismatchError):
+        decode_chunk(content, document, output, first_token=1, token_hash=bytes(32))
+    assert unpacked == []
+    document.prepare()
+    assert len(unpacked) == 1
+
+
+def test_a_caches_values_must_be_those_that_were_saved() -> None:
+    cache = make_cache(SHAPES, 40, torch.float16)
+    metadata = dataclasses.replace(make_metadata(40), cache_hash=hash_planes(cache))
+    config = make_config(NUM_BINS)
+    DocumentEncoder(cache, metadata, config, (40,), Coder.RANS)
+    cache.planes[3][39, 0, 0] += 1
+    with pytest.raises(BitstreamError, match="values are not what was saved") as caught:
+        DocumentEncoder(cache, metadata, config, (40,), Coder.RANS)
+    assert caught.value.field == "cache_hash"
 
 
 def test_every_flipped_bit_of_a_chunk_is_noticed() -> None:
@@ -257,12 +297,12 @@ def test_is_encoding_of_knows_its_own_chunks_only() -> None:
     cache = make_cache(SHAPES, 60, torch.float16)
     encoder = start_encoder(cache, NUM_BINS, (30, 30))
     first, second = encode_all(encoder)[1:]
-    assert encoder.is_encoding_of(0, first) and encoder.is_encoding_of(1, second)
-    assert not encoder.is_encoding_of(0, second)
-    assert not encoder.is_encoding_of(0, first[:-1])
-    assert not encoder.is_encoding_of(0, first[:-1] + bytes([first[-1] ^ 1]))
+    assert encoder.is_encoding_of(0, [first]) and encoder.is_encoding_of(1, [second])
+    assert not encoder.is_encoding_of(0, [second])
+    assert not encoder.is_encoding_of(0, [first[:-1]])
+    assert not encoder.is_encoding_of(0, [first[:-1] + bytes([first[-1] ^ 1])])
     other = start_encoder(make_cache(SHAPES, 60, torch.float16, seed=1), NUM_BINS, (30, 30))
-    assert not other.is_encoding_of(0, first)
+    assert not other.is_encoding_of(0, [first])
 
 
 # --- how streams are cut ----------------------------------------------------------------------------------------------

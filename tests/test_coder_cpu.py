@@ -7,20 +7,18 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cachegen import _native
 from cachegen.coder import cpu, reference
 from cachegen.coder.reference import StreamCoding, decode_stream, encode_stream
 from cachegen.errors import BitstreamError
-from cachegen.format import BandMode, Coder, PlaneLayout, StreamEntry
+from cachegen.format import Coder, PlaneLayout, StreamEntry
 from cachegen.kv_cache import from_planes
-from tests.coder_cases import CASES, Case, make_band_mapped, make_frequencies
+from tests.coder_cases import CASES, Case, make_frequencies
 from tests.small_documents import allocate_like, make_cache, same_bits
 
-OK, TRUNCATED, CORRUPT, NO_FREQUENCY, BAD_BAND_MAP = (
-    getattr(_native.Status, name) for name in ("OK", "TRUNCATED", "CORRUPT", "NO_FREQUENCY", "BAD_BAND_MAP")
+OK, TRUNCATED, CORRUPT, NO_FREQUENCY = (
+    getattr(_native.Status, name) for name in ("OK", "TRUNCATED", "CORRUPT", "NO_FREQUENCY")
 )
 
 
@@ -34,13 +32,12 @@ def indices_of(coding: StreamCoding) -> np.ndarray | None:
     return None if coding.table_indices is None else np.array(coding.table_indices, dtype=np.uint16)
 
 
-def encode_natively(symbols, coding: StreamCoding, band_map: bytes | None = None) -> tuple[bytes, int, object]:
+def encode_natively(symbols, coding: StreamCoding) -> tuple[bytes, int, object]:
     content, num_words, status = _native.encode_symbols(
         np.array(symbols, dtype=np.uint16),
         make_tables(coding),
         coding.low_bits,
         indices_of(coding),
-        None if band_map is None else np.frombuffer(band_map, np.uint8),
     )
     return content, num_words, _native.Status(status)
 
@@ -54,7 +51,6 @@ def decode_natively(content: bytes, num_words: int, num_tokens: int, num_channel
         make_tables(coding),
         coding.low_bits,
         indices_of(coding),
-        coding.has_band_map,
     )
     return symbols.tolist(), _native.Status(status)
 
@@ -64,19 +60,10 @@ def decode_natively(content: bytes, num_words: int, num_tokens: int, num_channel
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bytes_equal_the_references_and_round_trip(case: Case) -> None:
-    content, num_words = encode_stream(case.symbols, case.coding, case.band_map)
-    assert encode_natively(case.symbols, case.coding, case.band_map) == (content, num_words, OK)
+    content, num_words = encode_stream(case.symbols, case.coding)
+    assert encode_natively(case.symbols, case.coding) == (content, num_words, OK)
     shape = len(case.symbols[0]), len(case.symbols)
     assert decode_natively(content, num_words, *shape, case.coding) == (case.symbols, OK)
-
-
-@settings(derandomize=True, max_examples=80, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**32), st.booleans())
-def test_any_band_map_equals_the_reference(num_channels: int, num_tokens: int, seed: int, has_indices: bool) -> None:
-    case = make_band_mapped("any", num_channels, num_tokens, seed, has_indices=has_indices)
-    content, num_words = encode_stream(case.symbols, case.coding, case.band_map)
-    assert encode_natively(case.symbols, case.coding, case.band_map) == (content, num_words, OK)
-    assert decode_natively(content, num_words, num_tokens, num_channels, case.coding) == (case.symbols, OK)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -96,7 +83,7 @@ def decode_both(content: bytes, num_words: int, num_tokens: int, num_channels: i
         expected = decode_stream(content, num_words, num_tokens, num_channels, coding)
     except BitstreamError:
         _, status = decode_natively(content, num_words, num_tokens, num_channels, coding)
-        assert status in (TRUNCATED, CORRUPT, BAD_BAND_MAP)
+        assert status in (TRUNCATED, CORRUPT)
         return "refused"
     assert decode_natively(content, num_words, num_tokens, num_channels, coding) == (expected, OK)
     return "decoded"
@@ -107,7 +94,7 @@ SMALL_CASES = [case for case in CASES if case.is_small]
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
 def test_every_truncation_is_refused_as_by_the_reference(case: Case) -> None:
-    content, num_words = encode_stream(case.symbols, case.coding, case.band_map)
+    content, num_words = encode_stream(case.symbols, case.coding)
     shape = len(case.symbols[0]), len(case.symbols)
     for length in range(len(content)):
         assert decode_natively(content[:length], num_words, *shape, case.coding)[1] != OK
@@ -121,7 +108,7 @@ def test_every_truncation_is_refused_as_by_the_reference(case: Case) -> None:
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
 def test_corrupt_streams_decode_or_are_refused_as_by_the_reference(case: Case) -> None:
     generator = random.Random(2)
-    content, num_words = encode_stream(case.symbols, case.coding, case.band_map)
+    content, num_words = encode_stream(case.symbols, case.coding)
     for _ in range(60 if content else 0):
         changed = bytearray(content)
         for _ in range(generator.choice([1, 2, 10])):
@@ -150,19 +137,6 @@ def test_symbol_without_a_frequency_is_refused() -> None:
     coding = StreamCoding([[0, 0, 4096] + [0] * 29])
     for symbol in (3, 31, 32, 65535):
         assert encode_natively([[2, symbol]], coding)[2] == NO_FREQUENCY
-
-
-@pytest.mark.parametrize("entry", [0x90, 0xF0, 0x01, 0x0F, 0x08], ids=hex)
-def test_band_map_entries_out_of_range_are_refused(entry: int) -> None:
-    coding = StreamCoding([[4096] + [0] * 31], has_band_map=True)
-    assert encode_natively([[0, 0]], coding, bytes([entry]))[2] == BAD_BAND_MAP
-    content = b"\0\0\1\0" * 2 + bytes([entry, 0, 0, 0])
-    assert decode_natively(content, 0, 2, 1, coding)[1] == BAD_BAND_MAP
-
-
-def test_band_map_of_the_wrong_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="one band map byte per row and band"):
-        encode_natively([[0] * 33], StreamCoding([[4096] + [0] * 31]), b"\0")
 
 
 @pytest.mark.parametrize("indices", [[0], [0, 0, 0], [0, 2], [65535, 0]])
@@ -261,14 +235,11 @@ def test_tables_that_do_not_go_with_the_coder_are_refused() -> None:
             cpu.encode(cache, scales, PLANES, tables, coder=coder)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [PlaneLayout(2, 4, 16, 0, tokens_per_stream=16416), PlaneLayout(2, 4, 16, 0, BandMode.BYTES, tokens_per_stream=32)],
-)
-def test_layouts_that_coder_ac_lacks_are_refused(layout: PlaneLayout) -> None:
+def test_streams_too_long_for_coder_ac_are_refused() -> None:
+    layout = PlaneLayout(2, 4, 16, 0, tokens_per_stream=16416)
     cache = make_cache([(2, 4), (2, 4)], 40, torch.float16)
     scales = cpu.measure(cache, PLANES)[0]
-    with pytest.raises(ValueError, match="at most 16384 tokens per stream and no band maps"):
+    with pytest.raises(ValueError, match="at most 16384 tokens per stream"):
         cpu.encode(cache, scales, [layout] * 2, flat_tables(16), coder=Coder.AC)
 
 

@@ -18,7 +18,7 @@ SINGLE = [0, 0, 4096] + [0] * 29
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_round_trip(case: Case) -> None:
     coding, symbols = case.coding, case.symbols
-    content, num_words = encode_stream(symbols, coding, case.band_map)
+    content, num_words = encode_stream(symbols, coding)
     assert decode_stream(content, num_words, len(symbols[0]), len(symbols), coding) == symbols
 
 
@@ -69,12 +69,10 @@ def test_low_bits_of_tail_rows_take_a_bit_per_live_lane() -> None:
 
 
 def test_parts_stand_in_order() -> None:
-    band_map = bytes([0x10, 0x30])
-    symbols = [[token % 2 for token in range(33)]]
-    content, num_words = encode_stream(symbols, StreamCoding([[4095, 1] + [0] * 30], has_band_map=True), band_map)
-    assert content[128:132] == band_map + b"\0\0"
-    assert content[132:140] == pack_bits("01" * 16 + "000")
-    assert len(content) == 140 + 2 * num_words
+    symbols = [[2 * (token % 3 == 0) + token % 2 for token in range(33)]]
+    content, num_words = encode_stream(symbols, StreamCoding([[4095, 1] + [0] * 30], 1))
+    assert content[128:136] == pack_bits("01" * 16 + "0")
+    assert len(content) == 136 + 2 * num_words
 
 
 def test_words_stand_in_the_decoders_order() -> None:
@@ -100,7 +98,7 @@ def test_symbol_without_a_frequency_is_refused() -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.is_small], ids=lambda case: case.name)
 def test_every_truncation_of_a_stream_is_refused(case: Case) -> None:
-    content, num_words = encode_stream(case.symbols, case.coding, case.band_map)
+    content, num_words = encode_stream(case.symbols, case.coding)
     shape = len(case.symbols[0]), len(case.symbols)
     for length in range(len(content)):
         for words in {num_words, max(0, num_words - (len(content) - length) // 2)}:
@@ -130,14 +128,3 @@ def test_words_in_a_stream_without_tables_are_refused() -> None:
     content, _ = encode_stream([[1, 2, 3]], StreamCoding(None, 8))
     with pytest.raises(BitstreamError, match="has no words"):
         decode_stream(content + b"\0\0", 1, 3, 1, StreamCoding(None, 8))
-
-
-@pytest.mark.parametrize("entry", [0x90, 0xF0, 0x01, 0x0F, 0x08], ids=hex)
-def test_band_map_entries_out_of_range_are_refused(entry: int) -> None:
-    coding = StreamCoding([flat_frequencies(16)], has_band_map=True)
-    with pytest.raises(BitstreamError) as caught:
-        encode_stream([[1, 2]], coding, bytes([entry]))
-    assert caught.value.field == "band_map"
-    with pytest.raises(BitstreamError) as caught:
-        decode_stream(b"\0\0\1\0" * 2 + bytes([entry, 0, 0, 0]), 0, 2, 1, coding)
-    assert caught.value.field == "band_map"

@@ -31,7 +31,7 @@ from cachegen.config import load_quantization_config
 from cachegen.errors import BitstreamError, ConfigError, InputError, MismatchError, UnsupportedVersionError
 from cachegen.format import Coder, pack_chunk_header
 from cachegen.kv_cache import KVCache, hash_rotary_embeddings
-from cachegen.pipeline import decode
+from cachegen.pipeline import decode, prefill
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
 
@@ -347,23 +347,27 @@ class TestCheckContext:
         ({}, None),
         ({"fingerprint": "cd" * 32}, "model_fingerprint"),
         ({"rotary_embeddings": ()}, "rope_hash"),
-        ({"num_layers": 3}, "num_layers"),
+        ({"shapes": [(1, 8)] * 6}, "planes: 2 layers are there, the cache has 3 with some/model"),
+        ({"shapes": [(4, 4), (1, 8)] * 2}, "planes: the keys of layer 0 are 1 x 8, the cache's 4 x 4 with some/model"),
+        ({"shapes": [(1, 8)] * 3 + [(8, 1)]}, "planes: the values of layer 1 are 1 x 8, the cache's 8 x 1"),
         ({"dtype": torch.bfloat16}, "dtype"),
     ],
 )
-def test_another_model_is_refused_by_field(folder, changes, field):
+def test_another_model_is_refused_by_field(folder, changes, field, monkeypatch):
     loaded: Any = SimpleNamespace(
         model_id="some/model",
         fingerprint=METADATA.model_fingerprint,
         rotary_embeddings=METADATA.rotary_embeddings,
-        num_layers=2,
         dtype=torch.float16,
+        shapes=[(1, 8)] * 4,
     )
+    monkeypatch.setattr(prefill, "measure_plane_shapes", lambda loaded: loaded.shapes)
     assert hash_rotary_embeddings(loaded.rotary_embeddings) == METADATA.rope_hash
     for name, value in changes.items():
         setattr(loaded, name, value)
     if field is None:
         EncodedFolder(folder, 1).check_model(loaded)
     else:
-        with pytest.raises(MismatchError, match=rf"tables.cgt: {field} is .*, but some/model has"):
+        message = field if "planes" in field else f"{field} is .*, but some/model has"
+        with pytest.raises(MismatchError, match=f"tables.cgt: {message}"):
             EncodedFolder(folder, 1).check_model(loaded)

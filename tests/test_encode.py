@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from cachegen.codec import DocumentEncoder
 from cachegen.config import load_quantization_config
 from cachegen.container import parse_chunk, parse_tables
 from cachegen.errors import ConfigError, InputError, OutputError
+from cachegen.files import lock_folder
 from cachegen.format import Coder
+from cachegen.kv_cache import from_planes
 from cachegen.pipeline.encode import encode_document
 
 CHUNKS = (25, 25, 10)
@@ -82,17 +85,49 @@ def test_a_damaged_chunk_is_encoded_again(encoder, folder, encoded, damage):
             "zeros": bytes(len(content)),
         }[damage]
     )
-    assert encode_document(encoder, folder).num_reused_chunks == 2
+    result = encode_document(encoder, folder)
+    assert (result.num_reused_chunks, result.repaired) == (2, (NAMES[1],))
     assert read_folder(folder) == encoded
 
 
-def test_a_whole_chunk_of_elsewhere_under_a_chunks_name_is_refused(encoder, folder, encoded):
+def test_a_chunk_under_another_ones_name_is_encoded_again(encoder, folder, encoded):
     (folder / NAMES[1]).write_bytes(encoded[NAMES[0]])
-    with pytest.raises(OutputError, match=r"chunk_00001.cgc: is a chunk of another document"):
+    assert encode_document(encoder, folder).repaired == (NAMES[1],)
+    assert read_folder(folder) == encoded
+
+
+@pytest.mark.parametrize("tables", ["whole", "missing", "damaged"])
+def test_a_whole_chunk_of_another_document_is_refused_before_anything_is_written(
+    encoder, folder, encoded, config_path, tables
+):
+    other = make_other("values", config_path)
+    (folder / NAMES[1]).unlink()
+    (folder / NAMES[2]).write_bytes(b"".join(other.encode_chunk(2)))
+    if tables == "missing":
+        (folder / "tables.cgt").unlink()
+    if tables == "damaged":
+        (folder / "tables.cgt").write_bytes(encoded["tables.cgt"][:-1])
+    before = read_folder(folder)
+    with pytest.raises(OutputError, match=r"chunk_00002.cgc: is a chunk of another cache or configuration"):
         encode_document(encoder, folder)
-    assert read_folder(folder) == {**encoded, NAMES[1]: encoded[NAMES[0]]}
+    assert read_folder(folder) == before
     encode_document(encoder, folder, overwrite=True)
     assert read_folder(folder) == encoded
+
+
+def test_a_folder_is_written_by_one_process_at_a_time(encoder, folder, encoded):
+    with lock_folder(folder), pytest.raises(OutputError, match="another process is writing into this folder"):
+        encode_document(encoder, folder)
+    assert encode_document(encoder, folder).num_reused_chunks == 3
+
+
+def test_an_error_beyond_the_bound_is_refused_and_leaves_nothing(encoder, folder):
+    bound = encode_document(encoder, folder).errors[0].largest
+    shutil.rmtree(folder)
+    with pytest.raises(ConfigError, match=r"decodes .* from the cache's, more than --max_error"):
+        encode_document(encoder, folder, max_error=0.99 * bound)
+    assert read_folder(folder) == {}
+    assert encode_document(encoder, folder, max_error=bound).errors[0].largest == bound
 
 
 def test_stale_temporaries_are_swept_when_an_encoding_resumes(encoder, folder, encoded):
@@ -122,6 +157,12 @@ def make_other(what: str, config_path: Path) -> DocumentEncoder:
     cache, metadata = make_cache(60), make_metadata(60)
     if what == "values":
         cache = make_cache(60, seed=1)
+    if what == "twice the values":  # the same symbols, and other scales
+        cache = from_planes([2 * plane for plane in cache.planes])
+    if what == "one value":
+        cache.values[1][-1] *= 2
+    if what == "dtype":  # values that fp16 and bf16 have in common
+        cache = from_planes([plane.bfloat16() for plane in cache.planes])
     if what == "tokens":
         metadata = make_metadata(60, seed=1)
     if what == "model":
@@ -133,7 +174,10 @@ def make_other(what: str, config_path: Path) -> DocumentEncoder:
     return DocumentEncoder(cache, metadata, config, chunks, Coder.PACKED if what == "coder" else Coder.RANS)
 
 
-@pytest.mark.parametrize("what", ["values", "tokens", "model", "bins", "chunks", "coder"])
+@pytest.mark.parametrize(
+    "what",
+    ["values", "twice the values", "one value", "dtype", "tokens", "model", "bins", "chunks", "coder"],
+)
 def test_another_documents_encoding_is_refused_unless_overwritten_and_foreign_files_stay(
     folder, encoded, config_path, tmp_path, what
 ):
@@ -143,7 +187,7 @@ def test_another_documents_encoding_is_refused_unless_overwritten_and_foreign_fi
     (folder / "chunk_00007.cgc").write_bytes(b"of a longer document")
     before = read_folder(folder)
     other = make_other(what, config_path)
-    with pytest.raises(OutputError, match="holds the encoding of another document or configuration"):
+    with pytest.raises(OutputError, match="holds the encoding of another cache or configuration"):
         encode_document(other, folder)
     assert read_folder(folder) == before
     assert encode_document(other, folder, overwrite=True).num_reused_chunks == 0
@@ -156,18 +200,30 @@ def test_overwriting_its_own_encoding_gives_the_same_files(encoder, folder, enco
     assert read_folder(folder) == encoded
 
 
-def test_a_damaged_tables_file_is_not_taken_for_ours(encoder, folder, encoded):
-    (folder / "tables.cgt").write_bytes(encoded["tables.cgt"][:-1])
-    with pytest.raises(OutputError, match="another document"):
-        encode_document(encoder, folder)
-    encode_document(encoder, folder, overwrite=True)
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_a_damaged_tables_file_is_written_again(encoder, folder, encoded, damage):
+    path, content = folder / "tables.cgt", encoded["tables.cgt"]
+    path.write_bytes(content[:-1] if damage == "truncated" else content[:60] + b"\xff" + content[61:])
+    if damage == "missing":
+        path.unlink()
+    result = encode_document(encoder, folder)
+    assert (result.num_reused_chunks, result.repaired) == (3, () if damage == "missing" else ("tables.cgt",))
     assert read_folder(folder) == encoded
+
+
+@pytest.mark.parametrize("name", ["tables.cgt", NAMES[1]])
+def test_files_of_a_later_release_are_not_taken_for_damaged(encoder, folder, encoded, name):
+    (folder / name).write_bytes(encoded[name][:8] + b"\x09" + encoded[name][9:])
+    before = read_folder(folder)
+    with pytest.raises(OutputError, match="--overwrite"):
+        encode_document(encoder, folder)
+    assert read_folder(folder) == before
 
 
 @pytest.mark.parametrize("below", ["", "below"])
 def test_a_file_in_the_folders_place_is_refused(encoder, tmp_path, below):
     (tmp_path / "file").write_bytes(b"mine")
-    with pytest.raises(OutputError, match=r"cannot be made or read: .*--output_path"):
+    with pytest.raises(OutputError, match=r"cannot be made: .*--output_path"):
         encode_document(encoder, tmp_path / "file" / below)
     assert (tmp_path / "file").read_bytes() == b"mine"
 
@@ -175,7 +231,7 @@ def test_a_file_in_the_folders_place_is_refused(encoder, tmp_path, below):
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_folder_in_a_files_place_is_refused(encoder, folder, overwrite):
     (folder / "tables.cgt").mkdir(parents=True)
-    with pytest.raises((OutputError, InputError), match=r"tables.cgt: cannot be read|cannot be emptied"):
+    with pytest.raises((OutputError, InputError), match=r"tables.cgt: cannot be (read|removed)"):
         encode_document(encoder, folder, overwrite=overwrite)
 
 

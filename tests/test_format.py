@@ -14,7 +14,6 @@ from cachegen.coder.reference import StreamCoding, crc32c, encode_stream
 from cachegen.errors import BitstreamError, UnsupportedVersionError
 from cachegen.format import (
     NO_HASH,
-    BandMode,
     ChunkHeader,
     Coder,
     Dtype,
@@ -46,7 +45,7 @@ CHUNK = ChunkHeader(
     rope_hash=bytes(range(64, 96)),
     tables_hash=bytes(range(96, 128)),
     profile_hash=bytes(range(128, 160)),
-    planes=(PlaneLayout(2, 40, 16, 0, BandMode.NONE, 64), PlaneLayout(1, 9, 256, 3, BandMode.BYTES, 32)),
+    planes=(PlaneLayout(2, 40, 16, 0, 64), PlaneLayout(1, 9, 256, 3, 32)),
     stream_index=b"".join(
         length.to_bytes(4, "little") + words.to_bytes(4, "little") + crc.to_bytes(4, "little")
         for length, words, crc in ((140, 6, 1), (16, 0, 2), (200, 30, 3), (1, 0, 4), (48, 8, 0xFFFFFFFF))
@@ -55,6 +54,7 @@ CHUNK = ChunkHeader(
 TABLES = TablesHeader(
     num_cache_tokens=1 << 33,
     method=Method.CACHEGEN,
+    coder=Coder.AC,
     dtype=Dtype.BFLOAT16,
     prefill_block_size=512,
     tables_crc=0x01020304,
@@ -62,6 +62,7 @@ TABLES = TablesHeader(
     token_hash=bytes(range(32, 64)),
     rope_hash=bytes(range(64, 96)),
     profile_hash=NO_HASH,
+    cache_hash=bytes(range(160, 192)),
     planes=(PlaneLayout(2, 40, 16, 0), PlaneLayout(1, 9, 256, 3)),
     plane_table_bytes=(500, 77),
     chunk_tokens=(70, 1, 33),
@@ -177,7 +178,6 @@ def plane_layouts(draw: st.DrawFn) -> PlaneLayout:
         draw(st.integers(1, 256)),
         num_bins,
         draw(st.integers(fewest, 8)),
-        draw(st.sampled_from(BandMode)),
         32 * draw(st.integers(1, 4)),
     )
 
@@ -231,7 +231,7 @@ def test_any_tables_header_round_trips(layers, chunk_tokens, spare, block_size, 
     header = dataclasses.replace(
         TABLES,
         planes=planes,
-        plane_table_bytes=tuple(range(len(planes))),
+        plane_table_bytes=tuple(range(1, 1 + len(planes))),
         chunk_tokens=tuple(chunk_tokens),
         num_cache_tokens=sum(chunk_tokens) + spare,
         prefill_block_size=block_size,

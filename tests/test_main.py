@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import BUNDLED_MODEL, REPOSITORY, one_thread  # noqa: F401
+from random_models import BUNDLED_MODEL, REPOSITORY, copy_with_other_keys, one_thread  # noqa: F401
 
 import main
 from cachegen.kv_cache import load_kv_cache, save_kv_cache
 from cachegen.pipeline import model as model_module
-from cachegen.pipeline.model import compute_fingerprint
+from cachegen.pipeline.fingerprint import compute_fingerprint
 
 TEXT = "The register harbour-lantern: 48213 is kept among the prose of this little context, word after word."
 
@@ -141,6 +141,14 @@ def test_a_cache_of_another_model_is_not_replaced(context, save_dir, tmp_path, c
     other = Path(shutil.copytree(BUNDLED_MODEL, tmp_path / "other"))
     (other / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes() + b"\n")
     assert prefill(context, save_dir, "--model_id", str(other)) == 7
+    assert "was made with another model" in read_error(capsys)
+
+
+def test_a_cache_of_other_weights_behind_the_same_config_is_not_taken_for_this_models(
+    context, save_dir, tmp_path, capsys
+):
+    assert prefill(context, save_dir) == 0
+    assert prefill(context, save_dir, "--model_id", str(copy_with_other_keys(tmp_path / "other"))) == 7
     assert "was made with another model" in read_error(capsys)
 
 

@@ -67,7 +67,7 @@ def are_same(a: Profile, b: Profile) -> bool:
 def components_of(profile: Profile, contexts: list[CalibrationContext]) -> torch.Tensor:
     """Components of all tokens of the first group, as the codec computes them."""
     transform = GroupTransform(profile, profile.groups[0], CPU)
-    return torch.cat([transform.analyze(context.cache, 0) for context in contexts]).double()
+    return torch.cat([transform.analyze(transform.join(context.cache, 0)) for context in contexts]).double()
 
 
 class TestContexts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, are_equal, from_planes, quantize_and_dequantize, read_folder, write_config
-from random_models import BUNDLED_MODEL, load_tokenizer
+from random_models import BUNDLED_MODEL, copy_with_other_keys, load_tokenizer
 
 import main
 import run_decoding_disk
 import run_encoding
 from cachegen.config import load_quantization_config
+from cachegen.container import build_tables, parse_tables
 from cachegen.kv_cache import load_kv_cache
 from cachegen.pipeline import generate, model
 from cachegen.pipeline.model_cache import view_kv_cache
@@ -37,6 +39,7 @@ ANSWERS = dict(re.findall(r"^register ([a-z-]+): (\d+)$", TEXT, re.MULTILINE))
 QUESTIONS = {name: f"\nWhat is the value of register {name}?\nregister {name}:" for name in ANSWERS}
 FIRST, SECOND, _ = QUESTIONS.values()
 FIRST_ANSWER = ANSWERS[next(iter(ANSWERS))]
+PROBE = 1  # token that tells what shapes the model's cache has
 GROUPS = ("key_first", "key_second", "key_third", "value_first", "value_second")
 GROUPED = {"key_first_layers": 2, "key_second_layers": 4}  # as in quantization_tiny.json
 
@@ -323,13 +326,13 @@ class TestRecomputed:
         assert record["num_recomputed_tokens"] == prefilled.num_tokens - 1 - num_cached
         assert len(record["token_ids"]) == max_new_tokens
         # The last generated token is never fed to the model.
-        assert sum(passed) == record["num_recomputed_tokens"] + 1 + (max_new_tokens - 1)
+        assert sum(passed) == PROBE + record["num_recomputed_tokens"] + 1 + (max_new_tokens - 1)
 
     def test_every_question_adds_its_own_tokens_only(self, argv, capsys, passed):
         record = decode_to_json(argv, capsys, "--question", FIRST, "--question", SECOND, "--max_new_tokens", 4)
         num_generated = sum(len(answer["token_ids"]) for answer in record["answers"])
         assert record["num_recomputed_tokens"] == 0
-        assert sum(passed) == count_tokens(FIRST) + count_tokens(SECOND) + 2 + (num_generated - 2)
+        assert sum(passed) == PROBE + count_tokens(FIRST) + count_tokens(SECOND) + 2 + (num_generated - 2)
 
     def test_text_after_the_cache_is_recomputed(self, prefilled, argv, capsys, passed, tmp_path):
         more = tmp_path / "more.txt"
@@ -337,7 +340,7 @@ class TestRecomputed:
         record = decode_to_json(argv, capsys, "--path_to_context", more, "--max_new_tokens", 8)
         assert record["num_cached_tokens"] == prefilled.num_tokens - 1
         assert record["num_recomputed_tokens"] == count_tokens(FIRST)
-        assert sum(passed) == count_tokens(FIRST) + len(record["token_ids"])
+        assert sum(passed) == PROBE + count_tokens(FIRST) + len(record["token_ids"])
         assert record["text"].split()[0] == FIRST_ANSWER
 
     def test_an_uncovered_tail_is_recomputed_and_said(self, prefilled, argv, capsys, tmp_path):
@@ -409,6 +412,15 @@ class TestRefusals:
     def test_a_chunk_of_another_config(self, prefilled, argv, encoded, refuse):
         shutil.copy(prefilled.encoded("quantization_tiny_fine") / "chunk_00001.cgc", encoded)
         assert "chunk_00001.cgc: planes is " in refuse(run_decoding_disk.main, argv, 5)
+
+    @pytest.mark.parametrize("shape", [(4, 32), (1, 128)])
+    def test_planes_of_another_shape_whose_checksums_are_right(self, argv, encoded, refuse, shape):
+        path = encoded / "tables.cgt"
+        header, tables = parse_tables(path.read_bytes())
+        planes = [dataclasses.replace(plane, num_kv_heads=shape[0], head_dim=shape[1]) for plane in header.planes]
+        path.write_bytes(build_tables(dataclasses.replace(header, planes=tuple(planes)), tables))
+        error = refuse(run_decoding_disk.main, argv, 5)
+        assert f"tables.cgt: planes: the keys of layer 0 are {shape[0]} x {shape[1]}, the cache's 2 x 64 with" in error
 
     def test_more_chunks_than_there_are(self, argv, refuse):
         error = refuse(run_decoding_disk.main, [*argv, "--num_chunks", 5], 2)
@@ -482,6 +494,22 @@ class TestRefusals:
         (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
         error = refuse(run_decoding_disk.main, [*argv, "--model_id", other], 5)
         assert "tables.cgt: model_fingerprint is " in error and "give --model_id" in error
+
+    def test_other_weights_behind_the_same_config_and_tokenizer(self, prefilled, argv, refuse, tmp_path):
+        other = copy_with_other_keys(tmp_path / "other")
+        error = refuse(run_decoding_disk.main, [*argv, "--model_id", other], 5)
+        assert "tables.cgt: model_fingerprint is " in error and "give --model_id" in error
+        # Nor is an encoding of the one model's cache reused for that of the other's.
+        flags = {"--model_id": other, "--path_to_context": prefilled.context, "--dtype": "float32"}
+        assert main.main([*to_argv(flags), "--save_dir", str(tmp_path / "data"), "--quiet"]) == 0
+        encoded = Path(shutil.copytree(prefilled.encoded("quantization_tiny"), tmp_path / "encoded"))
+        flags = {
+            "--path_to_kv": tmp_path / "data" / "test_kv_5.pkl",
+            "--quantization_config": CONFIGS / "quantization_tiny.json",
+            "--num_chunks": 4,
+            "--output_path": encoded,
+        }
+        assert "--overwrite" in refuse(run_encoding.main, [*to_argv(flags), "--quiet"], 7)
 
     def test_another_dtype(self, argv, refuse):
         error = refuse(run_decoding_disk.main, [*argv, "--dtype", "bfloat16"], 5)

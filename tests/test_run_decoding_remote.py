@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, are_equal, from_planes, quantize_and_dequantize
-from random_models import BUNDLED_MODEL
+from random_models import BUNDLED_MODEL, copy_with_other_keys
 from stores import HttpServer, Misbehaviour, serve
 from test_run_decoding_disk import FIRST, FIRST_ANSWER, SECOND, TEXT, to_argv
 
@@ -225,6 +225,31 @@ class TestLyingServer:
         assert {chunk["level"] for chunk in record["chunks"]} == {2 if fault.path == "-L3-" else 0}
         assert output.err.count("warning: ") == len(record["problems"]) > 0
 
+    @pytest.mark.parametrize("path", ["store.json", "prefixes/", "documents/"])
+    @pytest.mark.parametrize("how", ["drip for ever", "drip its headers", "stall"])
+    def test_a_store_too_slow_to_say_what_it_has_is_answered_from_the_text(self, server, argv, capsys, path, how):
+        server.faults = [Misbehaviour(path, how, methods=("GET", "HEAD"))]
+        capsys.readouterr()
+        assert run_decoding_remote.main([*argv, "--question", FIRST, "--json", "-", "--dtype", "float32"]) == 0
+        output = capsys.readouterr()
+        record = json.loads(output.out)
+        assert answer_of(record) == FIRST_ANSWER and record["policy"] == "text"
+        assert record["manifest"] is None and record["num_recomputed_tokens"] > 0
+        assert "; computed from the text" in output.err and output.err.count("warning: ") == 1
+
+    def test_a_redirect_is_a_failure_unless_it_is_allowed(self, server, published, argv, capsys):
+        with serve(published.folder) as elsewhere:
+            names = [path.relative_to(published.folder) for path in (published.store / "chunks").rglob("*-L3-*")]
+            server.faults = [
+                Misbehaviour(str(name), "redirect", body=f"302 {elsewhere.url}/{name}".encode()) for name in names
+            ]
+            flags = ["--level", "3", "--question", FIRST]
+            record = run_to_json(argv, capsys, *flags)
+            assert {chunk["level"] for chunk in record["chunks"]} == {2} and elsewhere.requests == []
+            assert "--follow-redirects allows it" in record["problems"][0]
+            record = run_to_json(argv, capsys, *flags, "--follow-redirects")
+            assert {chunk["level"] for chunk in record["chunks"]} == {3} and record["problems"] == []
+
     def test_another_documents_chunk_is_not_used(self, server, published, argv, capsys):
         chunks = sorted((published.store / "chunks").rglob("*-L3-*"))
         server.faults = [Misbehaviour("-L3-", "other body", body=chunks[0].read_bytes())]
@@ -249,6 +274,11 @@ class TestRefusals:
         other.write_text("Something else entirely. " * 300)
         error = refuse(run_decoding_remote.main, [*argv, "--path_to_context", other], 3)
         assert "holds no chunk of this context for this model (add it with run_publishing.py)" in error
+
+    def test_other_weights_behind_the_same_config_and_tokenizer_are_another_model(self, argv, refuse, tmp_path):
+        other = copy_with_other_keys(tmp_path / "other")
+        error = refuse(run_decoding_remote.main, [*argv, "--model_id", other], 3)
+        assert "holds no chunk of this context for this model" in error
 
     @pytest.mark.parametrize(
         ("fault", "code"),

@@ -35,7 +35,7 @@ import run_encoding
 from cachegen.config import load_quantization_config
 from cachegen.container import parse_chunk, parse_tables
 from cachegen.files import is_temporary
-from cachegen.kv_cache import load_kv_cache, save_kv_cache
+from cachegen.kv_cache import from_planes, load_kv_cache, save_kv_cache
 from cachegen.profile import CurvePoint, save_profile
 from cachegen.transform_format import TransformTablesHeader
 from tests.small_documents import make_profile
@@ -105,7 +105,14 @@ class TestResults:
             {"first_token": 20 * i, "num_tokens": 20, "bytes": {"0": size}} for i, size in enumerate(sizes)
         ]
         assert record["shared_bytes"] + sum(sizes) == record["encoded_bytes"]
-        assert record["levels"] == [{"level": 0, "bits_per_value": record["bits_per_value"], "expected_kl": None}]
+        (level,) = record["levels"]
+        assert level.pop("max_error") > 0
+        assert level == {
+            "level": 0,
+            "bits_per_value": record["bits_per_value"],
+            "expected_kl": None,
+            "mean_error": None,
+        }
         assert record["levels_are_embedded"] is False
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -213,7 +220,7 @@ class TestResume:
         (output / "README").write_text("mine")
         files = read_folder(output)
         error = refuse(run_encoding.main, [*argv, *flags], 7)
-        assert "holds the encoding of another document or configuration" in error and "--overwrite" in error
+        assert "holds the encoding of another cache or configuration" in error and "--overwrite" in error
         assert read_folder(output) == files
         assert run_encoding.main([*argv, *flags, "--overwrite"]) == 0
         assert read_folder(output)["README"] == b"mine" and read_folder(output) != files
@@ -313,7 +320,9 @@ class TestTransform:
         files = read_folder(output)
         (output / "chunk_00001.L2.cgc").unlink()
         (output / "chunk_00002.L1.cgc").write_bytes(files["chunk_00002.L1.cgc"][:-1])
-        assert encode_to_json(transform_argv, capsys, *flags)["num_reused_chunks"] == 4
+        record = encode_to_json(transform_argv, capsys, *flags)
+        # All levels of a chunk are of one run: of the three chunks one is kept.
+        assert (record["num_reused_chunks"], record["repaired_files"]) == (2, ["chunk_00002.L1.cgc"])
         assert read_folder(output) == files
 
     @pytest.mark.parametrize("flags", [["--levels", "1"], ["--target_bits", "2"]])
@@ -327,6 +336,15 @@ class TestTransform:
         assert run_encoding.main([*transform_argv, *flags, "--overwrite"]) == 0
         assert not list(output.glob("*.L2.cgc")) and len(list(output.glob("*.L1.cgc"))) == 3
 
+    def test_an_error_beyond_the_bound_is_refused_and_nothing_is_left(self, transform_argv, output, refuse, capsys):
+        level = encode_to_json(transform_argv, capsys)["levels"][0]
+        assert 0 < level["mean_error"] < level["max_error"]
+        shutil.rmtree(output)
+        error = refuse(run_encoding.main, [*transform_argv, "--max_error", 0.9 * level["max_error"]], 2)
+        assert "more than --max_error" in error
+        assert read_folder(output) == {}
+        assert run_encoding.main([*transform_argv, "--max_error", str(1.1 * level["max_error"])]) == 0
+
     def test_a_level_of_another_encoding_is_refused(self, transform_argv, output, refuse, tmp_path):
         assert run_encoding.main([*transform_argv, "--levels", "1,2"]) == 0
         other = tmp_path / "other"
@@ -336,13 +354,45 @@ class TestTransform:
         )
         shutil.copy(other / "chunk_00001.L2.cgc", output / "chunk_00001.L2.cgc")
         error = refuse(run_encoding.main, [*transform_argv, "--levels", "1,2"], 7)
-        assert "chunk_00001.L2.cgc: is a chunk of another document or configuration" in error
+        assert "chunk_00001.L2.cgc: is a chunk of another cache or configuration" in error
 
     def test_bytes_do_not_depend_on_threads(self, transform_argv, output, tmp_path):
         for threads in ("1", "3"):
             argv = [*transform_argv, "--levels", "1,2", "--threads", threads, "--output_path", str(tmp_path / threads)]
             assert run_encoding.main(argv) == 0
         assert read_folder(tmp_path / "1") == read_folder(tmp_path / "3")
+
+
+class TestAnotherCache:
+    """An encoding is never taken for that of another cache of the same tokens."""
+
+    @pytest.mark.parametrize("coder", ["rans", "packed", "ac", "transform"])
+    @pytest.mark.parametrize("change", ["twice", "dtype", "one value"])
+    def test_of_the_same_tokens(self, argv, output, tmp_path, request, refuse, coder, change):
+        if coder == "transform":
+            argv = request.getfixturevalue("transform_argv")
+        elif coder == "packed":
+            argv = [*argv, "--quantization_config", str(REPOSITORY / "config" / "uniform_8bit.json"), "--coder", coder]
+        else:
+            argv = [*argv, "--coder", coder]
+        assert run_encoding.main(argv) == 0
+        files = read_folder(output)
+        cache, metadata = load_kv_cache(argv[argv.index("--path_to_kv") + 1])
+        planes = [plane.clone() for plane in cache.planes]
+        if change == "twice":
+            planes = [2 * plane for plane in planes]
+        elif change == "dtype":
+            planes = [plane.float() for plane in planes]
+        else:
+            planes[-1][3, 0, 1] += 0.5
+        other = tmp_path / "other.pkl"
+        save_kv_cache(other, from_planes(planes), metadata)
+        error = refuse(run_encoding.main, [*argv, "--path_to_kv", other], 7)
+        assert "holds the encoding of another cache or configuration" in error
+        assert read_folder(output) == files
+        assert run_encoding.main([*argv, "--path_to_kv", str(other), "--overwrite"]) == 0
+        assert run_encoding.main([*argv, "--path_to_kv", str(other), "--output_path", str(tmp_path / "alone")]) == 0
+        assert read_folder(output) == read_folder(tmp_path / "alone") != files
 
 
 class TestTransformRefusals:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import time
 
 import pytest
 from stores import QUICK, Misbehaviour, serve
 
 from cachegen.errors import BackendUnavailableError, ConfigError, OutputError, StoreError
+from cachegen.objects import MIN_BYTES_PER_SECOND, Pace
 from cachegen.store import RetryRule, open_store
 
 CONTENT = bytes(range(256)) * 1024  # 256 KiB: several pieces
@@ -185,7 +187,7 @@ class TestWebServer:
             (Misbehaviour("b.bin", "short", position=1000), "has 1000 bytes, 262144 are expected"),
             (Misbehaviour("b.bin", "long"), "has 263144 bytes, 262144 are expected"),
             (Misbehaviour("b.bin", "huge length"), f"has {1 << 60} bytes, 262144 are expected"),
-            (Misbehaviour("b.bin", "hang up", position=0), "HTTP error"),
+            (Misbehaviour("b.bin", "hang up", position=0), "ended after 0 of 262144 bytes"),
             (Misbehaviour("b.bin", "stall", position=0), "HTTP error"),
             (Misbehaviour("b.bin", "no length"), "Content-Length Header missing"),
             (Misbehaviour("b.bin", "garbage"), "HTTP error"),
@@ -249,3 +251,114 @@ class TestWebServer:
     def test_no_server_at_all(self):
         with pytest.raises(StoreError, match=r"http://127.0.0.1:9/x: .*HTTP error"):
             open_store("http://127.0.0.1:9", retry=QUICK).get("x", 10)
+
+
+class TestSlowness:
+    """No wait is without an end, however little a server sends."""
+
+    @pytest.mark.parametrize("how", ["drip for ever", "drip its headers"])
+    def test_a_lookup_that_drips_ends_as_too_slow(self, server, how):
+        server.faults = [Misbehaviour("b.bin", how, position=10)]
+        with pytest.raises(StoreError, match=r"too slow|timed out") as caught:
+            server.open().get("a/b.bin", 1 << 20)
+        assert caught.value.is_too_slow
+
+    def test_asking_for_a_name_ends_as_too_slow(self, server):
+        server.faults = [Misbehaviour("b.bin", "drip its headers", methods=("HEAD",))]
+        with pytest.raises(StoreError) as caught:
+            server.open().exists("a/b.bin")
+        assert caught.value.is_too_slow
+
+    @pytest.mark.parametrize("how", ["drip for ever", "drip its headers"])
+    def test_a_large_object_that_drips_ends_as_too_slow(self, server, how):
+        server.faults = [Misbehaviour("b.bin", how, position=5_000)]
+        with pytest.raises(StoreError) as caught:
+            server.open().get_exactly("a/b.bin", len(CONTENT) + (1 << 14))
+        assert caught.value.is_too_slow
+
+    def test_a_server_that_takes_a_body_and_says_nothing_ends_as_too_slow(self, server):
+        server.takes_writes = True
+        server.faults = [Misbehaviour("b.bin", "drip its headers", methods=("PUT",))]
+        with pytest.raises(OutputError, match=r"too slow|timed out"):
+            server.open().put("a/b.bin", b"x", overwrite=True)
+
+    def test_the_longest_lookup_follows_from_its_size(self):
+        assert RetryRule(max_attempts=3, stall_seconds=2.0).lookup_seconds(1 << 16) == 10.0
+
+    def test_what_has_come_buys_time_at_the_least_rate(self):
+        pace = Pace(0.05)
+        pace.count(10 * MIN_BYTES_PER_SECOND)
+        time.sleep(0.06)
+        assert 0 < pace.patience() <= 0.05
+        slow = Pace(0.05)
+        slow.count(10)
+        time.sleep(0.06)
+        with pytest.raises(TimeoutError, match="10 bytes in"):
+            slow.patience()
+
+
+class TestRedirects:
+    """A store is where its address says."""
+
+    @pytest.fixture
+    def elsewhere(self, tmp_path):
+        """Another server of the same files: of the same host, on another port."""
+        with serve(tmp_path) as running:
+            yield running
+
+    @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+    def test_another_port_is_not_asked_unless_it_is_allowed(self, server, elsewhere, status):
+        target = f"{elsewhere.url}/a/b.bin"
+        server.faults = [Misbehaviour("b.bin", "redirect", body=f"{status} {target}".encode(), methods=("GET", "HEAD"))]
+        for ask in (
+            lambda store: store.get("a/b.bin", len(CONTENT)),
+            lambda store: store.get_exactly("a/b.bin", len(CONTENT)),
+            lambda store: store.get_range("a/b.bin", 0, 10),
+            lambda store: store.exists("a/b.bin"),
+        ):
+            with pytest.raises(StoreError, match=r"another host, port or scheme \(--follow-redirects allows it\)"):
+                ask(server.open())
+        assert elsewhere.requests == []
+        store = open_store(server.url, retry=QUICK, follow_redirects=True)
+        assert store.get("a/b.bin", len(CONTENT)) == CONTENT and store.exists("a/b.bin")
+
+    def test_another_host_is_not_asked(self, server):
+        port = server.url.rsplit(":", 1)[1]
+        server.faults = [Misbehaviour("b.bin", "redirect", body=f"302 http://localhost:{port}/a/b.bin".encode())]
+        with pytest.raises(StoreError, match="another host, port or scheme"):
+            server.open().get("a/b.bin", len(CONTENT))
+        assert len(server.requests) == 1
+
+    def test_another_path_of_the_same_server_is_followed_but_not_for_ever(self, server, tmp_path):
+        (tmp_path / "c.bin").write_bytes(CONTENT)
+        server.faults = [Misbehaviour("b.bin", "redirect", body=b"302 /c.bin")]
+        assert server.open().get("a/b.bin", len(CONTENT)) == CONTENT
+        server.faults = [Misbehaviour(".bin", "redirect", body=b"302 /c.bin")]
+        with pytest.raises(StoreError, match="redirected more than 5 times"):
+            server.open().get("a/b.bin", len(CONTENT))
+
+    @pytest.mark.parametrize(
+        "target", ["file:///etc/passwd", "ftp://host/x", "data:,x", "http://:80/", "http://h:99999/"]
+    )
+    def test_nothing_but_http_is_ever_followed(self, server, target):
+        server.faults = [Misbehaviour("b.bin", "redirect", body=f"302 {target}".encode())]
+        store = open_store(server.url, retry=QUICK, follow_redirects=True)
+        with pytest.raises(StoreError, match=r"which is no http\(s\) address"):
+            store.get("a/b.bin", len(CONTENT))
+
+    def test_what_is_written_goes_nowhere_else(self, server, elsewhere):
+        server.takes_writes = elsewhere.takes_writes = True
+        body = f"307 {elsewhere.url}/new".encode()
+        server.faults = [Misbehaviour("new", "redirect", body=body, methods=("PUT",))]
+        with pytest.raises(OutputError, match="is not sent elsewhere"):
+            open_store(server.url, retry=QUICK, follow_redirects=True).put("new", b"x", overwrite=True)
+        assert elsewhere.requests == []
+
+    def test_connections_are_kept_between_requests_and_replaced_when_the_server_has_closed_them(self, server):
+        store = server.open()
+        for _ in range(3):
+            assert store.get("a/b.bin", len(CONTENT)) == CONTENT
+        assert server.num_connections == 1
+        server.hang_up()
+        assert store.get("a/b.bin", len(CONTENT)) == CONTENT
+        assert server.num_connections == 2

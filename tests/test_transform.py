@@ -67,7 +67,7 @@ def test_synthesis_undoes_analysis(rotary: RotaryEmbedding | None) -> None:
     output = allocate_for(profile, 530, torch.float32)
     for group in profile.groups:
         transform = GroupTransform(profile, group, CPU)
-        transform.synthesize(transform.analyze(cache, 41), 1.0, output, 41)
+        transform.synthesize(transform.analyze(transform.join(cache, 41)), 1.0, output, 41)
     for found, expected in zip(output.planes, cache.planes, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -76,8 +76,9 @@ def test_analysis_finds_the_components_of_a_cache() -> None:
     profile = make_profile(SHAPES, (2,))
     cache, (expected,) = make_transformed_cache(profile, 60), make_components(profile, 60)
     transform = GroupTransform(profile, profile.groups[0], CPU)
-    torch.testing.assert_close(transform.analyze(cache, 0), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(transform.analyze(cache, 0, 5), expected[:, :5], rtol=1e-4, atol=1e-4)
+    vectors = transform.join(cache, 0)
+    torch.testing.assert_close(transform.analyze(vectors), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(transform.analyze(vectors, 5), expected[:, :5], rtol=1e-4, atol=1e-4)
 
 
 def test_missing_components_are_zero_and_a_step_is_a_factor() -> None:
@@ -114,8 +115,8 @@ def test_strides_do_not_matter() -> None:
     cache = make_transformed_cache(profile, 40)
     strided = from_planes([plane.permute(1, 0, 2).contiguous().permute(1, 0, 2) for plane in cache.planes])
     transform = GroupTransform(profile, profile.groups[0], CPU)
-    components = transform.analyze(cache, 9)
-    assert torch.equal(transform.analyze(strided, 9), components)
+    components = transform.analyze(transform.join(cache, 9))
+    assert torch.equal(transform.analyze(transform.join(strided, 9)), components)
     outputs = [allocate_for(profile, 40, torch.float16), allocate_for(profile, 40, torch.float16)]
     outputs[1] = from_planes([plane.permute(1, 0, 2).contiguous().permute(1, 0, 2) for plane in outputs[1].planes])
     for output in outputs:
@@ -127,8 +128,9 @@ def test_a_profile_without_analysis_cannot_encode() -> None:
     profile = make_profile(SHAPES, (2,))
     cache = make_transformed_cache(profile, 4)
     object.__setattr__(profile.groups[0], "analysis", None)
+    transform = GroupTransform(profile, profile.groups[0], CPU)
     with pytest.raises(ValueError, match="without its analysis matrices"):
-        GroupTransform(profile, profile.groups[0], CPU).analyze(cache, 0)
+        transform.analyze(transform.join(cache, 0))
 
 
 # --- quantization -----------------------------------------------------------------------------------------------------

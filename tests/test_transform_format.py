@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 import struct
 from pathlib import Path
@@ -44,6 +45,11 @@ CHUNK = ComponentChunkHeader(
     profile_hash=bytes(range(128, 160)),
     tokens_per_stream=(64, 96),
     stream_index=struct.pack("<9I", 140, 6, 1, 16, 0, 2, 201, 30, 0xFFFFFFFF),
+    refines=0xA1B2C3D4,
+    max_error=1.5,
+    mean_error=0.25,
+    exact_bytes=21,
+    exact_crc=0x01020304,
 )
 TABLES = TransformTablesHeader(
     num_cache_tokens=1 << 33,
@@ -55,13 +61,14 @@ TABLES = TransformTablesHeader(
     token_hash=bytes(range(32, 64)),
     rope_hash=bytes(range(64, 96)),
     profile_hash=bytes(range(128, 160)),
+    cache_hash=bytes(range(160, 192)),
     planes=(PlaneShape(2, 40), PlaneShape(1, 9)),
     chunk_tokens=(70, 1, 33),
 )
 
 
 def whole_chunk(header: ComponentChunkHeader) -> bytes:
-    return pack_component_chunk_header(header, crc32c) + bytes(header.payload_bytes)
+    return pack_component_chunk_header(header, crc32c) + bytes(header.file_bytes - header.header_bytes)
 
 
 def whole_tables(header: TransformTablesHeader) -> bytes:
@@ -102,8 +109,10 @@ def test_fields_lie_where_the_document_says(section: str, header, content: bytes
     for name, (offset, size) in fields.items():
         found = content[offset : offset + size]
         expected = derived[name] if name in derived else getattr(header, name)
-        signed = name == "step_log"
-        found = found if isinstance(expected, bytes) else int.from_bytes(found, "little", signed=signed)
+        if isinstance(expected, float):
+            (found,) = struct.unpack("<f", found)
+        elif not isinstance(expected, bytes):
+            found = int.from_bytes(found, "little", signed=name == "step_log")
         assert found == expected, name
     assert content[8] == 2 and content[36] == (3 if header is CHUNK else 1)
 
@@ -123,7 +132,7 @@ def test_chunk_header_round_trip() -> None:
     content = whole_chunk(CHUNK)
     assert unpack_component_chunk_header(content, crc32c) == CHUNK
     assert CHUNK.streams_of_groups == [2, 1] and CHUNK.streams[1] == StreamEntry(16, 0, 2)
-    assert CHUNK.header_bytes % 16 == 0 and len(content) == CHUNK.header_bytes + 144 + 16 + 208
+    assert CHUNK.header_bytes % 16 == 0 and len(content) == CHUNK.header_bytes + 144 + 16 + 208 + 32
 
 
 def test_tables_header_round_trip() -> None:
@@ -157,6 +166,9 @@ def test_any_chunk_header_round_trips(rows, num_tokens, first_token, level, step
         step_log=step_log,
         profile_hash=some_hash,
         dtype=dtype,
+        refines=word if level > 1 else 0,
+        exact_bytes=word % 100,
+        exact_crc=word,
         tokens_per_stream=lengths,
         stream_index=b"".join(struct.pack("<3I", i % 50, word, word ^ i) for i in range(num_streams)),
     )
@@ -216,14 +228,22 @@ ERROR, UNSUPPORTED = BitstreamError, UnsupportedVersionError
         (44, "i", -MAX_STEP_LOG - 1, ERROR, 44, "step_log"),
         (208, "H", 0, ERROR, 208, "num_groups"),
         (208, "H", 4, ERROR, 208, "num_groups"),
-        (208, "H", 3, ERROR, 220, "tokens_per_stream"),
+        (208, "H", 3, ERROR, 244, "tokens_per_stream"),
         (210, "H", 1, UNSUPPORTED, 42, "reserved"),
-        (212, "I", 0, ERROR, 212, "tokens_per_stream"),
-        (216, "I", 33, ERROR, 216, "tokens_per_stream"),
-        (216, "I", 2**24 + 32, ERROR, 216, "tokens_per_stream"),
-        (216, "I", 32, ERROR, 12, "header_bytes"),
-        (220, "I", 150, ERROR, 16, "file_bytes"),
-        (256, "B", 1, ERROR, 256, "padding"),
+        (41, "B", 1, ERROR, 212, "refines"),
+        (216, "f", math.nan, ERROR, 216, "max_error"),
+        (216, "f", math.inf, ERROR, 216, "max_error"),
+        (216, "f", 0.125, ERROR, 216, "max_error"),
+        (220, "f", -1.0, ERROR, 216, "max_error"),
+        (220, "f", math.nan, ERROR, 216, "max_error"),
+        (224, "Q", 33, ERROR, 16, "file_bytes"),
+        (224, "Q", 2**64 - 1, ERROR, 16, "file_bytes"),
+        (236, "I", 0, ERROR, 236, "tokens_per_stream"),
+        (240, "I", 33, ERROR, 240, "tokens_per_stream"),
+        (240, "I", 2**24 + 32, ERROR, 240, "tokens_per_stream"),
+        (240, "I", 32, ERROR, 12, "header_bytes"),
+        (244, "I", 150, ERROR, 16, "file_bytes"),
+        (280, "B", 1, ERROR, 280, "padding"),
     ],
 )
 def test_chunk_fields_out_of_range_are_refused(offset, layout, value, error, at, field) -> None:
@@ -239,7 +259,7 @@ def test_chunk_fields_out_of_range_are_refused(offset, layout, value, error, at,
     [
         (10, "H", 1 << 15, UNSUPPORTED, 10, "flags"),
         (16, "Q", 1000, ERROR, 16, "file_bytes"),
-        (24, "Q", 103, ERROR, 188, "chunk_tokens"),
+        (24, "Q", 103, ERROR, 220, "chunk_tokens"),
         (32, "I", 0, ERROR, 32, "num_chunks"),
         (32, "I", 2**20 + 1, ERROR, 32, "num_chunks"),
         (32, "I", 4, ERROR, 12, "header_bytes"),
@@ -256,11 +276,11 @@ def test_chunk_fields_out_of_range_are_refused(offset, layout, value, error, at,
         (44, "I", 0, ERROR, 44, "prefill_block_size"),
         (48, "i", MAX_STEP_LOG + 1, ERROR, 48, "step_log"),
         (48, "i", -(2**31), ERROR, 48, "step_log"),
-        (180, "H", 0, ERROR, 180, "shape"),
-        (182, "H", 0, ERROR, 180, "shape"),
-        (184, "HH", (257, 256), ERROR, 184, "shape"),
-        (188, "I", 0, ERROR, 188, "chunk_tokens"),
-        (196, "I", 2**24 + 1, ERROR, 188, "chunk_tokens"),
+        (212, "H", 0, ERROR, 212, "shape"),
+        (214, "H", 0, ERROR, 212, "shape"),
+        (216, "HH", (257, 256), ERROR, 216, "shape"),
+        (220, "I", 0, ERROR, 220, "chunk_tokens"),
+        (228, "I", 2**24 + 1, ERROR, 220, "chunk_tokens"),
     ],
 )
 def test_tables_fields_out_of_range_are_refused(offset, layout, value, error, at, field) -> None:

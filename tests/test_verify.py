@@ -9,9 +9,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from cachegen.pipeline import verify
-from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
+from cachegen.pipeline.answers import verify_answers
+from cachegen.pipeline.generate import generate_answer
+from cachegen.pipeline.model_cache import PreallocatedLayer, allocate_cache, set_length, view_kv_cache
 from cachegen.pipeline.prefill import prefill
-from cachegen.pipeline.verify import Fidelity, compare_caches, count_verified_tokens
+from cachegen.pipeline.verify import Fidelity, compare_caches, compare_with_text, count_verified_tokens
 
 LOADED = make_named("llama")
 
@@ -71,6 +73,38 @@ def test_the_numbers_are_those_of_a_plain_computation(num_tokens, num_decoded):
     assert fidelity.nll_delta == pytest.approx(nll_delta.item(), rel=1e-3, abs=1e-5)
     assert fidelity.next_token_agreement == pytest.approx(agreement.item(), abs=1e-6)
     assert fidelity.verified_tokens == len(expected_decoded)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_decoded"), [(600, 599), (600, 300), (31, 30)])
+def test_the_numbers_against_the_text_are_those_of_a_plain_computation(num_tokens, num_decoded):
+    token_ids = make_token_ids(num_tokens)
+    _, decoded = make_pair(token_ids, num_decoded, noise=0.3)
+    with torch.inference_mode():
+        reference = LOADED.model(token_ids.long()[None]).logits[0].log_softmax(-1)
+    found = compare_with_text(LOADED, token_ids, decoded, num_decoded_tokens=num_decoded)
+    expected = predict_plainly(token_ids, decoded, num_decoded)
+    kl = torch.nn.functional.kl_div(expected, reference[-len(expected) :], log_target=True, reduction="batchmean")
+    assert found.kl == pytest.approx(kl.item(), rel=1e-3)
+    assert decoded.get_seq_length() == num_decoded
+
+
+def test_an_uncompressed_cache_differs_from_the_text_by_rounding_only():
+    token_ids = make_token_ids(600)
+    fidelity = compare_with_text(LOADED, token_ids, make_pair(token_ids, 599, noise=0)[1], num_decoded_tokens=599)
+    assert fidelity.kl < 1e-6 and fidelity.next_token_agreement == 1
+
+
+def test_a_mistake_in_our_own_prefilling_shows_against_the_text(monkeypatch):
+    update = PreallocatedLayer.update
+    monkeypatch.setattr(PreallocatedLayer, "update", lambda self, keys, *rest: update(self, keys * 3, *rest))
+    token_ids = make_token_ids(60)
+    wrong = prefill(LOADED, token_ids[:-1], 16, capacity=70)
+    assert compare_with_text(LOADED, token_ids, wrong, num_decoded_tokens=59).kl > 0.01
+    answer = generate_answer(LOADED, wrong, 59, token_ids, 8)
+    record = verify_answers(
+        LOADED, token_ids, [token_ids], [answer], wrong, num_cached=59, max_new_tokens=8, block_size=16
+    )
+    assert record["greedy_match"] is False and record["kl"] > 0.01
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3, 40, 600])

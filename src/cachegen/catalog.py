@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from cachegen import container
-from cachegen.codec import load_document
 from cachegen.errors import BitstreamError, MismatchError, StoreError, UnsupportedVersionError
 from cachegen.format import TablesHeader
 from cachegen.kv_cache import ContextMetadata, hash_token_prefixes
@@ -111,7 +110,7 @@ def publish_document(
     """
     writer = _Writer(store)
     writer.check_info()
-    headers = [load_document(level.tables_file).header for level in levels]
+    headers = [container.parse_tables(level.tables_file)[0] for level in levels]
     _check_together(headers, metadata)
     header = headers[0]
     stops = [sum(header.chunk_tokens[: i + 1]) for i in range(len(header.chunk_tokens))]

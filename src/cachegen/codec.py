@@ -10,7 +10,8 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from functools import cached_property
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -30,11 +31,17 @@ from cachegen.format import (
     TablesHeader,
 )
 from cachegen.framing import Buffer
-from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
+from cachegen.kv_cache import ContextMetadata, KVCache, check_planes, hash_token_prefixes
 from cachegen.profile import Profile
 from cachegen.quantization import low_bits_for
-from cachegen.transform_codec import TransformDocument, load_transform_document, start_decoding_component_chunk
-from cachegen.transform_format import TransformTablesHeader
+from cachegen.transform_codec import (
+    ErrorMeasure,
+    TransformDocument,
+    check_output,
+    load_transform_document,
+    start_decoding_component_chunk,
+)
+from cachegen.transform_format import ComponentChunkHeader, TransformTablesHeader
 
 # A lane costs about 24 bits beyond its symbols (its state, less what the state carries). At 4096 symbols of 2 to 3 bits
 # that is a quarter of a percent; longer lanes would leave a GPU, one warp per stream, too few streams. A code of coder
@@ -47,13 +54,36 @@ class Document:
     """What decoding needs of a tables file.
 
     Attributes:
-        tables: the kernels' form of the tables; None for coder `packed`.
         tables_hash: SHA-256 of the file.
+        tables_section: the file's bytes after its header.
+        kernels: `cachegen.coder.cpu`, or a `cachegen.coder.cuda.CudaKernels`.
+        num_threads: to unpack the tables with.
     """
 
     header: TablesHeader
-    tables: cpu.Tables | None
     tables_hash: bytes
+    tables_section: bytes
+    kernels: Any
+    num_threads: int
+
+    @cached_property
+    def tables(self) -> cpu.Tables | None:
+        """The kernels' form of the tables; None for coder `packed`.
+
+        Tables take tens of times the memory that they have in the file, so they are unpacked at their first use: a
+        document of another model is refused before.
+
+        Raises:
+            BitstreamError: they are corrupt.
+        """
+        if not self.header.tables_bytes:
+            return None
+        header = self.header
+        return self.kernels.load_tables(self.tables_section, header.planes, header.plane_table_bytes, self.num_threads)
+
+    def prepare(self) -> None:
+        """Do what decoding needs once, with the errors of the tables file: see `tables`."""
+        _ = self.tables
 
 
 class DocumentEncoder:
@@ -103,11 +133,13 @@ class DocumentEncoder:
             method=config.method,
             dtype=cpu.DTYPES[cache.dtype],
             prefill_block_size=metadata.block_size,
+            coder=coder,
             tables_crc=0,
             model_fingerprint=bytes.fromhex(metadata.model_fingerprint),
             token_hash=bytes.fromhex(hash_token_prefixes(metadata.token_ids, [cache.num_tokens])[0]),
             rope_hash=bytes.fromhex(metadata.rope_hash),
             profile_hash=NO_HASH,
+            cache_hash=check_planes(cache, metadata),
             planes=planes,
             plane_table_bytes=tuple(map(len, plane_tables)) or (0,) * len(planes),
             chunk_tokens=tuple(chunk_tokens),
@@ -152,15 +184,29 @@ class DocumentEncoder:
         """Return what a level is expected to lose: nobody measured it for these methods."""
         return None
 
-    def is_encoding_of(self, index: int, content: bytes | memoryview, level: int = 0) -> bool:
-        """Tell whether `content` is this chunk, whole and unchanged, from this document and configuration."""
+    def is_encoding_of(self, index: int, contents: Sequence[Buffer]) -> bool:
+        """Tell whether files are this chunk, whole and unchanged, from this document and configuration.
+
+        Args:
+            contents: its one file.
+        """
+        (content,) = contents
         try:
             header = container.parse_chunk(content, self._num_threads).header
         except BitstreamError:
             return False
         if not isinstance(header, ChunkHeader):
             return False
-        return dataclasses.replace(header, scales_crc=0, stream_index=b"") == self.expected_header(index, level)
+        return dataclasses.replace(header, scales_crc=0, stream_index=b"") == self.expected_header(index)
+
+    def read_error(self, index: int, level: int, content: Buffer) -> ErrorMeasure:
+        """Return a bound of what decoding loses of a chunk's values: half a step of each token's quantizer."""
+        num_tokens = self.document.header.chunk_tokens[index]
+        scales = self._scales[:, self._stops[index] - num_tokens : self._stops[index]].double().amax(dim=1)
+        bins = torch.tensor([plane.num_bins for plane in self.document.header.planes], dtype=torch.float64)
+        # The dtype rounds what the quantizer gives once more, by half a unit in the last place.
+        rounding = torch.finfo(self._cache.dtype).eps / 2
+        return ErrorMeasure(float((scales * (1 / (bins - 2) + rounding)).max()))
 
     def encode_chunk(self, index: int, level: int = 0) -> list[bytes | memoryview]:
         """Encode one chunk; returns its file as parts to be written one after the other."""
@@ -185,7 +231,7 @@ FindProfile: TypeAlias = Callable[[bytes], Profile]
 def load_document(
     tables_file: Buffer, *, num_threads: int = 1, kernels=cpu, find_profile: FindProfile | None = None
 ) -> Document | TransformDocument:
-    """Parse a tables file.
+    """Parse a tables file; its frequency tables are unpacked at their first use.
 
     Args:
         find_profile: called where the document is of method `transform`; None where nothing will be decoded.
@@ -199,10 +245,7 @@ def load_document(
     if isinstance(header, TransformTablesHeader):
         profile = find_profile(header.profile_hash) if find_profile is not None else None
         return load_transform_document(content, header, profile, kernels.device)
-    loaded = None
-    if header.tables_bytes:
-        loaded = kernels.load_tables(tables, header.planes, header.plane_table_bytes, num_threads)
-    return Document(header, loaded, hashlib.sha256(content).digest())
+    return Document(header, hashlib.sha256(content).digest(), tables, kernels, num_threads)
 
 
 def decode_levels(
@@ -288,34 +331,38 @@ def _start_decoding_chunk(
     kernels,
 ) -> tuple[ChunkHeader, Callable[[], None]]:
     """Begin what `decode_chunk` does; returns the header, and what waits for the rest."""
-    chunk = container.parse_chunk(content, num_threads)
-    header, expected = chunk.header, document.header
-    if not isinstance(header, ChunkHeader):
-        raise MismatchError(
-            f"method is {_show(header.method)}, but the tables file says {_show(expected.method)}: "
-            "the chunk is of another document"
-        )
-    shapes = tuple(dataclasses.replace(plane, tokens_per_stream=0) for plane in header.planes)
-    gates = [
-        ("model_fingerprint", header.model_fingerprint, expected.model_fingerprint),
-        ("rope_hash", header.rope_hash, expected.rope_hash),
-        ("first_token", header.first_token, first_token),
-        ("num_tokens", header.num_tokens, output.num_tokens),
-        ("token_hash", header.token_hash, token_hash),
-        ("method", header.method, expected.method),
-        ("dtype", header.dtype, expected.dtype),
-        ("planes", shapes, expected.planes),
-        ("profile_hash", header.profile_hash, expected.profile_hash),
-        ("tables_hash", header.tables_hash, document.tables_hash),
-    ]
-    for field, found, wanted in gates:
-        if found != wanted:
+    expected = document.header
+
+    def check(header: ChunkHeader | ComponentChunkHeader) -> None:
+        if not isinstance(header, ChunkHeader):
             raise MismatchError(
-                f"{field} is {_show(found)}, but the tables file and the context say {_show(wanted)}: "
-                "the chunk is of another document, model or configuration"
+                f"method is {_show(header.method)}, but the tables file says {_show(expected.method)}: "
+                "the chunk is of another document"
             )
-    if (document.tables is None) != (header.coder is Coder.PACKED):
-        raise MismatchError(f"coder is {header.coder.name.lower()}, which does not go with the tables file")
+        shapes = tuple(dataclasses.replace(plane, tokens_per_stream=0) for plane in header.planes)
+        gates = [
+            ("model_fingerprint", header.model_fingerprint, expected.model_fingerprint),
+            ("rope_hash", header.rope_hash, expected.rope_hash),
+            ("first_token", header.first_token, first_token),
+            ("num_tokens", header.num_tokens, output.num_tokens),
+            ("token_hash", header.token_hash, token_hash),
+            ("method", header.method, expected.method),
+            ("coder", header.coder, expected.coder),
+            ("dtype", header.dtype, expected.dtype),
+            ("planes", shapes, expected.planes),
+            ("profile_hash", header.profile_hash, expected.profile_hash),
+            ("tables_hash", header.tables_hash, document.tables_hash),
+        ]
+        for field, found, wanted in gates:
+            if found != wanted:
+                raise MismatchError(
+                    f"{field} is {_show(found)}, but the tables file and the context say {_show(wanted)}: "
+                    "the chunk is of another document, model or configuration"
+                )
+
+    check_output(expected.planes, output)
+    chunk = container.parse_chunk(content, num_threads, check=check)
+    header = cast(ChunkHeader, chunk.header)
     finish = start(
         kernels,
         "decode",
@@ -357,4 +404,4 @@ def _show(value: object) -> str:
         return value.hex()[:12]
     if isinstance(value, tuple):
         return f"{len(value)} planes of {value[0]}" if value else "none"
-    return value.name.lower() if isinstance(value, Method) else str(value)
+    return value.name.lower() if isinstance(value, (Method, Coder)) else str(value)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -63,11 +63,13 @@ class Chunk(Generic[_Header]):
     Attributes:
         scales: `[num_planes, num_tokens]` in the cache's dtype; empty with method `transform`, which has none.
         payload: the streams, each padded to a multiple of 16 bytes.
+        exact: the section of exact values, which only method `transform` has, without its padding.
     """
 
     header: _Header
     scales: torch.Tensor
     payload: memoryview
+    exact: memoryview = field(default_factory=lambda: memoryview(b""))
 
 
 def build_chunk(
@@ -92,33 +94,73 @@ def build_chunk(
 
 
 def build_component_chunk(
-    header: ComponentChunkHeader, streams: Sequence[StreamEntry], payloads: Sequence[bytes | memoryview]
+    header: ComponentChunkHeader,
+    streams: Sequence[StreamEntry],
+    payloads: Sequence[bytes | memoryview],
+    exact: bytes = b"",
 ) -> list[bytes | memoryview]:
-    """Join the parts of a chunk of method `transform`; the header's `stream_index` is filled in here.
+    """Join the parts of a chunk of method `transform`.
 
     Args:
+        header: its `stream_index`, `exact_bytes` and `exact_crc` are filled in here.
         payloads: of each group of layers.
+        exact: the section of exact values.
 
     Returns:
         The file, as parts to be written one after the other.
     """
-    header = dataclasses.replace(header, stream_index=np.array(streams, dtype="<u4").tobytes())
-    return [pack_component_chunk_header(header, crc32c), *payloads]
+    padded = exact.ljust(round_up(len(exact), ALIGNMENT), b"\0")
+    header = dataclasses.replace(
+        header,
+        stream_index=np.array(streams, dtype="<u4").tobytes(),
+        exact_bytes=len(exact),
+        exact_crc=crc32c(padded),
+    )
+    return [pack_component_chunk_header(header, crc32c), *payloads, padded]
 
 
-def parse_chunk(content: Buffer, num_threads: int = 1) -> Chunk[ChunkHeader] | Chunk[ComponentChunkHeader]:
+def unpack_any_chunk_header(content: Buffer) -> ChunkHeader | ComponentChunkHeader:
+    """Parse and check the header of a chunk file of any version, not what follows it.
+
+    Raises:
+        BitstreamError: the header is not whole, or the file has another length than it says.
+        UnsupportedVersionError: this release does not read it.
+    """
+    if read_version(content) == TRANSFORM_FORMAT_VERSION:
+        return unpack_component_chunk_header(content, crc32c)
+    return unpack_chunk_header(content, crc32c)
+
+
+def header_crc(header: bytes | memoryview) -> int:
+    """Return the checksum that ends a packed header; it covers the checksums of all that follows the header."""
+    return int.from_bytes(header[-4:], "little")
+
+
+def parse_chunk(
+    content: Buffer,
+    num_threads: int = 1,
+    *,
+    check: Callable[[ChunkHeader | ComponentChunkHeader], object] | None = None,
+) -> Chunk[ChunkHeader] | Chunk[ComponentChunkHeader]:
     """Take a chunk file of any version apart and check all of it.
+
+    Args:
+        check: called with the header, before memory is taken for what it announces; may raise.
 
     Raises:
         BitstreamError: the file is not whole, or any bit of it has changed.
         UnsupportedVersionError: this release does not read it.
     """
     content = memoryview(content)
-    if read_version(content) == TRANSFORM_FORMAT_VERSION:
-        component_header = unpack_component_chunk_header(content, crc32c)
-        payload = _check_streams(content, component_header, num_threads)
-        return Chunk(component_header, torch.empty(0), payload)
-    header = unpack_chunk_header(content, crc32c)
+    header = unpack_any_chunk_header(content)
+    if check is not None:
+        check(header)
+    if isinstance(header, ComponentChunkHeader):
+        exact_at = header.payload_offset + header.payload_bytes
+        if crc32c(content[exact_at:]) != header.exact_crc:
+            raise BitstreamError("does not match, the exact values are corrupt", offset=232, field="exact_crc")
+        payload = _check_streams(content[:exact_at], header, num_threads)
+        return Chunk(header, torch.empty(0), payload, content[exact_at : exact_at + header.exact_bytes])
     padded_scales = content[header.header_bytes : header.payload_offset]
     if crc32c(padded_scales) != header.scales_crc:
         raise BitstreamError("does not match, the scales are corrupt", offset=44, field="scales_crc")
@@ -140,11 +182,13 @@ def _has_infinity_or_nan(values: torch.Tensor, dtype: Dtype) -> bool:
 
 def _check_streams(content: memoryview, header: ChunkHeader | ComponentChunkHeader, num_threads: int) -> memoryview:
     """Return the streams of a chunk, all of whose checksums match."""
-    payload, streams = content[header.payload_offset :], header.streams
-    found = checksum_streams(payload, streams, num_threads)
-    corrupt = np.flatnonzero(found != np.array([stream.crc for stream in streams], dtype=np.uint32))
+    payload = content[header.payload_offset :]
+    # Not `header.streams`: a list of tuples takes ten times the memory of the index.
+    index = np.frombuffer(header.stream_index, dtype="<u4").reshape(-1, len(StreamEntry._fields))
+    corrupt = np.flatnonzero(checksum_streams(payload, index, num_threads) != index[:, 2])
     if len(corrupt):
-        offset = header.payload_offset + sum(round_up(s.num_bytes, ALIGNMENT) for s in streams[: corrupt[0]])
+        lengths = index[: corrupt[0], 0].astype(np.int64)
+        offset = header.payload_offset + int((-(-lengths // ALIGNMENT) * ALIGNMENT).sum())
         raise BitstreamError("does not match its checksum", offset=offset, field=f"stream {corrupt[0]}")
     return payload
 

@@ -37,6 +37,7 @@ class StoreError(InputError):
         is_missing: the store answered: there is no such object.
         is_temporary: the same request may succeed later.
         is_range_ignored: a part was asked for and the whole came.
+        is_too_slow: an answer came too slowly or not at all, which says nothing about what there is.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class StoreError(InputError):
         is_missing: bool = False,
         is_temporary: bool = False,
         is_range_ignored: bool = False,
+        is_too_slow: bool = False,
     ) -> None:
         super().__init__(message)
+        self.is_too_slow = is_too_slow
         self.is_range_ignored = is_range_ignored
         self.is_missing = is_missing
         self.is_temporary = is_temporary

@@ -41,7 +41,7 @@ MAX_CHUNKS = 1 << 20
 MAX_CODE_TOKENS = 1 << 14  # of a stream of coder `ac`: a code's length in bytes must fit in 16 bits
 
 _CHUNK_FIELDS = struct.Struct("<QIHBBBBHI32s32s32s32s32s")
-_TABLES_FIELDS = struct.Struct("<QIHBBBBHII32s32s32s32s")
+_TABLES_FIELDS = struct.Struct("<QIHBBBBHII32s32s32s32s32s")
 _PLANE = struct.Struct("<HHHBBI")
 STREAM = struct.Struct("<III")
 
@@ -74,21 +74,13 @@ class Dtype(IntEnum):
         return 4 if self is Dtype.FLOAT32 else 2
 
 
-class BandMode(IntEnum):
-    """Whether the streams of a plane carry a band map."""
-
-    NONE = 0
-    BYTES = 1
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlaneLayout:
     """One layer's keys or values: its shape, its quantizer and how its streams are cut.
 
     Attributes:
         num_bins: bins of the quantizer; symbols run from 0 to num_bins - 2.
         low_bits: bits of a symbol that are stored raw, below the table-coded high part.
-        band_mode: see BandMode.
         tokens_per_stream: a multiple of 32; 0 in a tables file, which has no streams.
     """
 
@@ -96,7 +88,6 @@ class PlaneLayout:
     head_dim: int
     num_bins: int
     low_bits: int
-    band_mode: BandMode = BandMode.NONE
     tokens_per_stream: int = 0
 
     @property
@@ -170,7 +161,7 @@ class ChunkHeader:
 
     @property
     def payload_bytes(self) -> int:
-        return sum(round_up(stream.num_bytes, ALIGNMENT) for stream in self.streams)
+        return streams_bytes(self.stream_index)
 
 
 @dataclass(frozen=True)
@@ -179,15 +170,18 @@ class TablesHeader:
 
     Attributes:
         num_cache_tokens: tokens of the saved cache; those that no chunk covers are recomputed from text.
+        coder: of all chunks.
         prefill_block_size: tokens per prefill step of the saved cache.
         tables_crc: CRC-32C of the tables section.
         token_hash: hash of all tokens of the saved cache.
+        cache_hash: `kv_cache.hash_planes` of the saved cache.
         plane_table_bytes: per plane, the length of its tables; 0 for coder `packed`.
         chunk_tokens: per chunk, its number of tokens; chunks follow each other from token 0.
     """
 
     num_cache_tokens: int
     method: Method
+    coder: Coder
     dtype: Dtype
     prefill_block_size: int
     tables_crc: int
@@ -195,6 +189,7 @@ class TablesHeader:
     token_hash: bytes
     rope_hash: bytes
     profile_hash: bytes
+    cache_hash: bytes
     planes: tuple[PlaneLayout, ...]
     plane_table_bytes: tuple[int, ...]
     chunk_tokens: tuple[int, ...]
@@ -211,6 +206,11 @@ class TablesHeader:
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
+
+
+def streams_bytes(stream_index: bytes) -> int:
+    """Return the length of the streams of an index of `StreamEntry` records, each with its padding."""
+    return sum(round_up(num_bytes, ALIGNMENT) for num_bytes, _, _ in STREAM.iter_unpack(stream_index))
 
 
 def count_streams(planes: tuple[PlaneLayout, ...], num_tokens: int) -> int:
@@ -252,7 +252,7 @@ def pack_tables_header(header: TablesHeader, checksum: Checksum) -> bytes:
         len(header.chunk_tokens),
         len(header.planes) // 2,
         header.method,
-        0,
+        header.coder,
         header.dtype,
         0,
         0,
@@ -262,6 +262,7 @@ def pack_tables_header(header: TablesHeader, checksum: Checksum) -> bytes:
         header.token_hash,
         header.rope_hash,
         header.profile_hash,
+        header.cache_hash,
     )
     planes = b"".join(map(_pack_plane, header.planes, header.plane_table_bytes))
     body = fields + planes + struct.pack(f"<{len(header.chunk_tokens)}I", *header.chunk_tokens)
@@ -309,11 +310,10 @@ def unpack_chunk_header(content: Buffer, checksum: Checksum) -> ChunkHeader:
         if coder == Coder.PACKED:
             require(layout.alphabet_size == 1, "coder packed has no tables for a high part", at + 6, "low_bits")
         if coder == Coder.AC:
-            require(layout.band_mode == BandMode.NONE, "coder ac has no band maps", at + 7, "band_mode")
             is_short = tokens_per_stream <= MAX_CODE_TOKENS
             require(is_short, f"must be at most {MAX_CODE_TOKENS} with coder ac", at + 8, "tokens_per_stream")
     planes = tuple(
-        PlaneLayout(p.num_kv_heads, p.head_dim, p.num_bins, p.low_bits, p.band_mode, tokens_per_stream)
+        PlaneLayout(p.num_kv_heads, p.head_dim, p.num_bins, p.low_bits, tokens_per_stream)
         for p, tokens_per_stream in records
     )
     num_streams = count_streams(planes, num_tokens)
@@ -355,7 +355,7 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
         num_chunks,
         num_layers,
         method,
-        reserved_coder,
+        coder,
         dtype,
         reserved_level,
         reserved,
@@ -365,9 +365,10 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
         token_hash,
         rope_hash,
         profile_hash,
+        cache_hash,
     ) = unpack_record(_TABLES_FIELDS, content, PREFIX.size, header_bytes)
-    is_clear = reserved == reserved_coder == reserved_level == 0
-    require(is_clear, "reserved bits are set, a later release may read them", 39, "reserved", unsupported=True)
+    is_clear = reserved == reserved_level == 0
+    require(is_clear, "reserved bits are set, a later release may read them", 41, "reserved", unsupported=True)
     require(0 < num_chunks <= MAX_CHUNKS, f"must be 1 to {MAX_CHUNKS}, got {num_chunks}", 32, "num_chunks")
     require(prefill_block_size > 0, "must be positive", 44, "prefill_block_size")
     planes_at = PREFIX.size + _TABLES_FIELDS.size
@@ -380,6 +381,7 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
     header = TablesHeader(
         num_cache_tokens=num_cache_tokens,
         method=_known_method(method),
+        coder=known(Coder, coder, 39, "coder"),
         dtype=known(Dtype, dtype, 40, "dtype"),
         prefill_block_size=prefill_block_size,
         tables_crc=tables_crc,
@@ -387,10 +389,14 @@ def unpack_tables_header(content: Buffer, checksum: Checksum) -> TablesHeader:
         token_hash=token_hash,
         rope_hash=rope_hash,
         profile_hash=profile_hash,
+        cache_hash=cache_hash,
         planes=tuple(layout for layout, _ in records),
         plane_table_bytes=tuple(table_bytes for _, table_bytes in records),
         chunk_tokens=chunk_tokens,
     )
+    has_tables = header.tables_bytes > 0
+    require(has_tables or header.coder is Coder.PACKED, "only coder packed has no tables", 39, "coder")
+    require(not has_tables or header.coder is not Coder.PACKED, "coder packed has no tables", 39, "coder")
     check_file_bytes(content, header.header_bytes + header.tables_bytes)
     return header
 
@@ -413,7 +419,7 @@ def _tables_header_bytes(num_planes: int, num_chunks: int) -> int:
 
 
 def _pack_plane(plane: PlaneLayout, last_field: int) -> bytes:
-    return _PLANE.pack(plane.num_kv_heads, plane.head_dim, plane.num_bins, plane.low_bits, plane.band_mode, last_field)
+    return _PLANE.pack(plane.num_kv_heads, plane.head_dim, plane.num_bins, plane.low_bits, 0, last_field)
 
 
 def _unpack_planes(content: Buffer, offset: int, num_layers: int, header_bytes: int) -> list[tuple[PlaneLayout, int]]:
@@ -421,16 +427,16 @@ def _unpack_planes(content: Buffer, offset: int, num_layers: int, header_bytes: 
     require(num_layers > 0, "must be positive", 36, "num_layers")
     records = []
     for at in range(offset, offset + 2 * num_layers * _PLANE.size, _PLANE.size):
-        num_kv_heads, head_dim, num_bins, low_bits, band_mode, last_field = unpack_record(
+        num_kv_heads, head_dim, num_bins, low_bits, reserved, last_field = unpack_record(
             _PLANE, content, at, header_bytes
         )
+        is_clear = reserved == 0
+        require(is_clear, "reserved bits are set, a later release may read them", at + 7, "reserved", unsupported=True)
         num_channels = num_kv_heads * head_dim
         require(0 < num_channels <= MAX_CHANNELS, f"{num_channels} channels are not 1 to {MAX_CHANNELS}", at, "shape")
         require(4 <= num_bins <= 256 and num_bins % 2 == 0, "must be even, 4 to 256", at + 4, "num_bins")
         require(low_bits <= MAX_LOW_BITS, f"must be at most {MAX_LOW_BITS}", at + 6, "low_bits")
-        layout = PlaneLayout(
-            num_kv_heads, head_dim, num_bins, low_bits, known(BandMode, band_mode, at + 7, "band_mode")
-        )
+        layout = PlaneLayout(num_kv_heads, head_dim, num_bins, low_bits)
         require(layout.alphabet_size <= TABLE_SIZE, "too few for this number of bins", at + 6, "low_bits")
         records.append((layout, last_field))
     return records

@@ -13,7 +13,6 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ class ContextMetadata:
 
     Attributes:
         model_id: the Hugging Face id or folder that was loaded; for people, not compared.
-        model_fingerprint: SHA-256 in hex of the model's config and tokenizer.
+        model_fingerprint: SHA-256 in hex of the model's config, tokenizer and weights.
         token_ids: int32 `[num_tokens]`, the tokens whose keys and values the cache holds.
         rotary_embeddings: empty for a model without rotary position embedding.
         block_size: tokens per prefill step; part of the result, since blocks change float rounding.
@@ -169,14 +168,28 @@ def from_planes(planes: Sequence[torch.Tensor]) -> KVCache:
     return KVCache(list(planes[0::2]), list(planes[1::2]))
 
 
-def hash_planes(cache: KVCache, num_threads: int = 1) -> str:
+def describe_difference(shapes: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> str | None:
+    """Say where planes' shapes are not those of a cache; None where they are the same.
+
+    Args:
+        shapes, expected: (num_kv_heads, head_dim) of keys and values of layer 0, of layer 1, ...
+    """
+    if len(shapes) != len(expected):
+        return f"{len(shapes) // 2} layers are there, the cache has {len(expected) // 2}"
+    for index, (found, wanted) in enumerate(zip(shapes, expected, strict=True)):
+        if tuple(found) != tuple(wanted):
+            kind = "values" if index % 2 else "keys"
+            return (
+                f"the {kind} of layer {index // 2} are {found[0]} x {found[1]}, the cache's {wanted[0]} x {wanted[1]}"
+            )
+    return None
+
+
+def hash_planes(cache: KVCache) -> str:
     """Hash a cache's dtype, shapes and values at the speed of memory.
 
     It tells caches apart and finds damage. It is no defence against someone who makes two caches of one hash on
     purpose: a changed block of tokens goes unnoticed in one of 2^32 cases.
-
-    Args:
-        num_threads: planes that are read side by side.
 
     Returns:
         SHA-256 in hex of one line per plane, in file order: its dtype, its shape, and the CRC-32C in hex of each 1024
@@ -185,15 +198,28 @@ def hash_planes(cache: KVCache, num_threads: int = 1) -> str:
 
     def describe(plane: torch.Tensor) -> str:
         blocks = (tokens.cpu().contiguous().view(torch.uint8).flatten() for tokens in plane.split(_HASHED_TOKENS))
-        checksums = " ".join(f"{_native.crc32c(memoryview(block.numpy())):08x}" for block in blocks)
+        checksums = " ".join(f"{_native.crc32c(block.numpy().data):08x}" for block in blocks)
         return f"{str(plane.dtype).removeprefix('torch.')} {' '.join(map(str, plane.shape))}: {checksums}\n"
 
-    if num_threads > 1:
-        with ThreadPoolExecutor(max_workers=num_threads) as pool:
-            lines = list(pool.map(describe, cache.planes))
-    else:
-        lines = list(map(describe, cache.planes))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join(map(describe, cache.planes)).encode()).hexdigest()
+
+
+def check_planes(cache: KVCache, metadata: ContextMetadata) -> bytes:
+    """Read all values of a cache and see that they are those its file was written with.
+
+    Returns:
+        `hash_planes` of the cache, 32 raw bytes.
+
+    Raises:
+        BitstreamError: they are not.
+    """
+    found = hash_planes(cache)
+    if metadata.cache_hash not in (None, found):
+        raise BitstreamError(
+            "the KV cache's values are not what was saved, the file is damaged: prefill the context again",
+            field="cache_hash",
+        )
+    return bytes.fromhex(found)
 
 
 def hash_token_prefixes(token_ids: torch.Tensor, stops: Sequence[int]) -> list[str]:

@@ -12,6 +12,7 @@ quantizers, whose cells are split into three equal ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,8 @@ LEVEL_RATIO = 3
 """The step of a level over that of the next one."""
 LEVEL_RATIO_LOG = 25  # 16 log2 3, rounded
 BLOCK_TOKENS = 512  # at a time, so that temporaries stay small
+OUTLIER_DEVIATIONS = 32.0
+"""Values further from the mean, in standard deviations of their channel by the profile, are not transformed."""
 
 
 def step_of_level(step_log: int, level: int) -> float:
@@ -42,9 +45,11 @@ class GroupTransform:
         self.group = group
         self._shapes = profile.plane_shapes[2 * group.first_layer : 2 * (group.first_layer + group.num_layers)]
         self._rotary = profile.rotary_embeddings[0] if profile.rotary_embeddings else None
+        self._rotary_scaling = self._rotary.attention_scaling if self._rotary is not None else 1.0
         self._device = device
         self._mean = group.mean.to(device=device, dtype=torch.float32)
         self._synthesis = group.synthesis.to(device=device, dtype=torch.float32)
+        self._deviations = self._spread(self._scales())
         self._analysis: torch.Tensor | None = None
         if group.analysis is not None:
             analysis = group.analysis.to(device=device, dtype=torch.float64)
@@ -52,26 +57,35 @@ class GroupTransform:
             # One Newton step: the error of the inverse is squared.
             self._analysis = (2 * analysis - analysis @ product).float()
 
-    def analyze(self, cache: KVCache, first_token: int, num_components: int | None = None) -> torch.Tensor:
-        """Return the components of the group's layers.
+    def join(self, cache: KVCache, first_token: int) -> torch.Tensor:
+        """Return the vectors of the group's layers, fp32 `[num_tokens, num_channels]`; see `join_planes`.
 
         Args:
-            cache: all layers, on the transform's device.
+            cache: all layers.
             first_token: the position of the cache's first token.
-            num_components: only the first so many.
+        """
+        return join_planes(self.planes(cache), self._rotary, first_token, self._device)
 
-        Returns:
-            fp32 `[num_tokens, num_components]`.
+    def analyze(self, vectors: torch.Tensor, num_components: int | None = None) -> torch.Tensor:
+        """Return the components of vectors, fp32 `[num_tokens, num_components]`.
+
+        Args:
+            vectors: from `join`, of at most `BLOCK_TOKENS` tokens.
+            num_components: only the first so many.
         """
         if self._analysis is None:
             raise ValueError("the profile was loaded without its analysis matrices")
-        analysis = self._analysis[:, :num_components]
-        components = torch.empty(cache.num_tokens, analysis.shape[1], device=self._device)
-        for start in range(0, cache.num_tokens, BLOCK_TOKENS):
-            stop = min(start + BLOCK_TOKENS, cache.num_tokens)
-            vectors = self._gather(cache.slice(start, stop), first_token + start)
-            torch.matmul(vectors - self._mean, analysis, out=components[start:stop])
-        return components
+        return (vectors - self._mean) @ self._analysis[:, :num_components]
+
+    def replace_outliers(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return vectors whose values far from all that the profile knows are the profile's mean.
+
+        Components would spread such a value's error over all channels of its token; as a value that travels exactly
+        it costs nothing but itself.
+        """
+        distance = (vectors - self._mean).abs()
+        # Not `>`: what is no number is far, too.
+        return torch.where(distance <= OUTLIER_DEVIATIONS * self._deviations, vectors, self._mean)
 
     def synthesize(self, components: torch.Tensor, step: float, output: KVCache, first_token: int) -> None:
         """Write the keys and values that quantized components stand for.
@@ -82,27 +96,70 @@ class GroupTransform:
             output: all layers, on the transform's device; only the group's are written.
             first_token: the position of the output's first token.
         """
-        synthesis = self._synthesis[: components.shape[1]]
         for start in range(0, output.num_tokens, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, output.num_tokens)
-            block = components[start:stop].to(device=self._device, dtype=torch.float32) * step
-            vectors = torch.addmm(self._mean, block, synthesis)
-            self._scatter(vectors, output.slice(start, stop), first_token + start)
+            parts = self.reconstruct(components[start:stop], step, first_token + start)
+            for part, plane in zip(parts, self.planes(output.slice(start, stop)), strict=True):
+                plane.copy_(part)
 
-    def _planes(self, cache: KVCache) -> Sequence[torch.Tensor]:
+    def reconstruct(self, components: torch.Tensor, step: float, first_token: int) -> list[torch.Tensor]:
+        """Return the keys and values that quantized components stand for, before they are rounded to a dtype.
+
+        Args:
+            components: as in `synthesize`, of at most `BLOCK_TOKENS` tokens.
+
+        Returns:
+            fp32 `[num_tokens, num_kv_heads, head_dim]` for each plane of the group.
+        """
+        block = components.to(device=self._device, dtype=torch.float32) * step
+        vectors = torch.addmm(self._mean, block, self._synthesis[: components.shape[1]])
+        rotation = self._rotation(len(components), first_token)
+        planes = []
+        for index, (part, shape) in enumerate(
+            zip(vectors.split([heads * dim for heads, dim in self._shapes], dim=1), self._shapes, strict=True)
+        ):
+            values = part.view(-1, *shape)
+            planes.append(apply_rotation(values, *rotation) if index % 2 == 0 and rotation is not None else values)
+        return planes
+
+    def planes(self, cache: KVCache) -> Sequence[torch.Tensor]:
+        """Return the planes of a whole cache that are the group's."""
         return cache.planes[2 * self.group.first_layer : 2 * (self.group.first_layer + self.group.num_layers)]
 
-    def _gather(self, cache: KVCache, first_token: int) -> torch.Tensor:
-        return join_planes(self._planes(cache), self._rotary, first_token, self._device)
+    def expected_errors(self, step: float, num_coded: int) -> torch.Tensor:
+        """Return the error to expect of each decoded value, fp32 `[num_channels]`: a standard deviation.
 
-    def _scatter(self, vectors: torch.Tensor, output: KVCache, first_token: int) -> None:
-        rotation = self._rotation(output.num_tokens, first_token)
-        widths = [heads * dim for heads, dim in self._shapes]
-        for index, (part, plane) in enumerate(zip(vectors.split(widths, dim=1), self._planes(output), strict=True)):
-            values = part.view(plane.shape)
-            if index % 2 == 0 and rotation is not None:
-                values = apply_rotation(values, *rotation)
-            plane.copy_(values)
+        A coded component is off by that of a uniform quantizer, step / sqrt(12), one that is not coded by its own. Of
+        components that the profile leaves out it is known that none is larger than the last one it has. The two dims of
+        a rotated pair share the larger of their errors.
+
+        Args:
+            num_coded: the first so many components are coded.
+        """
+        errors = self._scales()
+        left_out = errors[-1] * math.sqrt(max(self.group.num_channels / self.group.num_components - 1, 0.0))
+        errors[:num_coded] = errors[:num_coded].clamp(max=step / math.sqrt(12))
+        spread = torch.hypot(self._spread(errors), left_out * self._synthesis.norm(dim=0))
+        num_pairs = len(self._rotary.inv_freq) if self._rotary is not None else 0
+        parts = []
+        for index, (part, shape) in enumerate(
+            zip(spread.split([heads * dim for heads, dim in self._shapes]), self._shapes, strict=True)
+        ):
+            values = part.view(shape).clone()
+            if index % 2 == 0 and num_pairs:
+                first, second, _ = _pairs(values, num_pairs)
+                larger = torch.maximum(first, second) * self._rotary_scaling
+                values[..., : 2 * num_pairs] = torch.cat([larger, larger], dim=-1)
+            parts.append(values.flatten())
+        return torch.cat(parts)
+
+    def _scales(self) -> torch.Tensor:
+        """Return the components' standard deviations, fp32 `[num_components]`."""
+        return torch.exp2(self.group.scale_logs.to(self._device, torch.float32) / SCALE_LOGS_PER_OCTAVE)
+
+    def _spread(self, component_errors: torch.Tensor) -> torch.Tensor:
+        """Return what independent errors of components come to in each channel."""
+        return (component_errors.square() @ self._synthesis.square()).sqrt()
 
     def _rotation(self, num_tokens: int, first_token: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         if self._rotary is None or not self._rotary.inv_freq:

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cachegen import container
 from cachegen.coder import components as cpu_components
@@ -26,11 +28,25 @@ from cachegen.coder.deferred import start
 from cachegen.coder.reference import not_finite_error
 from cachegen.component_tables import LevelCoding, plan_level
 from cachegen.errors import BitstreamError, InputError, MismatchError
-from cachegen.format import ALIGNMENT, LANES, Coder, StreamEntry, round_up
+from cachegen.exact_values import (
+    ExactValues,
+    gather_exact_values,
+    pack_exact_values,
+    place_exact_values,
+    unpack_exact_values,
+)
+from cachegen.format import ALIGNMENT, LANES, ChunkHeader, Coder, PlaneLayout, StreamEntry, round_up
 from cachegen.framing import Buffer
-from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
+from cachegen.kv_cache import ContextMetadata, KVCache, check_planes, describe_difference, hash_token_prefixes
 from cachegen.profile import Profile, check_profile
-from cachegen.transform import LEVEL_RATIO_LOG, GroupTransform, quantize_components, step_of_level
+from cachegen.transform import (
+    BLOCK_TOKENS,
+    LEVEL_RATIO_LOG,
+    GroupTransform,
+    join_planes,
+    quantize_components,
+    step_of_level,
+)
 from cachegen.transform_format import (
     MAX_LEVELS,
     MAX_STEP_LOG,
@@ -41,6 +57,13 @@ from cachegen.transform_format import (
 
 # A lane costs about 24 bits beyond its symbols; many components cost only tenths of a bit.
 SYMBOLS_PER_LANE = 16384
+
+EXPECTED_ERRORS = 32.0
+"""A value travels exactly where the transform misses it by more than so many times the error to expect of its channel,
+the dtype's own rounding aside. Real caches stay below 21."""
+_ROUNDING = 2.0**-18  # of sums in fp32, over the largest magnitude of a token
+_MARGIN = 2.0**-8
+_FIELDS_OF_ENCODING = ("stream_index", "refines", "max_error", "mean_error", "exact_bytes", "exact_crc")
 
 Result = TypeVar("Result")
 
@@ -70,6 +93,10 @@ class TransformDocument:
         if self.profile is None:
             raise InputError(f"the document needs the profile {self.header.profile_hash.hex()[:12]} (--profile)")
         return [GroupTransform(self.profile, group, self.device) for group in self.profile.groups]
+
+    def prepare(self) -> None:
+        """Do what decoding needs once: see `transforms`."""
+        _ = self.transforms
 
     def codings(self, level: int) -> list[LevelCoding]:
         """Return how each group's components are coded at a level."""
@@ -135,6 +162,7 @@ class TransformEncoder:
             token_hash=bytes.fromhex(hash_token_prefixes(metadata.token_ids, [cache.num_tokens])[0]),
             rope_hash=bytes.fromhex(metadata.rope_hash),
             profile_hash=bytes.fromhex(profile.profile_hash),
+            cache_hash=check_planes(cache, metadata),
             planes=tuple(PlaneShape(*shape) for shape in profile.plane_shapes),
             chunk_tokens=tuple(chunk_tokens),
         )
@@ -143,8 +171,7 @@ class TransformEncoder:
         self.document = TransformDocument(header, tables_hash, profile, self._device)
         self.levels = tuple(range(1, num_levels + 1))
         self._codings = {level: self.document.codings(level) for level in self.levels}
-        # Of the chunk that was asked for last: its levels are usually encoded one after the other.
-        self._quantized: tuple[int, list[list[torch.Tensor]]] | None = None
+        self._quantized: _QuantizedChunk | None = None  # of the chunk that was asked for last
 
     @property
     def num_chunks(self) -> int:
@@ -178,38 +205,67 @@ class TransformEncoder:
         point = profile.expect(self.document.header.step_log - LEVEL_RATIO_LOG * (level - 1)) if profile else None
         return point.kl if point is not None else None
 
-    def is_encoding_of(self, index: int, content: bytes | memoryview, level: int) -> bool:
-        """Tell whether `content` is this chunk at this level, whole and unchanged, from this document."""
-        try:
-            header = container.parse_chunk(content, self._num_threads).header
-        except BitstreamError:
-            return False
-        if not isinstance(header, ComponentChunkHeader):
-            return False
-        return dataclasses.replace(header, stream_index=b"") == self.expected_header(index, level)
+    def is_encoding_of(self, index: int, contents: Sequence[Buffer]) -> bool:
+        """Tell whether files are this chunk, whole and unchanged, from this document.
+
+        Args:
+            contents: the files of level 1, of level 2, ... to the last.
+        """
+        refines = 0
+        for level, content in zip(self.levels, contents, strict=True):
+            try:
+                header = container.parse_chunk(content, self._num_threads).header
+            except BitstreamError:
+                return False
+            expected = self.expected_header(index, level)
+            if not isinstance(header, ComponentChunkHeader) or header.refines != refines:
+                return False
+            written = {name: getattr(header, name) for name in _FIELDS_OF_ENCODING}
+            if header != dataclasses.replace(expected, **written):
+                return False
+            refines = header.header_crc
+        return True
+
+    def read_error(self, index: int, level: int, content: Buffer) -> ErrorMeasure:
+        """Return what decoding loses of a chunk's values at a level, as its file records it."""
+        header = container.parse_chunk(content, self._num_threads).header
+        assert isinstance(header, ComponentChunkHeader)
+        return ErrorMeasure(header.max_error, header.mean_error)
 
     def encode_chunk(self, index: int, level: int) -> list[bytes | memoryview]:
         """Encode one chunk at one level; returns its file as parts to be written one after the other.
 
         Raises:
-            InputError: the cache holds NaN or infinity, or values whose components overflow fp32.
+            InputError: the cache holds NaN or infinity.
         """
-        header = self.expected_header(index, level)
+        quantized = self._quantize(index)
+        if level > 1 and quantized.header_crcs[level - 2] is None:
+            self.encode_chunk(index, level - 1)
+        error = quantized.errors[level - 1]
+        header = dataclasses.replace(
+            self.expected_header(index, level),
+            refines=(quantized.header_crcs[level - 2] or 0) if level > 1 else 0,
+            max_error=error.largest,
+            mean_error=error.mean,
+        )
         parts: list[bytes | memoryview] = []
         streams: list[StreamEntry] = []
         for group, coding in enumerate(self._codings[level]):
-            quantized = self._quantize(index)[group]
-            coarse = quantized[level - 2] if level > 1 else None
+            components = quantized.components[group]
+            coarse = components[level - 2] if level > 1 else None
             payload, entries = self._coder.encode_components(
-                quantized[level - 1], coarse, coding, header.tokens_per_stream[group], self._num_threads
+                components[level - 1], coarse, coding, header.tokens_per_stream[group], self._num_threads
             )
             parts.append(payload)
             streams += entries
-        return container.build_component_chunk(header, streams, parts)
+        exact = pack_exact_values(quantized.exact[level - 1])
+        built = container.build_component_chunk(header, streams, parts, exact)
+        quantized.header_crcs[level - 1] = container.header_crc(built[0])
+        return built
 
-    def _quantize(self, index: int) -> list[list[torch.Tensor]]:
-        """Return a chunk's quantized components, per group and level, on the kernels' device."""
-        if self._quantized is None or self._quantized[0] != index:
+    def _quantize(self, index: int) -> _QuantizedChunk:
+        """Transform and quantize a chunk on the kernels' device, and measure what that loses."""
+        if self._quantized is None or self._quantized.index != index:
             num_tokens = self.document.header.chunk_tokens[index]
             first_token = self._stops[index] - num_tokens
             tokens = self._cache.slice(first_token, self._stops[index])
@@ -222,20 +278,136 @@ class TransformEncoder:
                     [plane.to(self._device) for plane in tokens.keys],
                     [plane.to(self._device) for plane in tokens.values],
                 )
-            step = step_of_level(self.document.header.step_log, 1)
-            groups = []
+            losses = [_LossMeter() for _ in self.levels]
+            components, first_channel = [], 0
             for group, transform in enumerate(self.document.transforms):
-                num_coded = [self._codings[level][group].num_components for level in self.levels]
-                components = transform.analyze(tokens, first_token, num_coded[-1])
-                if not torch.isfinite(components).all():
-                    first_layer = transform.group.first_layer
-                    raise InputError(
-                        f"the KV cache holds values too large for the transform (layers {first_layer} to "
-                        f"{first_layer + transform.group.num_layers - 1}, chunk {index}): prefill it again"
-                    )
-                groups.append(quantize_components(components, step, num_coded))
-            self._quantized = (index, groups)
-        return self._quantized[1]
+                components.append(self._quantize_group(group, transform, tokens, first_token, first_channel, losses))
+                first_channel += transform.group.num_channels
+            self._quantized = _QuantizedChunk(
+                index,
+                components,
+                [loss.gather(tokens) for loss in losses],
+                [loss.measure() for loss in losses],
+                [None] * len(self.levels),
+            )
+        return self._quantized
+
+    def _quantize_group(
+        self,
+        group: int,
+        transform: GroupTransform,
+        tokens: KVCache,
+        first_token: int,
+        first_channel: int,
+        losses: Sequence[_LossMeter],
+    ) -> list[torch.Tensor]:
+        """Return a chunk's quantized components of one group, per level; what each level loses goes to `losses`."""
+        step_log = self.document.header.step_log
+        steps = [step_of_level(step_log, level) for level in self.levels]
+        num_coded = [self._codings[level][group].num_components for level in self.levels]
+        expected = [transform.expected_errors(step, count) for step, count in zip(steps, num_coded, strict=True)]
+        blocks = []
+        for begin in range(0, tokens.num_tokens, BLOCK_TOKENS):
+            block = tokens.slice(begin, min(begin + BLOCK_TOKENS, tokens.num_tokens))
+            position = first_token + begin
+            vectors = transform.replace_outliers(transform.join(block, position))
+            quantized = quantize_components(transform.analyze(vectors, num_coded[-1]), steps[0], num_coded)
+            values = join_planes(transform.planes(block), None, position, self._device)
+            for loss, components, step, errors in zip(losses, quantized, steps, expected, strict=True):
+                decoded = torch.cat(
+                    [plane.flatten(1) for plane in transform.reconstruct(components, step, position)], 1
+                )
+                loss.add(values, decoded, errors, block.dtype, begin, first_channel)
+            blocks.append(quantized)
+        return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
+
+
+@dataclass(frozen=True)
+class ErrorMeasure:
+    """How far decoded values are from those of the cache.
+
+    Attributes:
+        largest: the largest difference, or a bound of it.
+        mean: over all values; None where it was not measured.
+    """
+
+    largest: float
+    mean: float | None = None
+
+
+@dataclass
+class _QuantizedChunk:
+    """A chunk between quantizer and coder: its levels are usually encoded one after the other.
+
+    Attributes:
+        components: per group and level.
+        exact: per level, the values that travel exactly.
+        errors: per level, of all other values.
+        header_crcs: per level, of its file, once it is encoded.
+    """
+
+    index: int
+    components: list[list[torch.Tensor]]
+    exact: list[ExactValues]
+    errors: list[ErrorMeasure]
+    header_crcs: list[int | None]
+
+
+class _LossMeter:
+    """Compares what a level decodes to with the cache, and lists the values that must travel exactly."""
+
+    def __init__(self) -> None:
+        self._largest, self._total, self._count = 0.0, 0.0, 0
+        self._tokens: list[NDArray[np.int64]] = []
+        self._channels: list[NDArray[np.int64]] = []
+
+    def add(
+        self,
+        values: torch.Tensor,
+        decoded: torch.Tensor,
+        expected: torch.Tensor,
+        dtype: torch.dtype,
+        first_token: int,
+        first_channel: int,
+    ) -> None:
+        """Compare a block.
+
+        Args:
+            values, decoded: fp32 `[num_tokens, num_channels]`; the latter are not rounded to `dtype` yet.
+            expected: the error to expect, `[num_channels]`.
+            dtype: of the cache.
+            first_token, first_channel: of the block, in the chunk.
+        """
+        info = torch.finfo(dtype)
+        magnitudes = values.abs()
+        bound = EXPECTED_ERRORS * expected + info.eps * magnitudes + _ROUNDING * magnitudes.amax(dim=1, keepdim=True)
+        errors = (values - decoded.to(dtype).float()).abs_()
+        # Not `>`: an error that is no number is out of bounds. Another device may round away from zero where ours did
+        # not, so that what comes near the largest number of the dtype must not be left to it.
+        is_exact = ~((errors <= bound) & (decoded.abs() <= info.max * (1 - _MARGIN)))
+        errors.masked_fill_(is_exact, 0.0)
+        self._largest = max(self._largest, float(errors.max()))
+        self._total += float(errors.sum(dtype=torch.float64))
+        self._count += errors.numel()
+        if is_exact.any():
+            tokens, channels = is_exact.nonzero(as_tuple=True)
+            self._tokens.append(tokens.cpu().numpy() + first_token)
+            self._channels.append(channels.cpu().numpy() + first_channel)
+
+    def gather(self, cache: KVCache) -> ExactValues:
+        """Return the values that travel exactly, from the chunk's cache."""
+        if not self._tokens:
+            return gather_exact_values(cache, np.empty(0, np.int64), np.empty(0, np.int64))
+        return gather_exact_values(cache, np.concatenate(self._tokens), np.concatenate(self._channels))
+
+    def measure(self) -> ErrorMeasure:
+        return ErrorMeasure(_round_up(self._largest), float(np.float32(self._total / self._count)))
+
+
+def _round_up(value: float) -> float:
+    """Return the smallest fp32 number that is at least `value`."""
+    rounded = np.float32(value)
+    return float(rounded if rounded >= value else np.nextafter(rounded, np.float32(np.inf)))
 
 
 def load_transform_document(
@@ -306,17 +478,32 @@ def start_decoding_component_chunk(
     """
     if not contents:
         raise ValueError("`contents` must have at least the file of level 1")
+    check_output(document.header.planes, output)
     codings = [document.codings(level) for level in range(1, len(contents) + 1)]
-    chunks, headers = [], []
+    chunks: list[container.Chunk] = []
+    headers: list[ComponentChunkHeader] = []
     for level, content in enumerate(contents, 1):
-        try:
-            chunk = container.parse_chunk(content, num_threads)
-            headers.append(_check_gates(chunk.header, document, level, output.num_tokens, first_token, token_hash))
+
+        def check(header: ChunkHeader | ComponentChunkHeader, level: int = level) -> None:
+            headers.append(_check_gates(header, document, level, output.num_tokens, first_token, token_hash))
             _check_places(headers[-1], codings[level - 1])
+            if level > 1 and headers[-1].refines != headers[-2].header_crc:
+                raise MismatchError(
+                    f"refines a file of level {level - 1} that is not the one beside it: encode the chunk again"
+                )
+
+        try:
+            chunk = container.parse_chunk(content, num_threads, check=check)
         except (BitstreamError, MismatchError) as error:
             error.level = level
             raise
         chunks.append(chunk)
+    try:
+        num_channels = sum(plane.num_channels for plane in document.header.planes)
+        exact = unpack_exact_values(chunks[-1].exact, document.header.dtype, output.num_tokens, num_channels)
+    except BitstreamError as error:
+        error.level = len(chunks)
+        raise
     coder = component_kernels(kernels)
     started: list[tuple[int, Callable[[], None]]] = []
     step = step_of_level(document.header.step_log, len(chunks))
@@ -341,12 +528,26 @@ def start_decoding_component_chunk(
             offsets[level] += num_bytes
         for group, components in zip(batch, decoded, strict=True):
             document.transforms[group].synthesize(components, step, output, first_token)
+    place_exact_values(exact, output)
 
     def finish() -> None:
         for level, finish_level in started:
             _call_at_level(level, finish_level)
 
     return headers[-1], finish
+
+
+def check_output(planes: Sequence[PlaneShape | PlaneLayout], output: KVCache) -> None:
+    """Refuse to decode into a cache of other shapes than a document's.
+
+    Raises:
+        MismatchError: naming the first plane that differs.
+    """
+    difference = describe_difference(
+        [(plane.num_kv_heads, plane.head_dim) for plane in planes], [tuple(plane.shape[1:]) for plane in output.planes]
+    )
+    if difference is not None:
+        raise MismatchError(f"{difference}: the document is of another model")
 
 
 def _call_at_level(level: int, decode: Callable[[], Result]) -> Result:

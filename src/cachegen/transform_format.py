@@ -8,7 +8,8 @@ but for the shapes, which tell a reader what memory to take.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from cachegen.format import (
     ALIGNMENT,
@@ -25,6 +26,7 @@ from cachegen.format import (
     StreamEntry,
     check_chunk_tokens,
     round_up,
+    streams_bytes,
 )
 from cachegen.framing import (
     CRC,
@@ -44,12 +46,12 @@ MAX_LEVELS = 4
 MAX_STEP_LOG = 1 << 10  # steps, and all that components of 2^24 of them stand for, stay within fp32
 MAX_GROUPS = 65535
 
-_CHUNK_FIELDS = struct.Struct("<QIHBBBBHi32s32s32s32s32sHH")
-_TABLES_FIELDS = struct.Struct("<QIHBBBBHIi32s32s32s32s")
+_CHUNK_FIELDS = struct.Struct("<QIHBBBBHi32s32s32s32s32sHHIffQI")
+_TABLES_FIELDS = struct.Struct("<QIHBBBBHIi32s32s32s32s32s")
 _SHAPE = struct.Struct("<HH")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlaneShape:
     """The shape of one layer's keys or values, per token."""
 
@@ -69,6 +71,7 @@ class TransformTablesHeader:
         num_cache_tokens: tokens of the saved cache; those that no chunk covers are recomputed from text.
         num_levels: levels of the document, 1 to 4; some of their files may be elsewhere.
         step_log: 16 log2 of level 1's quantization step.
+        cache_hash: `kv_cache.hash_planes` of the saved cache.
         planes: keys then values of layer 0, of layer 1, ...
         chunk_tokens: tokens of each chunk.
     """
@@ -82,6 +85,7 @@ class TransformTablesHeader:
     token_hash: bytes
     rope_hash: bytes
     profile_hash: bytes
+    cache_hash: bytes
     planes: tuple[PlaneShape, ...]
     chunk_tokens: tuple[int, ...]
 
@@ -103,6 +107,12 @@ class ComponentChunkHeader:
         step_log: 16 log2 of level 1's quantization step.
         tokens_per_stream: of each group of layers, multiples of 32.
         stream_index: `StreamEntry` records, packed: group after group, token after token.
+        refines: header_crc of the chunk's file of the level before; 0 at level 1.
+        max_error: largest difference of a value decoded at this level from the cache's, as the encoder measured it.
+        mean_error: mean difference over all values of the chunk.
+        exact_bytes: length of the section of exact values without its padding.
+        exact_crc: CRC-32C of that section with its padding.
+        header_crc: of the file that the header was read from; 0 before it is written.
     """
 
     first_token: int
@@ -119,12 +129,18 @@ class ComponentChunkHeader:
     profile_hash: bytes
     tokens_per_stream: tuple[int, ...]
     stream_index: bytes = b""
+    refines: int = 0
+    max_error: float = 0.0
+    mean_error: float = 0.0
+    exact_bytes: int = 0
+    exact_crc: int = 0
+    header_crc: int = field(default=0, compare=False)
 
     method = Method.TRANSFORM
     scales_bytes = 0
     """There are no scales."""
 
-    @property
+    @cached_property
     def streams(self) -> list[StreamEntry]:
         return [StreamEntry(*fields) for fields in STREAM.iter_unpack(self.stream_index)]
 
@@ -143,7 +159,11 @@ class ComponentChunkHeader:
 
     @property
     def payload_bytes(self) -> int:
-        return sum(round_up(stream.num_bytes, ALIGNMENT) for stream in self.streams)
+        return streams_bytes(self.stream_index)
+
+    @property
+    def file_bytes(self) -> int:
+        return self.payload_offset + self.payload_bytes + round_up(self.exact_bytes, ALIGNMENT)
 
 
 def pack_transform_tables_header(header: TransformTablesHeader, checksum: Checksum) -> bytes:
@@ -163,6 +183,7 @@ def pack_transform_tables_header(header: TransformTablesHeader, checksum: Checks
         header.token_hash,
         header.rope_hash,
         header.profile_hash,
+        header.cache_hash,
     )
     shapes = b"".join(_SHAPE.pack(plane.num_kv_heads, plane.head_dim) for plane in header.planes)
     body = fields + shapes + struct.pack(f"<{len(header.chunk_tokens)}I", *header.chunk_tokens)
@@ -192,6 +213,7 @@ def unpack_transform_tables_header(content: Buffer, checksum: Checksum) -> Trans
         token_hash,
         rope_hash,
         profile_hash,
+        cache_hash,
     ) = unpack_record(_TABLES_FIELDS, content, PREFIX.size, header_bytes)
     _check_method(method)
     _check_step(step_log, 48)
@@ -224,6 +246,7 @@ def unpack_transform_tables_header(content: Buffer, checksum: Checksum) -> Trans
         token_hash=token_hash,
         rope_hash=rope_hash,
         profile_hash=profile_hash,
+        cache_hash=cache_hash,
         planes=tuple(planes),
         chunk_tokens=chunk_tokens,
     )
@@ -248,11 +271,15 @@ def pack_component_chunk_header(header: ComponentChunkHeader, checksum: Checksum
         header.profile_hash,
         len(header.tokens_per_stream),
         0,
+        header.refines,
+        header.max_error,
+        header.mean_error,
+        header.exact_bytes,
+        header.exact_crc,
     )
     lengths = struct.pack(f"<{len(header.tokens_per_stream)}I", *header.tokens_per_stream)
     body = fields + lengths + header.stream_index
-    file_bytes = header.payload_offset + header.payload_bytes
-    return seal_header(CHUNK_MAGIC, header.header_bytes, file_bytes, body, checksum, TRANSFORM_FORMAT_VERSION)
+    return seal_header(CHUNK_MAGIC, header.header_bytes, header.file_bytes, body, checksum, TRANSFORM_FORMAT_VERSION)
 
 
 def unpack_component_chunk_header(content: Buffer, checksum: Checksum) -> ComponentChunkHeader:
@@ -280,6 +307,11 @@ def unpack_component_chunk_header(content: Buffer, checksum: Checksum) -> Compon
         profile_hash,
         num_groups,
         reserved_group,
+        refines,
+        max_error,
+        mean_error,
+        exact_bytes,
+        exact_crc,
     ) = unpack_record(_CHUNK_FIELDS, content, PREFIX.size, header_bytes)
     _check_method(method)
     _check_step(step_log, 44)
@@ -289,6 +321,9 @@ def unpack_component_chunk_header(content: Buffer, checksum: Checksum) -> Compon
     require(0 < level <= MAX_LEVELS, f"must be 1 to {MAX_LEVELS}, got {level}", 41, "level")
     require(0 < num_tokens <= MAX_CHUNK_TOKENS, f"must be 1 to {MAX_CHUNK_TOKENS}, got {num_tokens}", 32, "num_tokens")
     require(0 < num_groups <= num_layers, f"must be 1 to the layers, got {num_groups}", 208, "num_groups")
+    require(refines == 0 or level > 1, "must be 0 at level 1", 212, "refines")
+    is_measured = 0 <= mean_error <= max_error < float("inf")
+    require(is_measured, f"must be finite, 0 <= mean <= max, got {mean_error}, {max_error}", 216, "max_error")
     is_rans = known(Coder, coder, 39, "coder") is Coder.RANS
     require(is_rans, "method transform is coded with rans", 39, "coder", unsupported=True)
     lengths_at = PREFIX.size + _CHUNK_FIELDS.size
@@ -319,8 +354,14 @@ def unpack_component_chunk_header(content: Buffer, checksum: Checksum) -> Compon
         profile_hash=profile_hash,
         tokens_per_stream=tokens_per_stream,
         stream_index=bytes(content[index_at:index_end]),
+        refines=refines,
+        max_error=max_error,
+        mean_error=mean_error,
+        exact_bytes=exact_bytes,
+        exact_crc=exact_crc,
+        header_crc=CRC.unpack_from(content, header_bytes - CRC.size)[0],
     )
-    check_file_bytes(content, header.payload_offset + header.payload_bytes)
+    check_file_bytes(content, header.file_bytes)
     return header
 
 

@@ -29,7 +29,6 @@ constexpr uint32_t kFrequencyTotal = 1u << kFrequencyBits;
 constexpr int kWordBits = 16;                    // renormalization moves one 16-bit word
 constexpr uint32_t kStateLow = 1u << kWordBits;  // states live in [2^16, 2^32)
 constexpr int kTableSize = 32;                   // symbols of a table; larger alphabets split off low bits
-constexpr int kBandChannels = 32;                // channels that share one entry of a band map
 constexpr int kMaxLowBits = 8;
 constexpr int kStreamAlignment = 16;  // bytes; every stream starts at a multiple of it
 
@@ -40,7 +39,7 @@ enum class Status : int32_t {
     kCorrupt = 2,      // words left over, or a lane did not end in the start state
     kNoFrequency = 3,  // the encoder met a symbol that its table gives no frequency
     kNotFinite = 4,    // the cache holds NaN or infinity
-    kBadBandMap = 5,   // a band map names a table or a bit count that does not exist
+    kBadLowBits = 5,   // more low bits than a symbol may have
 };
 
 // Cumulative and plain frequencies of the 32 symbols. Absent symbols have frequency 0 and the start of the next one,
@@ -102,25 +101,12 @@ CACHEGEN_HOST_DEVICE inline uint32_t encode_step(uint32_t state, uint32_t start,
     return ((state / frequency) << kFrequencyBits) + state % frequency + start;
 }
 
-// One entry of a band map: how the symbols of one row of lanes and one band of channels are coded.
-struct BandCoding {
-    int low_bits;      // raw bits per symbol below the table-coded high part
-    int table_offset;  // added to the table index of each channel
-
-    // A byte holds the low bits in its high nibble and the offset, two's complement, in its low nibble.
-    CACHEGEN_HOST_DEVICE static BandCoding from_byte(uint8_t byte) {
-        const int nibble = byte & 15;
-        return {byte >> 4, nibble < 8 ? nibble : nibble - 16};
-    }
-};
-
 // A stream: some tokens of one plane, all channels. Rows are runs of 32 tokens, the last one may be shorter.
 struct StreamShape {
     int64_t num_tokens;
     int64_t num_channels;
 
     CACHEGEN_HOST_DEVICE int64_t num_rows() const { return (num_tokens + kNumLanes - 1) / kNumLanes; }
-    CACHEGEN_HOST_DEVICE int64_t num_bands() const { return (num_channels + kBandChannels - 1) / kBandChannels; }
     CACHEGEN_HOST_DEVICE int num_lanes() const {
         return static_cast<int>(num_tokens < kNumLanes ? num_tokens : kNumLanes);
     }
@@ -129,7 +115,6 @@ struct StreamShape {
         return static_cast<int>(rest < kNumLanes ? rest : kNumLanes);
     }
     CACHEGEN_HOST_DEVICE int64_t states_bytes() const { return 4 * num_lanes(); }
-    CACHEGEN_HOST_DEVICE int64_t band_map_bytes() const { return num_rows() * num_bands(); }
 };
 
 CACHEGEN_HOST_DEVICE inline int64_t round_up(int64_t value, int64_t multiple) {

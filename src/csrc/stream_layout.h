@@ -1,5 +1,5 @@
 // Where the parts of a stream lie, and reading and writing its low bits. Bytes of a stream (docs/format.md, "Streams"):
-//   states | band map, to a multiple of 4 | low bits, to a multiple of 4 | words
+//   states | low bits, to a multiple of 4 | words
 // A plane without tables (coder `packed`) has neither states nor words: its symbols are all low bits.
 
 #pragma once
@@ -12,16 +12,13 @@ namespace cachegen {
 
 // Where the parts of a stream begin, in bytes from its start; `words` is also the length of all that precedes them.
 struct StreamParts {
-    int64_t band_map;
     int64_t low_bits;
     int64_t words;
 };
 
-CACHEGEN_HOST_DEVICE inline StreamParts lay_out_parts(const StreamShape& shape, bool has_tables, bool has_band_map,
-                                                      int64_t num_low_bits) {
+CACHEGEN_HOST_DEVICE inline StreamParts lay_out_parts(const StreamShape& shape, bool has_tables, int64_t num_low_bits) {
     StreamParts parts;
-    parts.band_map = has_tables ? shape.states_bytes() : 0;
-    parts.low_bits = parts.band_map + round_up(has_band_map ? shape.band_map_bytes() : 0, 4);
+    parts.low_bits = has_tables ? shape.states_bytes() : 0;
     parts.words = parts.low_bits + round_up((num_low_bits + 7) / 8, 4);
     return parts;
 }

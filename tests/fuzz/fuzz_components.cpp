@@ -115,9 +115,9 @@ struct FuzzComponents {
 // Shorten a stream, and choose its number of words, so that its parts add up; its escapes may be made valid, too.
 uint32_t make_plausible(const FuzzComponents& fuzz, uint32_t how, std::vector<uint8_t>& stream) {
     const StreamShape shape{fuzz.num_tokens, fuzz.coding.num_components};
-    BandTable bands;
-    FUZZ_CHECK(bands.build(shape, fuzz.coding.plane_coding(), nullptr) == Status::kOk);
-    const int64_t words_at = lay_out(shape, fuzz.coding.plane_coding(), bands).words;
+    LowBits low_bits;
+    FUZZ_CHECK(low_bits.build(shape, fuzz.coding.plane_coding()) == Status::kOk);
+    const int64_t words_at = lay_out(shape, fuzz.coding.plane_coding(), low_bits).words;
     const int64_t num_escapes = how / 4 % 4;
     const int64_t room = static_cast<int64_t>(stream.size()) - words_at - kEscapeBytes * num_escapes - 3;
     if (room < 0) return how;

@@ -14,14 +14,9 @@ namespace {
 uint32_t plausible_num_words(const FuzzCoding& fuzz, const std::vector<uint8_t>& stream) {
     const int64_t num_bytes = static_cast<int64_t>(stream.size());
     if (fuzz.kind == FuzzCoding::kPacked || fuzz.kind == FuzzCoding::kArithmetic) return 0;
-    const uint8_t* band_map = nullptr;
-    if (fuzz.coding.has_band_map) {
-        if (fuzz.shape.states_bytes() + fuzz.shape.band_map_bytes() > num_bytes) return 0;
-        band_map = stream.data() + fuzz.shape.states_bytes();
-    }
-    BandTable bands;
-    if (bands.build(fuzz.shape, fuzz.coding, band_map) != Status::kOk) return 0;
-    const int64_t words = num_bytes - lay_out(fuzz.shape, fuzz.coding, bands).words;
+    LowBits low_bits;
+    if (low_bits.build(fuzz.shape, fuzz.coding) != Status::kOk) return 0;
+    const int64_t words = num_bytes - lay_out(fuzz.shape, fuzz.coding, low_bits).words;
     return words > 0 ? static_cast<uint32_t>(words / 2) : 0;
 }
 
@@ -47,8 +42,7 @@ void check_decoded(const FuzzCoding& fuzz, const std::vector<uint16_t>& symbols,
     std::vector<uint8_t> again;
     uint32_t num_words = 0;
     const int64_t stride = fuzz.shape.num_rows() * kNumLanes;
-    PlaneCoding coding = fuzz.coding;
-    if (coding.has_band_map) coding.band_map = stream.data() + fuzz.shape.states_bytes();
+    const PlaneCoding& coding = fuzz.coding;
     const auto encode = coding.is_arithmetic ? encode_arithmetic_stream : encode_stream;
     FUZZ_CHECK(encode(symbols.data(), stride, fuzz.shape, coding, workspace, again, &num_words) == Status::kOk);
     if (fuzz.kind == FuzzCoding::kArithmetic) {

@@ -42,7 +42,7 @@ class FuzzInput {
 
 // A stream's coding, drawn from an input. It owns its tables.
 struct FuzzCoding {
-    enum Kind { kRans, kRansBandMap, kPacked, kArithmetic, kNumKinds };
+    enum Kind { kRans, kPacked, kArithmetic, kNumKinds };
 
     Kind kind;
     StreamShape shape;
@@ -51,7 +51,7 @@ struct FuzzCoding {
 
     explicit FuzzCoding(FuzzInput& input) {
         kind = static_cast<Kind>(input.byte() % kNumKinds);
-        // Mostly small ones, which are fast; some with several rows, tiles and bands.
+        // Mostly small ones, which are fast; some with several rows and tiles.
         shape.num_tokens = small_or_large(input.byte(), 40, 100);
         shape.num_channels = small_or_large(input.byte(), 5, 70);
         coding.low_bits = static_cast<int>(input.byte() % (kMaxLowBits + 1));
@@ -70,7 +70,6 @@ struct FuzzCoding {
         }
         coding.tables = tables.data();
         coding.num_tables = shape.num_channels;
-        coding.has_band_map = kind == kRansBandMap;
         coding.is_arithmetic = kind == kArithmetic;
     }
 

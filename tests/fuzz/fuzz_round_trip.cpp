@@ -8,11 +8,8 @@ namespace cachegen {
 namespace {
 
 void run(FuzzInput input) {
-    FuzzCoding fuzz(input);
+    const FuzzCoding fuzz(input);
     const StreamShape& shape = fuzz.shape;
-    std::vector<uint8_t> band_map(shape.band_map_bytes());
-    for (uint8_t& entry : band_map) entry = static_cast<uint8_t>((input.byte() % 9) << 4);
-    if (fuzz.coding.has_band_map) fuzz.coding.band_map = band_map.data();
 
     // A byte chooses among the symbols of the channel's table; with all bits set, it may have no frequency.
     const int64_t stride = shape.num_rows() * kNumLanes;
@@ -21,8 +18,7 @@ void run(FuzzInput input) {
     for (int64_t channel = 0; channel < shape.num_channels; ++channel) {
         for (int64_t token = 0; token < shape.num_tokens; ++token) {
             const uint32_t byte = input.byte();
-            const int64_t band = token / kNumLanes * shape.num_bands() + channel / kBandChannels;
-            const int low_bits = fuzz.coding.has_band_map ? band_map[band] >> 4 : fuzz.coding.low_bits;
+            const int low_bits = fuzz.coding.low_bits;
             uint32_t high = 0;
             if (fuzz.coding.tables != nullptr) {
                 const FrequencyTable& table = fuzz.tables[channel];

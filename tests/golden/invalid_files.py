@@ -32,7 +32,7 @@ class Invalid:
     field: str
 
 
-_CHUNK_PLANES_AT, _TABLES_PLANES_AT, _PLANE_BYTES = 208, 180, 12
+_CHUNK_PLANES_AT, _TABLES_PLANES_AT, _PLANE_BYTES = 208, 212, 12
 
 
 def put(content: bytes, offset: int, layout: str, *values: int) -> bytes:
@@ -136,7 +136,7 @@ def list_invalid_prefixes(kind: str, good: bytes, other: bytes) -> Iterator[tupl
         ("258_bins", 4, "H", (258,), error, "num_bins"),
         ("9_low_bits", 6, "B", (9,), error, "low_bits"),
         ("too_few_low_bits", 4, "HB", (34, 0), error, "low_bits"),
-        ("band_mode_2", 7, "B", (2,), unsupported, "band_mode"),
+        ("reserved_set", 7, "B", (1,), unsupported, "reserved"),
     ):
         yield f"{kind}_plane_{what}", reseal(good, planes_at + offset, layout, *values), problem, field
 
@@ -145,7 +145,7 @@ def list_invalid_chunks(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
     """Chunks whose fields, scales or streams are wrong, every checksum right unless it is the point."""
     error, unsupported, mismatch = "BitstreamError", "UnsupportedVersionError", "MismatchError"
     name = container.chunk_name(0)
-    worked, packed, banded = files["worked"][name], files["uniform8_packed"][name], files["band_maps"][name]
+    worked, packed = files["worked"][name], files["uniform8_packed"][name]
     header = container.parse_chunk(worked).header
     at, payload_at = _CHUNK_PLANES_AT, header.payload_offset
     index_at, scales_at = at + 2 * _PLANE_BYTES, header.header_bytes
@@ -160,7 +160,7 @@ def list_invalid_chunks(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
     for what, content, problem, field in (
         ("coder_0", reseal(worked, 39, "B", 0), unsupported, "coder"),
         ("coder_4", reseal(worked, 39, "B", 4), unsupported, "coder"),
-        ("named_ac", reseal(worked, 39, "B", 2), error, "stream 0"),
+        ("named_ac", reseal(worked, 39, "B", 2), mismatch, "coder"),
         ("without_tokens", reseal(worked, 32, "I", 0), error, "num_tokens"),
         ("tokens_beyond_the_limit", reseal(worked, 32, "I", 2**24 + 1), error, "num_tokens"),
         ("tokens_beyond_the_index", reseal(worked, 32, "I", 33), error, "header_bytes"),
@@ -211,17 +211,6 @@ def list_invalid_chunks(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
 
     yield from list_invalid_arithmetic_chunks(files["arithmetic"][name])
 
-    header = container.parse_chunk(banded).header
-    stream = banded[header.payload_offset : header.payload_offset + header.streams[0].num_bytes]
-    num_words = header.streams[0].num_words
-    for what, entry in (("9_low_bits", 0x90), ("table_below_the_first", 0x0F), ("15_low_bits", 0xF0)):
-        content = replace_stream(banded, 0, put(stream, 128, "B", entry), num_words)
-        yield Invalid(f"band_map_with_{what}", "band_maps", content, error, "stream 0")
-    content = replace_stream(banded, 0, put(stream, 129, "B", stream[129] & 0xF0 | 1), num_words)
-    yield Invalid("band_map_with_table_beyond_the_last", "band_maps", content, error, "stream 0")
-    content = replace_stream(banded, 0, stream[:129], 0)
-    yield Invalid("band_map_cut", "band_maps", content, error, "stream 0")
-
 
 def list_invalid_arithmetic_chunks(good: bytes) -> Iterator[Invalid]:
     """Chunks of coder `ac` that are wrong in what is its own."""
@@ -229,9 +218,8 @@ def list_invalid_arithmetic_chunks(good: bytes) -> Iterator[Invalid]:
     at, start = _CHUNK_PLANES_AT, header.payload_offset
     stream = good[start : start + header.streams[0].num_bytes]
     # 64 tokens, 5 channels, 1 low bit: 40 bytes of low bits, 12 of lengths, then the codes.
+    yield Invalid("arithmetic_chunk_named_rans", "arithmetic", reseal(good, 39, "B", 1), "MismatchError", "coder")
     for what, content, field in (
-        ("named_rans", reseal(good, 39, "B", 1), "stream 0"),
-        ("with_a_band_map", reseal(good, at + 7, "B", 1), "band_mode"),
         ("tokens_per_stream_beyond_the_limit", reseal(good, at + 8, "I", 2**14 + 32), "tokens_per_stream"),
         ("with_words", replace_stream(good, 0, stream, 1), "stream 0"),
         ("cut_in_low_bits", replace_stream(good, 0, stream[:39], 0), "stream 0"),
@@ -263,7 +251,9 @@ def list_invalid_tables(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
     for case in list_invalid_prefixes("tables", worked, files["worked"][container.chunk_name(0)]):
         yield Invalid(case[0], "worked", *case[1:])
     for what, content, problem, field in (
-        ("coder_set", reseal(worked, 39, "B", 1), unsupported, "reserved"),
+        ("coder_0", reseal(worked, 39, "B", 0), unsupported, "coder"),
+        ("coder_4", reseal(worked, 39, "B", 4), unsupported, "coder"),
+        ("named_packed", reseal(worked, 39, "B", 3), error, "coder"),
         ("level_set", reseal(worked, 41, "B", 1), unsupported, "reserved"),
         ("without_chunks", reseal(worked, 32, "I", 0), error, "num_chunks"),
         ("chunks_beyond_the_limit", reseal(worked, 32, "I", 2**20 + 1), error, "num_chunks"),

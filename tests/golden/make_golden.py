@@ -21,29 +21,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from cachegen import container
 from cachegen.codec import DocumentEncoder, decode_chunk, load_document
-from cachegen.coder import cpu, reference
-from cachegen.coder.reference import StreamCoding, encode_stream
+from cachegen.coder import reference
 from cachegen.config import LayerGroup, QuantizationConfig
 from cachegen.format import (
-    ALIGNMENT,
-    NO_HASH,
-    BandMode,
-    ChunkHeader,
     Coder,
     Method,
-    PlaneLayout,
-    StreamEntry,
-    TablesHeader,
-    round_up,
 )
 from cachegen.kv_cache import ContextMetadata, KVCache, from_planes, hash_token_prefixes
-from cachegen.quantization import quantize
-from cachegen.symbol_model import normalize, pack_tables
 from tests.golden import make_transform_golden
 from tests.golden.integers import Integers
 from tests.golden.invalid_files import list_invalid
@@ -63,7 +51,6 @@ class Golden:
         num_cache_tokens: tokens of the cache; those beyond the chunks are not encoded.
         values: plane, token, channel -> value, exact in the dtype; None: `bell_values`.
         tokens_per_stream: None: what the encoder chooses.
-        has_band_maps: made by hand from band maps and tables that the generator draws.
     """
 
     name: str
@@ -76,7 +63,6 @@ class Golden:
     coder: Coder = Coder.RANS
     values: Callable[[int, int, int], float] | None = None
     tokens_per_stream: int | None = None
-    has_band_maps: bool = False
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -160,9 +146,6 @@ GOLDENS = (
     Golden("float32", torch.float32, ((2, 16), (1, 33)), (32, 8), (20, 12), 32),
     Golden("uniform8_packed", torch.bfloat16, ((1, 12), (2, 8)), (256, 256), (35,), 35, Method.UNIFORM, Coder.PACKED),
     Golden("uniform8_rans", torch.bfloat16, ((1, 12), (2, 8)), (256, 256), (35,), 35, Method.UNIFORM),
-    Golden(
-        "band_maps", torch.float16, ((1, 40), (1, 33)), (32, 64), (45,), 45, tokens_per_stream=32, has_band_maps=True
-    ),
 )
 
 
@@ -170,7 +153,7 @@ GOLDENS = (
 
 
 def start_encoder(golden: Golden, kernels=reference, num_threads: int = 1) -> DocumentEncoder:
-    """Measure a golden document's cache and make its tables file, band maps aside."""
+    """Measure a golden document's cache and make its tables file."""
     return DocumentEncoder(
         make_cache(golden),
         make_metadata(golden),
@@ -184,8 +167,6 @@ def start_encoder(golden: Golden, kernels=reference, num_threads: int = 1) -> Do
 
 def encode(golden: Golden, kernels=reference, num_threads: int = 1) -> dict[str, bytes]:
     """Encode a golden document; returns its files by name."""
-    if golden.has_band_maps:
-        return encode_with_band_maps(golden)
     encoder = start_encoder(golden, kernels, num_threads)
     files = {container.TABLES_NAME: encoder.tables_file}
     for index in range(encoder.num_chunks):
@@ -210,100 +191,6 @@ def encode_chunk_in_streams(
     tables = encoder.document.tables
     payload, streams = kernels.encode(cache, scales, planes, tables, num_threads, coder=golden.coder)
     return container.build_chunk(header, scales, streams, payload)
-
-
-@dataclass(frozen=True)
-class BandMappedStream:
-    """One stream of the band-mapped document: everything its coding takes."""
-
-    symbols: list[list[int]]  # [num_channels][num_tokens]
-    frequencies: list[list[int]]
-    band_map: bytes
-
-
-def draw_band_mapped_planes(golden: Golden) -> tuple[list[bytes], list[list[BandMappedStream]]]:
-    """Draw tables and band maps; returns each plane's compact tables and its streams."""
-    integers = Integers(seed=1)
-    step = golden.tokens_per_stream or 32
-    tables, planes = [], []
-    for values, num_bins in zip(make_cache(golden).planes, golden.num_bins, strict=True):
-        symbols = quantize(values, num_bins)[0].T.tolist()
-        num_channels = len(symbols)
-        # Every value of the high part can be coded, whatever the band map says.
-        alphabet_size = PlaneLayout(1, num_channels, num_bins, 1 if num_bins > 32 else 0).alphabet_size
-        classes = np.zeros((num_channels, 32), dtype=np.int64)
-        for channel in range(num_channels):
-            for symbol in range(alphabet_size):
-                classes[channel, symbol] = 1 + integers.below(20)
-        tables.append(pack_tables(classes))
-        frequencies = normalize(classes).tolist()
-        streams = []
-        for start in range(0, golden.num_cache_tokens, step):
-            stop = min(start + step, golden.num_cache_tokens)
-            num_bands = -(-num_channels // 32)
-            entries = []
-            for _ in range(-(-(stop - start) // 32)):
-                for band in range(num_bands):
-                    low_bits = integers.below(4) + (num_bins > 32)
-                    # Up in the first band, down in the last: every table index stays within the plane's tables.
-                    offset = integers.below(min(8, num_channels - 32 + 1)) * (1 if band == 0 else -1)
-                    entries.append(low_bits << 4 | offset & 15)
-            streams.append(BandMappedStream([row[start:stop] for row in symbols], frequencies, bytes(entries)))
-        planes.append(streams)
-    return tables, planes
-
-
-def encode_with_band_maps(golden: Golden) -> dict[str, bytes]:
-    """Encode the band-mapped document, which no encoder of version 1 writes, but every decoder reads."""
-    metadata, cache = make_metadata(golden), make_cache(golden)
-    tables, plane_streams = draw_band_mapped_planes(golden)
-    layouts = tuple(
-        PlaneLayout(heads, dim, num_bins, 1 if num_bins > 32 else 0, BandMode.BYTES)
-        for (heads, dim), num_bins in zip(golden.shapes, golden.num_bins, strict=True)
-    )
-    token_hash = bytes.fromhex(hash_token_prefixes(metadata.token_ids, [cache.num_tokens])[0])
-    common = {
-        "method": golden.method,
-        "dtype": cpu.DTYPES[golden.dtype],
-        "model_fingerprint": bytes.fromhex(MODEL_FINGERPRINT),
-        "token_hash": token_hash,
-        "rope_hash": bytes.fromhex(metadata.rope_hash),
-        "profile_hash": NO_HASH,
-    }
-    tables_file = container.build_tables(
-        TablesHeader(
-            num_cache_tokens=cache.num_tokens,
-            prefill_block_size=BLOCK_SIZE,
-            tables_crc=0,
-            planes=layouts,
-            plane_table_bytes=tuple(map(len, tables)),
-            chunk_tokens=golden.chunk_tokens,
-            **common,
-        ),
-        b"".join(tables),
-    )
-    payload, entries = b"", []
-    for streams, layout in zip(plane_streams, layouts, strict=True):
-        for stream in streams:
-            coding = StreamCoding(stream.frequencies, layout.low_bits, has_band_map=True)
-            content, num_words = encode_stream(stream.symbols, coding, stream.band_map)
-            padded = content.ljust(round_up(len(content), ALIGNMENT), b"\0")
-            entries.append(StreamEntry(len(content), num_words, reference.crc32c(padded)))
-            payload += padded
-    header = ChunkHeader(
-        first_token=0,
-        num_tokens=cache.num_tokens,
-        coder=Coder.RANS,
-        level=0,
-        scales_crc=0,
-        tables_hash=hashlib.sha256(tables_file).digest(),
-        planes=tuple(dataclasses.replace(p, tokens_per_stream=golden.tokens_per_stream or 32) for p in layouts),
-        stream_index=b"",
-        **common,
-    )
-    scales = torch.stack([quantize(v, n)[1] for v, n in zip(cache.planes, golden.num_bins, strict=True)])
-    chunk = b"".join(container.build_chunk(header, scales, entries, payload))
-    return {container.TABLES_NAME: tables_file, container.chunk_name(0): chunk}
 
 
 def allocate(golden: Golden, num_tokens: int) -> KVCache:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import struct
 import tempfile
@@ -38,6 +39,13 @@ NUM_CACHE_TOKENS, CHUNK_TOKENS = 45, (33, 10)
 TOKENS_PER_STREAM = (32, 64)
 STEP_LOG, NUM_LEVELS = -5, 2
 SCALE_LOGS = (tuple(60 - 7 * i for i in range(16)), tuple(20 - 9 * i for i in range(8)))
+
+# Per level: (token of the context, channel over all planes) -> the value that travels exactly.
+EXACT_VALUES = (
+    {(0, 3): 2.0**100, (0, 4): -(2.0**100), (0, 6): 65504.0, (32, 23): 0.5},
+    {(0, 3): 2.0**100, (35, 0): -(2.0**-149), (35, 15): 3.0, (35, 16): -0.0},
+)
+CACHE_HASH = hashlib.sha256(b"golden cache").digest()
 
 Matrix = list[list[int]]
 
@@ -126,10 +134,27 @@ def make_tables() -> bytes:
             token_hash=token_hash(NUM_CACHE_TOKENS),
             rope_hash=bytes.fromhex(profile.rope_hash),
             profile_hash=bytes.fromhex(profile.profile_hash),
+            cache_hash=CACHE_HASH,
             planes=tuple(PlaneShape(*shape) for shape in SHAPES),
             chunk_tokens=CHUNK_TOKENS,
         )
     )
+
+
+def pack_exact(level: int, first_token: int, stop: int) -> bytes:
+    """The exact values of a chunk as the format's specification has them; neighbours share a run."""
+    runs: list[tuple[int, int, list[float]]] = []
+    for (token, channel), value in sorted(EXACT_VALUES[level - 1].items()):
+        if not first_token <= token < stop:
+            continue
+        if runs and runs[-1][0] == token - first_token and runs[-1][1] + len(runs[-1][2]) == channel:
+            runs[-1][2].append(value)
+        else:
+            runs.append((token - first_token, channel, [value]))
+    if not runs:
+        return b""
+    places = b"".join(struct.pack("<III", token, channel, len(values)) for token, channel, values in runs)
+    return struct.pack("<I", len(runs)) + places + b"".join(struct.pack("<f", v) for _, _, vs in runs for v in vs)
 
 
 def encode_chunk(index: int, level: int) -> bytes:
@@ -164,13 +189,23 @@ def encode_chunk(index: int, level: int) -> bytes:
         tables_hash=hashlib.sha256(make_tables()).digest(),
         profile_hash=bytes.fromhex(profile.profile_hash),
         tokens_per_stream=TOKENS_PER_STREAM,
+        refines=_header_crc(encode_chunk(index, level - 1)) if level > 1 else 0,
+        max_error=0.5,
+        mean_error=0.125,
     )
-    return b"".join(container.build_component_chunk(header, entries, payloads))
+    exact = pack_exact(level, first_token, stop)
+    return b"".join(container.build_component_chunk(header, entries, payloads, exact))
+
+
+def _header_crc(content: bytes) -> int:
+    (header_bytes,) = struct.unpack_from("<I", content, 12)
+    return struct.unpack_from("<I", content, header_bytes - 4)[0]
 
 
 def synthesize(level: int) -> bytes:
     """The decoded planes of a level, one after the other, each fp32 `[token][head][dim]`, to a multiple of 2^-10."""
     components, step = draw_components()[level - 1], step_of_level(STEP_LOG, level)
+    first_channels = list(itertools.accumulate((heads * dim for heads, dim in SHAPES), initial=0))
     planes: list[list[float]] = []
     for group, (logs, rows) in enumerate(zip(SCALE_LOGS, components, strict=True)):
         matrix = hadamard(len(logs))
@@ -187,7 +222,12 @@ def synthesize(level: int) -> bytes:
                 keys += rotate(vector[head * shapes[0][1] : (head + 1) * shapes[0][1]], token)
             values += vector[width:]
         planes += [keys, values]
-    return b"".join(struct.pack("<f", round(value * 1024) / 1024) for plane in planes for value in plane)
+    rounded = [[round(value * 1024) / 1024 for value in plane] for plane in planes]
+    for (token, channel), value in EXACT_VALUES[level - 1].items():
+        plane = max(index for index, first in enumerate(first_channels[:-1]) if first <= channel)
+        width = first_channels[plane + 1] - first_channels[plane]
+        rounded[plane][token * width + channel - first_channels[plane]] = value
+    return b"".join(struct.pack("<f", value) for plane in rounded for value in plane)
 
 
 def rotate(head: Sequence[float], position: int) -> list[float]:
@@ -234,10 +274,10 @@ def list_invalid() -> Iterator[tuple[str, bytes, str, str]]:
         ("reserved_set", reseal(tables, 42, "H", 1), unsupported, "reserved"),
         ("without_block_size", reseal(tables, 44, "I", 0), error, "prefill_block_size"),
         ("step_beyond_the_limit", reseal(tables, 48, "i", 1025), error, "step_log"),
-        ("without_heads", reseal(tables, 180, "H", 0), error, "shape"),
-        ("chunks_beyond_the_cache", reseal(tables, 196, "I", 36), error, "chunk_tokens"),
+        ("without_heads", reseal(tables, 212, "H", 0), error, "shape"),
+        ("chunks_beyond_the_cache", reseal(tables, 228, "I", 36), error, "chunk_tokens"),
         ("of_another_profile", reseal(tables, 148, "B", tables[148] ^ 1), mismatch, "profile_hash"),
-        ("of_another_shape", reseal(tables, 180, "HH", 2, 4), mismatch, "planes"),
+        ("of_another_shape", reseal(tables, 212, "HH", 2, 4), mismatch, "planes"),
     ):
         yield f"tables_{what}.cgt", content, problem, field
     for what, content, problem, field in (
@@ -252,8 +292,13 @@ def list_invalid() -> Iterator[tuple[str, bytes, str, str]]:
         ("step_beyond_the_limit", reseal(first, 44, "i", -1025), error, "step_log"),
         ("without_groups", reseal(first, 208, "H", 0), error, "num_groups"),
         ("reserved_set", reseal(first, 210, "H", 1), unsupported, "reserved"),
-        ("tokens_per_stream_33", reseal(first, 212, "I", 33), error, "tokens_per_stream"),
-        ("header_padding_set", reseal(first, 256, "B", 1), error, "padding"),
+        ("tokens_per_stream_33", reseal(first, 236, "I", 33), error, "tokens_per_stream"),
+        ("header_padding_set", reseal(first, 280, "B", 1), error, "padding"),
+        ("refines_another", reseal(first, 212, "I", 1), error, "refines"),
+        ("max_error_nan", reseal(first, 216, "f", math.nan), error, "max_error"),
+        ("exact_bytes_huge", reseal(first, 224, "Q", 2**64 - 1), error, "file_bytes"),
+        ("exact_values_flipped", flip(first, len(first) - 1), error, "exact_crc"),
+        *_invalid_exact_values(first),
         ("stream_flipped", flip(first, struct.unpack_from("<I", first, 12)[0]), error, "stream 0"),
         ("of_another_model", reseal(first, 48, "B", first[48] ^ 1), mismatch, "model_fingerprint"),
         ("of_another_context", reseal(first, 80, "B", first[80] ^ 1), mismatch, "token_hash"),
@@ -268,7 +313,8 @@ def list_invalid() -> Iterator[tuple[str, bytes, str, str]]:
     ):
         yield f"chunk_L1_{what}.cgc", content, problem, field
     yield "chunk_L2_of_level_1.cgc", first, mismatch, "level"
-    yield "chunk_L2_stream_flipped.cgc", flip(second, len(second) - 1), error, "stream 2"
+    yield "chunk_L2_refines_another.cgc", reseal(second, 212, "I", 1), mismatch, "refines"
+    yield "chunk_L2_stream_flipped.cgc", flip(second, _exact_at(second) - 1), error, "stream 2"
     stream, num_words = _first_stream(second)
     escape = struct.pack("<Ii", 0, 1)  # of a component that level 2 refines
     content = _replace_first_stream(second, stream + bytes(-len(stream) % 4) + escape, num_words)
@@ -295,6 +341,36 @@ def _invalid_streams(first: bytes) -> Iterator[tuple[str, bytes, str, str]]:
         yield what, _replace_first_stream(first, changed, words), "BitstreamError", "group 0, stream 0"
 
 
+def _exact_at(content: bytes) -> int:
+    header = container.parse_chunk(content).header
+    return header.payload_offset + header.payload_bytes
+
+
+def _invalid_exact_values(first: bytes) -> Iterator[tuple[str, bytes, str, str]]:
+    """Level 1's exact values, wrong in one way: runs (0, 3, 2), (0, 6, 1), (32, 23, 1), then four values of fp32."""
+    chunk = container.parse_chunk(first)
+    good = bytes(chunk.exact)
+    assert isinstance(chunk.header, ComponentChunkHeader) and len(good) == 4 + 3 * 12 + 4 * 4
+    for what, exact in (
+        ("without_runs", put(good, 0, "I", 0)),
+        ("of_billions_of_runs", put(good, 0, "I", 2**32 - 1)),
+        ("of_an_empty_run", put(good, 12, "I", 0)),
+        ("of_a_run_of_billions", put(good, 12, "I", 2**32 - 1)),
+        ("missing", good[:-4]),
+        ("left_over", good + bytes(4)),
+        ("cut_in_the_count", good[:3]),
+        ("behind_the_chunk", put(good, 28, "I", 33)),
+        ("beyond_the_channels", put(good, 32, "I", 24)),
+        ("out_of_order", put(good, 20, "I", 2)),
+        ("overlapping", put(good, 20, "I", 4)),
+        ("infinite", put(good, 40, "f", math.inf)),
+        ("nan", put(good, 52, "f", math.nan)),
+    ):
+        payloads = [bytes(chunk.payload)]
+        content = b"".join(container.build_component_chunk(chunk.header, chunk.header.streams, payloads, exact))
+        yield f"exact_values_{what}", content, "BitstreamError", "exact values"
+
+
 def _first_stream(content: bytes) -> tuple[bytes, int]:
     chunk = container.parse_chunk(content)
     entry = chunk.header.streams[0]
@@ -308,4 +384,4 @@ def _replace_first_stream(content: bytes, stream: bytes, num_words: int) -> byte
     padded = stream + bytes(-len(stream) % 16)
     entries = [StreamEntry(len(stream), num_words, reference.crc32c(padded)), *rest]
     payloads = [padded, chunk.payload[-(-first.num_bytes // 16) * 16 :]]
-    return b"".join(container.build_component_chunk(chunk.header, entries, payloads))
+    return b"".join(container.build_component_chunk(chunk.header, entries, payloads, bytes(chunk.exact)))

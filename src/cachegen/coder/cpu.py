@@ -43,7 +43,7 @@ _PATHS = {
 _PROBLEMS = {
     _native.Status.TRUNCATED: "the stream is not whole",
     _native.Status.CORRUPT: "the lanes, or the codes, do not end as the encoder leaves them",
-    _native.Status.BAD_BAND_MAP: "a band map entry is out of range",
+    _native.Status.BAD_LOW_BITS: "a symbol has too many low bits",
 }
 
 
@@ -198,7 +198,7 @@ def decode(
 
 
 def checksum_streams(
-    payload: bytes | memoryview, streams: Sequence[StreamEntry], num_threads: int = 1
+    payload: bytes | memoryview, streams: Sequence[StreamEntry] | NDArray[np.uint32], num_threads: int = 1
 ) -> NDArray[np.uint32]:
     """Return the CRC-32C of every stream with its padding."""
     return _native.checksum_streams(np.frombuffer(payload, np.uint8), _index_array(streams), num_threads)
@@ -231,7 +231,7 @@ def _native_path(path: str | None) -> _native.CpuPath:
     return _PATHS[path]
 
 
-def _index_array(streams: Sequence[StreamEntry]) -> NDArray[np.uint32]:
+def _index_array(streams: Sequence[StreamEntry] | NDArray[np.uint32]) -> NDArray[np.uint32]:
     return np.array(streams, dtype=np.uint32).reshape(len(streams), 3)
 
 
@@ -239,10 +239,10 @@ def check_arithmetic_planes(planes: Sequence[PlaneLayout]) -> None:
     """Refuse streams that coder `ac` does not code.
 
     Raises:
-        ValueError: a plane has too long streams, or band maps.
+        ValueError: a plane has too long streams.
     """
-    if any(plane.tokens_per_stream > MAX_CODE_TOKENS or plane.band_mode for plane in planes):
-        raise ValueError(f"coder ac takes at most {MAX_CODE_TOKENS} tokens per stream and no band maps")
+    if any(plane.tokens_per_stream > MAX_CODE_TOKENS for plane in planes):
+        raise ValueError(f"coder ac takes at most {MAX_CODE_TOKENS} tokens per stream")
 
 
 def _native_planes(
@@ -291,7 +291,6 @@ def _native_planes(
                 tables=tables,
                 first_table=first_table,
                 num_tables=plane.num_channels,
-                has_band_map=bool(plane.band_mode),
                 is_arithmetic=coder is Coder.AC,
             )
         )

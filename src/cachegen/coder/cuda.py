@@ -36,7 +36,6 @@ from cachegen.quantization import zero_symbol
 
 BUILD_COMMAND = "`pip install .`, or in a clone `python setup.py build_ext --inplace`, with nvcc 12 or newer on PATH"
 
-_BAND_CHANNELS = 32
 _MAX_STREAM_BYTES = 1 << 32  # the index has 32 bits for a stream's length
 _MEASURED_BYTES = 64 << 20  # of a plane that are on the GPU at a time while a cache on the CPU is measured
 _NO_BAD_TOKEN = -1  # 0xFFFFFFFF
@@ -166,8 +165,6 @@ class CudaKernels(ComponentKernels):
             device_scales = scales.to(device).contiguous()
             packed = tables.on(device) if tables is not None else None
             for index, plane in enumerate(layouts):
-                if plane.band_mode:
-                    raise ValueError(f"plane {index} has a band map, which the encoder does not make")
                 places = (num_streams, first_table, num_slot_bytes)
                 records.append(_record(device_planes[index], device_scales[index], plane, *places))
                 plane_streams = -(-cache.num_tokens // plane.tokens_per_stream)
@@ -280,13 +277,10 @@ class CudaKernels(ComponentKernels):
             device_scales = device_scales.view(scales.dtype).view(scales.shape)
         else:
             device_scales = scales.to(device).contiguous()
-        first_stream, first_table, num_bands, records = 0, 0, 0, []
+        first_stream, first_table, records = 0, 0, []
         for index, (values, plane) in enumerate(zip(output.planes, layouts, strict=True)):
             if values.device == device:
-                places = (first_stream, first_table, num_bands)
-                records.append(_record(values, device_scales[index], plane, *places))
-            if plane.band_mode:
-                num_bands += -(-output.num_tokens // LANES) * -(-plane.num_channels // _BAND_CHANNELS)
+                records.append(_record(values, device_scales[index], plane, first_stream, first_table))
             first_stream += -(-output.num_tokens // plane.tokens_per_stream)
             first_table += plane.num_channels
         upload.host[0][:] = np.array(records, np.int64).reshape(-1).view(np.uint8)
@@ -294,7 +288,6 @@ class CudaKernels(ComponentKernels):
         upload.host[3][:] = np.frombuffer(payload, np.uint8)
         transfers.start(upload)
         packed = tables.on(device) if tables is not None else None
-        band_positions = torch.empty(num_bands, dtype=torch.int64, device=device)
         statuses = torch.zeros(len(stream_rows), dtype=torch.int32, device=device)
         rows = rows.view(torch.int64).view(num_planes, self._module.PLANE_FIELDS)
         launch = self._launch(device, rows, output, layouts, packed)
@@ -302,7 +295,7 @@ class CudaKernels(ComponentKernels):
         if is_ac:
             self._module.decode_codes(launch, *arguments, statuses.data_ptr())
         else:
-            self._module.decode(launch, *arguments, band_positions.data_ptr(), statuses.data_ptr())
+            self._module.decode(launch, *arguments, statuses.data_ptr())
         transfers.release(upload)
         return transfers.start_download(statuses)
 
@@ -367,7 +360,12 @@ def _check(
 
 
 def _record(
-    values: torch.Tensor, scales: torch.Tensor, plane: PlaneLayout, first_stream: int, first_table: int, workspace: int
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    plane: PlaneLayout,
+    first_stream: int,
+    first_table: int,
+    workspace: int = 0,
 ) -> list[int]:
     """Return one plane's PlaneRecord, field by field as in src/csrc/cuda/launch.h."""
     return [
@@ -382,6 +380,5 @@ def _record(
         plane.tokens_per_stream,
         first_stream,
         first_table,
-        int(bool(plane.band_mode)),
         workspace,
     ]

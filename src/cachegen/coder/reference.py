@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cachegen import symbol_model
 from cachegen.coder import arithmetic_reference
 from cachegen.errors import BitstreamError, InputError
-from cachegen.format import ALIGNMENT, LANES, MAX_LOW_BITS, TABLE_SIZE, Coder, PlaneLayout, StreamEntry, round_up
+from cachegen.format import ALIGNMENT, LANES, TABLE_SIZE, Coder, PlaneLayout, StreamEntry, round_up
 from cachegen.kv_cache import KVCache
 from cachegen.quantization import dequantize, quantize
 from cachegen.symbol_model import choose_weight_classes, normalize, unpack_tables
@@ -28,7 +28,6 @@ from cachegen.symbol_model import choose_weight_classes, normalize, unpack_table
 FREQUENCY_BITS = 12
 WORD_BITS = 16
 STATE_LOW = 1 << WORD_BITS
-BAND_CHANNELS = 32
 
 
 @dataclass(frozen=True)
@@ -38,27 +37,18 @@ class StreamCoding:
     Attributes:
         frequencies: per channel (or, with `table_indices`, per table) 32 integers that sum to 4096; None for coder
             `packed`, whose symbols are all low bits.
-        low_bits: raw bits of every symbol, unless there is a band map.
+        low_bits: raw bits of every symbol.
         table_indices: per channel the index of its table; None: its own.
-        has_band_map: whether the stream carries a band map: per row of lanes and band of 32 channels one byte, the
-            low bits in its high nibble and, two's complement, an offset to the table index in its low nibble.
     """
 
     frequencies: Sequence[Sequence[int]] | None
     low_bits: int = 0
     table_indices: Sequence[int] | None = None
-    has_band_map: bool = False
 
-    def band(self, band_map: bytes | None, num_channels: int, row: int, channel: int) -> tuple[int, int]:
-        """Return the low bits and the table index of a channel's symbols in a row of lanes."""
-        table = self.table_indices[channel] if self.table_indices is not None else channel
-        if band_map is None:
-            return self.low_bits, table
-        byte = band_map[row * -(-num_channels // BAND_CHANNELS) + channel // BAND_CHANNELS]
-        low_bits, offset = byte >> 4, (byte & 15) - 16 * (byte >> 3 & 1)
-        if low_bits > MAX_LOW_BITS or not (offset == 0 or 0 <= table + offset < len(self.frequencies or ())):
-            raise BitstreamError("a band map entry is out of range", field="band_map")
-        return low_bits, table + offset
+    def frequencies_of(self, channel: int) -> Sequence[int]:
+        """Return the frequencies that a channel is coded with."""
+        assert self.frequencies is not None
+        return self.frequencies[self.table_indices[channel] if self.table_indices is not None else channel]
 
 
 def _rows(num_tokens: int) -> list[range]:
@@ -74,9 +64,7 @@ def _starts(frequencies: Sequence[int]) -> list[int]:
     return starts
 
 
-def encode_stream(
-    symbols: Sequence[Sequence[int]], coding: StreamCoding, band_map: bytes | None = None
-) -> tuple[bytes, int]:
+def encode_stream(symbols: Sequence[Sequence[int]], coding: StreamCoding) -> tuple[bytes, int]:
     """Encode one stream.
 
     Args:
@@ -95,12 +83,12 @@ def encode_stream(
     words: list[int] = []
     if coding.frequencies is not None:
         for channel in reversed(range(num_channels)):
-            for row, tokens in reversed(list(enumerate(rows))):
-                low_bits, table = coding.band(band_map, num_channels, row, channel)
-                frequencies = coding.frequencies[table]
-                starts = _starts(frequencies)
+            frequencies = coding.frequencies_of(channel)
+            starts = _starts(frequencies)
+            for tokens in reversed(rows):
                 for token in reversed(tokens):
-                    high, lane, state = symbols[channel][token] >> low_bits, token % LANES, states[token % LANES]
+                    high, lane = symbols[channel][token] >> coding.low_bits, token % LANES
+                    state = states[lane]
                     frequency = frequencies[high] if high < TABLE_SIZE else 0
                     if frequency == 0:
                         raise ValueError(f"symbol {symbols[channel][token]} of channel {channel} has no frequency")
@@ -111,14 +99,12 @@ def encode_stream(
         words.reverse()
 
     content = b"".join(state.to_bytes(4, "little") for state in states) if coding.frequencies is not None else b""
-    if band_map is not None:
-        content += band_map.ljust(round_up(len(band_map), 4), b"\0")
-    # Low bits: row by row, band by band, channel by channel, bit by bit, one bit per live lane, the first in the least
-    # significant place. Bands of a row follow each other, so "channel by channel" alone is the same order.
+    # Low bits: row by row, channel by channel, bit by bit, one bit per live lane, the first in the least significant
+    # place.
     packed, num_bits = 0, 0
-    for row, tokens in enumerate(rows):
+    for tokens in rows:
         for channel in range(num_channels):
-            for bit in range(coding.band(band_map, num_channels, row, channel)[0]):
+            for bit in range(coding.low_bits):
                 for token in tokens:
                     packed |= (symbols[channel][token] >> bit & 1) << num_bits
                     num_bits += 1
@@ -143,22 +129,20 @@ def decode_stream(
     """
     rows = _rows(num_tokens)
     states_end = 4 * min(num_tokens, LANES) if coding.frequencies is not None else 0
-    map_bytes = len(rows) * -(-num_channels // BAND_CHANNELS) if coding.has_band_map else 0
-    low_bits_at = states_end + round_up(map_bytes, 4)
+    low_bits_at = states_end
     words_at = len(content) - 2 * num_words
     if words_at < low_bits_at:
         raise BitstreamError("the stream ends too early", field="stream")
     states = [int.from_bytes(content[at : at + 4], "little") for at in range(0, states_end, 4)]
-    band_map = content[states_end : states_end + map_bytes] if coding.has_band_map else None
     packed = int.from_bytes(content[low_bits_at:words_at], "little")
     words = [int.from_bytes(content[at : at + 2], "little") for at in range(words_at, len(content), 2)]
     words.reverse()  # pop() takes the next one
 
     symbols = [[0] * num_tokens for _ in range(num_channels)]
     num_bits = 0
-    for row, tokens in enumerate(rows):
+    for tokens in rows:
         for channel in range(num_channels):
-            for bit in range(coding.band(band_map, num_channels, row, channel)[0]):
+            for bit in range(coding.low_bits):
                 for token in tokens:
                     symbols[channel][token] |= (packed >> num_bits & 1) << bit
                     num_bits += 1
@@ -170,15 +154,14 @@ def decode_stream(
         return symbols
 
     for channel in range(num_channels):
-        for row, tokens in enumerate(rows):
-            low_bits, table = coding.band(band_map, num_channels, row, channel)
-            frequencies = coding.frequencies[table]
-            starts = _starts(frequencies)
+        frequencies = coding.frequencies_of(channel)
+        starts = _starts(frequencies)
+        for tokens in rows:
             for token in tokens:
                 state = states[token % LANES]
                 slot = state & ((1 << FREQUENCY_BITS) - 1)
                 high = max(symbol for symbol in range(TABLE_SIZE) if starts[symbol] <= slot)
-                symbols[channel][token] |= high << low_bits
+                symbols[channel][token] |= high << coding.low_bits
                 state = frequencies[high] * (state >> FREQUENCY_BITS) + slot - starts[high]
                 if state < STATE_LOW:
                     if not words:
@@ -320,9 +303,7 @@ def decode(
     del num_threads
     offset, entries = 0, iter(streams)
     for index, (values, plane) in enumerate(zip(output.planes, planes, strict=True)):
-        coding = StreamCoding(
-            tables.of_plane[index] if tables else None, plane.low_bits, has_band_map=bool(plane.band_mode)
-        )
+        coding = StreamCoding(tables.of_plane[index] if tables else None, plane.low_bits)
         for start in range(0, output.num_tokens, plane.tokens_per_stream):
             stop = min(start + plane.tokens_per_stream, output.num_tokens)
             entry = next(entries)

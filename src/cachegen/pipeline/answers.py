@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,11 @@ def add_answer_flags(parser: argparse.ArgumentParser, script_folder: str | os.Pa
         help="text to append to the context before generating; may be given several times, each is answered from "
         "the same cache. None continues the context itself",
     )
-    add("--verify", action="store_true", help="prefill the context again and compare with the uncompressed cache")
+    add(
+        "--verify",
+        action="store_true",
+        help="answer from the text as well, as transformers does by itself, and compare",
+    )
     add(
         "--device",
         choices=DEVICE_NAMES,
@@ -69,13 +72,15 @@ def check_profile_flag(args: argparse.Namespace, method: Method) -> None:
 
 
 def append_questions(
-    loaded: LoadedModel, token_ids: torch.Tensor, questions: Sequence[str | None]
+    loaded: LoadedModel, token_ids: torch.Tensor, questions: Sequence[str | None], max_new_tokens: int
 ) -> list[torch.Tensor]:
     """Return one prompt per question: the context's tokens, followed by the question's; None is the context itself.
 
     Raises:
         ConfigError: a question is empty.
+        InputError: a prompt and its answer are too long for the model.
     """
+    from cachegen.pipeline.limits import check_prompts
     from cachegen.pipeline.prefill import tokenize
 
     prompts = []
@@ -87,6 +92,7 @@ def append_questions(
         if len(question_ids) == 0:
             raise ConfigError("--question must not be empty")
         prompts.append(torch.cat([token_ids, question_ids]))
+    check_prompts(loaded, len(token_ids), prompts, max_new_tokens)
     return prompts
 
 
@@ -109,33 +115,18 @@ def verify_answers(
     max_new_tokens: int,
     block_size: int,
 ) -> dict[str, Any]:
-    """Prefill again, uncompressed, and compare predictions and answers.
+    """Answer from the text, as transformers does without this project, and compare predictions and answers.
+
+    Costs a prefill of the whole context per question, and one more, with memory for the scores of a pass in one piece.
 
     Returns:
         What --verify adds to the JSON.
     """
-    from cachegen.pipeline.generate import generate_answer
-    from cachegen.pipeline.prefill import prefill
-    from cachegen.pipeline.verify import compare_caches
+    from cachegen.pipeline.generate import generate_from_text
+    from cachegen.pipeline.verify import compare_with_text
 
-    num_reference = len(token_ids) - 1
-    capacity = max(map(len, prompts)) + max_new_tokens
-    start = time.perf_counter()
-    reference_cache = prefill(loaded, token_ids[:num_reference], block_size, capacity=capacity)
-    references = [
-        generate_answer(loaded, reference_cache, num_reference, prompt, max_new_tokens, block_size)
-        for prompt in prompts
-    ]
-    text_prefill_seconds = references[0].first_token_at - start
-    fidelity = compare_caches(
-        loaded,
-        token_ids,
-        reference_cache,
-        decoded_cache,
-        num_reference_tokens=num_reference,
-        num_decoded_tokens=num_cached,
-        block_size=block_size,
-    )
+    references = [generate_from_text(loaded, prompt, max_new_tokens) for prompt in prompts]
+    fidelity = compare_with_text(loaded, token_ids, decoded_cache, num_decoded_tokens=num_cached, block_size=block_size)
     return {
         "kl": fidelity.kl,
         "next_token_agreement": fidelity.next_token_agreement,
@@ -144,7 +135,7 @@ def verify_answers(
         "greedy_match": all(a.token_ids == r.token_ids for a, r in zip(answers, references, strict=True)),
         "text_uncompressed": references[0].text,
         "texts_uncompressed": [reference.text for reference in references],
-        "text_prefill_seconds": text_prefill_seconds,
+        "text_prefill_seconds": references[0].prefill_seconds,
     }
 
 

@@ -21,8 +21,8 @@ from cachegen import container
 from cachegen.codec import Document, FindProfile, document_dtype, load_document, start_decoding_levels
 from cachegen.coder import cpu
 from cachegen.errors import BitstreamError, CacheGenError, ConfigError, MismatchError
-from cachegen.kv_cache import KVCache, hash_rotary_embeddings, hash_token_prefixes
-from cachegen.transform_codec import TransformDocument
+from cachegen.kv_cache import KVCache, describe_difference, hash_rotary_embeddings, hash_token_prefixes
+from cachegen.transform_codec import TransformDocument, check_output
 from cachegen.transform_format import TransformTablesHeader
 
 if TYPE_CHECKING:
@@ -166,11 +166,12 @@ class EncodedFolder:
 
         Raises:
             InputError: a chunk file is missing.
-            BitstreamError: one is corrupt.
-            MismatchError: one belongs elsewhere.
+            BitstreamError: one is corrupt, or the tables are.
+            MismatchError: one belongs elsewhere, or the output has other shapes.
         """
         stops = [sum(chunk_tokens[: i + 1]) for i in range(len(chunk_tokens))]
         hashes = hash_token_prefixes(token_ids, stops)
+        self._prepare(output)
         load_seconds, decode_seconds = self._read_seconds, self._parse_seconds
         encoded_bytes = self._tables_bytes
         in_flight: deque[tuple[int, Callable[[], None]]] = deque()
@@ -213,6 +214,18 @@ class EncodedFolder:
             finish_until(0)  # an earlier chunk's error comes first
             raise
         return DecodeResult(sum(chunk_tokens), encoded_bytes, load_seconds, decode_seconds)
+
+    def _prepare(self, output: KVCache) -> None:
+        """Unpack what all chunks share, now that the document is known to be this output's."""
+        start = time.perf_counter()
+        try:
+            check_output(self.document.header.planes, output)
+            self.document.prepare()
+        except MismatchError as error:
+            raise MismatchError(f"{self.tables_path}: {error}") from error
+        except BitstreamError as error:
+            raise error.at(self.tables_path) from error
+        self._parse_seconds += time.perf_counter() - start
 
     @contextlib.contextmanager
     def _naming(self, index: int) -> Iterator[None]:
@@ -257,7 +270,9 @@ class EncodedFolder:
 
 
 def check_model(document: Document | TransformDocument, tables_name: object, loaded: LoadedModel) -> None:
-    """Refuse a model that is not the one whose cache was encoded.
+    """Refuse a model that is not the one whose cache was encoded, or whose cache has other shapes.
+
+    Nothing of a document's size has been allocated before. The shapes are those that one token of the model gives.
 
     Args:
         tables_name: of the document's tables file, for messages.
@@ -265,19 +280,22 @@ def check_model(document: Document | TransformDocument, tables_name: object, loa
     Raises:
         MismatchError: naming the field that differs.
     """
+    from cachegen.pipeline.prefill import measure_plane_shapes  # transformers takes seconds to import
+
     header = document.header
-    gates = [
+    gates: list[tuple[str, object, object]] = [
+        ("dtype", document_dtype(document), loaded.dtype),
         ("model_fingerprint", header.model_fingerprint.hex()[:12], loaded.fingerprint[:12]),
         ("rope_hash", header.rope_hash.hex()[:12], hash_rotary_embeddings(loaded.rotary_embeddings)[:12]),
-        ("num_layers", len(header.planes) // 2, loaded.num_layers),
-        ("dtype", document_dtype(document), loaded.dtype),
     ]
+    remedy = "give --model_id (and --dtype, --load_in_8bit) of the model that computed the cache"
     for field, found, expected in gates:
         if found != expected:
-            raise MismatchError(
-                f"{tables_name}: {field} is {found}, but {loaded.model_id} has {expected}: "
-                "give --model_id (and --dtype) of the model that computed the cache"
-            )
+            raise MismatchError(f"{tables_name}: {field} is {found}, but {loaded.model_id} has {expected}: {remedy}")
+    shapes = [(plane.num_kv_heads, plane.head_dim) for plane in header.planes]
+    difference = describe_difference(shapes, measure_plane_shapes(loaded))
+    if difference is not None:
+        raise MismatchError(f"{tables_name}: planes: {difference} with {loaded.model_id}: {remedy}")
 
 
 def empty_on(device: torch.device, cache: KVCache, num_tokens: int | None = None) -> KVCache:

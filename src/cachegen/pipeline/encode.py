@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -14,10 +14,10 @@ from typing import TypeAlias
 from cachegen import container
 from cachegen.catalog import EncodedLevel
 from cachegen.codec import DocumentEncoder
-from cachegen.errors import BitstreamError, ConfigError, OutputError
-from cachegen.files import atomic_write, is_temporary, remove_stale_temporaries, write_file
+from cachegen.errors import BitstreamError, ConfigError, OutputError, UnsupportedVersionError
+from cachegen.files import is_temporary, lock_folder, remove_stale_temporaries, write_file
 from cachegen.format import TablesHeader
-from cachegen.transform_codec import TransformEncoder
+from cachegen.transform_codec import ErrorMeasure, TransformEncoder
 from cachegen.transform_format import TransformTablesHeader
 
 Encoder: TypeAlias = DocumentEncoder | TransformEncoder
@@ -51,7 +51,9 @@ class EncodeResult:
     """What an encoding left in its folder.
 
     Attributes:
-        num_reused_chunks: chunks that an interrupted run had finished.
+        num_reused_chunks: chunk files that were there already, whole and of the same cache and configuration.
+        repaired: names of files that were there but damaged, and have been written again.
+        errors: per level, how far decoded values are from the cache's.
         chunk_bytes: per level, size of each chunk's file; the rest of `sizes.total` is the tables file, which all
             chunks share.
     """
@@ -59,6 +61,8 @@ class EncodeResult:
     header: TablesHeader | TransformTablesHeader
     sizes: EncodedSizes
     num_reused_chunks: int
+    repaired: tuple[str, ...]
+    errors: dict[int, ErrorMeasure]
     chunk_bytes: dict[int, list[int]]
 
 
@@ -67,41 +71,139 @@ def encode_document(
     folder: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    max_error: float | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> EncodeResult:
     """Write a document's tables file and chunk files.
 
-    A folder that already holds whole files of the same document and configuration keeps them: an interrupted encoding
-    resumes, a finished one is checked.
+    A folder that already holds files of the same cache and configuration keeps those that are whole: an interrupted
+    encoding resumes, a damaged one is repaired, a finished one is checked. The tables file holds a hash of the cache,
+    and every chunk one of the tables file, so that no file of another cache is ever taken for ours.
 
     Args:
         overwrite: replace the files of another document or configuration.
+        max_error: refuse a document whose last level decodes a value further from the cache's than this.
         progress: called with the number of tokens after each chunk.
 
     Raises:
-        OutputError: the folder holds something else and `overwrite` is not given, or it cannot be written.
+        OutputError: the folder holds something else and `overwrite` is not given, another process is writing into it,
+            or it cannot be written.
+        ConfigError: `max_error` is exceeded; files that this call has written are gone again.
     """
     folder = Path(folder)
-    _claim_folder(folder, encoder, overwrite)
-    sizes = EncodedSizes(
-        encoder.document.header.header_bytes, encoder.document.header.tables_bytes, scales=0, payload=0
-    )
-    num_reused = 0
-    chunk_bytes: dict[int, list[int]] = {level: [] for level in encoder.levels}
-    for index in range(encoder.num_chunks):
-        for level in encoder.levels:
-            path = folder / container.chunk_name(index, level)
-            if _is_finished(path, encoder, index, level):
-                num_reused += 1
-            else:
-                with atomic_write(path) as stream:
-                    for part in encoder.encode_chunk(index, level):
-                        stream.write(part)
-            chunk_bytes[level].append(path.stat().st_size)
-            sizes = _add_chunk(sizes, encoder, index, level, chunk_bytes[level][-1])
-        if progress is not None:
-            progress(encoder.document.header.chunk_tokens[index])
-    return EncodeResult(encoder.document.header, sizes, num_reused, chunk_bytes)
+    _make_folder(folder)
+    with lock_folder(folder):
+        writer = _ChunkWriter(encoder, folder, _claim_folder(folder, encoder, overwrite))
+        try:
+            for index in range(encoder.num_chunks):
+                writer.write(index, max_error)
+                if progress is not None:
+                    progress(encoder.document.header.chunk_tokens[index])
+        except ConfigError:
+            _remove(reversed(writer.written))
+            raise
+    return writer.result
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What claiming a folder did.
+
+    Attributes:
+        written: the tables file, if it was not there.
+        repaired: its name, if it was damaged.
+    """
+
+    written: list[Path]
+    repaired: list[str]
+
+
+class _ChunkWriter:
+    """Writes chunk after chunk, unless it is there, and keeps count.
+
+    Attributes:
+        written: the files that are there because of this run.
+    """
+
+    def __init__(self, encoder: Encoder, folder: Path, claim: _Claim) -> None:
+        header = encoder.document.header
+        self._encoder, self._folder = encoder, folder
+        self._sizes = EncodedSizes(header.header_bytes, header.tables_bytes, scales=0, payload=0)
+        self._num_reused = 0
+        self._repaired, self.written = list(claim.repaired), list(claim.written)
+        self._chunk_bytes: dict[int, list[int]] = {level: [] for level in encoder.levels}
+        self._errors: dict[int, list[ErrorMeasure]] = {level: [] for level in encoder.levels}
+
+    def write(self, index: int, max_error: float | None) -> None:
+        """Write the files of a chunk, unless they are there.
+
+        Where one of them is missing or damaged, all levels are encoded again: they refine each other, and another
+        device may have computed those that are there, with another rounding.
+        """
+        encoder = self._encoder
+        paths = [self._folder / container.chunk_name(index, level) for level in encoder.levels]
+        present = [path for path in paths if path.exists()]
+        contents = [container.read_whole(path) for path in present]
+        is_there = len(present) == len(paths) and encoder.is_encoding_of(index, contents)
+        if not is_there:
+            found = zip(present, contents, strict=True)
+            damaged = [path for path, content in found if not _is_readable(container.parse_chunk, content)]
+            # Whole files, all there, and still not the chunk: they have each other's names, or are of two runs.
+            wrong = present if len(present) == len(paths) else []
+            self._repaired += [path.name for path in damaged or wrong]
+            contents = [b"".join(encoder.encode_chunk(index, level)) for level in encoder.levels]
+        errors = [
+            encoder.read_error(index, level, content) for level, content in zip(encoder.levels, contents, strict=True)
+        ]
+        if max_error is not None and errors[-1].largest > max_error:
+            raise ConfigError(
+                f"{paths[-1]}: a value decodes {errors[-1].largest:.6g} from the cache's, more than --max_error "
+                f"{max_error:.6g}: choose a configuration with more bits"
+            )
+        if is_there:
+            self._num_reused += len(paths)
+        else:
+            # The finest first: whatever happens, no file stands beside one that it does not refine.
+            _remove(reversed(present))
+            for path, content in zip(paths, contents, strict=True):
+                self.written.append(path)
+                write_file(path, content)
+        self._count(index, contents, errors)
+
+    def _count(self, index: int, contents: Sequence[bytes], errors: Sequence[ErrorMeasure]) -> None:
+        for level, content, error in zip(self._encoder.levels, contents, errors, strict=True):
+            header = self._encoder.expected_header(index, level)
+            self._sizes = dataclasses.replace(
+                self._sizes,
+                header=self._sizes.header + header.payload_offset - header.scales_bytes,
+                scales=self._sizes.scales + header.scales_bytes,
+                payload=self._sizes.payload + len(content) - header.payload_offset,
+            )
+            self._chunk_bytes[level].append(len(content))
+            self._errors[level].append(error)
+
+    @property
+    def result(self) -> EncodeResult:
+        tokens = self._encoder.document.header.chunk_tokens
+        return EncodeResult(
+            self._encoder.document.header,
+            self._sizes,
+            self._num_reused,
+            tuple(self._repaired),
+            {level: _join_errors(errors, tokens) for level, errors in self._errors.items()},
+            self._chunk_bytes,
+        )
+
+
+def _join_errors(errors: Sequence[ErrorMeasure], chunk_tokens: Sequence[int]) -> ErrorMeasure:
+    """Return the error of a document from those of its chunks."""
+    largest = max(error.largest for error in errors)
+    total = 0.0
+    for error, tokens in zip(errors, chunk_tokens, strict=True):
+        if error.mean is None:
+            return ErrorMeasure(largest)
+        total += error.mean * tokens
+    return ErrorMeasure(largest, total / sum(chunk_tokens))
 
 
 def read_encoded_levels(
@@ -149,56 +251,76 @@ def read_encoded_levels(
     return [dataclasses.replace(level, kl=loss) for level, loss in zip(levels, losses, strict=True)]
 
 
-def _add_chunk(sizes: EncodedSizes, encoder: Encoder, index: int, level: int, file_bytes: int) -> EncodedSizes:
-    header = encoder.expected_header(index, level)
-    return EncodedSizes(
-        header=sizes.header + header.payload_offset - header.scales_bytes,
-        tables=sizes.tables,
-        scales=sizes.scales + header.scales_bytes,
-        payload=sizes.payload + file_bytes - header.payload_offset,
-    )
-
-
-def _claim_folder(folder: Path, encoder: Encoder, overwrite: bool) -> None:
-    """Make the folder, refuse what is not ours, and write the tables file that says whose it is."""
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        names = sorted(path.name for path in folder.iterdir() if not is_temporary(path))
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be made or read: {error.strerror} (--output_path)") from error
-    tables_path = folder / container.TABLES_NAME
-    remedy = "give another --output_path, or --overwrite to replace it"
-    is_claimed = bool(names) and not overwrite
-    if is_claimed:
-        if container.TABLES_NAME not in names:
-            raise OutputError(f"{folder}: is not empty and holds no {container.TABLES_NAME} ({names[0]}); {remedy}")
-        if container.read_whole(tables_path) != encoder.tables_file:
-            raise OutputError(f"{folder}: holds the encoding of another document or configuration; {remedy}")
-    try:
-        # Not before: a folder that is refused stays as it was.
-        remove_stale_temporaries(folder)
-        for name in names:
-            if not is_claimed and (name == container.TABLES_NAME or _CHUNK_NAME.fullmatch(name)):
-                (folder / name).unlink()
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be emptied: {error.strerror}") from error
-    if not is_claimed:
-        write_file(tables_path, encoder.tables_file)
+        raise OutputError(f"{folder}: cannot be made: {error.strerror} (--output_path)") from error
 
 
-def _is_finished(path: Path, encoder: Encoder, index: int, level: int) -> bool:
-    """Tell whether a chunk file is there, whole and the right one; a damaged one is encoded again.
+def _claim_folder(folder: Path, encoder: Encoder, overwrite: bool) -> _Claim:
+    """Refuse what is not ours, and write the tables file, which says whose folder it is, unless it is there.
 
     Raises:
-        OutputError: it is a whole chunk of something else.
+        OutputError: the folder holds something else; it stays as it was.
     """
-    if not path.exists():
-        return False
-    content = container.read_whole(path)
-    if encoder.is_encoding_of(index, content, level):
-        return True
+    remedy = "give another --output_path, or --overwrite to replace it"
     try:
-        container.parse_chunk(content)
+        names = sorted(path.name for path in folder.iterdir() if not is_temporary(path))
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be read: {error.strerror} (--output_path)") from error
+    chunks = [folder / name for name in names if _CHUNK_NAME.fullmatch(name)]
+    tables_path = folder / container.TABLES_NAME
+    has_tables, is_damaged = container.TABLES_NAME in names, False
+    if not overwrite:
+        if names and not chunks and not has_tables:
+            raise OutputError(f"{folder}: is not empty and holds no {container.TABLES_NAME} ({names[0]}); {remedy}")
+        if has_tables:
+            content = container.read_whole(tables_path)
+            is_damaged = content != encoder.tables_file
+            if is_damaged and _is_readable(container.parse_tables, content):
+                raise OutputError(f"{folder}: holds the encoding of another cache or configuration; {remedy}")
+        tables_hash = encoder.document.tables_hash
+        for path in chunks:
+            if _is_foreign(container.read_whole(path), tables_hash):
+                raise OutputError(f"{path}: is a chunk of another cache or configuration; {remedy}")
+    # Not before: a folder that is refused stays as it was.
+    try:
+        remove_stale_temporaries(folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be swept: {error.strerror}") from error
+    if overwrite:
+        _remove([*chunks, tables_path])
+    is_written = overwrite or is_damaged or not has_tables
+    if is_written:
+        write_file(tables_path, encoder.tables_file)
+    return _Claim([tables_path] if is_written else [], [container.TABLES_NAME] if is_damaged else [])
+
+
+def _is_foreign(content: bytes, tables_hash: bytes) -> bool:
+    """Tell whether a chunk file says that it is of another document; of a damaged one nobody knows."""
+    try:
+        return container.unpack_any_chunk_header(content).tables_hash != tables_hash
+    except UnsupportedVersionError:
+        return True
     except BitstreamError:
         return False
-    raise OutputError(f"{path}: is a chunk of another document or configuration (--overwrite replaces the folder's)")
+
+
+def _is_readable(parse: Callable[[bytes], object], content: bytes) -> bool:
+    """Tell whether a file is whole, or of a release that this one does not read."""
+    try:
+        parse(content)
+    except UnsupportedVersionError:
+        return True
+    except BitstreamError:
+        return False
+    return True
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be removed: {error.strerror}") from error

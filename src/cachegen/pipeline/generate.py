@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
+from cachegen.pipeline.limits import check_length
 from cachegen.pipeline.model import LoadedModel, quiet_transformers
 from cachegen.pipeline.model_cache import get_capacity, set_length
 from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE, extend_cache
@@ -58,6 +60,7 @@ def generate_answer(
         block_size: tokens per step where many are to be recomputed.
 
     Raises:
+        InputError: prompt and answer are too long for the model.
         ValueError: the cache holds the whole prompt or more (generation needs its last token), or has too little room.
     """
     num_tokens = len(token_ids)
@@ -71,29 +74,60 @@ def generate_answer(
             f"`cache` must have room for {num_tokens + max_new_tokens - 1} tokens, it was allocated for "
             f"{get_capacity(cache)}"
         )
+    check_length(loaded, num_tokens + max_new_tokens - 1, "the prompt and its answer")
     start_seconds = time.perf_counter()
     set_length(cache, num_cached_tokens)
     # generate() would take all missing tokens in one step, quadratic in their number.
     num_in_blocks = (num_tokens - 1 - num_cached_tokens) // block_size * block_size
     extend_cache(loaded, cache, token_ids[num_cached_tokens : num_cached_tokens + num_in_blocks], block_size)
+    return _generate(loaded, token_ids, max_new_tokens, start_seconds, num_cached_tokens, past_key_values=cache)
+
+
+@torch.inference_mode()
+def generate_from_text(loaded: LoadedModel, token_ids: torch.Tensor, max_new_tokens: int) -> Answer:
+    """Continue a prompt greedily as transformers does of itself: one pass over all of it, into its own kind of cache.
+
+    What --verify compares with: nothing of this project is in it, neither blocks nor preallocated layers.
+
+    Args:
+        loaded: the model.
+        token_ids: the whole prompt, integers `[num_tokens]`.
+        max_new_tokens: where to stop if the model does not.
+
+    Raises:
+        InputError: prompt and answer are too long for the model.
+    """
+    check_length(loaded, len(token_ids) + max_new_tokens - 1, "the prompt and its answer")
+    return _generate(loaded, token_ids, max_new_tokens, time.perf_counter(), 0)
+
+
+def _generate(
+    loaded: LoadedModel,
+    token_ids: torch.Tensor,
+    max_new_tokens: int,
+    start_seconds: float,
+    num_cached_tokens: int,
+    **arguments: Any,
+) -> Answer:
+    """Call generate() and time it; `arguments` are for it."""
     clock = _FirstTokenClock()
     inputs = token_ids.to(device=loaded.device, dtype=torch.int64)[None]
     with quiet_transformers():
         output = loaded.model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=_choose_pad_token(loaded),
             streamer=clock,
+            **arguments,
         )
-    new_ids = tuple(output[0, num_tokens:].tolist())
+    new_ids = tuple(output[0, len(token_ids) :].tolist())
     end_seconds = time.perf_counter()
     return Answer(
         token_ids=new_ids,
         text=loaded.tokenizer.decode(new_ids, skip_special_tokens=True),
-        num_forward_tokens=num_tokens - num_cached_tokens + len(new_ids) - 1,
+        num_forward_tokens=len(token_ids) - num_cached_tokens + len(new_ids) - 1,
         prefill_seconds=clock.first_token_at - start_seconds,
         total_seconds=end_seconds - start_seconds,
         first_token_at=clock.first_token_at,

@@ -1,12 +1,10 @@
-"""Load a language model and say which one it is: fingerprint, rotary embeddings, devices."""
+"""Load a language model, and say what it is: rotary embeddings, layers, devices."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import inspect
-import json
 import os
 import ssl
 import sys
@@ -16,7 +14,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub.constants
@@ -30,15 +27,15 @@ from transformers.utils.hub import cached_file
 
 from cachegen.errors import BackendUnavailableError, ConfigError, InputError
 from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
+from cachegen.pipeline.fingerprint import compute_fingerprint
+from cachegen.pipeline.limits import LengthLimit, read_length_limit
+from cachegen.pipeline.model_files import first_line, read_config
 
 BUNDLED_MODEL = "models/tiny-mistral"
 
 _HUB_TIMEOUT_SECONDS = 5
 # Layers whose cache is keys and values of every token; a plain cache keeps them all, and only the mask differs.
 _REPRESENTABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
-# The first group with a file present is the tokenizer; further ones would only repeat it in an older form.
-_TOKENIZER_FILE_GROUPS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-_CONFIG_FIELDS_OUTSIDE_FINGERPRINT = ("transformers_version", "_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class LoadedModel:
         model: a transformers causal language model, in evaluation mode.
         tokenizer: its tokenizer.
         model_id: the Hugging Face id or folder it was loaded from.
-        fingerprint: SHA-256 in hex of its config and tokenizer; see `compute_fingerprint`.
+        fingerprint: SHA-256 in hex of its config, tokenizer and weights; see `fingerprint.compute_fingerprint`.
         rotary_embeddings: empty for a model without.
     """
 
@@ -102,6 +99,11 @@ class LoadedModel:
         ]
 
     @functools.cached_property
+    def length_limit(self) -> LengthLimit | None:
+        """The most tokens that may pass through the model; None where it has no such limit of its own."""
+        return read_length_limit(self.model)
+
+    @functools.cached_property
     def can_limit_logits(self) -> bool:
         """Whether the forward pass can compute logits for the last tokens only."""
         return "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
@@ -134,10 +136,11 @@ def load_model(
     placement = _plan_placement(device, load_in_8bit, num_gpus, max_gpu_memory)
     with quiet_transformers():
         local_files_only = _check_reachable(model_id)
-        fingerprint = compute_fingerprint(model_id, local_files_only=local_files_only)
+        read_config(model_id, local_files_only)  # says better than transformers what is wrong with it
         try:
             config = AutoConfig.from_pretrained(model_id, local_files_only=local_files_only)
             _refuse_unrepresentable(model_id, config)
+            fingerprint = compute_fingerprint(model_id, local_files_only=local_files_only, load_in_8bit=load_in_8bit)
             tokenizer = AutoTokenizer.from_pretrained(model_id, local_files_only=local_files_only)
             loading: Any = AutoModelForCausalLM.from_pretrained(
                 model_id,
@@ -151,9 +154,9 @@ def load_model(
         except torch.OutOfMemoryError:
             raise
         except ImportError as error:
-            raise BackendUnavailableError(f"{model_id}: {_first_line(error)}") from error
+            raise BackendUnavailableError(f"{model_id}: {first_line(error)}") from error
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{model_id}: cannot be loaded: {_first_line(error)}") from error
+            raise InputError(f"{model_id}: cannot be loaded: {first_line(error)}") from error
         if "device_map" not in placement:
             model.to(device)
     missing = sorted(loading_info["missing_keys"])
@@ -164,44 +167,6 @@ def load_model(
     model.eval()
     _keep_special_tokens_only(model)
     return LoadedModel(model, tokenizer, model_id, fingerprint, read_rotary_embeddings(model))
-
-
-def compute_fingerprint(model_id: str, *, local_files_only: bool = False) -> str:
-    """Hash what makes a cache this model's: its config and its tokenizer, from the files as they are.
-
-    Neither the version of transformers nor the place of the files matters. The weights are not read: fine-tuned
-    weights under an unchanged config have the same fingerprint.
-
-    Returns:
-        SHA-256 in hex of config.json (as canonical JSON, without the fields that only name a version or a path) and
-        of the tokenizer's files (name, length, bytes): tokenizer.json, or else tokenizer.model, or else vocab.json
-        and merges.txt.
-
-    Raises:
-        InputError: there is no config.json, or it is not JSON.
-    """
-    config_path = _find_file(model_id, "config.json", local_files_only)
-    if config_path is None:
-        raise InputError(f"{model_id}: has no config.json: not a Hugging Face model")
-    try:
-        config = json.loads(config_path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{config_path}: is not JSON: {_first_line(error)}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{config_path}: must be a JSON object")
-    for field in _CONFIG_FIELDS_OUTSIDE_FINGERPRINT:
-        config.pop(field, None)
-    files = {"config.json": json.dumps(config, sort_keys=True, separators=(",", ":")).encode()}
-    for group in _TOKENIZER_FILE_GROUPS:
-        found = {name: path for name in group if (path := _find_file(model_id, name, local_files_only)) is not None}
-        files.update({name: path.read_bytes() for name, path in found.items()})
-        if found:
-            break
-    digest = hashlib.sha256()
-    for name, content in files.items():
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
 
 
 def read_rotary_embeddings(model: Any) -> tuple[RotaryEmbedding, ...]:
@@ -305,7 +270,7 @@ def _check_reachable(model_id: str) -> bool:
         if local_files_only:
             reason = "is neither a folder nor cached, and the Hugging Face hub cannot be reached"
         else:
-            reason = f"is neither a folder nor to be had from the Hugging Face hub: {_first_line(error)}"
+            reason = f"is neither a folder nor to be had from the Hugging Face hub: {first_line(error)}"
         raise InputError(f"{model_id}: {reason} ({advice})") from error
     if found is None:
         raise InputError(f"{model_id}: is no model: it has no config.json ({advice})")
@@ -326,17 +291,6 @@ def _is_hub_reachable() -> bool:
         return False
 
 
-def _find_file(model_id: str, name: str, local_files_only: bool) -> Path | None:
-    """Return the local path of a model's file, downloaded if need be; None if the model has no such file."""
-    try:
-        found = cached_file(model_id, name, local_files_only=local_files_only)
-    except OSError as error:
-        if error.__cause__ is None or local_files_only:
-            return None
-        raise InputError(f"{model_id}: {name} cannot be fetched: {_first_line(error)}") from error
-    return None if found is None else Path(found)
-
-
 def _refuse_unrepresentable(model_id: str, config: Any) -> None:
     """Refuse, before any weights are read, a model whose cache is not just keys and values of every token."""
     name = f"{model_id}: {config.model_type}"
@@ -350,6 +304,10 @@ def _refuse_unrepresentable(model_id: str, config: Any) -> None:
         raise InputError(f"{name} has layers of type {', '.join(foreign)}, whose state is not keys and values")
     if "reuse" in (getattr(text_config, "kv_sharing_modes", None) or ()):
         raise InputError(f"{name} has layers that share the keys and values of others; not supported")
+    if getattr(text_config, "use_bidirectional_attention", None) in (True, "all"):
+        raise InputError(
+            f"{name} attends to later tokens (use_bidirectional_attention): its cache depends on the question"
+        )
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if "past_key_values" not in inspect.signature(model_class.forward).parameters:
         raise InputError(f"{name} is a model without a key-value cache")
@@ -363,8 +321,3 @@ def _keep_special_tokens_only(model: Any) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=defaults.bos_token_id, eos_token_id=defaults.eos_token_id, pad_token_id=defaults.pad_token_id
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from cachegen.errors import InputError
 from cachegen.kv_cache import ContextMetadata, KVCache
+from cachegen.pipeline.limits import check_context, check_length
 from cachegen.pipeline.model import LoadedModel, read_rotary_embeddings
 from cachegen.pipeline.model_cache import empty_cache, preallocated_layers, set_length, view_kv_cache
 
@@ -53,6 +54,7 @@ def prefill_context(
     """
     if len(token_ids) < 2:
         raise InputError(f"a context needs at least two tokens, this one has {len(token_ids)}")
+    check_context(loaded, len(token_ids), "the context")
     cached_ids = token_ids[:-1]
     cache = prefill(loaded, cached_ids, block_size, progress)
     metadata = ContextMetadata(
@@ -87,12 +89,13 @@ def prefill(
         A cache of preallocated layers that holds `num_tokens` tokens, one sequence.
 
     Raises:
-        InputError: a layer does not hold keys and values of all tokens, or the model's rotary frequencies changed on
-            the way, so that the keys are not all of one kind.
+        InputError: the text is too long for the model (see `limits`), a layer does not hold keys and values of all
+            tokens, or the model's rotary frequencies changed on the way, so that the keys are not all of one kind.
     """
     num_tokens = len(token_ids)
     if num_tokens < 1:
         raise ValueError("`token_ids` must have at least one token")
+    check_length(loaded, num_tokens, "the text to prefill")
     cache = empty_cache(loaded.num_layers, max(num_tokens, capacity or 0))
     extend_cache(loaded, cache, token_ids, block_size, progress)
     _check_whole(loaded.model_id, cache, num_tokens)
@@ -103,6 +106,16 @@ def prefill(
             "tokens; use a shorter context"
         )
     return cache
+
+
+def measure_plane_shapes(loaded: LoadedModel) -> list[tuple[int, int]]:
+    """Return (num_kv_heads, head_dim) of the model's keys and values of layer 0, of layer 1, ..., from one token.
+
+    Raises:
+        InputError: as `prefill`.
+    """
+    cache = prefill(loaded, torch.zeros(1, dtype=torch.int64))
+    return [(plane.shape[1], plane.shape[2]) for plane in view_kv_cache(cache, 1).planes]
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from cachegen.catalog import FoundDocument, find_document
 from cachegen.codec import Document, FindProfile, decode_levels, document_dtype, load_document
 from cachegen.coder import cpu
 from cachegen.errors import BitstreamError, ConfigError, MismatchError, StoreError
-from cachegen.kv_cache import KVCache
+from cachegen.kv_cache import KVCache, describe_difference
 from cachegen.manifest import Manifest, StoredObject
 from cachegen.store import Store
 from cachegen.streaming.policy import ChunkLevels
@@ -188,10 +188,15 @@ class RemoteDocument:
         """
         entry = self.manifest.chunks[chunk]
         stored = entry.files[level - 1]
+        document = self.open_level(level)
+        try:
+            document.prepare()
+        except BitstreamError as error:
+            raise error.at(self.describe(self.manifest.levels[level - 1].tables)) from error
         try:
             decode_levels(
                 [contents[needed] for needed in self.manifest.files_of(level)],
-                self.open_level(level),
+                document,
                 output,
                 first_token=entry.first_token,
                 token_hash=bytes.fromhex(entry.token_hash),
@@ -233,8 +238,9 @@ class RemoteDocument:
             ("chunk_tokens", header.chunk_tokens, tuple(chunk.num_tokens for chunk in manifest.chunks)),
         ]
         shapes = [(plane.num_kv_heads, plane.head_dim) for plane in header.planes]
-        if self._plane_shapes is not None and shapes != self._plane_shapes:
-            raise MismatchError(f"{name}: the planes have other shapes than the model's cache")
+        difference = describe_difference(shapes, self._plane_shapes) if self._plane_shapes is not None else None
+        if difference is not None:
+            raise MismatchError(f"{name}: planes: {difference}: the document is of another model")
         for field, found, wanted in gates:
             if found != wanted:
                 raise MismatchError(f"{name}: {field} is not what {self.address} says: they do not belong together")

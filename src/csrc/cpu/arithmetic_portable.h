@@ -33,7 +33,7 @@ inline Status encode_arithmetic_stream(const uint16_t* symbols, int64_t symbol_s
     const int64_t capacity = max_code_bytes(shape.num_tokens);
     workspace.code.resize(std::max<size_t>(workspace.code.size(), capacity));
     for (int64_t channel = 0; channel < shape.num_channels; ++channel) {
-        const FrequencyTable& table = coding.tables[BandTable::table_index(coding, channel)];
+        const FrequencyTable& table = coding.table_of(channel);
         const uint16_t* channel_symbols = symbols + channel * symbol_stride;
         ArithmeticEncoder encoder(workspace.code.data(), capacity);
         for (int64_t token = 0; token < shape.num_tokens; ++token) {
@@ -88,9 +88,9 @@ Status decode_arithmetic_stream(const uint8_t* bytes, int64_t num_bytes, uint32_
     bool is_at_end = true;
     const auto add_high_parts = [&](int64_t first, int64_t num_channels, const uint16_t*, int64_t symbol_stride) {
         uint16_t* tile = workspace.symbols.data();  // where decode_stream has put the low bits
-        const FrequencyTable* tables[kBandChannels];
+        const FrequencyTable* tables[kPortableTile];
         for (int64_t channel = 0; channel < num_channels; ++channel)
-            tables[channel] = &coding.tables[BandTable::table_index(coding, first + channel)];
+            tables[channel] = &coding.table_of(first + channel);
         for (int64_t channel = 0; channel < num_channels;) {
             const bool is_full = channel + kCount <= num_channels;
             const int count = is_full ? kCount : 1;

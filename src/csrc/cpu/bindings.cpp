@@ -133,8 +133,8 @@ void set_tables(Plane& plane, const TableSet* tables, int64_t first_table, int64
 
 // Make coder `ac` of `rans`, or refuse.
 void set_arithmetic(PlaneCoding& coding, bool is_arithmetic, int64_t num_tokens) {
-    if (is_arithmetic && (coding.tables == nullptr || coding.has_band_map || num_tokens > kMaxCodeTokens))
-        throw py::value_error("coder ac takes tables, no band maps and at most 16384 tokens");
+    if (is_arithmetic && (coding.tables == nullptr || num_tokens > kMaxCodeTokens))
+        throw py::value_error("coder ac takes tables and at most 16384 tokens");
     coding.is_arithmetic = is_arithmetic;
 }
 
@@ -303,7 +303,7 @@ using TableIndices = std::optional<py::array_t<uint16_t, py::array::c_style>>;
 
 // The arrays must outlive the coding.
 PlaneCoding make_coding(const TableSet* tables, int low_bits, const TableIndices& table_indices,
-                        const std::optional<Bytes>& band_map, const StreamShape& shape) {
+                        const StreamShape& shape) {
     if (low_bits < 0 || low_bits > kMaxLowBits) throw py::value_error("low_bits is out of range");
     PlaneCoding coding;
     coding.low_bits = low_bits;
@@ -320,20 +320,14 @@ PlaneCoding make_coding(const TableSet* tables, int low_bits, const TableIndices
     } else if (tables != nullptr && coding.num_tables < shape.num_channels) {
         throw py::value_error("one table per channel is expected");
     }
-    if (band_map.has_value()) {
-        if (band_map->size() != shape.band_map_bytes())
-            throw py::value_error("one band map byte per row and band is expected");
-        coding.band_map = band_map->data();
-        coding.has_band_map = true;
-    }
     return coding;
 }
 
 // Encode one stream of symbols uint16 [num_channels, num_tokens]; see coder/cpu.py. Returns (bytes, words, status).
 py::tuple encode_symbols(py::array_t<uint16_t, py::array::c_style> symbols, const TableSet* tables, int low_bits,
-                         const TableIndices& table_indices, const std::optional<Bytes>& band_map, bool is_arithmetic) {
+                         const TableIndices& table_indices, bool is_arithmetic) {
     const StreamShape shape{symbols.shape(1), symbols.shape(0)};
-    PlaneCoding coding = make_coding(tables, low_bits, table_indices, band_map, shape);
+    PlaneCoding coding = make_coding(tables, low_bits, table_indices, shape);
     set_arithmetic(coding, is_arithmetic, shape.num_tokens);
     const int64_t symbol_stride = shape.num_rows() * kNumLanes;
     std::vector<uint16_t> padded(shape.num_channels * symbol_stride, 0);
@@ -350,11 +344,9 @@ py::tuple encode_symbols(py::array_t<uint16_t, py::array::c_style> symbols, cons
 
 // The inverse of encode_symbols. Returns (symbols uint16 [num_channels, num_tokens], status).
 py::tuple decode_symbols(Bytes bytes, uint32_t num_words, int64_t num_tokens, int64_t num_channels,
-                         const TableSet* tables, int low_bits, const TableIndices& table_indices, bool has_band_map,
-                         bool is_arithmetic) {
+                         const TableSet* tables, int low_bits, const TableIndices& table_indices, bool is_arithmetic) {
     const StreamShape shape{num_tokens, num_channels};
-    PlaneCoding coding = make_coding(tables, low_bits, table_indices, std::nullopt, shape);
-    coding.has_band_map = has_band_map;
+    PlaneCoding coding = make_coding(tables, low_bits, table_indices, shape);
     set_arithmetic(coding, is_arithmetic, num_tokens);
     py::array_t<uint16_t> symbols({num_channels, num_tokens});
     StreamWorkspace workspace;
@@ -488,7 +480,7 @@ PYBIND11_MODULE(_native, module) {
         .value("CORRUPT", Status::kCorrupt)
         .value("NO_FREQUENCY", Status::kNoFrequency)
         .value("NOT_FINITE", Status::kNotFinite)
-        .value("BAD_BAND_MAP", Status::kBadBandMap);
+        .value("BAD_LOW_BITS", Status::kBadLowBits);
 
     py::enum_<CpuPath>(module, "CpuPath")
         .value("PORTABLE", CpuPath::kPortable)
@@ -507,8 +499,7 @@ PYBIND11_MODULE(_native, module) {
     py::class_<Plane>(module, "Plane")
         .def(py::init([](uintptr_t values, int64_t token_stride, int64_t head_stride, int64_t num_heads,
                          int64_t head_dim, uintptr_t scales, int num_bins, int low_bits, int64_t tokens_per_stream,
-                         const TableSet* tables, int64_t first_table, int64_t num_tables, bool has_band_map,
-                         bool is_arithmetic) {
+                         const TableSet* tables, int64_t first_table, int64_t num_tables, bool is_arithmetic) {
                  Plane plane;
                  plane.values = reinterpret_cast<uint8_t*>(values);
                  plane.token_stride = token_stride;
@@ -519,7 +510,6 @@ PYBIND11_MODULE(_native, module) {
                  plane.num_bins = num_bins;
                  plane.tokens_per_stream = tokens_per_stream;
                  plane.coding.low_bits = low_bits;
-                 plane.coding.has_band_map = has_band_map;
                  set_tables(plane, tables, first_table, num_tables);
                  set_arithmetic(plane.coding, is_arithmetic, tokens_per_stream);
                  return plane;
@@ -527,7 +517,7 @@ PYBIND11_MODULE(_native, module) {
              py::kw_only(), py::arg("values"), py::arg("token_stride"), py::arg("head_stride"), py::arg("num_heads"),
              py::arg("head_dim"), py::arg("scales"), py::arg("num_bins"), py::arg("low_bits"),
              py::arg("tokens_per_stream"), py::arg("tables"), py::arg("first_table"), py::arg("num_tables"),
-             py::arg("has_band_map") = false, py::arg("is_arithmetic") = false, py::keep_alive<1, 11>());
+             py::arg("is_arithmetic") = false, py::keep_alive<1, 11>());
 
     module.def("pack_tables", &pack_tables, py::arg("counts").noconvert(), py::arg("plane_channels"),
                py::arg("num_threads"));
@@ -540,11 +530,10 @@ PYBIND11_MODULE(_native, module) {
     module.def("checksum_streams", &checksum_streams, py::arg("payload").noconvert(), py::arg("index"),
                py::arg("num_threads"));
     module.def("encode_symbols", &encode_symbols, py::arg("symbols"), py::arg("tables"), py::arg("low_bits"),
-               py::arg("table_indices") = py::none(), py::arg("band_map") = py::none(),
-               py::arg("is_arithmetic") = false);
+               py::arg("table_indices") = py::none(), py::arg("is_arithmetic") = false);
     module.def("decode_symbols", &decode_symbols, py::arg("bytes"), py::arg("num_words"), py::arg("num_tokens"),
                py::arg("num_channels"), py::arg("tables"), py::arg("low_bits"), py::arg("table_indices") = py::none(),
-               py::arg("has_band_map") = false, py::arg("is_arithmetic") = false);
+               py::arg("is_arithmetic") = false);
     module.def("encode_components", &encode_components_of, py::arg("fine"), py::arg("coarse"), py::arg("tables"),
                py::arg("table_indices"), py::arg("low_bits"), py::arg("num_refined"), py::arg("tokens_per_stream"),
                py::arg("num_threads"));

@@ -93,9 +93,9 @@ inline Status decode_components(const uint8_t* bytes, int64_t num_bytes, uint32_
                                 int64_t stride) {
     const StreamShape shape{num_tokens, coding.num_components};
     const PlaneCoding plane_coding = coding.plane_coding();
-    const Status built = workspace.bands.build(shape, plane_coding, nullptr);
+    const Status built = workspace.low_bits.build(shape, plane_coding);
     if (built != Status::kOk) return built;
-    const int64_t words_end = lay_out(shape, plane_coding, workspace.bands).words + 2 * int64_t{num_words};
+    const int64_t words_end = lay_out(shape, plane_coding, workspace.low_bits).words + 2 * int64_t{num_words};
     EscapeList escapes;
     const Status found = escapes.find(words_end, num_bytes);
     if (found != Status::kOk) return found;

@@ -137,11 +137,9 @@ Status decode_plane_stream(const Plane& plane, const StreamRef& stream, const ui
                            StreamWorkspace& workspace) {
     using Storage = typename Dtype::Storage;
     const int zero_symbol = zero_symbol_of(plane.num_bins);
-    // Levels of every symbol that bits can spell, so that corrupt streams stay inside the table. Band maps can spell
-    // wider ones.
-    const int max_low_bits = plane.coding.has_band_map ? kMaxLowBits : plane.coding.low_bits;
+    // Levels of every symbol that bits can spell, so that corrupt streams stay inside the table.
     std::vector<float>& levels = workspace.levels;
-    levels.resize(size_t{kTableSize} << max_low_bits);
+    levels.resize(size_t{kTableSize} << plane.coding.low_bits);
     for (size_t symbol = 0; symbol < levels.size(); ++symbol)
         levels[symbol] = level_of(static_cast<int>(symbol), zero_symbol);
     const auto* scales = reinterpret_cast<const Storage*>(plane.scales) + stream.first_token;

@@ -13,96 +13,67 @@
 
 namespace cachegen {
 
+constexpr int kPortableTile = 32;  // channels that are decoded before any of them is passed on
+
 // How the streams of a plane are coded.
 struct PlaneCoding {
     const FrequencyTable* tables = nullptr;  // null: coder `packed`
     const uint8_t* table_traits = nullptr;   // per table, see TableTraits; the vector kernels want them
     int64_t num_tables = 0;
     const uint16_t* table_indices = nullptr;    // per channel; null: table c codes channel c
-    int low_bits = 0;                           // of all symbols, where there is no band map
-    const uint8_t* channel_low_bits = nullptr;  // per channel, in the place of low_bits; then there is no band map
-    const uint8_t* band_map = nullptr;          // encoder only: [num_rows][num_bands], see BandCoding
-    bool has_band_map = false;
-    bool is_arithmetic = false;  // coder `ac` (cpu/arithmetic_portable.h); has tables and no band maps
+    int low_bits = 0;                           // of all symbols
+    const uint8_t* channel_low_bits = nullptr;  // per channel, in the place of low_bits
+    bool is_arithmetic = false;                 // coder `ac` (cpu/arithmetic_portable.h), which has tables
+
+    const FrequencyTable& table_of(int64_t channel) const {
+        return tables[table_indices != nullptr ? table_indices[channel] : channel];
+    }
 };
 
-// What a stream's rows and bands say, resolved: per (row, band) the low bits, the table offset, and where the low bits
-// lie. Reused from stream to stream so that decoding allocates nothing once warm.
-class BandTable {
+// Where the low bits of a stream lie: row by row, channel by channel, bit by bit, one bit per live lane. All rows but
+// the last have 32 live lanes. Reused from stream to stream so that decoding allocates nothing once warm.
+class LowBits {
   public:
-    struct Entry {
-        int low_bits;
-        int table_offset;
-        int64_t bit_position;
-    };
-
-    // `band_map` is null where the plane has none. Returns kBadBandMap for entries out of range.
-    Status build(const StreamShape& shape, const PlaneCoding& coding, const uint8_t* band_map) {
-        if (coding.channel_low_bits != nullptr) return build_per_channel(shape, coding);
-        channels_per_entry_ = kBandChannels;
-        num_entries_ = shape.num_bands();
-        entries_.resize(shape.num_rows() * num_entries_);
-        int64_t position = 0;
-        for (int64_t row = 0; row < shape.num_rows(); ++row) {
-            for (int64_t band = 0; band < num_entries_; ++band) {
-                BandCoding band_coding{coding.low_bits, 0};
-                if (band_map != nullptr) band_coding = BandCoding::from_byte(band_map[row * num_entries_ + band]);
-                if (band_coding.low_bits > kMaxLowBits) return Status::kBadBandMap;
-                const int64_t first = band * kBandChannels;
-                const int64_t last = std::min<int64_t>(first + kBandChannels, shape.num_channels);
-                if (band_coding.table_offset != 0) {
-                    for (int64_t channel = first; channel < last; ++channel) {
-                        const int64_t index = table_index(coding, channel) + band_coding.table_offset;
-                        if (index < 0 || index >= coding.num_tables) return Status::kBadBandMap;
-                    }
-                }
-                entries_[row * num_entries_ + band] = {band_coding.low_bits, band_coding.table_offset, position};
-                position += (last - first) * band_coding.low_bits * shape.live_lanes(row);
+    // Returns kBadLowBits where a channel has more than there may be.
+    Status build(const StreamShape& shape, const PlaneCoding& coding) {
+        uniform_ = coding.low_bits;
+        if (coding.channel_low_bits == nullptr) {
+            if (uniform_ > kMaxLowBits) return Status::kBadLowBits;
+            channels_ = nullptr;
+            per_token_ = shape.num_channels * uniform_;
+        } else {
+            channels_ = coding.channel_low_bits;
+            before_.resize(std::max<size_t>(before_.size(), shape.num_channels));
+            per_token_ = 0;
+            for (int64_t channel = 0; channel < shape.num_channels; ++channel) {
+                if (channels_[channel] > kMaxLowBits) return Status::kBadLowBits;
+                before_[channel] = per_token_;
+                per_token_ += channels_[channel];
             }
         }
-        num_low_bits_ = position;
+        total_ = per_token_ * shape.num_tokens;
         return Status::kOk;
     }
 
-    static int64_t table_index(const PlaneCoding& coding, int64_t channel) {
-        return coding.table_indices != nullptr ? coding.table_indices[channel] : channel;
+    int of(int64_t channel) const { return channels_ != nullptr ? channels_[channel] : uniform_; }
+    // Where bit 0 of the lanes of a row and channel begins; the next bit is `live` further on.
+    int64_t position(int64_t row, int64_t channel, int live) const {
+        const int64_t before = channels_ != nullptr ? before_[channel] : channel * uniform_;
+        return row * kNumLanes * per_token_ + before * live;
     }
-
-    const Entry& at(int64_t row, int64_t channel) const {
-        return entries_[row * num_entries_ + channel / channels_per_entry_];
-    }
-    // Where bit `bit` of the lanes of a row and channel begins.
-    int64_t bit_position(const Entry& entry, int64_t channel, int bit, int live) const {
-        return entry.bit_position + ((channel % channels_per_entry_) * entry.low_bits + bit) * int64_t{live};
-    }
-    int64_t num_low_bits() const { return num_low_bits_; }
+    // The number of low bits of the stream.
+    int64_t total() const { return total_; }
 
   private:
-    Status build_per_channel(const StreamShape& shape, const PlaneCoding& coding) {
-        channels_per_entry_ = 1;
-        num_entries_ = shape.num_channels;
-        entries_.resize(shape.num_rows() * num_entries_);
-        int64_t position = 0;
-        for (int64_t row = 0; row < shape.num_rows(); ++row) {
-            for (int64_t channel = 0; channel < num_entries_; ++channel) {
-                const int low_bits = coding.channel_low_bits[channel];
-                if (low_bits > kMaxLowBits) return Status::kBadBandMap;
-                entries_[row * num_entries_ + channel] = {low_bits, 0, position};
-                position += int64_t{low_bits} * shape.live_lanes(row);
-            }
-        }
-        num_low_bits_ = position;
-        return Status::kOk;
-    }
-
-    std::vector<Entry> entries_;
-    int64_t num_entries_ = 0;  // of a row
-    int64_t channels_per_entry_ = kBandChannels;
-    int64_t num_low_bits_ = 0;
+    const uint8_t* channels_ = nullptr;
+    int uniform_ = 0;
+    std::vector<int64_t> before_;  // low bits of a token's channels before each
+    int64_t per_token_ = 0;
+    int64_t total_ = 0;
 };
 
-inline StreamParts lay_out(const StreamShape& shape, const PlaneCoding& coding, const BandTable& bands) {
-    return lay_out_parts(shape, coding.tables != nullptr, coding.has_band_map, bands.num_low_bits());
+inline StreamParts lay_out(const StreamShape& shape, const PlaneCoding& coding, const LowBits& low_bits) {
+    return lay_out_parts(shape, coding.tables != nullptr, low_bits.total());
 }
 
 inline uint16_t load_u16(const uint8_t* bytes) { return static_cast<uint16_t>(bytes[0] | bytes[1] << 8); }
@@ -123,7 +94,7 @@ inline void store_u32(uint8_t* bytes, uint32_t value) {
 
 // Memory that a thread keeps from stream to stream.
 struct StreamWorkspace {
-    BandTable bands;
+    LowBits low_bits;
     std::vector<uint16_t> words;    // the encoder's output, filled from the end
     std::vector<uint16_t> symbols;  // [channels of a tile][padded tokens]
     std::vector<uint8_t> code;      // of one channel, coder `ac`
@@ -137,23 +108,21 @@ struct StreamWorkspace {
 inline Status encode_stream(const uint16_t* symbols, int64_t symbol_stride, const StreamShape& shape,
                             const PlaneCoding& coding, StreamWorkspace& workspace, std::vector<uint8_t>& output,
                             uint32_t* num_words) {
-    BandTable& bands = workspace.bands;
-    const Status status = bands.build(shape, coding, coding.has_band_map ? coding.band_map : nullptr);
+    LowBits& low_bits = workspace.low_bits;
+    const Status status = low_bits.build(shape, coding);
     if (status != Status::kOk) return status;
-    const StreamParts parts = lay_out(shape, coding, bands);
+    const StreamParts parts = lay_out(shape, coding, low_bits);
     const size_t begin = output.size();
     output.resize(begin + parts.words, 0);
-    if (coding.has_band_map) std::memcpy(&output[begin + parts.band_map], coding.band_map, shape.band_map_bytes());
 
     for (int64_t row = 0; row < shape.num_rows(); ++row) {
         const int live = shape.live_lanes(row);
         for (int64_t channel = 0; channel < shape.num_channels; ++channel) {
-            const BandTable::Entry& band = bands.at(row, channel);
             const uint16_t* lane_symbols = symbols + channel * symbol_stride + row * kNumLanes;
-            for (int bit = 0; bit < band.low_bits; ++bit) {
+            int64_t position = low_bits.position(row, channel, live);
+            for (int bit = 0; bit < low_bits.of(channel); ++bit, position += live) {
                 uint32_t plane = 0;
                 for (int lane = 0; lane < live; ++lane) plane |= ((lane_symbols[lane] >> bit) & 1u) << lane;
-                const int64_t position = bands.bit_position(band, channel, bit, live);
                 write_bits(&output[begin + parts.low_bits], position, live, plane);
             }
         }
@@ -169,12 +138,12 @@ inline Status encode_stream(const uint16_t* symbols, int64_t symbol_stride, cons
     uint16_t* const words_end = workspace.words.data() + workspace.words.size();
     uint16_t* word = words_end;
     for (int64_t channel = shape.num_channels - 1; channel >= 0; --channel) {
+        const FrequencyTable& table = coding.table_of(channel);
+        const int num_low_bits = low_bits.of(channel);
         for (int64_t row = shape.num_rows() - 1; row >= 0; --row) {
-            const BandTable::Entry& band = bands.at(row, channel);
-            const FrequencyTable& table = coding.tables[BandTable::table_index(coding, channel) + band.table_offset];
             const uint16_t* lane_symbols = symbols + channel * symbol_stride + row * kNumLanes;
             for (int lane = shape.live_lanes(row) - 1; lane >= 0; --lane) {
-                const uint32_t high = lane_symbols[lane] >> band.low_bits;
+                const uint32_t high = lane_symbols[lane] >> num_low_bits;
                 if (high >= kTableSize || table.frequency[high] == 0) return Status::kNoFrequency;
                 const uint32_t frequency = table.frequency[high];
                 uint32_t state = states[lane];
@@ -280,13 +249,10 @@ inline bool decode_row(const DecodeTable& table, int live, uint32_t states[kNumL
 template <class Sink>
 Status decode_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words, const StreamShape& shape,
                      const PlaneCoding& coding, StreamWorkspace& workspace, Sink&& sink) {
-    const int64_t states_bytes = coding.tables != nullptr ? shape.states_bytes() : 0;
-    const int64_t map_bytes = coding.has_band_map ? shape.band_map_bytes() : 0;
-    if (states_bytes + map_bytes > num_bytes) return Status::kTruncated;
-    BandTable& bands = workspace.bands;
-    const Status status = bands.build(shape, coding, coding.has_band_map ? bytes + states_bytes : nullptr);
+    LowBits& low_bits = workspace.low_bits;
+    const Status status = low_bits.build(shape, coding);
     if (status != Status::kOk) return status;
-    const StreamParts parts = lay_out(shape, coding, bands);
+    const StreamParts parts = lay_out(shape, coding, low_bits);
     if (parts.words + 2 * int64_t{num_words} != num_bytes) return Status::kTruncated;
     if (coding.tables == nullptr && num_words != 0) return Status::kCorrupt;
 
@@ -298,28 +264,28 @@ Status decode_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words
     const uint8_t* const words_end = bytes + num_bytes;
 
     const int64_t symbol_stride = shape.num_rows() * kNumLanes;
-    const int64_t tile_channels = std::min<int64_t>(kBandChannels, shape.num_channels);
+    const int64_t tile_channels = std::min<int64_t>(kPortableTile, shape.num_channels);
     workspace.symbols.resize(std::max<size_t>(workspace.symbols.size(), tile_channels * symbol_stride));
     uint16_t* const tile = workspace.symbols.data();
     DecodeTable table;
-    for (int64_t first = 0; first < shape.num_channels; first += kBandChannels) {
-        const int64_t last = std::min<int64_t>(first + kBandChannels, shape.num_channels);
+    for (int64_t first = 0; first < shape.num_channels; first += kPortableTile) {
+        const int64_t last = std::min<int64_t>(first + kPortableTile, shape.num_channels);
         for (int64_t channel = first; channel < last; ++channel) {
+            const int num_low_bits = low_bits.of(channel);
+            if (coding.tables != nullptr) table.make(coding.table_of(channel));
             for (int64_t row = 0; row < shape.num_rows(); ++row) {
-                const BandTable::Entry& band = bands.at(row, channel);
                 const int live = shape.live_lanes(row);
                 uint16_t* lane_symbols = tile + (channel - first) * symbol_stride + row * kNumLanes;
                 if (coding.tables != nullptr) {
-                    table.make(coding.tables[BandTable::table_index(coding, channel) + band.table_offset]);
                     if (!decode_row(table, live, states, &word, words_end, lane_symbols)) return Status::kTruncated;
                 } else {
                     std::fill(lane_symbols, lane_symbols + kNumLanes, uint16_t{0});
                 }
-                if (band.low_bits > 0) {
+                if (num_low_bits > 0) {
                     for (int lane = 0; lane < live; ++lane)
-                        lane_symbols[lane] = static_cast<uint16_t>(lane_symbols[lane] << band.low_bits);
-                    for (int bit = 0; bit < band.low_bits; ++bit) {
-                        const int64_t position = bands.bit_position(band, channel, bit, live);
+                        lane_symbols[lane] = static_cast<uint16_t>(lane_symbols[lane] << num_low_bits);
+                    int64_t position = low_bits.position(row, channel, live);
+                    for (int bit = 0; bit < num_low_bits; ++bit, position += live) {
                         const uint32_t plane = read_bits(bytes + parts.low_bits, position, live);
                         for (int lane = 0; lane < live; ++lane) lane_symbols[lane] |= ((plane >> lane) & 1u) << bit;
                     }

@@ -12,7 +12,6 @@ namespace cachegen {
 
 constexpr int kMaxBatch = 8;       // streams in flight
 constexpr int kTileChannels = 32;  // channels between two transpositions; 64 bytes of fp16
-static_assert(kTileChannels == kBandChannels, "a tile is a band");
 
 // Where the lanes of a tile lie in its tensor: runs of channels that are contiguous, because they share a head.
 struct HeadRun {

@@ -26,8 +26,8 @@ struct BatchKey {
           head_dim(plane.head_dim),
           low_bits(plane.coding.low_bits),
           is_coded(plane.coding.tables != nullptr),
-          is_uniform(!plane.coding.is_arithmetic && !plane.coding.has_band_map &&
-                     plane.coding.table_indices == nullptr && shape.num_rows() <= kMaxBatchRows) {}
+          is_uniform(!plane.coding.is_arithmetic && plane.coding.table_indices == nullptr &&
+                     shape.num_rows() <= kMaxBatchRows) {}
 
     bool operator==(const BatchKey& other) const {
         return num_channels == other.num_channels && num_tokens == other.num_tokens && head_dim == other.head_dim &&

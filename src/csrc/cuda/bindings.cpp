@@ -49,10 +49,9 @@ void compact(const Launch& launch, uintptr_t slots, uintptr_t streams, uintptr_t
                                  at<uint8_t>(payload), payload_bytes));
 }
 
-void decode(const Launch& launch, uintptr_t payload, int64_t payload_bytes, uintptr_t streams, uintptr_t band_positions,
-            uintptr_t statuses) {
+void decode(const Launch& launch, uintptr_t payload, int64_t payload_bytes, uintptr_t streams, uintptr_t statuses) {
     raise_problem(launch_decode(launch, at<const uint8_t>(payload), payload_bytes, at<const StreamRecord>(streams),
-                                at<int64_t>(band_positions), at<int32_t>(statuses)));
+                                at<int32_t>(statuses)));
 }
 
 void encode_codes(const Launch& launch, uintptr_t slots, uintptr_t streams, uintptr_t statuses) {
@@ -120,7 +119,7 @@ PYBIND11_MODULE(torchac_cuda, module) {
     module.def("compact", &compact, py::arg("launch"), py::arg("slots"), py::arg("streams"), py::arg("payload"),
                py::arg("payload_bytes"));
     module.def("decode", &decode, py::arg("launch"), py::arg("payload"), py::arg("payload_bytes"), py::arg("streams"),
-               py::arg("band_positions"), py::arg("statuses"));
+               py::arg("statuses"));
     module.def("code_slot_bytes", [](int64_t num_tokens, int64_t num_channels, int64_t low_bits) {
         return code_slot_bytes({num_tokens, num_channels}, low_bits);
     });

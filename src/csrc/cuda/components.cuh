@@ -56,7 +56,7 @@ struct ComponentDecoder {
             stream_record.num_bytes > payload_bytes - stream_record.offset)
             return Status::kTruncated;
         const uint8_t* bytes = payload + stream_record.offset;
-        const StreamParts parts = lay_out_parts(stream.shape(), true, false, stream.num_tokens * record.low_bits);
+        const StreamParts parts = lay_out_parts(stream.shape(), true, stream.num_tokens * record.low_bits);
         EscapeList list;
         const Status found = list.find(parts.words + 2 * stream_record.num_words, stream_record.num_bytes);
         if (found != Status::kOk) return found;
@@ -226,7 +226,7 @@ struct ComponentEncoder {
 
     __device__ void open(const GroupRecord& record, const WarpStream& stream, uint8_t* slots, int lane) {
         const StreamShape full{record.tokens_per_stream, stream.num_channels};
-        parts = lay_out_parts(stream.shape(), true, false, stream.num_tokens * record.low_bits);
+        parts = lay_out_parts(stream.shape(), true, stream.num_tokens * record.low_bits);
         slot = slots + record.workspace + stream.index * component_slot_bytes(full, record.low_bits);
         lane_encoder = {kStateLow, reinterpret_cast<uint16_t*>(slot + parts.words),
                         static_cast<uint32_t>(stream.num_symbols())};
@@ -386,7 +386,7 @@ static __global__ void __launch_bounds__(kThreadsPerBlock)
         if (found.offset < 0 || padded_bytes > payload_bytes - found.offset) continue;
         const uint8_t* slot = slots + record.workspace + i * component_slot_bytes(full, record.low_bits);
         const int64_t num_symbols = stream.num_symbols();
-        const int64_t words_at = lay_out_parts(stream.shape(), true, false, stream.num_tokens * record.low_bits).words;
+        const int64_t words_at = lay_out_parts(stream.shape(), true, stream.num_tokens * record.low_bits).words;
         const auto* words = reinterpret_cast<const uint16_t*>(slot + words_at) + num_symbols - found.num_words;
         EscapeList escapes;
         if (escapes.find(words_at + 2 * found.num_words, found.num_bytes) != Status::kOk) continue;

@@ -97,11 +97,11 @@ const char* launch_compact(const Launch& launch, const uint8_t* slots, const Str
 }
 
 const char* launch_decode(const Launch& launch, const uint8_t* payload, int64_t payload_bytes,
-                          const StreamRecord* streams, int64_t* band_positions, int32_t* statuses) {
+                          const StreamRecord* streams, int32_t* statuses) {
     const dim3 grid = make_grid(launch.num_planes, divide_up(launch.max_streams, kWarpsPerBlock));
     return launch_for_dtype(launch, [&](auto tag) {
         CACHEGEN_LAUNCH(decode_kernel<decltype(tag)>, grid, kThreadsPerBlock, launch.stream, launch.planes,
-                        launch.num_tokens, launch.tables, payload, payload_bytes, streams, band_positions, statuses);
+                        launch.num_tokens, launch.tables, payload, payload_bytes, streams, statuses);
     });
 }
 

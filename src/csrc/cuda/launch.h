@@ -29,10 +29,9 @@ struct PlaneRecord {
     int64_t tokens_per_stream;
     int64_t first_stream;  // of the plane, in the chunk's index
     int64_t first_table;   // of the plane, in the tables and the counts; table c codes channel c
-    int64_t has_band_map;
-    int64_t workspace;  // encoder: bytes from `slots` to its first stream's; decoder: its first entry of band_positions
+    int64_t workspace;     // encoder: bytes from `slots` to its first stream's
 };
-constexpr int kPlaneFields = 13;
+constexpr int kPlaneFields = 12;
 static_assert(sizeof(PlaneRecord) == 8 * kPlaneFields, "a record is a row of int64");
 
 // One stream of a chunk, as a row of an int64 tensor.
@@ -64,7 +63,7 @@ const char* launch_count_symbols(const Launch& launch, int64_t max_channels, uin
 // Bytes of the workspace that the encoder needs for a stream: what precedes its words, and a word for every symbol.
 CACHEGEN_HOST_DEVICE inline int64_t slot_bytes(const StreamShape& shape, int64_t low_bits, bool has_tables) {
     const int64_t num_symbols = shape.num_tokens * shape.num_channels;
-    const StreamParts parts = lay_out_parts(shape, has_tables, false, num_symbols * low_bits);
+    const StreamParts parts = lay_out_parts(shape, has_tables, num_symbols * low_bits);
     return round_up(parts.words + (has_tables ? 2 * num_symbols : 0), kStreamAlignment);
 }
 
@@ -76,10 +75,9 @@ const char* launch_encode(const Launch& launch, uint8_t* slots, StreamRecord* st
 const char* launch_compact(const Launch& launch, const uint8_t* slots, const StreamRecord* streams, uint8_t* payload,
                            int64_t payload_bytes);
 
-// Decode all streams into the planes. band_positions: room for an int64 per row of lanes and band of every plane with
-// band maps.
+// Decode all streams into the planes.
 const char* launch_decode(const Launch& launch, const uint8_t* payload, int64_t payload_bytes,
-                          const StreamRecord* streams, int64_t* band_positions, int32_t* statuses);
+                          const StreamRecord* streams, int32_t* statuses);
 
 // The same of coder `ac`, whose streams have at most kMaxCodeTokens tokens; statuses start as zero.
 CACHEGEN_HOST_DEVICE inline int64_t code_slot_bytes(const StreamShape& shape, int64_t low_bits) {
@@ -134,7 +132,7 @@ struct ComponentLaunch {
 
 // Bytes of the workspace that the encoder needs for a stream of components: as slot_bytes, escapes not counted.
 CACHEGEN_HOST_DEVICE inline int64_t component_slot_bytes(const StreamShape& shape, int64_t low_bits_of_token) {
-    const StreamParts parts = lay_out_parts(shape, true, false, shape.num_tokens * low_bits_of_token);
+    const StreamParts parts = lay_out_parts(shape, true, shape.num_tokens * low_bits_of_token);
     return round_up(parts.words + 2 * shape.num_tokens * shape.num_channels, kStreamAlignment);
 }
 

@@ -21,10 +21,8 @@ constexpr int kStagedRows = 128;    // rows of lanes, over all channels of a gro
 constexpr int kGroupChannels = 16;  // at most, of streams of at most 8 rows: tokens of whole 32-byte sectors
 constexpr int kTileChannels = 64;   // whose tables are in shared memory at a time
 constexpr int kTableBytes = 4 * kTableSize;
-constexpr int kNumLevels = 256;     // a staged symbol is a byte; the largest of all quantizers is 254
-constexpr int kMaxTableOffset = 8;  // of a band map, in either direction
-constexpr int kStagedTables = kTileChannels + 2 * kMaxTableOffset;
-static_assert(kTileChannels % kGroupChannels == 0 && kTileChannels % kBandChannels == 0, "groups and bands fill tiles");
+constexpr int kNumLevels = 256;  // a staged symbol is a byte; the largest of all quantizers is 254
+static_assert(kTileChannels % kGroupChannels == 0, "groups fill tiles");
 
 // 16 bytes that are read or written in one instruction.
 template <class Value>

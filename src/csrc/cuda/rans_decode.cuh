@@ -116,96 +116,21 @@ struct LaneDecoder {
     }
 };
 
-// How the low bits and tables of a stream's rows and bands are found.
-struct Bands {
-    const uint8_t* map;        // null: low_bits everywhere, no offsets
-    const int64_t* positions;  // of the low bits of every (row, band) of the map, in bits
-    int low_bits;
-    int num_bands;
-    int num_channels;
-
-    struct Entry {
-        int low_bits;
-        int table_offset;
-        int64_t position;  // of the channel's low bits in this row
-    };
-
-    __device__ Entry at(int row, int channel, int live_lanes) const {
-        if (map == nullptr) {
-            const int64_t before = int64_t{row} * kNumLanes * num_channels + int64_t{channel} * live_lanes;
-            return {low_bits, 0, before * low_bits};
-        }
-        const int64_t index = int64_t{row} * num_bands + channel / kBandChannels;
-        const BandCoding coding = BandCoding::from_byte(map[index]);
-        const int before = channel % kBandChannels * coding.low_bits * live_lanes;
-        return {coding.low_bits, coding.table_offset, positions[index] + before};
-    }
-};
-
-// Find where the low bits of every (row, band) begin, and their number; all lanes of the warp. Returns false where an
-// entry is out of range.
-__device__ inline bool place_bands(const WarpStream& stream, const uint8_t* map, bool has_tables, int64_t* positions,
-                                   int64_t* num_low_bits, int lane) {
-    const int num_bands = static_cast<int>(stream.shape().num_bands());
-    const int num_tables = has_tables ? stream.num_channels : 0;
-    int64_t before = 0;
-    bool in_range = true;
-    for (int row = 0; row < stream.num_rows(); ++row) {
-        const int live_lanes = stream.shape().live_lanes(row);
-        for (int first_band = 0; first_band < num_bands; first_band += kNumLanes) {
-            const int band = first_band + lane;
-            const int64_t index = int64_t{row} * num_bands + band;
-            int64_t num_bits = 0;
-            if (band < num_bands) {
-                const BandCoding coding = BandCoding::from_byte(map[index]);
-                const int first_channel = band * kBandChannels, rest = stream.num_channels - first_channel;
-                const int count = rest < kBandChannels ? rest : kBandChannels;
-                const int first_table = first_channel + coding.table_offset;
-                if (coding.low_bits > kMaxLowBits) in_range = false;
-                if (coding.table_offset != 0 && (first_table < 0 || first_table + count > num_tables)) in_range = false;
-                num_bits = count * coding.low_bits * live_lanes;
-            }
-            int64_t through = num_bits;
-            for (int distance = 1; distance < kNumLanes; distance *= 2) {
-                const int64_t below = __shfl_up_sync(kAllLanes, through, distance);
-                if (lane >= distance) through += below;
-            }
-            if (band < num_bands) positions[index] = before + through - num_bits;
-            before += __shfl_sync(kAllLanes, through, kNumLanes - 1);
-        }
-    }
-    *num_low_bits = before;
-    __syncwarp();  // all lanes read the positions that each has written
-    return __ballot_sync(kAllLanes, !in_range) == 0;
-}
-
 // What a warp needs to decode its stream.
 struct StreamDecoder {
     LaneDecoder lane_decoder;
-    Bands bands;
     const uint8_t* low_bits;
+    int num_low_bits;  // of a symbol
 
     // Take the stream apart, making every check that keeps the warp inside its bytes.
     __device__ Status open(const PlaneRecord& plane, const WarpStream& stream, bool has_tables, const uint8_t* payload,
-                           int64_t payload_bytes, const StreamRecord& record, int64_t* band_positions, uint32_t* ring,
-                           int lane) {
+                           int64_t payload_bytes, const StreamRecord& record, uint32_t* ring, int lane) {
         if (record.offset < 0 || record.num_bytes < 0 || record.num_bytes > payload_bytes - record.offset)
             return Status::kTruncated;
         const StreamShape shape = stream.shape();
         const uint8_t* bytes = payload + record.offset;
-        bands = {nullptr, nullptr, static_cast<int>(plane.low_bits), static_cast<int>(shape.num_bands()),
-                 stream.num_channels};
-        int64_t num_low_bits = stream.num_symbols() * plane.low_bits;
-        if (plane.has_band_map) {
-            const int64_t map_at = has_tables ? shape.states_bytes() : 0;
-            if (map_at + shape.band_map_bytes() > record.num_bytes) return Status::kTruncated;
-            const int64_t first_row = stream.first_token / kNumLanes;
-            int64_t* positions = band_positions + plane.workspace + first_row * bands.num_bands;
-            bands.map = bytes + map_at;
-            bands.positions = positions;
-            if (!place_bands(stream, bands.map, has_tables, positions, &num_low_bits, lane)) return Status::kBadBandMap;
-        }
-        const StreamParts parts = lay_out_parts(shape, has_tables, plane.has_band_map, num_low_bits);
+        num_low_bits = static_cast<int>(plane.low_bits);
+        const StreamParts parts = lay_out_parts(shape, has_tables, stream.num_symbols() * plane.low_bits);
         if (record.num_words < 0 || parts.words + 2 * record.num_words != record.num_bytes) return Status::kTruncated;
         if (!has_tables && record.num_words != 0) return Status::kCorrupt;
         low_bits = bytes + parts.low_bits;
@@ -214,9 +139,7 @@ struct StreamDecoder {
     }
 
     // Whether symbols are nothing but high parts, each with the table of its channel: the short way through a group.
-    __device__ bool has_high_parts_only(bool has_tables) const {
-        return has_tables && bands.map == nullptr && bands.low_bits == 0;
-    }
+    __device__ bool has_high_parts_only(bool has_tables) const { return has_tables && num_low_bits == 0; }
 
     // Decode a group's symbols into a warp's staging where they have high parts only. `tables` are those of the group's
     // first channel and on.
@@ -245,14 +168,13 @@ struct StreamDecoder {
             for (int row = group.first_row; row < group.first_row + group.num_rows; ++row, staged += kNumLanes) {
                 const bool is_live = row * kNumLanes + lane < stream.num_tokens;
                 const int live_lanes = stream.shape().live_lanes(row);
-                const Bands::Entry band = bands.at(row, channel, live_lanes);
                 uint32_t symbol = 0;
-                if (has_tables) {
-                    const SearchedTable table(tables + band.table_offset * kTableSize);
-                    symbol = lane_decoder.decode(table, is_live, lane) << band.low_bits;
+                if (has_tables) symbol = lane_decoder.decode(SearchedTable(tables), is_live, lane) << num_low_bits;
+                const int64_t before = int64_t{row} * kNumLanes * stream.num_channels + int64_t{channel} * live_lanes;
+                for (int bit = 0; bit < num_low_bits && is_live; ++bit) {
+                    const int64_t position = before * num_low_bits + bit * live_lanes + lane;
+                    symbol |= read_bits(low_bits, position, 1) << bit;
                 }
-                for (int bit = 0; bit < band.low_bits && is_live; ++bit)
-                    symbol |= read_bits(low_bits, band.position + bit * live_lanes + lane, 1) << bit;
                 *staged = static_cast<uint8_t>(symbol);
             }
         }
@@ -263,8 +185,8 @@ struct StreamDecoder {
 template <class Dtype>
 __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerProcessor)
     decode_kernel(const PlaneRecord* planes, int num_tokens, const uint32_t* tables, const uint8_t* payload,
-                  int64_t payload_bytes, const StreamRecord* streams, int64_t* band_positions, int32_t* statuses) {
-    alignas(kTableBytes) __shared__ uint32_t staged_tables[kStagedTables * kTableSize];
+                  int64_t payload_bytes, const StreamRecord* streams, int32_t* statuses) {
+    alignas(kTableBytes) __shared__ uint32_t staged_tables[kTileChannels * kTableSize];
     __shared__ float levels[kNumLevels];
     __shared__ uint8_t staged_symbols[kWarpsPerBlock][kStagedRows * kNumLanes];
     __shared__ uint32_t rings[kWarpsPerBlock][WordRing::kNumWords / 2];
@@ -284,25 +206,20 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerProcessor)
         StreamDecoder decoder;
         Status status = Status::kOk;
         if (stream.exists())
-            status = decoder.open(plane, stream, has_tables, payload, payload_bytes, streams[index], band_positions,
-                                  rings[warp], lane);
+            status = decoder.open(plane, stream, has_tables, payload, payload_bytes, streams[index], rings[warp], lane);
         const bool is_active = stream.exists() && status == Status::kOk;
         const int num_rows = stream.num_rows(), group_channels = channels_per_group(num_rows);
-        const int margin = plane.has_band_map ? kMaxTableOffset : 0;
         for (int tile = 0; tile < num_channels; tile += kTileChannels) {
             const int tile_end = tile + kTileChannels < num_channels ? tile + kTileChannels : num_channels;
-            const int first_table = tile > margin ? tile - margin : 0;
-            const int last_table = tile_end + margin < num_channels ? tile_end + margin : num_channels;
             __syncthreads();  // nobody reads the tables of the tile before any more
-            if (has_tables)
-                load_tables(staged_tables, tables + plane.first_table * kTableSize, first_table, last_table);
+            if (has_tables) load_tables(staged_tables, tables + plane.first_table * kTableSize, tile, tile_end);
             __syncthreads();
             if (!is_active) continue;
             for (int first = tile; first < tile_end; first += group_channels) {
                 const int count = tile_end - first < group_channels ? tile_end - first : group_channels;
                 for (int row = 0; row < num_rows; row += kStagedRows) {
                     const Group group{first, count, row, num_rows - row < kStagedRows ? num_rows - row : kStagedRows};
-                    const uint32_t* group_tables = staged_tables + (first - first_table) * kTableSize;
+                    const uint32_t* group_tables = staged_tables + (first - tile) * kTableSize;
                     if (decoder.has_high_parts_only(has_tables))
                         decoder.decode_high_parts(stream, group, group_tables, staged_symbols[warp], lane);
                     else

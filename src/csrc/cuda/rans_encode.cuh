@@ -47,7 +47,7 @@ struct StreamEncoder {
                          int lane) {
         low_bits = static_cast<int>(plane.low_bits);
         const int64_t num_symbols = stream.num_symbols();
-        parts = lay_out_parts(stream.shape(), has_tables, false, num_symbols * low_bits);
+        parts = lay_out_parts(stream.shape(), has_tables, num_symbols * low_bits);
         const StreamShape full{plane.tokens_per_stream, stream.num_channels};
         slot = slots + plane.workspace + stream.index * slot_bytes(full, low_bits, has_tables);
         lane_encoder = {kStateLow, reinterpret_cast<uint16_t*>(slot + parts.words), static_cast<uint32_t>(num_symbols)};
@@ -183,7 +183,7 @@ static __global__ void __launch_bounds__(kThreadsPerBlock)
         if (record.offset < 0 || padded_bytes > payload_bytes - record.offset) continue;
         const uint8_t* slot = slots + plane.workspace + i * slot_bytes(full, plane.low_bits, has_tables);
         const int64_t num_symbols = stream.num_symbols();
-        const int64_t words_at = lay_out_parts(stream.shape(), has_tables, false, num_symbols * plane.low_bits).words;
+        const int64_t words_at = lay_out_parts(stream.shape(), has_tables, num_symbols * plane.low_bits).words;
         const auto* words = reinterpret_cast<const uint16_t*>(slot + words_at) + num_symbols - record.num_words;
         auto* target = reinterpret_cast<uint32_t*>(payload + record.offset);
         compact_stream(slot, words_at, words, record.num_words, target, padded_bytes, static_cast<int>(threadIdx.x),

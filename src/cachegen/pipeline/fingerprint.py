@@ -1,0 +1,181 @@
+"""Which model a cache is of: one hash of its config, its tokenizer and its weights, from the files as they are.
+
+A cache fits the very weights that computed it, and no others: a fine-tune, an adapter or an updated checkpoint has the
+same config and tokenizer and other keys and values. Hashing all weights would mean reading them all, minutes for a
+large model; here a few rows of each tensor stand for it. docs/format.md says what that covers, and what can escape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cachegen.errors import BackendUnavailableError, InputError
+from cachegen.pipeline.model_files import (
+    find_model_file,
+    find_weight_files,
+    first_line,
+    read_config,
+    read_json_object,
+)
+
+WHOLE_VALUES = 1 << 16
+"""A tensor of at most so many values is hashed whole: all norms, biases and most adapters."""
+NUM_ROWS = 8
+"""Rows of a larger tensor that are hashed, evenly spaced, the first and the last among them."""
+MIN_VALUES = 2048
+"""Where rows are short, as many of them as make so many values."""
+
+# The first group with a file present is the tokenizer; further ones would only repeat it in an older form.
+_TOKENIZER_FILE_GROUPS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+_CONFIG_FIELDS_OUTSIDE = ("transformers_version", "_name_or_path")
+_ADAPTER_CONFIG_NAME = "adapter_config.json"
+_ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+# What torch.load and safetensors raise for files that are damaged or not theirs.
+_READING_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+
+
+def compute_fingerprint(model_id: str, *, local_files_only: bool = False, load_in_8bit: bool = False) -> str:
+    """Hash what makes a cache this model's: config, tokenizer, and a sample of every tensor of the weights.
+
+    Only files are looked at, so that neither the dtype in which the model computes, nor the device, the number of GPUs,
+    the place of the files, the version of transformers or the number of shards matters. Of each tensor as many pages
+    are read as its sample touches; a tensor whose other rows alone differ is not told apart. docs/format.md
+    (Fingerprint of the model) specifies the bytes.
+
+    Args:
+        model_id: a Hugging Face id or a local folder.
+        load_in_8bit: whether the weights are rounded to 8 bits on loading, which gives other keys and values.
+
+    Returns:
+        SHA-256 in hex.
+
+    Raises:
+        InputError: a file is missing or damaged.
+        BackendUnavailableError: the model has an adapter, and the package that applies it is not there.
+    """
+    config = read_config(model_id, local_files_only)
+    canonical = {name: value for name, value in config.items() if name not in _CONFIG_FIELDS_OUTSIDE}
+    digest = hashlib.sha256()
+    _add(digest, "config.json", json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode())
+    for group in _TOKENIZER_FILE_GROUPS:
+        found = {name: path for name in group if (path := find_model_file(model_id, name, local_files_only))}
+        for name, path in found.items():
+            _add(digest, name, path.read_bytes())
+        if found:
+            break
+    base_id, adapter_paths = model_id, []
+    adapter_config_path = find_model_file(model_id, _ADAPTER_CONFIG_NAME, local_files_only)
+    if adapter_config_path is not None:
+        base_id, adapter_paths = _find_adapter(model_id, adapter_config_path, local_files_only)
+        _add(digest, _ADAPTER_CONFIG_NAME, adapter_config_path.read_bytes())
+    weight_paths = find_weight_files(base_id, local_files_only, config.get("transformers_weights"))
+    for kind, paths in (("tensor", weight_paths), ("adapter tensor", adapter_paths)):
+        for description, sample in sorted(entry for path in paths for entry in _sample_file(path)):
+            _add(digest, f"{kind} {description}", sample)
+    if load_in_8bit:
+        _add(digest, "load_in_8bit", b"")
+    return digest.hexdigest()
+
+
+def choose_rows(num_rows: int, row_values: int) -> list[int]:
+    """Return which rows of a tensor stand for it, in ascending order.
+
+    Args:
+        num_rows: the product of the leading dimensions.
+        row_values: the last dimension.
+    """
+    num_chosen = min(num_rows, max(NUM_ROWS, math.ceil(MIN_VALUES / row_values)))
+    return [i * (num_rows - 1) // (num_chosen - 1) for i in range(num_chosen)]
+
+
+def _find_adapter(model_id: str, config_path: Path, local_files_only: bool) -> tuple[str, list[Path]]:
+    """Return the model whose weights transformers loads below an adapter, and the adapter's file."""
+    # transformers would leave the adapter out without a word.
+    if importlib.util.find_spec("peft") is None:
+        raise BackendUnavailableError(
+            f"{config_path}: the model has an adapter, which needs the package peft: pip install peft (or merge it)"
+        )
+    base_id = model_id
+    if not os.path.isdir(model_id):
+        base_id = read_json_object(config_path).get("base_model_name_or_path")
+        if not isinstance(base_id, str):
+            raise InputError(f"{config_path}: field base_model_name_or_path must name a model")
+    found = [path for name in _ADAPTER_NAMES if (path := find_model_file(model_id, name, local_files_only))]
+    if not found:
+        raise InputError(f"{model_id}: has {_ADAPTER_CONFIG_NAME}, but none of {', '.join(_ADAPTER_NAMES)}")
+    return base_id, found[:1]
+
+
+def _sample_file(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield a description and a sample of every tensor of a file; the rest of the file is not read.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (no dict)
+                    view = file.get_slice(name)
+                    yield _sample_tensor(name, tuple(view.get_shape()), view, lambda name=name: file.get_tensor(name))
+        else:
+            is_mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are no archives, and are read whole
+            state = torch.load(path, mmap=is_mapped, weights_only=True, map_location="cpu")
+            for name, tensor in state.items():
+                if isinstance(tensor, torch.Tensor):
+                    yield _sample_tensor(name, tuple(tensor.shape), tensor, lambda tensor=tensor: tensor)
+    except _READING_ERRORS as error:
+        raise InputError(f"{path}: the weights cannot be read: {first_line(error)}") from error
+
+
+def _sample_tensor(name: str, shape: tuple[int, ...], view: Any, get_whole: Any) -> tuple[str, bytes]:
+    """Return a tensor's description and sample.
+
+    Args:
+        view: gives a row, for an index of the leading dimensions.
+        get_whole: gives the whole tensor.
+    """
+    if math.prod(shape) <= WHOLE_VALUES:
+        rows = [get_whole()]
+    else:
+        leading, row_values = (shape[:-1], shape[-1]) if len(shape) > 1 else (shape, 1)
+        rows = [view[_unravel(row, leading)] for row in choose_rows(math.prod(leading), row_values)]
+    dtype = str(rows[0].dtype).removeprefix("torch.")
+    sample = b"".join(row.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for row in rows)
+    return f"{name} {dtype} {'x'.join(map(str, shape))}", sample
+
+
+def _unravel(row: int, leading: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the index of a row along the leading dimensions, the last of which counts fastest."""
+    index = []
+    for size in reversed(leading):
+        row, place = divmod(row, size)
+        index.append(place)
+    return tuple(reversed(index))
+
+
+def _add(digest: Any, name: str, content: bytes) -> None:
+    digest.update(f"{name}\0{len(content)}\0".encode())
+    digest.update(content)

@@ -1,0 +1,269 @@
+"""The fingerprint of a model: what changes it, what does not, and what it reads."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from random_models import BUNDLED_MODEL, copy_with_other_keys, one_thread  # noqa: F401
+from safetensors.torch import load_file, save_file
+
+from cachegen.errors import BackendUnavailableError, InputError
+from cachegen.pipeline import fingerprint as fingerprint_module
+from cachegen.pipeline.fingerprint import choose_rows, compute_fingerprint
+from cachegen.pipeline.model import load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> Path:
+    """A copy of the bundled model that a test may change."""
+    return Path(shutil.copytree(BUNDLED_MODEL, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def fingerprint_of(folder: Path, **flags) -> str:
+    return compute_fingerprint(str(folder), **flags)
+
+
+def test_it_is_this_very_value():
+    """Saved caches, documents and profiles hold it: if this changes, they are no longer this model's."""
+    folder = Path(BUNDLED_MODEL)
+    config = json.loads((folder / "config.json").read_text())
+    del config["transformers_version"]
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    content = b"config.json\0%d\0" % len(canonical) + canonical
+    content += b"tokenizer.json\0%d\0" % len(tokenizer) + tokenizer
+    # The file by hand: a length, a JSON header, bytes.
+    raw = (folder / "model.safetensors").read_bytes()
+    (header_bytes,) = struct.unpack_from("<Q", raw)
+    header = json.loads(raw[8 : 8 + header_bytes])
+    header.pop("__metadata__", None)
+    items = []
+    for name, tensor in header.items():
+        assert tensor["dtype"] == "BF16"
+        start, stop = (8 + header_bytes + offset for offset in tensor["data_offsets"])
+        values = raw[start:stop]
+        if len(values) > 2 * 65536:
+            num_rows, row_bytes = tensor["shape"][0], 2 * tensor["shape"][1]
+            num_chosen = {256: 8, 640: 8}[tensor["shape"][1]]
+            rows = [i * (num_rows - 1) // (num_chosen - 1) for i in range(num_chosen)]
+            values = b"".join(values[row * row_bytes : (row + 1) * row_bytes] for row in rows)
+        items.append((f"tensor {name} bfloat16 {'x'.join(map(str, tensor['shape']))}".encode(), values))
+    for name, values in sorted(items):
+        content += name + b"\0%d\0" % len(values) + values
+    assert fingerprint_of(folder) == hashlib.sha256(content).hexdigest()
+
+
+def test_it_is_the_same_wherever_the_files_lie_and_whatever_version_wrote_them(model_folder):
+    edit_config(model_folder, transformers_version="9.9", _name_or_path="elsewhere")
+    assert fingerprint_of(model_folder) == compute_fingerprint(BUNDLED_MODEL)
+
+
+def test_it_depends_on_config_and_tokenizer(model_folder):
+    original = fingerprint_of(model_folder)
+    edit_config(model_folder, rms_norm_eps=1e-5)
+    other_config = fingerprint_of(model_folder)
+    (model_folder / "tokenizer.json").write_bytes((model_folder / "tokenizer.json").read_bytes() + b"\n")
+    assert len({original, other_config, fingerprint_of(model_folder)}) == 3
+
+
+def test_it_takes_the_older_forms_of_a_tokenizer_only_where_there_is_no_tokenizer_json(model_folder):
+    original = fingerprint_of(model_folder)
+    (model_folder / "vocab.json").write_text("{}")
+    assert fingerprint_of(model_folder) == original
+    (model_folder / "tokenizer.json").unlink()
+    with_vocabulary = fingerprint_of(model_folder)
+    (model_folder / "merges.txt").write_text("")
+    assert len({original, with_vocabulary, fingerprint_of(model_folder)}) == 3
+
+
+def test_other_projections_behind_the_same_config_are_another_model(tmp_path):
+    assert fingerprint_of(copy_with_other_keys(tmp_path / "other")) != compute_fingerprint(BUNDLED_MODEL)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.5.mlp.down_proj.weight", "model.layers.0.self_attn.v_proj.weight"]
+)
+def test_any_tensor_changes_it(model_folder, name):
+    weights = read_weights(model_folder)
+    weights[name] = weights[name] + 1
+    write_weights(model_folder, weights)
+    assert fingerprint_of(model_folder) != compute_fingerprint(BUNDLED_MODEL)
+
+
+@pytest.mark.parametrize("change", ["missing", "added", "renamed", "reshaped", "another dtype"])
+def test_names_shapes_and_dtypes_belong_to_it(model_folder, change):
+    name = "model.norm.weight"
+    weights = read_weights(model_folder)
+    tensor = weights.pop(name)
+    weights |= {
+        "missing": {},
+        "added": {name: tensor, "extra": torch.zeros(1)},
+        "renamed": {name + "s": tensor},
+        "reshaped": {name: tensor[None]},
+        "another dtype": {name: tensor.view(torch.float16)},
+    }[change]
+    write_weights(model_folder, weights)
+    assert fingerprint_of(model_folder) != compute_fingerprint(BUNDLED_MODEL)
+
+
+def test_a_large_tensor_is_known_by_its_chosen_rows_only(model_folder):
+    weights = read_weights(model_folder)
+    matrix = weights["model.embed_tokens.weight"]
+    chosen = choose_rows(*matrix.shape)
+    for row, is_noticed in ((0, True), (1, False), (chosen[3], True), (chosen[3] + 1, False), (len(matrix) - 1, True)):
+        changed = matrix.clone()
+        changed[row, 7] += 1
+        write_weights(model_folder, weights | {"model.embed_tokens.weight": changed})
+        assert (fingerprint_of(model_folder) != compute_fingerprint(BUNDLED_MODEL)) == is_noticed
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "row_values", "num_chosen"), [(4096, 4096, 8), (5, 100_000, 5), (100_000, 1, 2048), (10_000, 512, 8)]
+)
+def test_rows_are_evenly_spaced_from_the_first_to_the_last(num_rows, row_values, num_chosen):
+    rows = choose_rows(num_rows, row_values)
+    assert (rows[0], rows[-1], len(set(rows)), len(rows)) == (0, num_rows - 1, num_chosen, num_chosen)
+    gaps = {b - a for a, b in itertools.pairwise(rows)}
+    assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("shape", [(70_000,), (70_000, 1), (3, 5, 7, 1000), (2, 50_000), (0, 4), ()])
+def test_tensors_of_every_rank_are_sampled_alike_whole_or_in_slices(tmp_path, shape):
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+    ((description, sample),) = fingerprint_module._sample_file(tmp_path / "x.safetensors")
+    flat = tensor.reshape(-1)
+    if flat.numel() > 65536:
+        row_values = shape[-1] if len(shape) > 1 else 1
+        flat = flat.reshape(-1, row_values)[choose_rows(flat.numel() // row_values, row_values)].reshape(-1)
+    assert description == f"x float32 {'x'.join(map(str, shape))}"
+    assert sample == flat.numpy().tobytes()
+
+
+def shard(folder: Path, extension: str) -> None:
+    """Split the weights of a folder into three files and an index."""
+    weights = read_weights(folder)
+    (folder / "model.safetensors").unlink()
+    stem = "model" if extension == "safetensors" else "pytorch_model"
+    weight_map = {}
+    for part in range(3):
+        name = f"{stem}-{part}.{extension}"
+        tensors = {key: weights[key] for key in sorted(weights)[part::3]}
+        weight_map |= dict.fromkeys(tensors, name)
+        if extension == "safetensors":
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, folder / name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{stem}.{extension}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("extension", ["safetensors", "bin"])
+def test_shards_and_the_other_format_of_the_same_weights_are_the_same_model_and_load(model_folder, extension):
+    shard(model_folder, extension)
+    loaded = load_model(str(model_folder), device=CPU)
+    assert loaded.fingerprint == compute_fingerprint(BUNDLED_MODEL)
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_a_file_of_torch_is_read_without_running_it(model_folder, is_archive):
+    weights = read_weights(model_folder)
+    (model_folder / "model.safetensors").unlink()
+    torch.save(weights, model_folder / "pytorch_model.bin", _use_new_zipfile_serialization=is_archive)
+    assert fingerprint_of(model_folder) == compute_fingerprint(BUNDLED_MODEL)
+
+
+def test_weights_that_transformers_would_not_load_do_not_count(model_folder):
+    torch.save({}, model_folder / "pytorch_model.bin")
+    (model_folder / "consolidated.safetensors").write_bytes(b"")
+    assert fingerprint_of(model_folder) == compute_fingerprint(BUNDLED_MODEL)
+
+
+def test_weights_that_the_config_names_are_those_that_count(model_folder):
+    shutil.copy(model_folder / "model.safetensors", model_folder / "other.safetensors")
+    edit_config(model_folder, transformers_weights="other.safetensors")
+    before = fingerprint_of(model_folder)
+    weights = read_weights(model_folder)
+    weights["model.norm.weight"] *= 2
+    write_weights(model_folder, weights)
+    assert fingerprint_of(model_folder) == before
+    save_file(weights, model_folder / "other.safetensors", metadata={"format": "pt"})
+    assert fingerprint_of(model_folder) != before
+
+
+def test_weights_rounded_to_8_bits_on_loading_are_another_model():
+    assert compute_fingerprint(BUNDLED_MODEL, load_in_8bit=True) != compute_fingerprint(BUNDLED_MODEL)
+
+
+def test_an_adapter_is_part_of_the_model(model_folder, monkeypatch):
+    monkeypatch.setattr(fingerprint_module.importlib.util, "find_spec", lambda name: object())
+    (model_folder / "adapter_config.json").write_text('{"r": 4}')
+    save_file({"lora_A": torch.zeros(4, 256)}, model_folder / "adapter_model.safetensors")
+    first = fingerprint_of(model_folder)
+    save_file({"lora_A": torch.ones(4, 256)}, model_folder / "adapter_model.safetensors")
+    second = fingerprint_of(model_folder)
+    (model_folder / "adapter_config.json").write_text('{"r": 8}')
+    assert len({compute_fingerprint(BUNDLED_MODEL), first, second, fingerprint_of(model_folder)}) == 4
+
+
+def test_an_adapter_that_would_be_left_out_is_refused(model_folder, monkeypatch):
+    monkeypatch.setattr(fingerprint_module.importlib.util, "find_spec", lambda name: None)
+    (model_folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(BackendUnavailableError, match="needs the package peft: pip install peft"):
+        load_model(str(model_folder), device=CPU)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "no header", "a pickle"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_damaged_weights_are_refused_by_name_in_one_line(model_folder, name, damage):
+    weights = read_weights(model_folder)
+    path = model_folder / name
+    if name == "pytorch_model.bin":
+        (model_folder / "model.safetensors").unlink()
+        torch.save(weights, path)
+    content = path.read_bytes()
+    path.write_bytes(
+        {"empty": b"", "truncated": content[:-100_000], "no header": b"\xff" * 100, "a pickle": b"\x80\x04N."}[damage]
+    )
+    with pytest.raises(InputError) as caught:
+        load_model(str(model_folder), device=CPU)
+    assert str(caught.value).startswith(f"{path}: the weights cannot be read: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be a JSON object"),
+        ("{}", "field weight_map must name a file"),
+        ('{"weight_map": {"a": 1}}', "field weight_map must name a file"),
+        ('{"weight_map": {"a": "nope.safetensors"}}', "nope.safetensors: no such file"),
+    ],
+)
+def test_a_damaged_index_is_refused(model_folder, index, message):
+    (model_folder / "model.safetensors").unlink()
+    (model_folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match=message):
+        fingerprint_of(model_folder)
