@@ -33,7 +33,7 @@ from cachegen.format import (
     unpack_tables_header,
 )
 from cachegen.framing import PREFIX, Buffer, read_version
-from cachegen.manifest import MAX_OBJECT_BYTES
+from cachegen.manifest import MAX_OBJECT_BYTES, MAX_TABLES_BYTES
 from cachegen.transform_format import (
     TRANSFORM_FORMAT_VERSION,
     ComponentChunkHeader,
@@ -46,6 +46,8 @@ from cachegen.transform_format import (
 
 TABLES_NAME = "tables.cgt"
 CHUNK_SUFFIX = ".cgc"
+_UNCHECKED_BYTES = 1 << 22  # of a file, that are read before its header is known to be whole
+_MAX_HEADER_BYTES = 1 << 28  # more than any number of planes and streams takes
 
 _Header = TypeVar("_Header", ChunkHeader, ComponentChunkHeader, ChunkHeader | ComponentChunkHeader)
 _TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
@@ -224,8 +226,9 @@ def read_whole(path: str | os.PathLike[str]) -> bytes:
     """Read a chunk file or a tables file.
 
     Returns:
-        The file. Of one that is longer than its header announces, only so much that this shows, and of one that is
-        none of ours only the first bytes: whoever takes it apart refuses it, without its size in memory.
+        The file. Of one that is longer than its header announces, only so much that this shows; of one that is none of
+        ours, or whose header is corrupt, only its beginning: whoever takes it apart refuses it, without its size in
+        memory.
 
     Raises:
         InputError: there is no such file, it is no regular file, or it cannot be read.
@@ -233,12 +236,17 @@ def read_whole(path: str | os.PathLike[str]) -> bytes:
     with open_file(path, hint="encode the document again with run_encoding.py") as stream:
         try:
             begin = stream.read(PREFIX.size)
-            announced = PREFIX.unpack(begin)[-1] if len(begin) == PREFIX.size else 0
-            if begin[: len(CHUNK_MAGIC)] not in (CHUNK_MAGIC, TABLES_MAGIC) or announced <= PREFIX.size:
+            if len(begin) < PREFIX.size or begin[: len(CHUNK_MAGIC)] not in (CHUNK_MAGIC, TABLES_MAGIC):
                 return begin
+            *_, header_bytes, announced = PREFIX.unpack(begin)
+            limit = MAX_TABLES_BYTES if begin.startswith(TABLES_MAGIC) else MAX_OBJECT_BYTES
             size = min(os.fstat(stream.fileno()).st_size, announced + 1)
-            if size > MAX_OBJECT_BYTES:
-                raise InputError(f"{path}: has {size} bytes, more than the {MAX_OBJECT_BYTES} that a file may have")
+            if size > _UNCHECKED_BYTES:
+                header = begin + stream.read(max(0, min(header_bytes, _MAX_HEADER_BYTES) - len(begin)))
+                if len(header) != header_bytes or crc32c(header[:-4]) != header_crc(header):
+                    return header
+            if size > limit:
+                raise InputError(f"{path}: has {size} bytes, more than the {limit} that a file of this kind may have")
             stream.seek(0)
             return stream.read(size)
         except OSError as error:
