@@ -31,10 +31,23 @@ class Document:
     levels: list[EncodedLevel]
 
 
-def make_document(folder: Path, *, seed: int = 0, chunk_tokens: Sequence[int] = CHUNK_TOKENS, **shape) -> Document:
-    """Encode a random cache at three levels."""
-    cache = make_cache(sum(chunk_tokens), seed=seed, **shape)
-    metadata = make_metadata(sum(chunk_tokens), seed=seed)
+def make_document(
+    folder: Path,
+    *,
+    seed: int = 0,
+    chunk_tokens: Sequence[int] = CHUNK_TOKENS,
+    metadata: ContextMetadata | None = None,
+    num_tokens: int | None = None,
+    **shape,
+) -> Document:
+    """Encode a random cache at three levels.
+
+    Args:
+        num_tokens: of the cache; None for as many as the chunks have.
+    """
+    folder.mkdir(exist_ok=True)
+    cache = make_cache(num_tokens or sum(chunk_tokens), seed=seed, **shape)
+    metadata = metadata or make_metadata(cache.num_tokens, seed=seed)
     levels = []
     for bins, kl in ((8, 0.1), (32, 0.01), (128, 0.001)):
         groups = {f"{kind}_{place}_bins": bins for kind in ("key", "value") for place in ("first", "second")}

@@ -11,7 +11,7 @@ from stores import QUICK, Misbehaviour, serve
 
 from cachegen.errors import BackendUnavailableError, ConfigError, OutputError, StoreError
 from cachegen.objects import MIN_BYTES_PER_SECOND, Pace
-from cachegen.store import RetryRule, open_store
+from cachegen.store import MAX_COMPARED_BYTES, Ensured, RetryRule, open_store
 
 CONTENT = bytes(range(256)) * 1024  # 256 KiB: several pieces
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -42,6 +42,14 @@ class TestInterface:
         assert store.put("x", b"first") and not store.put("x", b"second")
         assert store.get("x", 100) == b"first"
         assert store.put("x", b"third", overwrite=True) and store.get("x", 100) == b"third"
+
+    def test_an_object_is_ensured_whole_and_repaired_where_it_is_not(self, store):
+        assert store.ensure("x", CONTENT) is Ensured.WRITTEN and store.ensure("x", CONTENT) is Ensured.THERE
+        for damaged in (b"", CONTENT[:-1], CONTENT + b"x", CONTENT[:-1] + b"?"):
+            store.put("x", damaged, overwrite=True)
+            assert store.holds("x", CONTENT) is False
+            assert store.ensure("x", CONTENT) is Ensured.REPAIRED and store.get("x", len(CONTENT)) == CONTENT
+        assert store.holds("y", b"") is None
 
     def test_names_can_be_listed_and_asked_for(self, store):
         for name in ("a/1", "a/b/2", "c"):
@@ -232,6 +240,15 @@ class TestWebServer:
         assert server.open().put("new/x", b"x") and server.open().put("new/large", content)
         assert not server.open().put("new/x", b"y")
         assert server.open().get("new/x", 1) == b"x" and server.open().get("new/large", len(content)) == content
+
+    def test_a_large_object_is_compared_by_its_size_only(self, server, tmp_path):
+        content = bytes(MAX_COMPARED_BYTES + 1)
+        server.takes_writes = True
+        (tmp_path / "x").write_bytes(b"?" * len(content))
+        assert server.open().ensure("x", content) is Ensured.THERE
+        (tmp_path / "x").write_bytes(b"?" * (len(content) - 1))
+        assert server.open().ensure("x", content) is Ensured.REPAIRED
+        assert (tmp_path / "x").read_bytes() == content
 
     def test_a_server_that_takes_nothing_is_an_output_error(self, server):
         with pytest.raises(OutputError, match=r"http://.*/new: cannot be written: .*405 Method Not Allowed"):
