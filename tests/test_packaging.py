@@ -55,6 +55,8 @@ LAYERS = {
     "obstore_objects": 3,
     "objects": 3,
     "store": 3,
+    "store_index": 3,
+    "store_writer": 3,
     "catalog": 3,
     "pipeline": 4,
     "streaming": 4,

@@ -199,18 +199,10 @@ class Store:
         """
         try:
             self._sweep(name)
-            if not overwrite and self.exists(name):
-                return False
-            if self._folder is not None:  # ours is on disk before it has its name; obstore's is renamed only
-                try:
-                    write_file(self._folder / name, bytes(content), replace=overwrite)
-                except OutputExistsError:  # by another process, just now
-                    return False
-                return True
-            return self._try_again(lambda: self._objects.put(name, bytes(content), overwrite=overwrite))
+            is_there = self.exists(name)
         except StoreError as error:
-            place = self.describe(name)
-            raise OutputError(f"{place}: cannot be written: {str(error).removeprefix(place + ': ')}") from error
+            raise self._unwritten(name, error) from error
+        return not (is_there and not overwrite) and self._write(name, content, overwrite)
 
     def _sweep(self, name: str) -> None:
         """Remove what killed writers left beside an object of a folder, once."""
@@ -233,15 +225,15 @@ class Store:
         self._sweep(name)
         try:
             found = self.holds(name, content)
-            if found is None and self.put(name, content):
+            if found is None and self._write(name, content, overwrite=False):
                 return Ensured.WRITTEN
             if found is None:  # another publisher was quicker
                 found = self.holds(name, content)
         except StoreError as error:
-            raise OutputError(f"{error}; so it cannot be written") from error
+            raise self._unwritten(name, error) from error
         if found:
             return Ensured.THERE
-        self.put(name, content, overwrite=True)
+        self._write(name, content, overwrite=True)
         return Ensured.REPAIRED
 
     def holds(self, name: str, content: bytes) -> bool | None:
@@ -286,6 +278,23 @@ class Store:
             StoreError: the store cannot list.
         """
         yield from (name for name in self._objects.list(prefix) if not is_temporary(Path(name)))
+
+    def _write(self, name: str, content: bytes | memoryview, overwrite: bool) -> bool:
+        """Write an object without asking what is there; returns False where the store says that another one stays."""
+        try:
+            if self._folder is not None:  # ours is on disk before it has its name; obstore's is renamed only
+                try:
+                    write_file(self._folder / name, bytes(content), replace=overwrite)
+                except OutputExistsError:  # by another process, just now
+                    return False
+                return True
+            return self._try_again(lambda: self._objects.put(name, bytes(content), overwrite=overwrite))
+        except StoreError as error:
+            raise self._unwritten(name, error) from error
+
+    def _unwritten(self, name: str, error: StoreError) -> OutputError:
+        place = self.describe(name)
+        return OutputError(f"{place}: cannot be written: {str(error).removeprefix(place + ': ')}")
 
     def _read(
         self,
