@@ -10,7 +10,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-mutations test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo test test-mutations test-faults test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -35,6 +35,9 @@ test: $(INSTALLED) ## Run all tests that need neither a GPU nor the internet
 
 test-mutations: $(INSTALLED) ## Change lines of the emulated kernels, one by one; the comparisons must notice
 	@$(BIN)/python -m pytest -m mutation -n auto
+
+test-faults: $(INSTALLED) ## Kill the scripts, fill their disks, deny them memory, lie to them: what docs/reliability.md says
+	@$(BIN)/python -m pytest -m faults -n auto --dist loadfile
 
 test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU")'
@@ -67,10 +70,11 @@ format: $(INSTALLED) ## Rewrite the sources in the house style
 
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := decoders round_trip tables components paths
+FUZZ_READERS := chunks kv profile config manifest store
 # All of the CPU's kernels, without their bindings.
 FUZZ_SOURCES := $(filter-out %/bindings.cpp,$(wildcard src/csrc/cpu/*.cpp))
 FUZZ_FLAGS := -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/
-fuzz: $(INSTALLED) ## Fuzz the native coders and the reader of chunk files, FUZZ_SECONDS each
+fuzz: $(INSTALLED) ## Fuzz the native coders and every reader of foreign bytes, FUZZ_SECONDS each
 	@mkdir -p build/fuzz
 	@for target in $(FUZZ_TARGETS); do \
 	    echo "make: fuzzing the $$target"; \
@@ -82,12 +86,15 @@ fuzz: $(INSTALLED) ## Fuzz the native coders and the reader of chunk files, FUZZ
 	        build/fuzz/corpus_$$target >build/fuzz/$$target.log 2>&1 || { tail -40 build/fuzz/$$target.log >&2; exit 1; }; \
 	    grep stat::number build/fuzz/$$target.log; \
 	done
-	@echo "make: fuzzing the reader of chunk files"
 	@test -d build/fuzz/python || $(BIN)/python -m pip install -qq --disable-pip-version-check \
 	    --target build/fuzz/python atheris==3.0.0
-	@PYTHONPATH=build/fuzz/python $(BIN)/python tests/fuzz/fuzz_chunks.py build/fuzz/corpus_chunks $(FUZZ_FLAGS) \
-	    >build/fuzz/chunks.log 2>&1 || { tail -40 build/fuzz/chunks.log >&2; exit 1; }
-	@grep stat::number build/fuzz/chunks.log
+	@for target in $(FUZZ_READERS); do \
+	    echo "make: fuzzing the reader of $$target"; \
+	    script="fuzz_readers.py $$target"; test $$target != chunks || script=fuzz_chunks.py; \
+	    PYTHONPATH=build/fuzz/python $(BIN)/python tests/fuzz/$$script build/fuzz/corpus_$$target $(FUZZ_FLAGS) \
+	        >build/fuzz/$$target.log 2>&1 || { tail -40 build/fuzz/$$target.log >&2; exit 1; }; \
+	    grep stat::number build/fuzz/$$target.log; \
+	done
 
 SANITIZED := build/sanitized
 SANITIZED_TESTS ?= test_cpu_paths test_coder_cpu test_components test_symbol_model test_golden test_codec test_container

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Conditions:
         umask, folder: where not None.
         stdout: "closed", or a device or file in its place.
         clock_jump: seconds by which time.time differs from the second call on.
+        fsync_errno: what flushing a file to disk fails with, as network file systems do where a quota is used up.
     """
 
     kill_after: float | None = None
@@ -48,6 +49,7 @@ class Conditions:
     folder: str | None = None
     stdout: str | None = None
     clock_jump: float = 0.0
+    fsync_errno: int | None = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ def _kill(process: int, conditions: Conditions) -> None:
     while folder is not None and not any(name.startswith(".tmp-") for _, _, names in os.walk(folder) for name in names):
         pass
     time.sleep(conditions.kill_after or 0)
-    os.kill(process, conditions.kill_signal)
+    with suppress(ProcessLookupError):  # it was faster
+        os.kill(process, conditions.kill_signal)
 
 
 def _become(script: str, argv: list[str], place: Path, conditions: Conditions) -> None:
@@ -210,13 +213,27 @@ def _become(script: str, argv: list[str], place: Path, conditions: Conditions) -
     if conditions.clock_jump:
         clock, jumps = time.time, iter([0.0])
         time.time = lambda: clock() + next(jumps, conditions.clock_jump)  # type: ignore[assignment]
+    if conditions.fsync_errno is not None:
+
+        def fail(descriptor: int) -> None:
+            raise OSError(conditions.fsync_errno, os.strerror(conditions.fsync_errno or 0))
+
+        os.fsync = fail
     code = 1
     try:
         code = sys.modules[script].main(argv)
-        if sys.stdout is not None:
-            sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
+    _end_like_an_interpreter(code)
+
+
+def _end_like_an_interpreter(code: int) -> None:
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        traceback.print_exc()
+        code = 120
     os._exit(code)
 
 

@@ -256,6 +256,7 @@ def test_a_flipped_bit_is_refused_or_harmless_but_never_another_error(tmp_path):
         ({"rotary_embeddings": [{"name": "x"}]}, "field rotary_embeddings: must have name, rope_type"),
         ({"rotary_embeddings": 5}, "field rotary_embeddings: must be a list"),
         ({"rotary_embeddings": [{**RECORD, "name": ["x"]}]}, "field name: must be a text"),
+        ({"rotary_embeddings": [{**RECORD, "name": "\ud800"}]}, "field name: must be printable"),
         ({"rotary_embeddings": [{**RECORD, "inv_freq": "text"}]}, "field inv_freq: must be a list"),
         ({"rotary_embeddings": [{**RECORD, "inv_freq": [True]}]}, "field inv_freq: must be a finite number"),
         ({"rotary_embeddings": [{**RECORD, "attention_scaling": float("nan")}]}, "field attention_scaling: must be"),

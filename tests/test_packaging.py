@@ -52,6 +52,7 @@ LAYERS = {
     "transform_codec": 3,
     "container": 3,
     "http_objects": 3,
+    "folder_objects": 3,
     "obstore_objects": 3,
     "objects": 3,
     "store": 3,

@@ -199,7 +199,7 @@ WRONG: dict[str, list[Any]] = {
     "curve.0.step_log": [None, "1", 1.5, True, 1 << 15, -(1 << 15)],
     "curve.0.bits_per_value": [None, "1", True, [1.0], 10**400],
     "curve.0.kl": [None, "1", True, [1.0], 10**400],
-    "rotary_embeddings.0.name": [None, 1, ["x"], {}, True, "x" * 5000],
+    "rotary_embeddings.0.name": [None, 1, "\ud800", "\n", ["x"], {}, True, "x" * 5000],
     "rotary_embeddings.0.rope_type": [None, 1, ["x"], {}, True],
     "calibration": [None, 1, "x", []],
     "sha256": [None, 1, "x", [], {}],

@@ -9,13 +9,18 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.metadata
+import io
 import json
 import math
 import os
 import platform
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +33,16 @@ from cachegen.startup import EXIT_INTERRUPTED, end_guard
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _LABEL_WIDTH = 18
+_ENDING_SIGNALS = {signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+# What is said where no memory can be had: torch has an exception class for the memory of GPUs only, Python none for
+# that of a thread, and the Rust of other packages panics.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "could not create a primitive",
+    "can't start new thread",
+    "can't spawn worker thread",
+    "pointer is null",
+)
 _WRITE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 
 
@@ -85,38 +100,44 @@ def run(
 
     Returns:
         The exit code: 0, the code `body` returned, that of a CacheGenError, 2 for a wrong flag, 1 for exhausted
-        memory, 130 when interrupted, 141 when whoever read our output has gone.
+        memory, 128 and the signal's number when interrupted, terminated or hung up, 141 when whoever read our output
+        has gone.
     """
     end_guard()
-    _replace_closed_streams()
+    _prepare_streams()
     try:
-        try:
-            args = parser.parse_args(argv)
-            _check_json_place(args)
-            exit_code = body(args) or 0
-        except SystemExit as stop:  # argparse: --help, or a wrong flag that it has already reported
-            exit_code = stop.code if isinstance(stop.code, int) else 0
-        sys.stdout.flush()
-        return exit_code
+        with _unwinding_at_signals():
+            try:
+                args = parser.parse_args(argv)
+                _check_json_place(args)
+                exit_code = body(args) or 0
+            except SystemExit as stop:  # argparse: --help, or a wrong flag that it has already reported
+                exit_code = stop.code if isinstance(stop.code, int) else 0
+            sys.stdout.flush()
+            return exit_code
     except BrokenPipeError:
         _discard_stdout()
         return EXIT_BROKEN_PIPE
+    except _Ended as ended:
+        return _fail(_ENDING_SIGNALS[ended.signal], 128 + ended.signal)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except CacheGenError as error:
         return _fail(str(error), error.exit_code)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return _fail(f"out of memory: {_one_line(str(error)) or 'no more can be had'}", CacheGenError.exit_code)
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):  # torch has an exception class for the memory of GPUs only
-            raise
-        return _fail("out of memory: the CPU's is not enough", CacheGenError.exit_code)
     except OSError as error:
         if error.errno is None:  # not from the system: a library's misuse of the class, to be seen whole
             raise
+        if _is_stdout_broken():
+            return _fail(f"standard output cannot be written: {error.strerror}", OutputError.exit_code)
         kind = OutputError if error.errno in _WRITE_ERRNOS else InputError
         place = f"{error.filename}: " if error.filename is not None else ""
         return _fail(f"{place}{error.strerror or error}", kind.exit_code)
+    except BaseException as error:  # a panic is no Exception
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise
+        return _fail("out of memory: the CPU's is not enough", CacheGenError.exit_code)
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -193,12 +214,15 @@ def write_json(destination: str | os.PathLike[str], record: Mapping[str, Any]) -
     Raises:
         OutputError: the file cannot be written.
     """
-    text = json.dumps(_plain(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    is_ascii = destination == "-" and sys.stdout.encoding.lower() not in ("utf-8", "utf8")
+    text = json.dumps(_plain(record), indent=2, allow_nan=False, ensure_ascii=is_ascii) + "\n"
+    # A byte of a path that is not UTF-8 is a lone surrogate here, and JSON has an escape for those.
+    content = text.encode("utf-8", "backslashreplace")
     if destination == "-":
-        sys.stdout.write(text)
+        sys.stdout.write(content.decode("utf-8"))
         sys.stdout.flush()
     else:
-        write_file(destination, text.encode())
+        write_file(destination, content)
 
 
 def _check_json_place(args: argparse.Namespace) -> None:
@@ -269,11 +293,50 @@ def _fail(message: str, exit_code: int) -> int:
     return exit_code
 
 
-def _replace_closed_streams() -> None:
-    """Let what is printed go nowhere where the caller has closed stdout or stderr; Python has no stream then."""
+class _Ended(KeyboardInterrupt):
+    """A signal asks the process to end: everything cleans up as after an interrupt."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def _unwinding_at_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise `_Ended`, so that unfinished files go; where they are ignored, as by nohup, not."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise _Ended(number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in _ENDING_SIGNALS if is_main and signal.getsignal(n) is signal.SIG_DFL]
+    try:
+        for number in numbers:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _prepare_streams() -> None:
+    """Let anything be printed: nowhere where the caller has closed stdout or stderr, escaped what has no encoding."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:  # what Python has for a closed one
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_stdout_broken() -> bool:
+    """Tell whether what was printed cannot be written, and let go of it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_stdout()
+        return True
+    return False
 
 
 def _discard_stdout() -> None:

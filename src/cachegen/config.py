@@ -188,7 +188,7 @@ def load_quantization_config(path: str | os.PathLike[str]) -> QuantizationConfig
     if method == "transform":
         _refuse_unknown(path, content, {"method", "description"} | _TRANSFORM_FIELDS)
         return _read_transform(path, content)
-    raise ConfigError(f'{path}: method must be "cachegen", "uniform" or "transform", got {json.dumps(method)}')
+    raise ConfigError(f'{path}: method must be "cachegen", "uniform" or "transform", got {_shown(method)}')
 
 
 def load_model_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -208,6 +208,11 @@ def load_model_config(path: str | os.PathLike[str]) -> ModelConfig:
     return ModelConfig(layers=_read_integer(path, content, "layers", 1, 1 << 15), source=str(path), **optional)
 
 
+def _shown(value: Any) -> str:
+    """Return a value for a message, of one line's length."""
+    return json.dumps(value)[:80]
+
+
 def _load_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     hint = "config/README.md lists those that come with cachegen"
     text = read_file(path, MAX_CONFIG_BYTES, kind="config file", hint=hint)
@@ -223,7 +228,7 @@ def _load_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _refuse_unknown(path: object, content: dict[str, Any], known: set[str]) -> None:
     unknown = sorted(set(content) - known)
     if unknown:
-        raise ConfigError(f"{path}: unknown field {unknown[0]} (known: {', '.join(sorted(known))})")
+        raise ConfigError(f"{path}: unknown field {_shown(unknown[0])[1:-1]} (known: {', '.join(sorted(known))})")
 
 
 def _read_integer(path: object, content: dict[str, Any], name: str, low: int, high: int) -> int:
@@ -234,9 +239,9 @@ def _read_integer(path: object, content: dict[str, Any], name: str, low: int, hi
     # No field has more digits; Python refuses to convert thousands of them.
     is_digits = isinstance(value, str) and len(value) <= 20 and value.strip().isdecimal()
     if not is_number and not is_digits:
-        raise ConfigError(f"{path}: {name} must be an integer, got {json.dumps(value)}")
+        raise ConfigError(f"{path}: {name} must be an integer, got {_shown(value)}")
     if not low <= int(value) <= high:
-        raise ConfigError(f"{path}: {name} must be {low} to {high}, got {value}")
+        raise ConfigError(f"{path}: {name} must be {low} to {high}, got {_shown(value)}")
     return int(value)
 
 
@@ -272,7 +277,7 @@ def _read_transform(path: str | os.PathLike[str], content: dict[str, Any]) -> Tr
         raise ConfigError(f"{path}: field profile must name a profile's folder")
     step_log = content.get("step_log")
     if step_log is not None and (not isinstance(step_log, int) or isinstance(step_log, bool)):
-        raise ConfigError(f"{path}: step_log must be an integer, got {json.dumps(step_log)}")
+        raise ConfigError(f"{path}: step_log must be an integer, got {_shown(step_log)}")
     if step_log is not None and abs(step_log) > MAX_STEP_LOG:
         raise ConfigError(f"{path}: step_log must be within {MAX_STEP_LOG} of 0, got {step_log}")
     return TransformConfig(
@@ -291,7 +296,7 @@ def _read_target(path: object, content: dict[str, Any], name: str) -> float | No
     if value is None:
         return None
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e6:
-        raise ConfigError(f"{path}: {name} must be a number above 0, got {json.dumps(value)}")
+        raise ConfigError(f"{path}: {name} must be a number above 0, got {_shown(value)}")
     return float(value)
 
 
@@ -309,4 +314,4 @@ def parse_coder(name: Any, what: str) -> Coder:
     for coder in Coder:
         if name == coder.name.lower():
             return coder
-    raise ConfigError(f"{what} must be one of {', '.join(c.name.lower() for c in Coder)}, got {json.dumps(name)}")
+    raise ConfigError(f"{what} must be one of {', '.join(c.name.lower() for c in Coder)}, got {_shown(name)}")

@@ -18,6 +18,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,7 +56,7 @@ def read_file(path: str | os.PathLike[str], max_bytes: int, *, kind: str = "file
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def open_file(path: str | os.PathLike[str], *, kind: str = "file", hint: str = "") -> BinaryIO:
+def open_file(path: str | os.PathLike[str], *, kind: str = "file", hint: str = "") -> BufferedReader:
     """Open a file for reading; a pipe or a device, which could be read without end, is refused at once.
 
     Raises:

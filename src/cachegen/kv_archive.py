@@ -8,13 +8,16 @@ by opcode, and only what `save_kv_cache` writes passes.
 
 from __future__ import annotations
 
+import errno
 import pickletools
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from cachegen.errors import BitstreamError
+from cachegen.errors import BitstreamError, InputError
 from cachegen.files import open_file
 
 MARKERS = (b"cachegen-kv", b"model_fingerprint", b"token_hash", b"rotary_embeddings", b"cache_hash")
@@ -37,6 +40,7 @@ _GLOBALS = frozenset(
     }
 )
 _SHARED = frozenset({"BINUNICODE", "GLOBAL", "REDUCE"})  # what may be referred to again: strings, names, tensors
+_ZIP_ERRORS = (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError)
 _OPCODES = _SHARED | frozenset(
     "PROTO STOP MARK EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS "
     "BINPUT LONG_BINPUT BINGET LONG_BINGET BINPERSID BININT BININT1 BININT2 LONG1 BINFLOAT "
@@ -44,8 +48,9 @@ _OPCODES = _SHARED | frozenset(
 )
 
 
-def check_archive(path: Path) -> None:
-    """Refuse what `save_kv_cache` cannot have written, in memory and time that are bounded.
+@contextmanager
+def check_archive(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, refusing what `save_kv_cache` cannot have written, in memory and time that are bounded.
 
     Raises:
         InputError: there is no such file, or it is no regular one.
@@ -56,16 +61,18 @@ def check_archive(path: Path) -> None:
             pickle = _read_pickle(stream)
         except BitstreamError as error:
             raise error.at(path) from error
-        except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        except _ZIP_ERRORS as error:
+            _raise_if_unreadable(error, path)
             problem = f"not a KV cache file of main.py, or not whole ({_first_line(error)})"
             problem += "; plain pickles are never loaded"
             raise BitstreamError(problem, path=path) from error
-    try:
-        _check_pickle(pickle)
-    except BitstreamError as error:
-        raise error.at(path) from error
-    except Exception as error:  # pickletools fails over corrupt opcodes in many ways
-        raise BitstreamError(f"not a KV cache file of main.py ({_first_line(error)})", path=path) from error
+        try:
+            _check_pickle(pickle)
+        except BitstreamError as error:
+            raise error.at(path) from error
+        except Exception as error:  # pickletools fails over corrupt opcodes in many ways
+            raise BitstreamError(f"not a KV cache file of main.py ({_first_line(error)})", path=path) from error
+        yield stream
 
 
 def is_damaged_kv_file(path: Path) -> bool:
@@ -82,7 +89,8 @@ def is_damaged_kv_file(path: Path) -> bool:
             return False
         try:
             _read_pickle(stream)
-        except (BitstreamError, zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError):
+        except (BitstreamError, *_ZIP_ERRORS) as error:
+            _raise_if_unreadable(error, path)
             return True
     return False  # a whole file of torch.save, of something else
 
@@ -145,6 +153,12 @@ def _check_pickle(pickle: bytes) -> None:
         previous, num_read = name, (position or 0) + 1
     if previous != "STOP" or num_read != len(pickle):
         raise BitstreamError("not a KV cache file of main.py: bytes after its pickle")
+
+
+def _raise_if_unreadable(error: Exception, path: Path) -> None:
+    """Tell a disk that fails, say, from a directory that sends zipfile to negative positions."""
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _first_line(error: Exception) -> str:

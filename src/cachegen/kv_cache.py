@@ -7,6 +7,7 @@ encoded chunk by chunk.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from cachegen import _native
-from cachegen.errors import BitstreamError, UnsupportedVersionError
+from cachegen.errors import BitstreamError, InputError, UnsupportedVersionError
 from cachegen.files import atomic_write
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.kv_archive import check_archive
@@ -30,6 +31,7 @@ MAX_ROTARY_EMBEDDINGS = 1 << 10
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HASHED_TOKENS = 1024
 _MAX_TEXT = 1 << 12
+_SHORTAGE = re.compile("|".join(os.strerror(n) for n in (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO)))
 _HASH = re.compile(r"[0-9a-f]{64}")
 _FIELDS = frozenset(
     "format version model_id model_fingerprint token_ids token_hash rope_hash rotary_embeddings block_size "
@@ -296,26 +298,38 @@ def load_kv_cache(path: str | os.PathLike[str]) -> tuple[KVCache, ContextMetadat
         The cache (on the CPU) and its metadata.
 
     Raises:
-        InputError: there is no such file, or it is no regular one.
+        InputError: there is no such file, it is no regular one, or it cannot be read.
         BitstreamError: the file is not one of ours, or not whole. Nothing in it was executed.
         UnsupportedVersionError: it was written by another release.
     """
     path = Path(path)
-    check_archive(path)
+    with check_archive(path) as stream:
+        content = _load(path, stream.fileno())
+        file_bytes = os.fstat(stream.fileno()).st_size
+    try:
+        return _parse(content, file_bytes)
+    except BitstreamError as error:
+        raise error.at(path) from error
+
+
+def _load(path: Path, descriptor: int) -> object:
+    """Let torch read the file that was checked, whatever has its name by now."""
+    # By the name that the system has for what is open: torch takes none whose bytes are not UTF-8.
+    name = f"/dev/fd/{descriptor}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on a corrupt pickle's protocol, before it is refused
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(name if os.path.exists(name) else path, map_location="cpu", weights_only=True, mmap=True)
     except MemoryError:
         raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:
+        if (shortage := _SHORTAGE.search(str(error))) is not None:  # torch's own error for what is not the file's fault
+            raise InputError(f"{path}: cannot be read: {shortage[0]}") from error
         # A corrupt pickle can make torch's unpickler fail in any way: IndexError, TypeError, AssertionError, ...
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise BitstreamError(f"not a KV cache file of main.py, nothing of it was run ({reason})", path=path) from error
-    try:
-        return _parse(content, path.stat().st_size)
-    except BitstreamError as error:
-        raise error.at(path) from error
 
 
 def read_rotary_embeddings(records: object) -> tuple[RotaryEmbedding, ...]:
@@ -331,8 +345,8 @@ def read_rotary_embeddings(records: object) -> tuple[RotaryEmbedding, ...]:
         frequencies = _read_list(record["inv_freq"], "inv_freq", 0, MAX_CHANNELS)
         embeddings.append(
             RotaryEmbedding(
-                name=_read_text(record["name"], "name"),
-                rope_type=_read_text(record["rope_type"], "rope_type"),
+                name=_read_name(record["name"], "name"),
+                rope_type=_read_name(record["rope_type"], "rope_type"),
                 inv_freq=tuple(_read_number(frequency, "inv_freq") for frequency in frequencies),
                 attention_scaling=_read_number(record["attention_scaling"], "attention_scaling"),
             )
@@ -423,6 +437,13 @@ def _read_text(value: object, field: str) -> str:
     if type(value) is not str or len(value) > _MAX_TEXT:
         raise BitstreamError(f"must be a text of at most {_MAX_TEXT} characters", field=field)
     return value
+
+
+def _read_name(value: object, field: str) -> str:
+    name = _read_text(value, field)
+    if not name.isprintable():  # nor can the rest be hashed: half a character has no UTF-8
+        raise BitstreamError("must be printable characters", field=field)
+    return name
 
 
 def _read_hash(value: object, field: str) -> str:

@@ -95,6 +95,9 @@ class ObstoreObjects:
                 obstore.put(self._backend, name, content, use_multipart=False)  # a server of the plainest kind
         return True
 
+    def sweep(self, name: str) -> None:
+        """Do nothing: an upload that broke off leaves nothing that has a name."""
+
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the names below a folder, in no order.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +28,7 @@ with atheris.instrument_imports(include=["cachegen"]):
 
 import numpy as np
 import torch
+from harness import fuzz
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FOLDERS = sorted(path.parent for path in GOLDEN.glob(f"*/{container.TABLES_NAME}"))
@@ -261,23 +261,12 @@ def test_one_input(data: bytes) -> None:
         return
 
 
-def write_seeds(corpus: Path) -> None:
-    """Begin a corpus: every golden file, sealed or not, and the files that must be refused."""
-    corpus.mkdir(parents=True, exist_ok=True)
+def list_seeds() -> dict[str, bytes]:
+    """Every golden file, and the files that must be refused."""
     files = [(index, path) for index, folder in enumerate(FOLDERS) for path in sorted(folder.glob("*.cg?"))]
     files += [(number % len(FOLDERS), path) for number, path in enumerate(sorted(GOLDEN.glob("invalid*/*.cg?")))]
-    for index, path in files:
-        (corpus / f"seed_{path.parent.name}_{path.name}").write_bytes(bytes([index, 0]) + path.read_bytes())
-
-
-def main() -> None:
-    arguments = [sys.argv[0], "-max_len=8192", *sys.argv[1:]]
-    folders = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("-")]
-    if folders:
-        write_seeds(folders[0])
-    atheris.Setup(arguments, test_one_input)
-    atheris.Fuzz()
+    return {f"{path.parent.name}_{path.name}": bytes([index, 0]) + path.read_bytes() for index, path in files}
 
 
 if __name__ == "__main__":
-    main()
+    fuzz(test_one_input, list_seeds(), 8192)

@@ -115,6 +115,13 @@ def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: 
         ConfigError: it is not such a file, or has no such model or GPU.
     """
     content = _load_object(path)
+    try:
+        return _read_machine(path, content, model, gpu, gpu_share)
+    except (ValueError, ArithmeticError) as error:  # numbers that no machine can have, or that leave the floats' range
+        raise ConfigError(f"{path}: {model} on {gpu}: {error}") from error
+
+
+def _read_machine(path: object, content: dict[str, Any], model: str, gpu: str, gpu_share: float) -> Machine:
     models = _field(path, content, "models", dict)
     if model not in models:
         raise ConfigError(f"{path}: no model {model} (there are {', '.join(models)})")
