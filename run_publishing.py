@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 SCRIPT_FOLDER = Path(__file__).resolve().parent
 # In a clone that is not installed, the package is beside the script; an installed one comes first.
@@ -18,6 +19,9 @@ from cachegen import startup  # noqa: E402
 startup.guard_imports(__name__)
 
 from cachegen import command_line  # noqa: E402
+
+if TYPE_CHECKING:
+    from cachegen.catalog import Published
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +71,7 @@ def _publish(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         published = publish_document(store, levels, metadata, bar.update)
-    manifest = published.manifest
+    manifest, found = published.manifest, published.found
     record = {
         "stage": "publish",
         "manifest": published.name,
@@ -84,6 +88,9 @@ def _publish(args: argparse.Namespace) -> None:
             }
             for level in manifest.levels
         ],
+        "superseded": published.superseded,
+        "repaired": published.repaired,
+        "clients_find": None if found is None else {"manifest": found.address, "levels": len(found.manifest.levels)},
         "num_written": published.num_written,
         "bytes_written": published.bytes_written,
         "seconds": time.perf_counter() - start,
@@ -96,9 +103,32 @@ def _publish(args: argparse.Namespace) -> None:
         report.row(f"level {level['level']}", f"{size}, {level['bits_per_value']:.2f} bits per value")
     written = command_line.format_bytes(record["bytes_written"])
     report.row("written", f"{record['num_written']} objects, {written}, to {args.path_to_store}")
+    for name in published.repaired:
+        report.row("repaired", f"{name}, which was damaged")
     report.row("manifest", published.name)
+    report.row("clients find", _describe_found(published, store.describe(published.name)))
     if args.json is not None:
         command_line.write_json(args.json, record)
+
+
+def _describe_found(published: Published, address: str) -> str:
+    """Say what clients see now, in one line."""
+    found = published.found
+    if found is None:
+        return "nothing yet: publish again"
+    levels = _count("level", len(found.manifest.levels))
+    if found.address != address:
+        tokens = f"{found.manifest.num_covered_tokens:,} tokens"
+        return f"another manifest, of {levels} and {tokens} ({found.address}): it covers more of this text, or is newer"
+    older = [
+        "a damaged manifest" if num_levels is None else f"the manifest with {_count('level', num_levels)}"
+        for num_levels in published.superseded.values()
+    ]
+    return f"{levels}; {' and '.join(older)} {'are' if len(older) > 1 else 'is'} superseded" if older else levels
+
+
+def _count(noun: str, number: int) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ echo
 echo "== 2. Quantize and entropy-code it into chunk files"
 python run_encoding.py --path_to_kv "$work/data/test_kv_0.pkl" --output_path "$work/encoded" --num_chunks 4
 echo
-echo "== 3. Decode the chunks, answer from them, and compare with the uncompressed cache"
+echo "== 3. Decode the chunks, answer from them, and compare with the answer from the text"
 python run_decoding_disk.py --path_to_encoded_kv "$work/encoded" --verify --json "$work/decode.json"
 echo
 python - "$work/decode.json" 9k_prompts/questions.json <<'PYTHON'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +32,23 @@ class Document:
     levels: list[EncodedLevel]
 
 
-def make_document(folder: Path, *, seed: int = 0, chunk_tokens: Sequence[int] = CHUNK_TOKENS, **shape) -> Document:
-    """Encode a random cache at three levels."""
-    cache = make_cache(sum(chunk_tokens), seed=seed, **shape)
-    metadata = make_metadata(sum(chunk_tokens), seed=seed)
+def make_document(
+    folder: Path,
+    *,
+    seed: int = 0,
+    chunk_tokens: Sequence[int] = CHUNK_TOKENS,
+    metadata: ContextMetadata | None = None,
+    num_tokens: int | None = None,
+    **shape,
+) -> Document:
+    """Encode a random cache at three levels.
+
+    Args:
+        num_tokens: of the cache; None for as many as the chunks have.
+    """
+    folder.mkdir(exist_ok=True)
+    cache = make_cache(num_tokens or sum(chunk_tokens), seed=seed, **shape)
+    metadata = metadata or make_metadata(cache.num_tokens, seed=seed)
     levels = []
     for bins, kl in ((8, 0.1), (32, 0.01), (128, 0.001)):
         groups = {f"{kind}_{place}_bins": bins for kind in ("key", "value") for place in ("first", "second")}
@@ -102,14 +116,16 @@ class HttpServer:
 
 
 @contextmanager
-def serve(folder: Path, host: str = "127.0.0.1") -> Iterator[HttpServer]:
+def serve(folder: Path, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> Iterator[HttpServer]:
     """Serve a folder over HTTP with byte ranges, and with whatever faults are asked for."""
     server = HttpServer("")
     handler = type("Handler", (_Handler,), {"folder": folder, "state": server})
     with http.server.ThreadingHTTPServer((host, 0), handler) as httpd:
         httpd.daemon_threads = True
         httpd.handle_error = lambda *_: None  # a client that hangs up is what many tests are about
-        server.url = f"http://{host}:{httpd.server_port}"
+        server.url = f"{'http' if tls is None else 'https'}://{host}:{httpd.server_port}"
+        if tls is not None:
+            httpd.socket = tls.wrap_socket(httpd.socket, server_side=True)
         thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:

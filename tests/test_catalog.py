@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from cachegen.errors import (
 )
 from cachegen.files import atomic_write
 from cachegen.store import Store, open_store
+from cachegen.store_index import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,23 @@ def find(store: Store, token_ids: torch.Tensor, document) -> FoundDocument | Non
 
 def with_more(token_ids: torch.Tensor, num_more: int = 1) -> torch.Tensor:
     return torch.cat([token_ids, torch.full((num_more,), 4000, dtype=torch.int32)])
+
+
+def fail_after(monkeypatch, num_writes: int) -> None:
+    """Let every write fail but the first ones."""
+    write, names = Store._write, []
+
+    def fail_late(self, name, content, overwrite):
+        names.append(name)
+        if len(names) > num_writes:
+            raise OutputError("the disk is full")
+        return write(self, name, content, overwrite)
+
+    monkeypatch.setattr(Store, "_write", fail_late)
+
+
+def pointers_of(folder: Path) -> list[Path]:
+    return sorted((folder / "prefixes").rglob("*.json"))
 
 
 class TestPublish:
@@ -71,26 +93,18 @@ class TestPublish:
             assert found is not None and found.num_chunks == len(CHUNK_TOKENS)
 
     def test_an_interrupted_publishing_shows_nothing_and_resumes(self, tmp_path, document, monkeypatch):
-        store = open_store(tmp_path / "store", create=True)
-        put = Store.put
+        text = with_more(document.metadata.token_ids)
         for limit in range(0, 20, 3):
-            count = 0
-
-            def fail_late(self, name, content, limit=limit, **flags):
-                nonlocal count
-                count += 1
-                if count > limit + 1:
-                    raise OutputError("the disk is full")
-                return put(self, name, content, **flags)
-
-            monkeypatch.setattr(Store, "put", fail_late)
-            with pytest.raises(OutputError):
-                publish_document(store, document.levels, document.metadata)
-            found = find(store, with_more(document.metadata.token_ids), document)
-            assert found is None or found.num_chunks == len(CHUNK_TOKENS)
-        monkeypatch.setattr(Store, "put", put)
-        publish_document(store, document.levels, document.metadata)
-        assert find(store, with_more(document.metadata.token_ids), document) is not None
+            store = open_store(tmp_path / f"store {limit}", create=True)
+            with monkeypatch.context() as patched:
+                fail_after(patched, limit)
+                with pytest.raises(OutputError, match="the disk is full"):
+                    publish_document(store, document.levels, document.metadata)
+            if limit:
+                found = find(store, text, document)
+                assert found is None or found.num_chunks == len(CHUNK_TOKENS)
+            assert publish_document(store, document.levels, document.metadata).num_written == 20 - limit
+            assert find(store, text, document) is not None
 
     def test_a_damaged_chunk_is_not_published(self, tmp_path, document):
         content = bytearray(document.levels[0].chunks[1]())
@@ -123,6 +137,110 @@ class TestPublish:
         mixed = EncodedLevel(first.tables_file, second.chunks)
         with pytest.raises(MismatchError, match="level 1, chunk 0: is of another document than its tables file"):
             publish_document(open_store(tmp_path / "s", create=True), [mixed], document.metadata)
+
+
+class TestPublishAgain:
+    """A newer manifest of a document takes the place of the older one, and damage is repaired."""
+
+    def test_more_levels_published_later_are_what_clients_find(self, tmp_path, document):
+        store = open_store(tmp_path, create=True)
+        one = publish_document(store, document.levels[:1], document.metadata)
+        two = publish_document(store, document.levels[:2], document.metadata)
+        assert one.found is not None and one.found.address == store.describe(one.name) and one.superseded == {}
+        assert two.found is not None and len(two.found.manifest.levels) == 2 and two.superseded == {one.name: 1}
+        assert find(store, with_more(document.metadata.token_ids), document) == two.found
+        # What the older one lists stays, for who is reading it.
+        files = [stored for chunk in one.manifest.chunks for stored in chunk.files]
+        for stored in [one.manifest.levels[0].tables, *files]:
+            assert store.get_exactly(stored.name, stored.bytes, sha256=stored.sha256)
+        assert read_manifest(store, one.name) == one.manifest
+        assert publish_document(store, document.levels[:2], document.metadata).num_written == 0
+        again = publish_document(store, document.levels[:1], document.metadata)
+        assert again.found == one.found and again.superseded == {two.name: 2}
+
+    def test_wherever_it_is_interrupted_clients_find_the_older_or_the_newer_one_whole(
+        self, tmp_path, document, monkeypatch
+    ):
+        text = with_more(document.metadata.token_ids)
+        seen = set()
+        for limit in range(20):
+            store = open_store(tmp_path / str(limit), create=True)
+            publish_document(store, document.levels[:1], document.metadata)
+            with monkeypatch.context() as patched:
+                fail_after(patched, limit)
+                try:
+                    publish_document(store, document.levels, document.metadata)
+                except OutputError:
+                    pass
+                else:
+                    assert len(seen) == 2
+                    return
+            for num_tokens in (300, 600, len(text)):
+                found = find(store, text[:num_tokens], document)
+                assert found is not None and len(found.manifest.levels) in (1, 3)
+                seen.add(len(found.manifest.levels))
+                for chunk in found.manifest.chunks:
+                    assert all(store.get_exactly(f.name, f.bytes, sha256=f.sha256) for f in chunk.files)
+        pytest.fail("it never came to an end")
+
+    def test_two_publishers_at_once_leave_one_or_the_other_whole(self, tmp_path, document):
+        store = open_store(tmp_path, create=True)
+        variants = [document.levels[:1], document.levels[:2], document.levels]
+        for _ in range(5):
+            with ThreadPoolExecutor(3) as pool:
+                runs = [pool.submit(publish_document, store, levels, document.metadata) for levels in variants]
+                names = {run.result().name for run in runs}
+            targets = {json.loads(path.read_text())["manifest"] for path in pointers_of(tmp_path)}
+            assert targets <= names
+            assert find(store, with_more(document.metadata.token_ids), document) is not None
+
+    @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped"])
+    @pytest.mark.parametrize("kind", ["store.json", "tables", "chunks", "documents", "prefixes"])
+    def test_what_is_damaged_is_repaired_and_named(self, folder, document, kind, damage):
+        before = read_folder(folder)
+        name = sorted(name for name in before if name.startswith(kind))[-1]
+        content = bytearray(before[name])
+        content[len(content) // 2] ^= 0x80
+        (folder / name).write_bytes({"empty": b"", "truncated": before[name][:-5], "flipped": bytes(content)}[damage])
+        published = publish(folder, document)
+        assert read_folder(folder) == before
+        assert published.repaired == (name,) and published.num_written == 1
+
+    def test_a_chunk_that_is_damaged_on_a_web_server_is_repaired(self, folder, document):
+        before = read_folder(folder)
+        name = next(name for name in before if name.startswith("chunks"))
+        (folder / name).write_bytes(bytes(len(before[name])))
+        with serve(folder) as server:
+            server.takes_writes = True
+            assert publish_document(server.open(), document.levels, document.metadata).repaired == (name,)
+        assert read_folder(folder) == before
+
+    def test_a_description_that_somebody_else_wrote_stays(self, tmp_path, document):
+        (tmp_path / "store.json").write_text('{"name": "a shop"}')
+        with pytest.raises(BitstreamError, match=r"store\.json"):
+            publish(tmp_path, document)
+        assert (tmp_path / "store.json").read_text() == '{"name": "a shop"}'
+
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_the_pointer_of_another_document_stays_while_that_is_there(self, folder, document, tmp_path, is_there):
+        """Two documents whose first 300 tokens are the same."""
+        tokens = document.metadata.token_ids.clone()
+        tokens[300:] += 1
+        twin = make_document(tmp_path / "twin", metadata=dataclasses.replace(document.metadata, token_ids=tokens))
+        shared = [path for path in pointers_of(folder)]
+        if not is_there:
+            next((folder / "documents").rglob("*.json")).unlink()
+        published = publish(folder, twin)
+        targets = [json.loads(path.read_text())["manifest"] for path in shared]
+        assert sum(target == published.name for target in targets) == (0 if is_there else 1)
+        assert len(published.repaired) == (0 if is_there else 1) and published.superseded == {}
+        assert published.found is not None and published.found.address.endswith(published.name)
+
+    def test_a_document_that_covers_less_than_another_is_not_what_clients_find(self, folder, document, tmp_path):
+        short = make_document(tmp_path / "short", chunk_tokens=(300, 200, 100), num_tokens=NUM_TOKENS)
+        published = publish(folder, short)
+        assert published.found is not None and not published.found.address.endswith(published.name)
+        assert published.found.manifest.num_covered_tokens == NUM_TOKENS
 
 
 class TestFind:
@@ -205,7 +323,11 @@ class TestFind:
 
     def test_a_pointer_to_another_models_document_is_refused(self, folder, document, tmp_path):
         (path,) = (folder / "documents").rglob("*.json")
-        path.write_text(path.read_text().replace(document.metadata.model_fingerprint, "ef" * 32))
+        content = path.read_bytes().replace(document.metadata.model_fingerprint.encode(), b"ef" * 32)
+        other = path.with_name(hashlib.sha256(content).hexdigest()[:32] + ".json")
+        other.write_bytes(content)
+        for pointer in pointers_of(folder):
+            pointer.write_text(pointer.read_text().replace(path.name, other.name))
         with pytest.raises(MismatchError, match="model_fingerprint is efefefefefef, but the pointer to it was for"):
             find(open_store(folder), with_more(document.metadata.token_ids), document)
 

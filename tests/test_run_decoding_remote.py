@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -360,3 +361,24 @@ def test_servers_are_asked_for_nothing_twice(server: HttpServer, argv, capsys):
     run_to_json(argv, capsys, "--level", 2)
     paths = [path for method, path, _ in server.requests if method == "GET"]
     assert len(paths) == len(set(paths)) == 3 + 1 + NUM_CHUNKS
+
+
+def test_publishing_says_what_clients_find_and_what_it_repaired(published, capsys, tmp_path):
+    store = tmp_path / "store"
+    folders = [str(published.folder / config) for config in CONFIGS]
+
+    def publish(num_levels: int) -> str:
+        flags = {"--path_to_kv": published.kv_path, "--path_to_store": store}
+        capsys.readouterr()
+        assert run_publishing.main(["--path_to_encoded_kv", *folders[:num_levels], *to_argv(flags)]) == 0
+        return capsys.readouterr().out
+
+    assert re.search(r"^clients find +1 level$", publish(1), re.MULTILINE)
+    wanted = r"^clients find +2 levels; the manifest with 1 level is superseded$"
+    assert re.search(wanted, publish(2), re.MULTILINE)
+    chunk = next((store / "chunks").rglob("*.cgc"))
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:100])
+    report = publish(2)
+    assert re.search(r"^clients find +2 levels$", report, re.MULTILINE) and chunk.read_bytes() == whole
+    assert f"{chunk.relative_to(store)}, which was damaged" in report

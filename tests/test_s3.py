@@ -253,20 +253,20 @@ class TestWriting:
     def test_an_interrupted_publishing_shows_nothing_and_resumes(self, store, document, monkeypatch):
         tokens, metadata = document.metadata.token_ids, document.metadata
         hashes = {"model_fingerprint": metadata.model_fingerprint, "rope_hash": metadata.rope_hash}
-        put, num_left = Store.put, 8
+        write, num_left = Store._write, 8
 
-        def break_off(self, name, content, **flags):
+        def break_off(self, name, content, overwrite):
             nonlocal num_left
             num_left -= 1
             if num_left < 0:
                 raise KeyboardInterrupt
-            return put(self, name, content, **flags)
+            return write(self, name, content, overwrite)
 
-        monkeypatch.setattr(Store, "put", break_off)
+        monkeypatch.setattr(Store, "_write", break_off)
         with pytest.raises(KeyboardInterrupt):
             publish_document(store, document.levels, metadata)
         assert find_document(store, tokens, **hashes) is None
-        monkeypatch.setattr(Store, "put", put)
+        monkeypatch.setattr(Store, "_write", write)
         resumed = publish_document(store, document.levels, metadata)
         found = find_document(store, tokens, **hashes)
         total = len(list(store.list()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import ssl
 import sys
 import time
 
@@ -11,7 +13,7 @@ from stores import QUICK, Misbehaviour, serve
 
 from cachegen.errors import BackendUnavailableError, ConfigError, OutputError, StoreError
 from cachegen.objects import MIN_BYTES_PER_SECOND, Pace
-from cachegen.store import RetryRule, open_store
+from cachegen.store import MAX_COMPARED_BYTES, Ensured, RetryRule, open_store
 
 CONTENT = bytes(range(256)) * 1024  # 256 KiB: several pieces
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -42,6 +44,14 @@ class TestInterface:
         assert store.put("x", b"first") and not store.put("x", b"second")
         assert store.get("x", 100) == b"first"
         assert store.put("x", b"third", overwrite=True) and store.get("x", 100) == b"third"
+
+    def test_an_object_is_ensured_whole_and_repaired_where_it_is_not(self, store):
+        assert store.ensure("x", CONTENT) is Ensured.WRITTEN and store.ensure("x", CONTENT) is Ensured.THERE
+        for damaged in (b"", CONTENT[:-1], CONTENT + b"x", CONTENT[:-1] + b"?"):
+            store.put("x", damaged, overwrite=True)
+            assert store.holds("x", CONTENT) is False
+            assert store.ensure("x", CONTENT) is Ensured.REPAIRED and store.get("x", len(CONTENT)) == CONTENT
+        assert store.holds("y", b"") is None
 
     def test_names_can_be_listed_and_asked_for(self, store):
         for name in ("a/1", "a/b/2", "c"):
@@ -233,6 +243,15 @@ class TestWebServer:
         assert not server.open().put("new/x", b"y")
         assert server.open().get("new/x", 1) == b"x" and server.open().get("new/large", len(content)) == content
 
+    def test_a_large_object_is_compared_by_its_size_only(self, server, tmp_path):
+        content = bytes(MAX_COMPARED_BYTES + 1)
+        server.takes_writes = True
+        (tmp_path / "x").write_bytes(b"?" * len(content))
+        assert server.open().ensure("x", content) is Ensured.THERE
+        (tmp_path / "x").write_bytes(b"?" * (len(content) - 1))
+        assert server.open().ensure("x", content) is Ensured.REPAIRED
+        assert (tmp_path / "x").read_bytes() == content
+
     def test_a_server_that_takes_nothing_is_an_output_error(self, server):
         with pytest.raises(OutputError, match=r"http://.*/new: cannot be written: .*405 Method Not Allowed"):
             server.open().put("new", b"x")
@@ -362,3 +381,72 @@ class TestRedirects:
         server.hang_up()
         assert store.get("a/b.bin", len(CONTENT)) == CONTENT
         assert server.num_connections == 2
+
+
+class TestWays:
+    """How a web server is reached."""
+
+    @pytest.fixture
+    def certificate(self, tmp_path):
+        """A file with a key and a certificate for localhost that nobody has signed."""
+        x509 = pytest.importorskip("cryptography.x509")
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+        now = datetime.datetime.now(datetime.UTC)
+        signed = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(1)
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+            .sign(key, hashes.SHA256())
+        )
+        plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        path = tmp_path / "localhost.pem"
+        path.write_bytes(key.private_bytes(*plain) + signed.public_bytes(serialization.Encoding.PEM))
+        return path
+
+    @pytest.fixture
+    def secure_server(self, tmp_path, certificate, server):
+        """The same files over TLS."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        with serve(tmp_path, "localhost", context) as running:
+            yield running
+
+    def test_a_certificate_that_is_not_trusted_is_final(self, secure_server):
+        with pytest.raises(StoreError, match=r"HTTP error: .*certificate verify failed") as caught:
+            secure_server.open().get("a/b.bin", len(CONTENT))
+        assert not caught.value.is_temporary and secure_server.requests == []
+
+    def test_a_trusted_one_is_read_and_a_redirect_to_http_never_followed(
+        self, server, secure_server, certificate, monkeypatch
+    ):
+        make_context = ssl.create_default_context
+        monkeypatch.setattr("ssl.create_default_context", lambda: make_context(cafile=certificate))
+        assert secure_server.open().get_exactly("a/b.bin", len(CONTENT), sha256=SHA256) == CONTENT
+        secure_server.faults = [Misbehaviour("b.bin", "redirect", body=f"302 {server.url}/a/b.bin".encode())]
+        store = open_store(secure_server.url, retry=QUICK, follow_redirects=True)
+        with pytest.raises(StoreError, match="from https to http, which is never followed"):
+            store.get("a/b.bin", len(CONTENT))
+        assert server.requests == []
+
+    def test_the_systems_proxy_is_asked_for_the_whole_address(self, server, monkeypatch):
+        monkeypatch.setenv("http_proxy", server.url.replace("://", "://name:secret@"))
+        monkeypatch.delenv("no_proxy", raising=False)
+        with pytest.raises(StoreError, match="no such object"):
+            open_store("http://store.example/s", retry=QUICK).get("x", 10)
+        assert server.requests == [("GET", "http://store.example/s/x", None)]
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert server.open().exists("a/b.bin")
+
+    @pytest.mark.parametrize("url", ["http://", "http://host:port", "https://:1"])
+    def test_an_address_that_is_none_is_refused(self, url):
+        with pytest.raises(ConfigError, match="not the URL of a store"):
+            open_store(url)

@@ -8,40 +8,32 @@ exists, all shorter ones do, and the longest is found by bisection: log2(number 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cachegen import container
-from cachegen.errors import BitstreamError, MismatchError, StoreError, UnsupportedVersionError
+from cachegen.errors import BitstreamError, MismatchError, StoreError
 from cachegen.format import TablesHeader
 from cachegen.kv_cache import ContextMetadata, hash_token_prefixes
 from cachegen.manifest import (
     MAX_LEVELS,
-    MAX_MANIFEST_BYTES,
     ChunkEntry,
     Level,
     Manifest,
     StoredObject,
     chunk_object,
-    is_object_name,
     manifest_name,
     pack_manifest,
     tables_object,
     unpack_manifest,
 )
 from cachegen.store import Store
+from cachegen.store_index import pointer_name, read_info, read_manifest, read_pointer
+from cachegen.store_writer import StoreWriter
 from cachegen.transform_format import TransformTablesHeader
-
-STORE_INFO_NAME = "store.json"
-STORE_FORMAT = "cachegen-store"
-STORE_VERSION = 1
-TOKENS_PER_BLOCK = 256
-_MAX_SMALL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -61,21 +53,6 @@ class EncodedLevel:
 
 
 @dataclass(frozen=True)
-class Published:
-    """What publishing did.
-
-    Attributes:
-        num_written: objects that were not there yet.
-        bytes_written: theirs.
-    """
-
-    manifest: Manifest
-    name: str
-    num_written: int
-    bytes_written: int
-
-
-@dataclass(frozen=True)
 class FoundDocument:
     """A document that shares its beginning with some tokens.
 
@@ -88,6 +65,25 @@ class FoundDocument:
     num_chunks: int
 
 
+@dataclass(frozen=True)
+class Published:
+    """What publishing did.
+
+    Attributes:
+        num_written, bytes_written, repaired, superseded: as in `StoreWriter`.
+        found: what clients with this text find now; not the manifest written where another document goes on further in
+            the same text, or was published meanwhile.
+    """
+
+    manifest: Manifest
+    name: str
+    num_written: int
+    bytes_written: int
+    repaired: tuple[str, ...]
+    superseded: dict[str, int | None]
+    found: FoundDocument | None
+
+
 def publish_document(
     store: Store,
     levels: Sequence[EncodedLevel],
@@ -96,7 +92,9 @@ def publish_document(
 ) -> Published:
     """Put an encoded document into a store: objects, then the manifest, then the pointers to it.
 
-    Whoever reads meanwhile, or after an interruption, sees the whole document or none of it.
+    Whoever reads meanwhile, or after an interruption, sees the whole document or none of it. An older manifest of the
+    same document is superseded: clients find the one published last, whose levels are those given here. What is there
+    already is compared, and repaired where it is damaged.
 
     Args:
         levels: of the same tokens in the same chunks, the smallest first.
@@ -108,8 +106,8 @@ def publish_document(
         MismatchError: the levels, or levels and metadata, do not belong together.
         OutputError: the store cannot be written.
     """
-    writer = _Writer(store)
-    writer.check_info()
+    writer = StoreWriter(store)
+    writer.claim()
     headers = [container.parse_tables(level.tables_file)[0] for level in levels]
     _check_together(headers, metadata)
     header = headers[0]
@@ -144,7 +142,18 @@ def publish_document(
     unpack_manifest(content)  # what we would refuse must not be written
     writer.put_bytes(name, content)
     writer.put_pointers(name, metadata, stops[-1])
-    return Published(manifest, name, writer.num_written, writer.bytes_written)
+    # What a client asks that goes on from this context.
+    token_ids = torch.cat([metadata.token_ids, metadata.token_ids[-1:]])
+    found = find_document(store, token_ids, model_fingerprint=metadata.model_fingerprint, rope_hash=metadata.rope_hash)
+    return Published(
+        manifest,
+        name,
+        writer.num_written,
+        writer.bytes_written,
+        tuple(writer.repaired),
+        writer.superseded,
+        found,
+    )
 
 
 def find_document(
@@ -160,12 +169,12 @@ def find_document(
         BitstreamError: the store's description, a pointer or the manifest is corrupt.
         MismatchError: the pointer leads to a document of another model or context.
     """
-    tokens_per_block = _read_info(store)
+    tokens_per_block = read_info(store)
     num_tokens = len(token_ids) - 1
     stops = list(range(tokens_per_block, num_tokens + 1, tokens_per_block))
     if num_tokens % tokens_per_block:
         stops.append(num_tokens)  # a document may end anywhere: its last pointer is at its end
-    names = [_pointer_name(model_fingerprint, rope_hash, digest) for digest in hash_token_prefixes(token_ids, stops)]
+    names = [pointer_name(model_fingerprint, rope_hash, digest) for digest in hash_token_prefixes(token_ids, stops)]
     name = _find_whole(store, names[-1]) if names and num_tokens % tokens_per_block else None
     if name is None:
         low, found = 0, num_tokens // tokens_per_block + 1  # names[low - 1] exists, names[found - 1] does not
@@ -174,9 +183,9 @@ def find_document(
             low, found = (middle, found) if store.exists(names[middle - 1]) else (low, middle)
         if low == 0:
             return None
-        name = _read_pointer(store, names[low - 1])
+        name = read_pointer(store, names[low - 1])
     address = store.describe(name)
-    manifest = unpack_manifest(store.get(name, MAX_MANIFEST_BYTES), address)
+    manifest = read_manifest(store, name)
     for field, value, wanted in (
         ("model_fingerprint", manifest.model_fingerprint, model_fingerprint),
         ("rope_hash", manifest.rope_hash, rope_hash),
@@ -189,7 +198,7 @@ def find_document(
 def _find_whole(store: Store, pointer: str) -> str | None:
     """Return the manifest of the document that ends where the text does, in one request; None where there is none."""
     try:
-        return _read_pointer(store, pointer)
+        return read_pointer(store, pointer)
     except StoreError as error:
         if not error.is_missing:
             raise
@@ -204,37 +213,8 @@ def count_shared_chunks(manifest: Manifest, token_ids: torch.Tensor) -> int:
     return next(differing, len(hashes))
 
 
-class _Writer:
-    """Puts objects and counts them."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.num_written = self.bytes_written = 0
-
-    def check_info(self) -> None:
-        """Make a store of ours, or see that it is one."""
-        content = _pack({"format": STORE_FORMAT, "version": STORE_VERSION, "tokens_per_block": TOKENS_PER_BLOCK})
-        self.put_bytes(STORE_INFO_NAME, content)
-        self._tokens_per_block = _read_info(self._store)
-
-    def put(self, described: StoredObject, content: bytes) -> None:
-        self.put_bytes(described.name, content)
-
-    def put_bytes(self, name: str, content: bytes) -> None:
-        if self._store.put(name, content):
-            self.num_written += 1
-            self.bytes_written += len(content)
-
-    def put_pointers(self, manifest: str, metadata: ContextMetadata, num_tokens: int) -> None:
-        """Point to a manifest every block of its tokens, the shortest prefix first, and at their end."""
-        stops = [*range(self._tokens_per_block, num_tokens, self._tokens_per_block), num_tokens]
-        for digest in hash_token_prefixes(metadata.token_ids, stops):
-            name = _pointer_name(metadata.model_fingerprint, metadata.rope_hash, digest)
-            self.put_bytes(name, _pack({"manifest": manifest}))
-
-
 def _publish_level(
-    writer: _Writer,
+    writer: StoreWriter,
     number: int,
     level: EncodedLevel,
     header: TablesHeader | TransformTablesHeader,
@@ -318,50 +298,3 @@ def _shapes(header: TablesHeader | TransformTablesHeader) -> list[tuple[int, int
 
 def _values_per_token(header: TablesHeader | TransformTablesHeader) -> int:
     return sum(plane.num_channels for plane in header.planes)
-
-
-def _pointer_name(model_fingerprint: str, rope_hash: str, prefix_hash: str) -> str:
-    return f"prefixes/{model_fingerprint[:16]}-{rope_hash[:16]}/{prefix_hash}.json"
-
-
-def _pack(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content) + "\n").encode()
-
-
-def _load_small(store: Store, name: str, fields: set[str]) -> dict[str, Any]:
-    content = store.get(name, _MAX_SMALL_BYTES)
-    try:
-        loaded = json.loads(content)
-    except (ValueError, RecursionError):
-        loaded = None
-    if not isinstance(loaded, dict) or set(loaded) != fields:
-        raise BitstreamError(f"must be a JSON object of {', '.join(sorted(fields))}", path=store.describe(name))
-    return loaded
-
-
-def _read_info(store: Store) -> int:
-    """Return the store's tokens per block."""
-    address = store.describe(STORE_INFO_NAME)
-    try:
-        info = _load_small(store, STORE_INFO_NAME, {"format", "version", "tokens_per_block"})
-    except StoreError as error:
-        if not error.is_missing:
-            raise
-        message = f"{address}: no such object: not a store of cachegen (fill one with run_publishing.py)"
-        raise StoreError(message, is_missing=True) from None
-    if info["format"] != STORE_FORMAT:
-        raise BitstreamError(f"must be {STORE_FORMAT}", path=address, field="format")
-    if info["version"] != STORE_VERSION:
-        problem = f"{str(info['version'])[:20]} is not supported, this release reads {STORE_VERSION}"
-        raise UnsupportedVersionError(problem, path=address, field="version")
-    tokens_per_block = info["tokens_per_block"]
-    if type(tokens_per_block) is not int or not 16 <= tokens_per_block <= 1 << 20:
-        raise BitstreamError("must be an integer, 16 to 1048576", path=address, field="tokens_per_block")
-    return tokens_per_block
-
-
-def _read_pointer(store: Store, name: str) -> str:
-    target = _load_small(store, name, {"manifest"})["manifest"]
-    if not is_object_name(target) or not target.startswith("documents/"):
-        raise BitstreamError("must name a manifest", path=store.describe(name), field="manifest")
-    return target

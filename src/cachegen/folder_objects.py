@@ -1,43 +1,48 @@
-"""Objects in a folder, by files' own means: nothing is waited for, neither a pipe nor a library's threads."""
+"""Objects in a folder, by files' own means: whole or not there, and nothing that is no regular file is waited for."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 
 from cachegen.errors import InputError, OutputExistsError, StoreError
-from cachegen.files import open_file, write_file
+from cachegen.files import is_temporary, open_file, remove_stale_temporaries, write_file
 from cachegen.manifest import is_object_name
 from cachegen.objects import PIECE_BYTES, Answer
 
 
 class FolderObjects:
-    """The files below a folder; methods may be called from several threads."""
+    """The objects below a folder; methods may be called from several threads."""
 
     def __init__(self, url: str, folder: Path) -> None:
         self._url, self._folder = url.rstrip("/"), folder
+        self._swept: set[Path] = set()  # folders that hold no file of a killed writer any more
 
     def get(self, name: str, span: tuple[int, int] | None = None, *, deadline: float | None = None) -> Answer:
         """Open an object, or bytes `start` to `stop` of it.
 
         Raises:
-            StoreError: there is none, it is no regular file, or it cannot be read.
+            StoreError: there is none, it is no regular file, or it is shorter.
         """
+        del deadline
         stream = self._open(name)
-        size = os.fstat(stream.fileno()).st_size
-        start, stop = (0, size) if span is None else (min(span[0], size), min(span[1], size))
-        return Answer(
-            stop - start, None if span is None else (start, stop), self._read(name, stream, start, stop), stream.close
-        )
+        found = os.fstat(stream.fileno()).st_size
+        start, stop = span or (0, found)
+        if stop > found:
+            stream.close()
+            raise StoreError(f"{self._describe(name)}: has {found} bytes, {span} were asked for")
+        return Answer(stop - start, span, self._read(name, stream, start, stop), stream.close)
 
     def exists(self, name: str, *, deadline: float | None = None) -> bool:
         """Tell whether there is an object of that name.
 
         Raises:
-            StoreError: what is there is no regular file, or cannot be read.
+            StoreError: there is something that is no regular file, or cannot be read.
         """
+        del deadline
         try:
             self._open(name).close()
         except StoreError as error:
@@ -47,13 +52,14 @@ class FolderObjects:
         return True
 
     def put(self, name: str, content: bytes, *, overwrite: bool) -> bool:
-        """Write an object, whole or not at all; returns False where another one was there first.
+        """Write an object, on disk before it has its name; returns False where another one was there first.
 
         Raises:
             OutputError: it cannot be written.
         """
+        self.sweep(name)
         try:
-            write_file(self._path(name), content, replace=overwrite)
+            write_file(self._folder / name, content, replace=overwrite)
         except OutputExistsError:
             return False
         return True
@@ -62,28 +68,37 @@ class FolderObjects:
         """Yield the names below a folder, in no order."""
         for folder, _, names in os.walk(self._folder / prefix):
             for name in names:
-                yield Path(folder, name).relative_to(self._folder).as_posix()
+                path = Path(folder) / name
+                if not is_temporary(path):
+                    yield path.relative_to(self._folder).as_posix()
 
-    def _path(self, name: str) -> Path:
-        if not is_object_name(name):
-            raise StoreError(f"{self._url}/{name}: not a name that an object can have")
-        return self._folder / name
+    def sweep(self, name: str) -> None:
+        """Remove what killed writers left beside an object, once."""
+        folder = (self._folder / name).parent
+        if folder not in self._swept:
+            with suppress(OSError):  # there is no such folder yet, or what is wrong with it will show
+                remove_stale_temporaries(folder)
+            self._swept.add(folder)
+
+    def _describe(self, name: str) -> str:
+        return f"{self._url}/{name}"
 
     def _open(self, name: str) -> BufferedReader:
-        path = self._path(name)
+        place, path = self._describe(name), self._folder / name
+        if not is_object_name(name):
+            raise StoreError(f"{place}: not a name that an object can have")
         try:
             return open_file(path)
         except InputError as error:
             if not path.exists():
-                raise StoreError(f"{self._url}/{name}: no such object", is_missing=True) from None
-            raise StoreError(f"{self._url}/{name}: {str(error).removeprefix(f'{path}: ')}") from None
+                raise StoreError(f"{place}: no such object", is_missing=True) from None
+            raise StoreError(f"{place}: {str(error).removeprefix(f'{path}: ')}") from None
 
     def _read(self, name: str, stream: BufferedReader, start: int, stop: int) -> Iterator[bytes]:
-        with stream:
-            try:
-                stream.seek(start)
-                while start < stop and (piece := stream.read(min(PIECE_BYTES, stop - start))):
-                    start += len(piece)
-                    yield piece
-            except OSError as error:
-                raise StoreError(f"{self._url}/{name}: cannot be read: {error.strerror}") from error
+        try:
+            stream.seek(start)
+            while start < stop and (piece := stream.read(min(PIECE_BYTES, stop - start))):
+                start += len(piece)
+                yield piece
+        except OSError as error:
+            raise StoreError(f"{self._describe(name)}: cannot be read: {error.strerror}") from error

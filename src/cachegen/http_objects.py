@@ -107,6 +107,9 @@ class HttpObjects:
             body.close()
         return True
 
+    def sweep(self, name: str) -> None:
+        """Do nothing: an upload that broke off leaves nothing that has a name."""
+
     def list(self, prefix: str) -> Iterator[str]:
         """Refuse: a plain web server has no list.
 

@@ -1,4 +1,4 @@
-"""Objects in a cloud's store or memory, by obstore (bindings of Rust's object_store).
+"""Objects in a cloud's store, a folder or memory, by obstore (bindings of Rust's object_store).
 
 Its own retries are off: `store.Store` counts them, and goes on where a body broke off. It follows redirects when
 reading and cannot be told not to: those of the cloud that was asked, and no signature goes with them.
@@ -94,6 +94,9 @@ class ObstoreObjects:
                     raise
                 obstore.put(self._backend, name, content, use_multipart=False)  # a server of the plainest kind
         return True
+
+    def sweep(self, name: str) -> None:
+        """Do nothing: an upload that broke off leaves nothing that has a name."""
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the names below a folder, in no order.

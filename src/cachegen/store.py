@@ -16,14 +16,13 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
 from cachegen.errors import ConfigError, OutputError, StoreError
-from cachegen.files import is_temporary, remove_stale_temporaries
 from cachegen.folder_objects import FolderObjects
 from cachegen.http_objects import HttpObjects
 from cachegen.objects import MIN_BYTES_PER_SECOND, Answer
@@ -63,6 +62,10 @@ class Objects(Protocol):
         """Yield the names below a folder."""
         ...
 
+    def sweep(self, name: str) -> None:
+        """Remove what a killed writer left beside an object, if the place keeps such things."""
+        ...
+
 
 @dataclass(frozen=True)
 class RetryRule:
@@ -100,10 +103,9 @@ class Store:
         retry: the rule for all requests.
     """
 
-    def __init__(self, url: str, objects: Objects, retry: RetryRule, folder: Path | None = None) -> None:
+    def __init__(self, url: str, objects: Objects, retry: RetryRule, *, is_local: bool = False) -> None:
         self.url, self.retry = url.rstrip("/"), retry
-        self._objects, self._folder = objects, folder
-        self._swept: set[Path] = set()  # folders that hold no file of a killed writer any more
+        self._objects, self._is_local = objects, is_local
 
     def describe(self, name: str) -> str:
         """Return the full address of an object, for messages."""
@@ -199,23 +201,11 @@ class Store:
             OutputError: it cannot be written, after all attempts.
         """
         try:
-            self._sweep(name)
-            if not overwrite and self.exists(name):
-                return False
-            return self._try_again(lambda: self._objects.put(name, bytes(content), overwrite=overwrite))
+            self._objects.sweep(name)
+            is_there = self.exists(name)
         except StoreError as error:
-            place = self.describe(name)
-            raise OutputError(f"{place}: cannot be written: {str(error).removeprefix(place + ': ')}") from error
-
-    def _sweep(self, name: str) -> None:
-        """Remove what killed writers left beside an object of a folder, once."""
-        if self._folder is None:
-            return
-        folder = (self._folder / name).parent
-        if folder not in self._swept:
-            with suppress(OSError):  # there is no such folder yet, or what is wrong with it will show
-                remove_stale_temporaries(folder)
-            self._swept.add(folder)
+            raise self._unwritten(name, error) from error
+        return not (is_there and not overwrite) and self._write(name, content, overwrite)
 
     def ensure(self, name: str, content: bytes) -> Ensured:
         """Write an object whose name says its content, unless it is there and whole.
@@ -225,18 +215,18 @@ class Store:
         Raises:
             OutputError: it cannot be written, or what is there cannot be read, after all attempts.
         """
-        self._sweep(name)
+        self._objects.sweep(name)
         try:
             found = self.holds(name, content)
-            if found is None and self.put(name, content):
+            if found is None and self._write(name, content, overwrite=False):
                 return Ensured.WRITTEN
             if found is None:  # another publisher was quicker
                 found = self.holds(name, content)
         except StoreError as error:
-            raise OutputError(f"{error}; so it cannot be written") from error
+            raise self._unwritten(name, error) from error
         if found:
             return Ensured.THERE
-        self.put(name, content, overwrite=True)
+        self._write(name, content, overwrite=True)
         return Ensured.REPAIRED
 
     def holds(self, name: str, content: bytes) -> bool | None:
@@ -247,7 +237,7 @@ class Store:
         Raises:
             StoreError: the store does not say, after all attempts.
         """
-        is_compared = self._folder is not None or len(content) <= MAX_COMPARED_BYTES
+        is_compared = self._is_local or len(content) <= MAX_COMPARED_BYTES
 
         def attempt() -> bool | None:
             try:
@@ -280,7 +270,18 @@ class Store:
         Raises:
             StoreError: the store cannot list.
         """
-        yield from (name for name in self._objects.list(prefix) if not is_temporary(Path(name)))
+        yield from self._objects.list(prefix)
+
+    def _write(self, name: str, content: bytes | memoryview, overwrite: bool) -> bool:
+        """Write an object without asking what is there; returns False where the store says that another one stays."""
+        try:
+            return self._try_again(lambda: self._objects.put(name, bytes(content), overwrite=overwrite))
+        except StoreError as error:
+            raise self._unwritten(name, error) from error
+
+    def _unwritten(self, name: str, error: StoreError) -> OutputError:
+        place = self.describe(name)
+        return OutputError(f"{place}: cannot be written: {str(error).removeprefix(place + ': ')}")
 
     def _read(
         self,
@@ -359,17 +360,18 @@ def open_store(
         follow_redirects: let a web server send readers to other hosts, ports or from http to https.
 
     Raises:
-        BackendUnavailableError: obstore is not installed.
+        BackendUnavailableError: obstore, which all but folders need, is not installed.
         ConfigError: the URL is not one of these.
         StoreError: there is no such folder.
         OutputError: the folder cannot be made.
     """
-    obstore, rule = load_obstore(), retry or RetryRule()
+    rule = retry or RetryRule()
     text = os.fspath(location)
     scheme = text.split("://", 1)[0].lower() if "://" in text else ""
     if scheme and scheme not in URL_SCHEMES:
         raise ConfigError(f"{text}: a store is a folder or a URL of {', '.join(URL_SCHEMES)}")
     if scheme == "memory":
+        obstore = load_obstore()
         return Store(text, ObstoreObjects(text, obstore.store.MemoryStore(), rule.stall_seconds), rule)
     if not scheme:
         folder = Path(text).absolute()
@@ -380,7 +382,8 @@ def open_store(
                 raise OutputError(f"{text}: no folder can be made here: {error.strerror}") from error
         if not folder.is_dir():
             raise StoreError(f"{text}: no such folder (make one with run_publishing.py)", is_missing=True)
-        return Store(text, FolderObjects(text, folder), rule, folder)
+        return Store(text, FolderObjects(text, folder), rule, is_local=True)
+    obstore = load_obstore()
     connect_seconds = min(rule.stall_seconds, _CONNECT_SECONDS)
     client = {
         "connect_timeout": _milliseconds(connect_seconds),
