@@ -122,10 +122,10 @@ def test_the_clouds_stores_open_without_a_request(url):
     assert open_store(url).describe("x") == f"{url}/x"
 
 
-def test_without_obstore_the_command_that_installs_it_is_said(tmp_path, monkeypatch):
+def test_without_obstore_the_command_that_installs_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(BackendUnavailableError, match=r'pip install "cachegen\[streaming\]"'):
-        open_store(tmp_path)
+        open_store("memory://")
 
 
 def test_pauses_between_attempts_grow_and_differ():
