@@ -98,21 +98,24 @@ def atomic_write(path: str | os.PathLike[str], *, replace: bool = True) -> Itera
         OutputError: the file cannot be written (no space, no permission, no such folder).
     """
     path = Path(path)
-    temporary = None
+    temporary = stream = None
     try:
         if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
             raise OutputError(f"{path}: cannot be written: is not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary, stream = _open_temporary(path)
+        while stream is None:
+            # Named before it is made: whenever a signal ends this, `finally` knows what to remove.
+            temporary = path.parent / f"{_TEMPORARY_PREFIX}{path.name[:_NAME_CHARACTERS]}-{secrets.token_hex(6)}"
+            stream = _open_locked(temporary)
         with stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
             # Still open, and so still locked: no sweep takes the file before it has its name.
             if replace:
-                os.replace(temporary, path)
+                os.replace(stream.name, path)
             else:
-                _rename_to_free_name(temporary, path)
+                _rename_to_free_name(Path(stream.name), path)
         _sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -174,21 +177,18 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """Make a temporary file beside `path` and lock it; it is closed by whoever gets it, and the lock with it."""
-    while True:
-        name = f"{_TEMPORARY_PREFIX}{path.name[:_NAME_CHARACTERS]}-{secrets.token_hex(6)}"
-        temporary = path.parent / name
-        stream = open(temporary, "xb")  # noqa: SIM115 (returned)
-        try:
-            _lock(stream.fileno(), fcntl.LOCK_EX)
-            if _is_file_of(temporary, stream.fileno()):
-                return temporary, stream
-        except BaseException:
-            stream.close()
-            temporary.unlink(missing_ok=True)
-            raise
-        stream.close()  # a sweep was faster than our lock; it has removed the file
+def _open_locked(temporary: Path) -> BinaryIO | None:
+    """Make a file and lock it; None where a sweep was faster than the lock and has removed it."""
+    stream = open(temporary, "xb")  # noqa: SIM115 (returned)
+    try:
+        _lock(stream.fileno(), fcntl.LOCK_EX)
+        if _is_file_of(temporary, stream.fileno()):
+            return stream
+    except BaseException:
+        stream.close()
+        raise
+    stream.close()
+    return None
 
 
 def _lock(descriptor: int, operation: int) -> bool | None:
