@@ -191,8 +191,9 @@ def _kill(process: int, conditions: Conditions) -> None:
 
 def _become(script: str, argv: list[str], place: Path, conditions: Conditions) -> None:
     """Turn this process into a run of the script, and never return."""
-    for number in (signal.SIGHUP, signal.SIGTERM):  # which nohup, say, would have ignored
+    for number in (signal.SIGHUP, signal.SIGTERM):  # which nohup and jobs in the background ignore
         signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     outputs = [(1, conditions.stdout or place / "out"), (2, place / "err")]

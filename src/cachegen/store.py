@@ -207,6 +207,10 @@ class Store:
             raise self._unwritten(name, error) from error
         return not (is_there and not overwrite) and self._write(name, content, overwrite)
 
+    def sweep(self, name: str) -> None:
+        """Remove what killed writers left beside an object; once for each folder, and nothing in other stores."""
+        self._objects.sweep(name)
+
     def ensure(self, name: str, content: bytes) -> Ensured:
         """Write an object whose name says its content, unless it is there and whole.
 

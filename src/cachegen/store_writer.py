@@ -98,6 +98,7 @@ class StoreWriter:
 
     def _point(self, name: str, manifest: str) -> None:
         content = pack_small({"manifest": manifest})
+        self._store.sweep(name)  # where nothing is to be written, too
         for _ in range(_MAX_RACES):
             try:
                 target = read_pointer(self._store, name)
