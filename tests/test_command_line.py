@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +195,30 @@ def test_an_input_default_is_short_in_the_scripts_folder_and_absolute_elsewhere(
 )
 def test_sizes_read_in_decimal_units(num_bytes, text):
     assert command_line.format_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGTERM, "terminated"), (signal.SIGHUP, "hung up"), (signal.SIGINT, "interrupted")]
+)
+@pytest.mark.parametrize("is_swallowed", [False, True])
+def test_a_signal_that_ends_the_process_cleans_up_and_says_so(capsys, number, words, is_swallowed):
+    before, cleaned = signal.getsignal(number), []
+
+    def body(args: argparse.Namespace) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            if is_swallowed:  # as native code does, which knows no such exception
+                raise ValueError("no shape") from None
+            raise
+        finally:
+            cleaned.append(True)
+
+    handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, handler)
+    try:
+        assert command_line.run(body, command_line.CommandLineParser(description=None), []) == 128 + number
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert cleaned and capsys.readouterr().err == f"error: {words}\n"

@@ -82,7 +82,7 @@ def put_bytearray(path: Path) -> None:
 
 
 def share_storages(path: Path) -> None:
-    """Ten thousand planes, all of them views of one megabyte."""
+    """Thousands of planes, all of them views of one."""
     content = torch.load(path, weights_only=True)
     plane = torch.zeros(len(content["token_ids"]), 2, 64, dtype=torch.bfloat16)
     planes = [plane.view_as(plane) for _ in range(4_000)]
@@ -90,7 +90,7 @@ def share_storages(path: Path) -> None:
 
 
 def add_members(path: Path) -> None:
-    """A directory of a million empty members."""
+    """A directory of 100,000 empty members."""
     path.write_bytes(path.read_bytes())
     with zipfile.ZipFile(path, "a") as archive:
         for number in range(100_000):

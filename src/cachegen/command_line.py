@@ -33,7 +33,7 @@ from cachegen.startup import EXIT_INTERRUPTED, end_guard
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _LABEL_WIDTH = 18
-_ENDING_SIGNALS = {signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+_ENDING_SIGNALS = {signal.SIGTERM: "terminated", signal.SIGHUP: "hung up", signal.SIGINT: "interrupted"}
 # What is said where no memory can be had: torch has an exception class for the memory of GPUs only, Python none for
 # that of a thread, and the Rust of other packages panics.
 _OUT_OF_MEMORY = (
@@ -303,20 +303,30 @@ class _Ended(KeyboardInterrupt):
 
 @contextmanager
 def _unwinding_at_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise `_Ended`, so that unfinished files go; where they are ignored, as by nohup, not."""
+    """Let signals that end a process raise `_Ended`, so that unfinished files go; ignored ones, as by nohup, stay so.
+
+    A library that the signal comes in may make another exception of it, which is then not what has to be said.
+    """
+    received: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:
+        received.append(number)
         raise _Ended(number)
 
     is_main = threading.current_thread() is threading.main_thread()
-    numbers = [n for n in _ENDING_SIGNALS if is_main and signal.getsignal(n) is signal.SIG_DFL]
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    before = {n: signal.getsignal(n) for n in _ENDING_SIGNALS if is_main and signal.getsignal(n) in defaults}
     try:
-        for number in numbers:
+        for number in before:
             signal.signal(number, end)
         yield
+    except BaseException as error:
+        if received and not isinstance(error, KeyboardInterrupt):
+            raise _Ended(received[0]) from error
+        raise
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _prepare_streams() -> None:

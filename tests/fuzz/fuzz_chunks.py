@@ -37,7 +37,7 @@ MAX_VALUES = 1 << 16  # a header of a few bytes may claim millions
 MAX_TOKENS = 1 << 31  # where a chunk begins is what the reader expects: a place in a context
 TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in cpu.DTYPES.items()}
 PREFIX_BYTES, CHUNK_PLANES_AT, PLANE_BYTES, STREAM_BYTES = 24, 208, 12, 12
-GROUPS_AT, LENGTHS_AT = 208, 212  # in a chunk of method transform
+GROUPS_AT, EXACT_AT, LENGTHS_AT = 208, 224, 236  # in a chunk of method transform
 
 
 @cache
@@ -86,7 +86,7 @@ def seal_sections(content: bytearray, header_bytes: int, flags: int) -> None:
         return
     struct.pack_into("<I", content, 44, cpu.crc32c(content[header_bytes:payload_at]))
     steps = [struct.unpack_from("<I", content, at + 8)[0] for at in range(CHUNK_PLANES_AT, planes_end, PLANE_BYTES)]
-    seal_streams(content, header_bytes, planes_end, payload_at, num_tokens, steps, flags)
+    seal_streams(content, header_bytes, planes_end, payload_at, num_tokens, steps, flags, len(content))
 
 
 def seal_component_streams(content: bytearray, header_bytes: int, flags: int) -> None:
@@ -99,13 +99,25 @@ def seal_component_streams(content: bytearray, header_bytes: int, flags: int) ->
     if index_at > header_bytes:
         return
     steps = list(struct.unpack_from(f"<{num_groups}I", content, LENGTHS_AT))
-    seal_streams(content, header_bytes, index_at, header_bytes, num_tokens, steps, flags)
+    # What the header says of the exact values is cut to the file, and lies at its end.
+    (exact_bytes,) = struct.unpack_from("<Q", content, EXACT_AT)
+    exact_bytes = min(exact_bytes, max(0, len(content) - header_bytes - layout.ALIGNMENT))
+    end = len(content) - layout.round_up(exact_bytes, layout.ALIGNMENT)
+    struct.pack_into("<QI", content, EXACT_AT, exact_bytes, cpu.crc32c(content[end:]))
+    seal_streams(content, header_bytes, index_at, header_bytes, num_tokens, steps, flags, end)
 
 
 def seal_streams(
-    content: bytearray, header_bytes: int, index_at: int, offset: int, num_tokens: int, steps: list[int], flags: int
+    content: bytearray,
+    header_bytes: int,
+    index_at: int,
+    offset: int,
+    num_tokens: int,
+    steps: list[int],
+    flags: int,
+    end: int,
 ) -> None:
-    """Make the streams' checksums right, `steps` being their tokens, and let the last one end with the file."""
+    """Make the streams' checksums right, `steps` being their tokens, and let the last one end at `end`."""
     if 0 in steps or (num_streams := sum(-(-num_tokens // step) for step in steps)) > header_bytes // STREAM_BYTES:
         return
     for stream in range(num_streams):
@@ -114,7 +126,7 @@ def seal_streams(
             return
         num_bytes, num_words, _ = struct.unpack_from("<III", content, at)
         if stream == num_streams - 1 and not flags & KEEP_STREAM_BYTES:
-            rest = max(0, len(content) - offset)
+            rest = max(0, end - offset)
             # The padding stays as long as it was, and what is missing or left over is words.
             change = rest - layout.round_up(num_bytes, layout.ALIGNMENT)
             num_bytes = min(max(0, num_bytes + change), len(content))
@@ -164,7 +176,9 @@ def document_for(header: layout.ChunkHeader, golden: codec.Document) -> codec.Do
         profile_hash=header.profile_hash,
         planes=planes,
     )
-    return codec.Document(expected, tables, header.tables_hash)
+    document = codec.Document(expected, header.tables_hash, b"", cpu, 1)
+    vars(document)["tables"] = tables  # what would be unpacked from its section
+    return document
 
 
 class OnePath:
