@@ -20,7 +20,6 @@ startup.guard_imports(__name__)
 
 from cachegen import command_line  # noqa: E402
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
-from cachegen.format import Method  # noqa: E402
 from cachegen.pipeline.answers import (  # noqa: E402
     add_answer_flags,
     append_questions,
@@ -50,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _decode_and_answer(args: argparse.Namespace) -> None:
     from cachegen.coder.cpu import default_num_threads
-    from cachegen.config import load_model_config, load_quantization_config
+    from cachegen.config import load_model_config
+    from cachegen.methods import check_config, load_config, method_of
     from cachegen.pipeline.decode import EncodedFolder
     from cachegen.pipeline.profiles import profile_finder
 
@@ -64,13 +64,12 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
         args.path_to_encoded_kv, num_threads, chosen.kernels, find_profile=find_profile, level=args.level
     )
     header = folder.document.header
-    check_profile_flag(args, header.method)
+    method = method_of(header)
+    check_profile_flag(args, method)
     if args.quantization_config is not None:
-        load_quantization_config(args.quantization_config).check_planes(
-            header.method, header.planes, folder.tables_path
-        )
+        check_config(load_config(args.quantization_config), header, folder.tables_path)
     if args.model_config is not None:
-        load_model_config(args.model_config).check_planes(header.planes, folder.tables_path)
+        load_model_config(args.model_config).check_shapes(header.shapes, folder.tables_path)
     chunk_tokens = folder.select_chunks(args.num_chunks)
     text = read_context(Path(args.path_to_context))
 
@@ -104,8 +103,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     with tqdm(total=num_cached, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         decoded = folder.decode_into(view_kv_cache(cache, num_cached), token_ids, chunk_tokens, bar.update)
     set_length(cache, num_cached)
-    if header.method is Method.TRANSFORM:
-        recompute_first_tokens(loaded, cache, token_ids, num_cached)
+    recompute_first_tokens(loaded, cache, token_ids, method.num_sink_tokens, num_cached)
     block_size = header.prefill_block_size
     answers = [
         generate_answer(loaded, cache, num_cached, prompt, args.max_new_tokens, block_size) for prompt in prompts

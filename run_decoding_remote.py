@@ -26,7 +26,6 @@ startup.guard_imports(__name__)
 from cachegen import command_line  # noqa: E402
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.errors import ConfigError, StoreError  # noqa: E402
-from cachegen.format import Method  # noqa: E402
 from cachegen.pipeline.answers import (  # noqa: E402
     add_answer_flags,
     append_questions,
@@ -283,16 +282,19 @@ def _answer_from_text(
 
 def _check_configs(args: argparse.Namespace, document: RemoteDocument) -> None:
     """Refuse a document that does not agree with the configs given; needs its tables, and fetches them."""
-    from cachegen.config import load_model_config, load_quantization_config
+    from cachegen.config import load_model_config
+    from cachegen.methods import check_config, load_config, method_named
 
-    check_profile_flag(args, Method[document.manifest.levels[0].method.upper()])
+    method = method_named(document.manifest.levels[0].method)
+    if method is not None:
+        check_profile_flag(args, method)
     checks = []
     if args.quantization_config is not None:
-        config = load_quantization_config(args.quantization_config)
-        checks.append(lambda header, place: config.check_planes(header.method, header.planes, place))
+        config = load_config(args.quantization_config)
+        checks.append(lambda header, place: check_config(config, header, place))
     if args.model_config is not None:
         model_config = load_model_config(args.model_config)
-        checks.append(lambda header, place: model_config.check_planes(header.planes, place))
+        checks.append(lambda header, place: model_config.check_shapes(header.shapes, place))
     levels = document.manifest.levels if args.level is None else document.manifest.levels[args.level - 1 : args.level]
     for level in levels if checks else []:
         header = document.open_level(level.level).header

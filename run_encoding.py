@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import sys
 import time
@@ -21,16 +20,13 @@ from cachegen import startup  # noqa: E402
 startup.guard_imports(__name__)
 
 from cachegen import command_line  # noqa: E402
-from cachegen.device import DEVICE_NAMES, KernelChoice, choose_kernels  # noqa: E402
+from cachegen.device import DEVICE_NAMES, choose_kernels  # noqa: E402
 from cachegen.errors import ConfigError  # noqa: E402
-from cachegen.format import Coder, Method  # noqa: E402
-from cachegen.transform_format import MAX_LEVELS  # noqa: E402
+from cachegen.format import MAX_LEVELS, Coder  # noqa: E402
 
 if TYPE_CHECKING:
-    from cachegen.config import QuantizationConfig, TransformConfig
-    from cachegen.kv_cache import ContextMetadata, KVCache
-    from cachegen.pipeline.encode import Encoder, EncodeResult
-    from cachegen.transform_codec import TransformEncoder
+    from cachegen.methods.base import Encoder, MethodConfig
+    from cachegen.pipeline.encode import EncodeResult
 
 BYTES_PER_FP16 = 2
 
@@ -111,17 +107,15 @@ def _parse_levels(text: str) -> int:
 def _encode(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from cachegen.codec import DocumentEncoder
     from cachegen.coder.cpu import default_num_threads
-    from cachegen.config import TransformConfig
     from cachegen.kv_cache import load_kv_cache
+    from cachegen.methods import make_encoder
     from cachegen.pipeline.chunking import plan_chunks
     from cachegen.pipeline.encode import encode_document
 
     report = command_line.Reporter(args)
     chosen = choose_kernels(args.device)
-    config = _effective_config(args)
-    coder = Coder[args.coder.upper()] if args.coder else config.coder
+    config = _load_config(args)
     num_threads = args.threads or default_num_threads()
     cache, metadata = load_kv_cache(args.path_to_kv)
     num_coded = cache.num_tokens - args.recompute_last
@@ -133,12 +127,7 @@ def _encode(args: argparse.Namespace) -> None:
     num_tokens = sum(chunk_tokens)
 
     start = time.perf_counter()
-    if isinstance(config, TransformConfig):
-        encoder = _make_transform_encoder(config, cache, metadata, chunk_tokens, num_threads, chosen)
-    else:
-        encoder = DocumentEncoder(
-            cache, metadata, config, chunk_tokens, coder, num_threads=num_threads, kernels=chosen.kernels
-        )
+    encoder = make_encoder(config, cache, metadata, chunk_tokens, num_threads=num_threads, kernels=chosen.kernels)
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         result = encode_document(
             encoder, args.output_path, overwrite=args.overwrite, max_error=args.max_error, progress=bar.update
@@ -150,8 +139,8 @@ def _encode(args: argparse.Namespace) -> None:
     sizes = result.sizes
     record = {
         "stage": "encode",
-        "method": config.method.name.lower(),
-        "coder": coder.name.lower(),
+        "method": config.method,
+        "coder": config.coder.name.lower(),
         "num_tokens": num_tokens,
         "num_uncovered_tokens": num_uncovered,
         "num_chunks": len(chunk_tokens),
@@ -182,52 +171,13 @@ def _encode(args: argparse.Namespace) -> None:
         command_line.write_json(args.json, record)
 
 
-def _effective_config(args: argparse.Namespace) -> QuantizationConfig | TransformConfig:
-    """Read the config and put the flags of method `transform` in the place of its values."""
-    from cachegen.config import TransformConfig, load_quantization_config
+def _load_config(args: argparse.Namespace) -> MethodConfig:
+    """Read the config and put the flags that were given in the place of its values."""
+    from cachegen.methods import load_config
 
-    config = load_quantization_config(args.quantization_config)
-    flags = {"--profile": args.profile, "--levels": args.levels}
-    flags |= {"--target_bits": args.target_bits, "--target_kl": args.target_kl}
-    given = [flag for flag, value in flags.items() if value is not None]
-    if not isinstance(config, TransformConfig):
-        if given:
-            raise ConfigError(f"{given[0]} is for method transform, {args.quantization_config} says otherwise")
-        return config
-    if args.coder not in (None, "rans"):
-        raise ConfigError(f"--coder {args.coder}: method transform is coded with rans")
-    if args.target_bits is not None and args.target_kl is not None:
-        raise ConfigError("--target_bits and --target_kl exclude each other")
-    if args.target_bits is not None or args.target_kl is not None:
-        config = dataclasses.replace(config, step_log=None, target_bits=args.target_bits, target_kl=args.target_kl)
-    return dataclasses.replace(
-        config, profile=args.profile or config.profile, num_levels=args.levels or config.num_levels
-    )
-
-
-def _make_transform_encoder(
-    config: TransformConfig,
-    cache: KVCache,
-    metadata: ContextMetadata,
-    chunk_tokens: Sequence[int],
-    num_threads: int,
-    chosen: KernelChoice,
-) -> TransformEncoder:
-    from cachegen.pipeline.profiles import choose_step
-    from cachegen.profile import load_profile
-    from cachegen.transform_codec import TransformEncoder
-
-    profile = load_profile(config.profile, for_encoding=True)
-    return TransformEncoder(
-        cache,
-        metadata,
-        profile,
-        chunk_tokens,
-        step_log=choose_step(config, profile),
-        num_levels=config.num_levels,
-        num_threads=num_threads,
-        kernels=chosen.kernels,
-    )
+    flags = {"profile": args.profile, "levels": args.levels, "coder": Coder[args.coder.upper()] if args.coder else None}
+    flags |= {"target_bits": args.target_bits, "target_kl": args.target_kl}
+    return load_config(args.quantization_config).with_flags({k: v for k, v in flags.items() if v is not None})
 
 
 def _describe_levels(encoder: Encoder, result: EncodeResult, num_values: int) -> dict[str, Any]:
@@ -249,7 +199,6 @@ def _describe_levels(encoder: Encoder, result: EncodeResult, num_values: int) ->
         )
     tokens = result.header.chunk_tokens
     return {
-        # Level 0: files that are not one of several levels.
         "levels": levels,
         "levels_are_embedded": len(levels) > 1,
         "shared_bytes": shared_bytes,
@@ -261,7 +210,7 @@ def _describe_levels(encoder: Encoder, result: EncodeResult, num_values: int) ->
             }
             for index, (stop, num_tokens) in enumerate(zip(itertools.accumulate(tokens), tokens, strict=True))
         ],
-        "profile_hash": result.header.profile_hash.hex() if result.header.method is Method.TRANSFORM else None,
+        "profile_hash": result.header.profile_hash.hex() if any(result.header.profile_hash) else None,
     }
 
 

@@ -25,7 +25,7 @@ from cachegen import command_line  # noqa: E402
 from cachegen.device import DEVICE_NAMES, DTYPES, choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.errors import BitstreamError, CacheGenError, InputError, OutputError, UnsupportedVersionError  # noqa: E402
 from cachegen.files import lock_folder, read_file, remove_stale_temporaries  # noqa: E402
-from cachegen.profile import (  # noqa: E402
+from cachegen.methods.transform.profile import (  # noqa: E402
     FILE_FORMAT,
     MAX_PROFILE_BYTES,
     PROFILE_NAME,

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cachegen.codec import DocumentEncoder, choose_tokens_per_stream
 from cachegen.coder import cpu
-from cachegen.config import LayerGroup, QuantizationConfig
-from cachegen.format import Coder, Method, PlaneLayout
+from cachegen.coder.cpu_kernels import CPU
+from cachegen.coder.symbol_model import choose_weight_classes, pack_tables
+from cachegen.format import Coder, PlaneLayout
 from cachegen.kv_cache import ContextMetadata, KVCache
-from cachegen.quantization import low_bits_for, quantize
-from cachegen.symbol_model import choose_weight_classes, pack_tables
+from cachegen.methods.absmax.codec import AbsmaxEncoder, choose_tokens_per_stream
+from cachegen.methods.absmax.config import AbsmaxConfig, LayerGroup
+from cachegen.methods.absmax.quantization import low_bits_for, quantize
 
 
 class Document:
@@ -151,7 +152,7 @@ def run_pipeline(
     threads: int,
     rounds: int,
     *,
-    kernels=cpu,
+    kernels=CPU,
     output: KVCache | None = None,
     chunk_tokens: int | None = None,
     path: str | None = None,
@@ -177,7 +178,7 @@ def run_pipeline(
         "synthetic", "00" * 32, torch.zeros(cache.num_tokens, dtype=torch.int32), (), 512
     )
     group = (LayerGroup(None, document.planes[0].num_bins, "bins"),)
-    config = QuantizationConfig(Method.CACHEGEN, group, group, Coder.RANS)
+    config = AbsmaxConfig("cachegen", group, group, Coder.RANS)
     rows = []
     for num_threads in dict.fromkeys((1, threads)):
         clock = time.process_time if num_threads == 1 and path is None else time.perf_counter
@@ -185,7 +186,7 @@ def run_pipeline(
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as folder:
                 start = clock()
-                encoder = DocumentEncoder(
+                encoder = AbsmaxEncoder(
                     cache, metadata, config, lengths, Coder.RANS, num_threads=num_threads, kernels=kernels
                 )
                 encode_document(encoder, folder)

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cachegen.codec import DocumentEncoder
 from cachegen.coder import cpu
-from cachegen.config import load_quantization_config
 from cachegen.format import Coder
-from cachegen.quantization import quantize
+from cachegen.methods import load_config
+from cachegen.methods.absmax.codec import AbsmaxEncoder
+from cachegen.methods.absmax.config import AbsmaxConfig
+from cachegen.methods.absmax.quantization import quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE_SIZE = 32
@@ -131,8 +132,9 @@ def _list_real_cases(model_id: str | Path, context: Path, num_tokens: int) -> li
     cache, metadata = prefill_context(loaded, tokenize(loaded, text)[: num_tokens + 1])
     cases = []
     for config_name in ("quantization_tiny", "quantization_tiny_fine"):
-        config = load_quantization_config(ROOT / "config" / f"{config_name}.json")
-        encoder = DocumentEncoder(cache, metadata, config, [cache.num_tokens], Coder.AC)
+        config = load_config(ROOT / "config" / f"{config_name}.json")
+        assert isinstance(config, AbsmaxConfig)
+        encoder = AbsmaxEncoder(cache, metadata, config, [cache.num_tokens], Coder.AC)
         tables = encoder.document.tables
         if not isinstance(tables, cpu.Tables):
             raise TypeError("the document has no tables")

@@ -19,8 +19,8 @@ import torch
 
 from cachegen.coder.cpu import default_num_threads
 from cachegen.kv_cache import ContextMetadata, KVCache, RotaryEmbedding, hash_token_prefixes
-from cachegen.profile import Profile, TransformGroup, load_profile, save_profile
-from cachegen.transform_codec import TransformEncoder, decode_component_chunk, load_transform_document
+from cachegen.methods.transform.codec import TransformDocument, TransformEncoder
+from cachegen.methods.transform.profile import Profile, TransformGroup, load_profile, save_profile
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,7 @@ def main() -> None:
     encode_seconds = time.perf_counter() - start
     encode_peak = peak_megabytes()
 
-    document = load_transform_document(encoder.tables_file, encoder.document.header, decoding_profile, CPU)
+    document = TransformDocument(encoder.document.header, encoder.document.tables_hash, decoding_profile, CPU)
     output = KVCache([torch.empty_like(k) for k in cache.keys], [torch.empty_like(v) for v in cache.values])
     start = time.perf_counter()
     document.transforms  # noqa: B018  (once per process, not per document)
@@ -98,9 +98,8 @@ def main() -> None:
     start = time.perf_counter()
     for index, stop in enumerate(stops):
         first = stop - chunk_tokens[index]
-        decode_component_chunk(
+        document.decode(
             [files[index]],
-            document,
             output.slice(first, stop),
             first_token=first,
             token_hash=bytes.fromhex(hashes[index]),

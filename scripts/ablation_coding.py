@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from cachegen import command_line
-from cachegen.component_tables import component_frequencies, plan_level, scale_indices
+from cachegen.coder.component_tables import component_frequencies, plan_level, scale_indices
 from cachegen.evaluation.curve import measure_document
 from cachegen.evaluation.profiling import CalibrationContext, open_contexts, split_contexts
+from cachegen.methods.transform.profile import Profile, load_profile
+from cachegen.methods.transform.transform import GroupTransform, quantize_components, step_of_level
 from cachegen.pipeline.model import load_model
 from cachegen.pipeline.verify import count_verified_tokens
-from cachegen.profile import Profile, load_profile
-from cachegen.transform import GroupTransform, quantize_components, step_of_level
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

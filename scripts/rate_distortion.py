@@ -20,9 +20,9 @@ from cachegen.evaluation.rate_distortion import Study, measure, read_contexts
 from cachegen.evaluation.report import format_table, summarize, write_csv, write_per_context_csv, write_plot
 from cachegen.evaluation.schemes import make_schemes
 from cachegen.files import write_file
+from cachegen.methods.transform.profile import load_profile
 from cachegen.pipeline.model import load_model
 from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE
-from cachegen.profile import load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cachegen.coder.reference import StreamCoding
+from tests.reference.planes import StreamCoding
 
 
 @dataclass(frozen=True)

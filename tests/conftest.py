@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from cachegen.codec import DocumentEncoder
-from cachegen.config import QuantizationConfig, load_quantization_config
 from cachegen.kv_cache import ContextMetadata, KVCache, RotaryEmbedding, from_planes, save_kv_cache
+from cachegen.methods import load_config
+from cachegen.methods.absmax.codec import AbsmaxEncoder
+from cachegen.methods.absmax.config import AbsmaxConfig
+from cachegen.methods.absmax.quantization import dequantize, quantize
 from cachegen.pipeline.decode import EncodedFolder
-from cachegen.quantization import dequantize, quantize
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -75,7 +76,7 @@ def write_config(path: Path, **fields: Any) -> Path:
     return path
 
 
-def quantize_and_dequantize(cache: KVCache, config: QuantizationConfig) -> KVCache:
+def quantize_and_dequantize(cache: KVCache, config: AbsmaxConfig) -> KVCache:
     """What decoding must give back, bit for bit."""
     groups = config.groups_of_planes(cache.num_layers)
     return from_planes(
@@ -114,10 +115,10 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 def make_encoder(
     cache: KVCache, metadata: ContextMetadata, config_path: Path, chunk_tokens: Sequence[int]
-) -> DocumentEncoder:
+) -> AbsmaxEncoder:
     """An encoder with the config's own coder, on one thread."""
-    config = load_quantization_config(config_path)
-    return DocumentEncoder(cache, metadata, config, chunk_tokens, config.coder)
+    config = load_config(config_path)
+    return AbsmaxEncoder(cache, metadata, config, chunk_tokens, config.coder)
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import torch
 
 from cachegen.coder import cpu
 from cachegen.coder.cuda import CudaKernels
+from cachegen.coder.symbol_model import choose_weight_classes, pack_tables
 from cachegen.errors import BitstreamError
 from cachegen.format import Coder, PlaneLayout, StreamEntry
 from cachegen.kv_cache import KVCache, from_planes
-from cachegen.quantization import low_bits_for
-from cachegen.symbol_model import choose_weight_classes, pack_tables
+from cachegen.methods.absmax.quantization import low_bits_for
 from tests.small_documents import allocate_like, make_cache, same_bits
 
 

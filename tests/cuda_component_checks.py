@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cachegen.codec import decode_levels
-from cachegen.coder import components, cpu
+from cachegen.coder import components
+from cachegen.coder.component_tables import LevelCoding, plan_level
 from cachegen.coder.components import ComponentGroup
-from cachegen.component_tables import LevelCoding, plan_level
+from cachegen.coder.cpu_kernels import CPU
 from cachegen.errors import BitstreamError
 from cachegen.format import StreamEntry
 from cachegen.kv_cache import KVCache, RotaryEmbedding, from_planes
-from cachegen.profile import Profile, TransformGroup
-from cachegen.transform import LEVEL_RATIO_LOG, quantize_components
-from cachegen.transform_codec import TransformEncoder
+from cachegen.methods.transform.codec import TransformDocument, TransformEncoder
+from cachegen.methods.transform.profile import Profile, TransformGroup
+from cachegen.methods.transform.transform import LEVEL_RATIO_LOG, quantize_components
 from tests.small_documents import make_cache, make_metadata
 
 
@@ -237,15 +237,15 @@ def make_transform_document(
 
 def decode_transform_document(kernels, encoder: TransformEncoder, files: list[list[bytes]], level: int) -> KVCache:
     """Decode a document's chunks from the files of its first levels; returns it on the CPU."""
-    document = dataclasses.replace(encoder.document, device=kernels.device)
+    made = encoder.document
+    document = TransformDocument(made.header, made.tables_hash, made.profile, kernels.device)
     decoded = []
     for index, contents in enumerate(files):
         header = encoder.expected_header(index, 1)
         shapes = [(header.num_tokens, plane.num_kv_heads, plane.head_dim) for plane in encoder.document.header.planes]
         planes = [torch.full(shape, torch.nan, dtype=torch.float16, device=kernels.device) for shape in shapes]
-        decode_levels(
+        document.decode(
             contents[:level],
-            document,
             from_planes(planes),
             first_token=header.first_token,
             token_hash=header.token_hash,
@@ -257,13 +257,13 @@ def decode_transform_document(kernels, encoder: TransformEncoder, files: list[li
 
 def check_transform_document(kernels) -> None:
     """Every device decodes what either has encoded to the same values, but for the rounding of matrix products."""
-    cache, cpu_encoder, cpu_files = make_transform_document(cpu)
+    cache, cpu_encoder, cpu_files = make_transform_document(CPU)
     _, encoder, files = make_transform_document(kernels)
     assert encoder.tables_file == cpu_encoder.tables_file
     before = torch.inf
     for level in cpu_encoder.levels:
         for which, contents in ((cpu_encoder, cpu_files), (encoder, files)):
-            found, expected = (decode_transform_document(k, which, contents, level) for k in (kernels, cpu))
+            found, expected = (decode_transform_document(k, which, contents, level) for k in (kernels, CPU))
             for a, b in zip(found.planes, expected.planes, strict=True):
                 assert (a.float() - b.float()).abs().max() <= b.float().abs().max() / 256
         pairs = zip(decode_transform_document(kernels, encoder, files, level).planes, cache.planes, strict=True)

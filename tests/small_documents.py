@@ -10,15 +10,16 @@ from collections.abc import Sequence
 
 import torch
 
-from cachegen.codec import DocumentEncoder, decode_chunk, load_document
-from cachegen.coder import cpu
-from cachegen.config import LayerGroup, QuantizationConfig
-from cachegen.format import Coder, Method
+from cachegen.coder.cpu_kernels import CPU
+from cachegen.format import Coder
 from cachegen.kv_cache import ContextMetadata, KVCache, RotaryEmbedding, from_planes, hash_token_prefixes
-from cachegen.profile import CurvePoint, Profile, TransformGroup
-from cachegen.quantization import dequantize, quantize
-from cachegen.transform import GroupTransform
-from cachegen.transform_codec import TransformDocument, TransformEncoder, decode_component_chunk
+from cachegen.methods import open_document
+from cachegen.methods.absmax.codec import AbsmaxEncoder
+from cachegen.methods.absmax.config import AbsmaxConfig, LayerGroup
+from cachegen.methods.absmax.quantization import dequantize, quantize
+from cachegen.methods.transform.codec import TransformDocument, TransformEncoder
+from cachegen.methods.transform.profile import CurvePoint, Profile, TransformGroup
+from cachegen.methods.transform.transform import GroupTransform
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Shapes = Sequence[tuple[int, int]]
@@ -66,10 +67,10 @@ def make_metadata(num_tokens: int, seed: int = 0) -> ContextMetadata:
     return ContextMetadata("some/model", hashlib.sha256(b"some model").hexdigest(), token_ids, (), 512)
 
 
-def make_config(num_bins: Sequence[int], method: Method = Method.CACHEGEN) -> QuantizationConfig:
+def make_config(num_bins: Sequence[int], method: str = "cachegen") -> AbsmaxConfig:
     """A config with one group per layer; `num_bins` is per plane."""
     groups = [LayerGroup(index // 2 + 1, bins, "bins") for index, bins in enumerate(num_bins)]
-    return QuantizationConfig(method, tuple(groups[0::2]), tuple(groups[1::2]), Coder.RANS, "test.json")
+    return AbsmaxConfig(method, tuple(groups[0::2]), tuple(groups[1::2]), Coder.RANS, "test.json")
 
 
 def start_encoder(
@@ -79,9 +80,9 @@ def start_encoder(
     coder: Coder = Coder.RANS,
     *,
     num_threads: int = 1,
-    kernels=cpu,
-) -> DocumentEncoder:
-    return DocumentEncoder(
+    kernels=CPU,
+) -> AbsmaxEncoder:
+    return AbsmaxEncoder(
         cache,
         make_metadata(cache.num_tokens),
         make_config(num_bins),
@@ -92,21 +93,20 @@ def start_encoder(
     )
 
 
-def encode_all(encoder: DocumentEncoder) -> list[bytes]:
+def encode_all(encoder: AbsmaxEncoder) -> list[bytes]:
     """The tables file and the chunk files."""
     return [encoder.tables_file] + [b"".join(encoder.encode_chunk(index)) for index in range(encoder.num_chunks)]
 
 
-def decode_all(files: Sequence[bytes], output: KVCache, *, num_threads: int = 1, kernels=cpu) -> None:
+def decode_all(files: Sequence[bytes], output: KVCache, *, num_threads: int = 1, kernels=CPU) -> None:
     """Decode a document of `make_metadata`'s tokens into `output`."""
-    document = load_document(files[0], num_threads=num_threads, kernels=kernels)
+    document = open_document(files[0], num_threads=num_threads, kernels=kernels)
     start = 0
     token_ids = make_metadata(document.header.num_cache_tokens).token_ids
     for content, num_tokens in zip(files[1:], document.header.chunk_tokens, strict=True):
         stop = start + num_tokens
-        decode_chunk(
-            content,
-            document,
+        document.decode(
+            [content],
             output.slice(start, stop),
             first_token=start,
             token_hash=bytes.fromhex(hash_token_prefixes(token_ids, [stop])[0]),
@@ -135,20 +135,20 @@ def same_bits(found: KVCache, expected: KVCache) -> bool:
 
 
 @functools.cache
-def tiny_document() -> tuple[DocumentEncoder, bytes, bytes]:
+def tiny_document() -> tuple[AbsmaxEncoder, bytes, bytes]:
     """An encoder of one small chunk with low bits and a tail row, its tables file and its chunk file."""
     cache = make_cache([(1, 3), (1, 2)], 34, torch.bfloat16)
     encoder = start_encoder(cache, (64, 8), (34,))
     return encoder, encoder.tables_file, b"".join(encoder.encode_chunk(0))
 
 
-def decode_tiny(content: bytes, tables_file: bytes, kernels=cpu) -> KVCache:
+def decode_tiny(content: bytes, tables_file: bytes, kernels=CPU) -> KVCache:
     """Decode the chunk of `tiny_document`."""
     encoder = tiny_document()[0]
     output = allocate_like(make_cache([(1, 3), (1, 2)], 34, torch.bfloat16), 34)
     expected = encoder.expected_header(0)
-    document = load_document(tables_file, kernels=kernels)
-    decode_chunk(content, document, output, first_token=0, token_hash=expected.token_hash, kernels=kernels)
+    document = open_document(tables_file, kernels=kernels)
+    document.decode([content], output, first_token=0, token_hash=expected.token_hash, kernels=kernels)
     return output
 
 
@@ -259,16 +259,15 @@ def decode_transformed(
     num_threads: int = 1,
 ) -> None:
     """Decode consecutive chunks, each from the files given, into `output`, which begins with the first of them."""
-    document = load_document(tables_file, find_profile=lambda _: profile)
+    document = open_document(tables_file, find_profile=lambda _: profile)
     assert isinstance(document, TransformDocument)
     tokens = document.header.chunk_tokens
     token_ids = make_metadata(document.header.num_cache_tokens, seed).token_ids
     origin = start = sum(tokens[:first_chunk])
     for contents, num_tokens in zip(chunks, tokens[first_chunk:], strict=False):
         stop = start + num_tokens
-        decode_component_chunk(
+        document.decode(
             contents,
-            document,
             output.slice(start - origin, stop - origin),
             first_token=start,
             token_hash=bytes.fromhex(hash_token_prefixes(token_ids, [stop])[0]),

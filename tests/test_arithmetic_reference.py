@@ -9,11 +9,11 @@ import pytest
 from numpy.typing import NDArray
 
 from cachegen import _native
-from cachegen.coder import reference
-from cachegen.coder.arithmetic_reference import decode_channel, decode_channels, encode_channel, encode_channels
-from cachegen.coder.reference import StreamCoding
 from cachegen.errors import BitstreamError
 from cachegen.format import MAX_CODE_TOKENS, TABLE_SIZE
+from tests.reference import planes as reference
+from tests.reference.arithmetic import decode_channel, decode_channels, encode_channel, encode_channels
+from tests.reference.planes import StreamCoding
 
 Frequencies = NDArray[np.uint16]
 HALVES = [2048, 2048]

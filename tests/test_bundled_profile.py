@@ -7,8 +7,8 @@ import torch
 from random_models import BUNDLED_MODEL, REPOSITORY, load_tokenizer
 
 from cachegen.kv_cache import hash_token_prefixes
+from cachegen.methods.transform.profile import Profile, load_profile
 from cachegen.pipeline.fingerprint import compute_fingerprint
-from cachegen.profile import Profile, load_profile
 
 FOLDER = REPOSITORY / "profiles" / "tiny-mistral"
 

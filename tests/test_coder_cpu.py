@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from cachegen import _native
-from cachegen.coder import cpu, reference
-from cachegen.coder.reference import StreamCoding, decode_stream, encode_stream
+from cachegen.coder import cpu
 from cachegen.errors import BitstreamError
 from cachegen.format import Coder, PlaneLayout, StreamEntry
 from cachegen.kv_cache import from_planes
 from tests.coder_cases import CASES, Case, make_frequencies
+from tests.reference import planes as reference
+from tests.reference.planes import StreamCoding, decode_stream, encode_stream
 from tests.small_documents import allocate_like, make_cache, same_bits
 
 OK, TRUNCATED, CORRUPT, NO_FREQUENCY = (

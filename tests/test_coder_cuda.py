@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cachegen.codec import DocumentEncoder
 from cachegen.coder import cpu
 from cachegen.coder.cuda import CudaKernels, load_kernels
-from cachegen.config import load_quantization_config
 from cachegen.errors import InputError
 from cachegen.format import Coder, PlaneLayout
 from cachegen.kv_cache import KVCache, from_planes
+from cachegen.methods import load_config
+from cachegen.methods.absmax.codec import AbsmaxEncoder
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
 from tests.cuda_checks import (
@@ -172,9 +172,9 @@ def test_folders_of_either_device_decode_on_the_other(
 ) -> None:
     both = {"cpu": cpu, "cuda": on_gpu}
     cache, metadata = make_cache([(2, 16)] * 4, 100, torch.bfloat16), make_metadata(100)
-    config = load_quantization_config(config_path)
+    config = load_config(config_path)
     encode_document(
-        DocumentEncoder(cache, metadata, config, (60, 40), config.coder, kernels=both[encoder]), tmp_path / "encoded"
+        AbsmaxEncoder(cache, metadata, config, (60, 40), config.coder, kernels=both[encoder]), tmp_path / "encoded"
     )
     folder = EncodedFolder(tmp_path / "encoded", 1, both[decoder])
     num_bins = [group.num_bins for group in config.groups_of_planes(cache.num_layers)]

@@ -16,7 +16,8 @@ import torch
 import run_decoding_disk
 import run_encoding
 from cachegen import device
-from cachegen.coder import cpu, cuda
+from cachegen.coder import cuda
+from cachegen.coder.cpu_kernels import CPU
 from cachegen.errors import BackendUnavailableError, ConfigError
 from cachegen.format import PlaneLayout
 from tests import emulation
@@ -53,14 +54,14 @@ def test_cuda_without_the_module_names_the_build_command(script, refuse, with_gp
 
 def test_auto_says_why_it_is_the_cpu(with_gpu, without_module) -> None:
     chosen = device.choose_kernels("auto")
-    assert chosen.kernels is cpu and chosen.device == torch.device("cpu")
+    assert chosen.kernels is CPU and chosen.device == torch.device("cpu")
     assert str(chosen).startswith("cpu (the CUDA module torchac_cuda cannot be imported")
 
 
 def test_auto_without_a_gpu_is_the_cpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen = device.choose_kernels("auto")
-    assert chosen.kernels is cpu and str(chosen) == "cpu (torch sees no GPU)"
+    assert chosen.kernels is CPU and str(chosen) == "cpu (torch sees no GPU)"
     assert str(device.choose_kernels("cpu")) == "cpu"
 
 
@@ -78,7 +79,7 @@ def test_a_module_that_cannot_run_says_why(with_gpu, monkeypatch) -> None:
     monkeypatch.setattr(cuda, "load_module", lambda: module)
     with pytest.raises(BackendUnavailableError, match="torchac_cuda cannot use cuda:0: no kernel image"):
         device.choose_kernels("cuda")
-    assert device.choose_kernels("auto").kernels is cpu
+    assert device.choose_kernels("auto").kernels is CPU
 
 
 def test_unknown_names_are_refused() -> None:

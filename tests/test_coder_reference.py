@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachegen.coder.reference import StreamCoding, crc32c, decode_stream, encode_stream
 from cachegen.errors import BitstreamError
 from tests.coder_cases import CASES, Case, flat_frequencies, make_frequencies
+from tests.reference.planes import StreamCoding, crc32c, decode_stream, encode_stream
 
 SINGLE = [0, 0, 4096] + [0] * 29
 

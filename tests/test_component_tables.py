@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from cachegen.component_tables import (
+from cachegen.coder.component_tables import (
     HALF_STEPS,
     NUM_CODED_SCALES,
     NUM_REFINED_SCALES,
@@ -16,7 +16,7 @@ from cachegen.component_tables import (
     plan_level,
     scale_indices,
 )
-from cachegen.transform import LEVEL_RATIO_LOG
+from cachegen.methods.transform.transform import LEVEL_RATIO_LOG
 
 CODED = range(1, NUM_CODED_SCALES + 1)
 REFINED = range(1, NUM_REFINED_SCALES + 1)

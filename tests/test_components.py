@@ -7,19 +7,19 @@ import random
 import numpy as np
 import pytest
 
-from cachegen.coder.component_reference import (
+from cachegen.coder.component_tables import NUM_CODED_SCALES, NUM_REFINED_SCALES, LevelCoding, component_frequencies
+from cachegen.coder.components import decode_components, encode_components
+from cachegen.errors import BitstreamError
+from cachegen.format import StreamEntry
+from cachegen.methods.transform.transform import MAX_COMPONENT
+from tests.reference.components import (
     decode_component_stream,
     encode_component_stream,
     refine,
     refinement_symbol,
     zero_symbol,
 )
-from cachegen.coder.components import decode_components, encode_components
-from cachegen.coder.reference import crc32c
-from cachegen.component_tables import NUM_CODED_SCALES, NUM_REFINED_SCALES, LevelCoding, component_frequencies
-from cachegen.errors import BitstreamError
-from cachegen.format import StreamEntry
-from cachegen.transform import MAX_COMPONENT
+from tests.reference.planes import crc32c
 
 
 def make_coding(anew: list[tuple[int, int]], refined: list[int] | None = None) -> LevelCoding:

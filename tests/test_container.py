@@ -9,18 +9,20 @@ import random
 import pytest
 import torch
 
-from cachegen import container
 from cachegen.coder.cpu import DTYPES
-from cachegen.coder.reference import crc32c
 from cachegen.errors import BitstreamError, InputError
+from cachegen.format.files import chunk_name, read_whole
+from cachegen.methods import parse_chunk, parse_document
+from cachegen.methods.absmax.codec import build_chunk, read_scales
 from tests.golden.make_golden import FOLDER
+from tests.reference.planes import crc32c
 from tests.small_documents import decode_tiny, encode_all, make_cache, same_bits, start_encoder, tiny_document
 
 _, TABLES_FILE, CHUNK_FILE = tiny_document()
 FILES = {
-    "chunk": (container.parse_chunk, CHUNK_FILE),
-    "tables": (container.parse_tables, TABLES_FILE),
-    "packed chunk": (container.parse_chunk, (FOLDER / "uniform8_packed" / "chunk_00000.cgc").read_bytes()),
+    "chunk": (parse_chunk, CHUNK_FILE),
+    "tables": (parse_document, TABLES_FILE),
+    "packed chunk": (parse_chunk, (FOLDER / "uniform8_packed" / "chunk_00000.L1.cgc").read_bytes()),
 }
 
 both_files = pytest.mark.parametrize("name", ["chunk", "tables"])
@@ -64,39 +66,38 @@ def test_trailing_bytes_are_refused(name: str) -> None:
 
 
 def test_chunk_round_trip() -> None:
-    chunk = container.parse_chunk(CHUNK_FILE)
-    parts = container.build_chunk(chunk.header, chunk.scales, chunk.header.streams, chunk.payload)
+    chunk = parse_chunk(CHUNK_FILE)
+    parts = build_chunk(chunk.header, read_scales(chunk), chunk.header.streams, chunk.payload)
     assert b"".join(parts) == CHUNK_FILE
-    assert chunk.scales.dtype == torch.bfloat16 and chunk.scales.shape == (2, 34)
+    assert read_scales(chunk).dtype == torch.bfloat16 and read_scales(chunk).shape == (2, 34)
     assert chunk.payload.nbytes == chunk.header.payload_bytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, None])
 def test_a_scale_that_is_not_finite_is_refused(dtype: torch.dtype, value: float | None) -> None:
-    chunk = container.parse_chunk(CHUNK_FILE)
+    chunk = parse_chunk(CHUNK_FILE)
     header = dataclasses.replace(chunk.header, dtype=DTYPES[dtype])
-    scales = torch.full_like(chunk.scales, torch.finfo(dtype).max, dtype=dtype)
+    scales = torch.full_like(read_scales(chunk), torch.finfo(dtype).max, dtype=dtype)
     scales[0, 1], scales[1, 2] = torch.finfo(dtype).tiny / 2, -0.0
     if value is not None:
         scales[1, 33] = value
-    content = b"".join(container.build_chunk(header, scales, chunk.header.streams, chunk.payload))
+    content = b"".join(build_chunk(header, scales, chunk.header.streams, chunk.payload))
     if value is None:
-        assert torch.equal(container.parse_chunk(content).scales, scales)
+        assert torch.equal(read_scales(parse_chunk(content)), scales)
         return
     with pytest.raises(BitstreamError, match="a scale is NaN or infinity"):
-        container.parse_chunk(content)
+        parse_chunk(content)
 
 
 def test_tables_round_trip() -> None:
-    header, tables = container.parse_tables(TABLES_FILE)
-    assert container.build_tables(header, tables) == TABLES_FILE
+    header = parse_document(TABLES_FILE)
+    assert header.pack() + TABLES_FILE[header.header_bytes :] == TABLES_FILE
 
 
 def test_build_chunk_fills_in_index_and_checksums() -> None:
-    chunk = container.parse_chunk(CHUNK_FILE)
-    scale_bytes = chunk.scales.view(torch.uint8).numpy().tobytes()
-    assert chunk.header.scales_crc == crc32c(scale_bytes + bytes(-len(scale_bytes) % 16))
+    chunk = parse_chunk(CHUNK_FILE)
+    assert chunk.header.scales_crc == crc32c(chunk.before) and len(chunk.before) % 16 == 0
     offset = 0
     for stream in chunk.header.streams:
         end = offset + stream.num_bytes + -stream.num_bytes % 16
@@ -110,11 +111,11 @@ def test_corrupt_stream_is_named_with_its_offset_on_any_number_of_threads(num_th
     cache = make_cache([(1, 4), (1, 4)], 40, torch.float16)
     encoder = start_encoder(cache, (16, 16), (40,))
     content = bytearray(encode_all(encoder)[1])
-    header = container.parse_chunk(bytes(content)).header
+    header = parse_chunk(bytes(content)).header
     offset = header.payload_offset + header.streams[0].num_bytes + -header.streams[0].num_bytes % 16
     content[offset] ^= 1
     with pytest.raises(BitstreamError) as caught:
-        container.parse_chunk(content, num_threads)
+        parse_chunk(content, num_threads)
     assert (caught.value.field, caught.value.offset) == ("stream 1", offset)
 
 
@@ -125,37 +126,37 @@ def test_parsed_chunk_decodes_from_any_buffer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "name"), [(0, "chunk_00000.cgc"), (12, "chunk_00012.cgc"), (123456, "chunk_123456.cgc")]
+    ("index", "name"), [(0, "chunk_00000.L1.cgc"), (12, "chunk_00012.L1.cgc"), (123456, "chunk_123456.L1.cgc")]
 )
 def test_chunk_name(index: int, name: str) -> None:
-    assert container.chunk_name(index) == name
+    assert chunk_name(index) == name
 
 
 def test_read_whole_reads_bytes(tmp_path) -> None:
     (tmp_path / "file").write_bytes(b"\0\r\n")
-    assert container.read_whole(tmp_path / "file") == b"\0\r\n"
+    assert read_whole(tmp_path / "file") == b"\0\r\n"
 
 
 def test_read_whole_names_a_missing_file(tmp_path) -> None:
     with pytest.raises(InputError, match=r"tables\.cgt: no such file"):
-        container.read_whole(tmp_path / "tables.cgt")
+        read_whole(tmp_path / "tables.cgt")
 
 
 def test_read_whole_says_why_a_file_cannot_be_read(tmp_path) -> None:
     with pytest.raises(InputError, match="cannot be read: is a folder, where a file is needed"):
-        container.read_whole(tmp_path)
+        read_whole(tmp_path)
 
 
 @pytest.mark.parametrize("content", [CHUNK_FILE, TABLES_FILE])
 def test_read_whole_reads_no_more_than_the_header_announces(tmp_path, content: bytes) -> None:
     path = tmp_path / "file"
     path.write_bytes(content)
-    assert container.read_whole(path) == content
+    assert read_whole(path) == content
     with open(path, "r+b") as stream:
         stream.truncate(3 << 30)
-    found = container.read_whole(path)
+    found = read_whole(path)
     assert len(found) == len(content) + 1 and found.startswith(content)
-    parse = container.parse_chunk if content is CHUNK_FILE else container.parse_tables
+    parse = parse_chunk if content is CHUNK_FILE else parse_document
     with pytest.raises(BitstreamError, match="the file is not whole"):
         parse(found)
 
@@ -163,13 +164,13 @@ def test_read_whole_reads_no_more_than_the_header_announces(tmp_path, content: b
 def test_read_whole_reads_only_the_beginning_of_what_is_none_of_ours(tmp_path) -> None:
     with open(tmp_path / "file", "wb") as stream:
         stream.truncate(3 << 30)
-    found = container.read_whole(tmp_path / "file")
+    found = read_whole(tmp_path / "file")
     assert len(found) < 100
     with pytest.raises(BitstreamError, match="not a chunk file"):
-        container.parse_chunk(found)
+        parse_chunk(found)
 
 
 def test_read_whole_waits_at_no_pipe(tmp_path) -> None:
-    os.mkfifo(tmp_path / "chunk_00000.cgc")
-    with pytest.raises(InputError, match=r"chunk_00000\.cgc: cannot be read: is a pipe, where a file is needed"):
-        container.read_whole(tmp_path / "chunk_00000.cgc")
+    os.mkfifo(tmp_path / "chunk_00000.L1.cgc")
+    with pytest.raises(InputError, match=r"chunk_00000\.L1\.cgc: cannot be read: is a pipe, where a file is needed"):
+        read_whole(tmp_path / "chunk_00000.L1.cgc")

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from cachegen import _native
-from cachegen.coder import cpu, reference
+from cachegen.coder import cpu
+from cachegen.coder.symbol_model import choose_weight_classes, pack_tables
 from cachegen.errors import BackendUnavailableError, BitstreamError
 from cachegen.format import PlaneLayout, StreamEntry
 from cachegen.kv_cache import KVCache
-from cachegen.quantization import low_bits_for
-from cachegen.symbol_model import choose_weight_classes, pack_tables
+from cachegen.methods.absmax.quantization import low_bits_for
+from tests.reference import planes as reference
 
 PATHS = cpu.supported_paths()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

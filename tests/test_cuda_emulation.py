@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from cachegen import container
-from cachegen.coder import components, cpu
+from cachegen.coder import components
+from cachegen.coder.component_tables import LevelCoding
 from cachegen.coder.components import ComponentGroup
+from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.cuda import CudaKernels
-from cachegen.component_tables import LevelCoding
 from cachegen.errors import BitstreamError, InputError
 from cachegen.format import Coder, PlaneLayout
-from cachegen.transform_format import ComponentChunkHeader
+from cachegen.methods import parse_chunk
+from cachegen.methods.transform.codec import build_chunk as build_transform_chunk
+from cachegen.methods.transform.headers import TransformChunkHeader
 from tests import emulation
 from tests.cuda_checks import SHAPES, Shape, check_corrupt_streams, check_shape, check_word_counts, encode_on_cpu
 from tests.cuda_component_checks import (
@@ -191,12 +193,12 @@ def test_components_that_do_not_fit_are_refused(emulated) -> None:
 
 @pytest.mark.parametrize("kernels", ["cpu", "emulated"])
 def test_streams_longer_than_their_chunk_are_one_stream(request, kernels: str) -> None:
-    coder = cpu if kernels == "cpu" else request.getfixturevalue(kernels)
-    _, encoder, files = make_transform_document(cpu, num_key_heads=30, num_levels=1)
-    chunk = container.parse_chunk(files[0][0])
-    assert isinstance(chunk.header, ComponentChunkHeader) and chunk.header.streams_of_groups == [1, 1]
+    coder = CPU if kernels == "cpu" else request.getfixturevalue(kernels)
+    _, encoder, files = make_transform_document(CPU, num_key_heads=30, num_levels=1)
+    chunk = parse_chunk(files[0][0])
+    assert isinstance(chunk.header, TransformChunkHeader) and chunk.header.streams_of_groups == [1, 1]
     longer = dataclasses.replace(chunk.header, tokens_per_stream=(1 << 23, 64))
-    files[0][0] = b"".join(container.build_component_chunk(longer, chunk.header.streams, [chunk.payload]))
+    files[0][0] = b"".join(build_transform_chunk(longer, chunk.header.streams, [chunk.payload]))
     decode_transform_document(coder, encoder, files, 1)
 
 

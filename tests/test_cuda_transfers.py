@@ -12,13 +12,15 @@ from types import ModuleType
 import pytest
 import torch
 
-from cachegen import container
-from cachegen.codec import DocumentEncoder
 from cachegen.coder import cpu, cuda_transfers
-from cachegen.config import load_quantization_config
+from cachegen.coder.cpu_kernels import CPU
 from cachegen.errors import BitstreamError, InputError, MismatchError
-from cachegen.format import ChunkHeader, Coder
+from cachegen.format import Coder
+from cachegen.format.files import chunk_name
 from cachegen.kv_cache import KVCache
+from cachegen.methods import load_config, parse_chunk
+from cachegen.methods.absmax.codec import AbsmaxEncoder, build_chunk, read_scales
+from cachegen.methods.absmax.headers import AbsmaxChunkHeader
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
 from tests import emulation
@@ -27,7 +29,7 @@ from tests.cuda_component_checks import decode_transform_document, make_transfor
 from tests.late_device import SCHEDULES, LateDevice, check_chunks, late_kernels, make_chunks
 from tests.small_documents import allocate_like, make_cache, make_metadata, same_bits
 
-CPU = torch.device("cpu")
+HOST = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +50,15 @@ def test_chunks_in_flight_do_not_touch_each_other(module, chunks, schedule: str)
 
 @pytest.mark.parametrize("num_levels", [1, 3])
 def test_components_of_all_levels_are_there_when_a_chunk_is_finished(module, num_levels: int) -> None:
-    _, encoder, files = make_transform_document(cpu)
+    _, encoder, files = make_transform_document(CPU)
     kernels = late_kernels(module, LateDevice("late copies"))  # the matrix products are not the module's to delay
     found = decode_transform_document(kernels, encoder, files, num_levels)
-    assert same_bits(found, decode_transform_document(cpu, encoder, files, num_levels))
+    assert same_bits(found, decode_transform_document(CPU, encoder, files, num_levels))
 
 
 def test_what_is_abandoned_takes_its_buffers_with_it(module, chunks) -> None:
     kernels = late_kernels(module, LateDevice("all late"))
-    transfers = kernels._transfers_of[CPU]
+    transfers = kernels._transfers_of[HOST]
     for _ in range(3):
         abandoned = transfers.reserve([64])
         transfers.start(abandoned)  # and then Ctrl-C: nobody says when its readers have ended
@@ -97,8 +99,8 @@ CACHE, METADATA = make_cache([(2, 16)] * 4, 90, torch.float16), make_metadata(90
 @pytest.fixture
 def folder(tmp_path: Path, config_path: Path) -> Path:
     """Four chunks."""
-    config = load_quantization_config(config_path)
-    encode_document(DocumentEncoder(CACHE, METADATA, config, (33, 20, 32, 5), Coder.RANS), tmp_path / "encoded")
+    config = load_config(config_path)
+    encode_document(AbsmaxEncoder(CACHE, METADATA, config, (33, 20, 32, 5), Coder.RANS), tmp_path / "encoded")
     return tmp_path / "encoded"
 
 
@@ -110,20 +112,20 @@ def decode(folder: Path, kernels, progress: Callable[[int], object] | None = Non
 
 def corrupt_states(path: Path) -> None:
     """Change a chunk's first stream in a way that only its decoder can notice."""
-    chunk = container.parse_chunk(path.read_bytes())
-    assert isinstance(chunk.header, ChunkHeader)
+    chunk = parse_chunk(path.read_bytes())
+    assert isinstance(chunk.header, AbsmaxChunkHeader)
     payload = bytearray(chunk.payload)
     payload[0] ^= 1
     streams = [*chunk.header.streams]
     streams[0] = streams[0]._replace(crc=cpu.crc32c(bytes(payload[: streams[0].num_bytes])))
     header = dataclasses.replace(chunk.header, stream_index=b"")
-    path.write_bytes(b"".join(container.build_chunk(header, chunk.scales, streams, bytes(payload))))
+    path.write_bytes(b"".join(build_chunk(header, read_scales(chunk), streams, bytes(payload))))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_folder_decodes_while_the_next_chunk_is_copied(module, folder: Path, schedule: str) -> None:
     device, progress = LateDevice(schedule), []
-    assert same_bits(decode(folder, late_kernels(module, device), progress.append), decode(folder, cpu))
+    assert same_bits(decode(folder, late_kernels(module, device), progress.append), decode(folder, CPU))
     assert progress == [33, 20, 32, 5]
     waits = [event for event in device.log if event != "synchronize copy"]
     assert waits == ["upload", "upload", "synchronize compute"] + ["upload", "synchronize compute"] * 2 + [
@@ -134,7 +136,7 @@ def test_a_folder_decodes_while_the_next_chunk_is_copied(module, folder: Path, s
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("later", ["whole", "corrupt", "missing", "cut", "another's"])
 def test_an_error_names_the_first_chunk_that_is_corrupt(module, folder: Path, schedule: str, later: str) -> None:
-    paths = [folder / container.chunk_name(index, 0) for index in range(4)]
+    paths = [folder / chunk_name(index) for index in range(4)]
     corrupt_states(paths[1])
     if later == "corrupt":
         corrupt_states(paths[2])
@@ -152,8 +154,8 @@ def test_an_error_names_the_first_chunk_that_is_corrupt(module, folder: Path, sc
 
 
 def test_an_error_of_a_later_chunk_comes_after_the_whole_ones(module, folder: Path) -> None:
-    path, progress = folder / container.chunk_name(2, 0), []
-    path.write_bytes((folder / container.chunk_name(3, 0)).read_bytes())
+    path, progress = folder / chunk_name(2), []
+    path.write_bytes((folder / chunk_name(3)).read_bytes())
     with pytest.raises(MismatchError, match=path.name):
         decode(folder, late_kernels(module, LateDevice("all late")), progress.append)
     assert progress == [33, 20]

@@ -24,13 +24,11 @@ from conftest import (
     write_config,
 )
 
-from cachegen import container
-from cachegen.codec import DocumentEncoder
-from cachegen.coder.cpu import crc32c
-from cachegen.config import load_quantization_config
 from cachegen.errors import BitstreamError, ConfigError, InputError, MismatchError, UnsupportedVersionError
-from cachegen.format import Coder, pack_chunk_header
+from cachegen.format import Coder
 from cachegen.kv_cache import KVCache, hash_rotary_embeddings
+from cachegen.methods import load_config, parse_chunk
+from cachegen.methods.absmax.codec import AbsmaxDocument, AbsmaxEncoder
 from cachegen.pipeline import decode, prefill
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
@@ -52,7 +50,7 @@ def tiny_files(tmp_path, config_path, monkeypatch) -> dict[str, bytes]:
     cache, metadata = make_cache(5, num_layers=1, head_dim=2), make_metadata(5)
     encode_document(make_encoder(cache, metadata, config_path, (5,)), tmp_path / "tiny")
     files = read_folder(tmp_path / "tiny")
-    monkeypatch.setattr(container, "read_whole", lambda path: files[Path(path).name])
+    monkeypatch.setattr(decode, "read_whole", lambda path: files[Path(path).name])
     return files
 
 
@@ -61,7 +59,7 @@ def decode_tiny() -> KVCache:
 
 
 def expected_cache(config_path: Path) -> KVCache:
-    return quantize_and_dequantize(CACHE, load_quantization_config(config_path))
+    return quantize_and_dequantize(CACHE, load_config(config_path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -75,9 +73,9 @@ def test_a_decoded_cache_is_the_quantized_one_bit_for_bit(tmp_path, dtype, coder
         write_config(path, **fields)
     cache = make_cache(70, num_layers=3, num_kv_heads=2, head_dim=16, dtype=dtype)
     cache.values = [value[:, :1, :10].contiguous() for value in cache.values]  # of another shape than the keys
-    config = load_quantization_config(path)
+    config = load_config(path)
     metadata = make_metadata(70)
-    encode_document(DocumentEncoder(cache, metadata, config, (33, 36, 1), coder), tmp_path / "encoded")
+    encode_document(AbsmaxEncoder(cache, metadata, config, (33, 36, 1), coder), tmp_path / "encoded")
     decoded = decode_folder(tmp_path / "encoded", cache, metadata.token_ids)
     assert are_equal(decoded, quantize_and_dequantize(cache, config))
 
@@ -90,7 +88,7 @@ def test_chunk_sizes_do_not_change_what_is_decoded(tmp_path, config_path, chunk_
 
 
 def test_the_first_chunks_decode_without_the_others(folder, config_path):
-    (folder / "chunk_00002.cgc").unlink()
+    (folder / "chunk_00002.L1.cgc").unlink()
     decoded = decode_folder(folder, CACHE, METADATA.token_ids, num_chunks=2)
     assert are_equal(decoded.slice(0, 40), expected_cache(config_path).slice(0, 40))
     assert all(torch.isnan(plane[40:]).all() for plane in decoded.planes)
@@ -109,7 +107,7 @@ def test_tokens_that_are_all_zero_come_back_as_zeros(tmp_path, config_path):
         plane[[0, 7, 59]] = 0
     encode_document(make_encoder(cache, METADATA, config_path, (60,)), tmp_path / "encoded")
     decoded = decode_folder(tmp_path / "encoded", cache, METADATA.token_ids)
-    assert are_equal(decoded, quantize_and_dequantize(cache, load_quantization_config(config_path)))
+    assert are_equal(decoded, quantize_and_dequantize(cache, load_config(config_path)))
     assert all((plane[[0, 7, 59]] == 0).all() for plane in decoded.planes)
 
 
@@ -127,26 +125,26 @@ def test_the_result_counts_tokens_and_the_bytes_that_were_read(folder):
     result = encoded.decode_into(empty_like(CACHE), METADATA.token_ids, encoded.select_chunks(2), progress.append)
     files = read_folder(folder)
     assert result.num_tokens == 40 and progress == [20, 20]
-    assert result.encoded_bytes == sum(len(files[name]) for name in files if name != "chunk_00002.cgc")
+    assert result.encoded_bytes == sum(len(files[name]) for name in files if name != "chunk_00002.L1.cgc")
 
 
 def test_the_next_chunk_is_read_while_one_decodes(folder, monkeypatch):
-    reading = {f"chunk_0000{index}.cgc": threading.Event() for index in range(3)}
-    read_whole, start_decoding_levels, num_decoded = container.read_whole, decode.start_decoding_levels, [0]
+    reading = {f"chunk_0000{index}.L1.cgc": threading.Event() for index in range(3)}
+    read, start_decoding, num_decoded = decode.read_whole, AbsmaxDocument.start_decoding, [0]
 
     def note_and_read(path):
         if path.name in reading:
             reading[path.name].set()
-        return read_whole(path)
+        return read(path)
 
     def wait_for_the_next(*args, **kwargs):
-        next_name = f"chunk_0000{num_decoded[0] + 1}.cgc"
+        next_name = f"chunk_0000{num_decoded[0] + 1}.L1.cgc"
         assert num_decoded[0] == 2 or reading[next_name].wait(timeout=30)
         num_decoded[0] += 1
-        return start_decoding_levels(*args, **kwargs)
+        return start_decoding(*args, **kwargs)
 
-    monkeypatch.setattr(container, "read_whole", note_and_read)
-    monkeypatch.setattr(decode, "start_decoding_levels", wait_for_the_next)
+    monkeypatch.setattr(decode, "read_whole", note_and_read)
+    monkeypatch.setattr(AbsmaxDocument, "start_decoding", wait_for_the_next)
     decode_folder(folder, CACHE, METADATA.token_ids)
     assert num_decoded == [3]
 
@@ -182,7 +180,7 @@ def test_every_flipped_bit_of_every_file_is_detected(tiny_files):
     decode_tiny()
 
 
-@pytest.mark.parametrize("name", ["tables.cgt", "chunk_00000.cgc", "chunk_00001.cgc", "chunk_00002.cgc"])
+@pytest.mark.parametrize("name", ["tables.cgt", "chunk_00000.L1.cgc", "chunk_00001.L1.cgc", "chunk_00002.L1.cgc"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(InputError, match=rf"encoded/{name}: no such file \(encode the document again"):
@@ -242,9 +240,11 @@ DIFFERENCES = [
 
 @pytest.mark.parametrize("what", DIFFERENCES)
 def test_a_chunk_of_elsewhere_is_refused_by_field(tmp_path, folder, what):
-    shutil.copy(encode_otherwise(tmp_path, what) / "chunk_00001.cgc", folder)
-    field = what.partition(":")[0]
-    with pytest.raises(MismatchError, match=rf"encoded/chunk_00001.cgc: {field} is .*the chunk is of another document"):
+    shutil.copy(encode_otherwise(tmp_path, what) / "chunk_00001.L1.cgc", folder)
+    field = "num_layers" if what == "planes: layers" else what.partition(":")[0]
+    with pytest.raises(
+        MismatchError, match=rf"encoded/chunk_00001.L1.cgc: {field} is .*the chunk is of another document"
+    ):
         decode_folder(folder, CACHE, METADATA.token_ids)
 
 
@@ -254,54 +254,44 @@ def test_a_tables_file_of_elsewhere_is_refused(tmp_path, folder, what):
     encoded = EncodedFolder(folder, 1)
     shapes = encoded.plane_shapes
     planes = [torch.zeros(60, *shape, dtype=encoded.dtype) for shape in shapes]
-    with pytest.raises(MismatchError, match=r"encoded/chunk_0000[012].cgc: \w+ is "):
+    with pytest.raises(MismatchError, match=r"encoded/chunk_0000[012].L1.cgc: \w+ is "):
         encoded.decode_into(
             KVCache(planes[0::2], planes[1::2]), METADATA.token_ids, encoded.document.header.chunk_tokens
         )
 
 
 def test_chunks_in_another_order_are_refused(folder):
-    (folder / "chunk_00000.cgc").rename(folder / "x")
-    (folder / "chunk_00001.cgc").rename(folder / "chunk_00000.cgc")
-    (folder / "x").rename(folder / "chunk_00001.cgc")
-    with pytest.raises(MismatchError, match=r"chunk_00000.cgc: first_token is 20, but .* say 0"):
+    (folder / "chunk_00000.L1.cgc").rename(folder / "x")
+    (folder / "chunk_00001.L1.cgc").rename(folder / "chunk_00000.L1.cgc")
+    (folder / "x").rename(folder / "chunk_00001.L1.cgc")
+    with pytest.raises(MismatchError, match=r"chunk_00000.L1.cgc: first_token is 20, but .* say 0"):
         decode_folder(folder, CACHE, METADATA.token_ids)
 
 
 def test_a_chunk_that_names_another_profile_is_refused(folder):
-    path = folder / "chunk_00001.cgc"
+    path = folder / "chunk_00001.L1.cgc"
     content = path.read_bytes()
-    header = container.parse_chunk(content).header
-    changed = pack_chunk_header(dataclasses.replace(header, profile_hash=b"p" * 32), crc32c)
+    header = parse_chunk(content).header
+    changed = dataclasses.replace(header, profile_hash=b"p" * 32).pack()
     path.write_bytes(changed + content[header.header_bytes :])
     with pytest.raises(MismatchError, match="profile_hash is 7070"):
         decode_folder(folder, CACHE, METADATA.token_ids)
 
 
-@pytest.mark.parametrize("name", ["tables.cgt", "chunk_00001.cgc"])
-@pytest.mark.parametrize("version", [0, 3, 65535])
+@pytest.mark.parametrize("name", ["tables.cgt", "chunk_00001.L1.cgc"])
+@pytest.mark.parametrize("version", [0, 2, 65535])
 def test_another_format_version_is_refused_by_number(folder, name, version):
     path = folder / name
     content = bytearray(path.read_bytes())
     content[8:10] = version.to_bytes(2, "little")
     path.write_bytes(content)
-    message = rf"{name}, byte 8, field version: {version} is not supported, this release reads 1 and 2"
+    message = rf"{name}, byte 8, field version: {version} is not supported, this release reads 1"
     with pytest.raises(UnsupportedVersionError, match=message):
         decode_folder(folder, CACHE, METADATA.token_ids)
 
 
-@pytest.mark.parametrize("name", ["tables.cgt", "chunk_00001.cgc"])
-def test_a_file_that_names_the_other_version_is_refused(folder, name):
-    path = folder / name
-    content = bytearray(path.read_bytes())
-    content[8:10] = (2).to_bytes(2, "little")
-    path.write_bytes(content)
-    with pytest.raises(BitstreamError, match=rf"{name}, byte \d+, field header_crc"):
-        decode_folder(folder, CACHE, METADATA.token_ids)
-
-
 def test_a_chunk_under_the_tables_name_is_refused(folder):
-    shutil.copy(folder / "chunk_00000.cgc", folder / "tables.cgt")
+    shutil.copy(folder / "chunk_00000.L1.cgc", folder / "tables.cgt")
     with pytest.raises(BitstreamError, match=r"tables.cgt, byte 0, field magic: not a tables file of cachegen"):
         EncodedFolder(folder, 1)
 
@@ -310,7 +300,7 @@ def test_a_chunk_under_the_tables_name_is_refused(folder):
 def test_another_context_is_refused_by_the_chunk_in_which_it_begins_to_differ(folder, position):
     token_ids = METADATA.token_ids.clone()
     token_ids[position] += 1
-    with pytest.raises(MismatchError, match=rf"chunk_0000{position // 20}.cgc: token_hash is "):
+    with pytest.raises(MismatchError, match=rf"chunk_0000{position // 20}.L1.cgc: token_hash is "):
         decode_folder(folder, CACHE, token_ids)
 
 

@@ -10,21 +10,20 @@ import pytest
 import torch
 from conftest import make_cache, make_encoder, make_metadata, read_folder, write_config
 
-from cachegen.codec import DocumentEncoder
-from cachegen.config import load_quantization_config
-from cachegen.container import parse_chunk, parse_tables
 from cachegen.errors import ConfigError, InputError, OutputError
 from cachegen.files import lock_folder
 from cachegen.format import Coder
 from cachegen.kv_cache import from_planes
+from cachegen.methods import load_config, parse_chunk, parse_document
+from cachegen.methods.absmax.codec import AbsmaxEncoder
 from cachegen.pipeline.encode import encode_document
 
 CHUNKS = (25, 25, 10)
-NAMES = ["chunk_00000.cgc", "chunk_00001.cgc", "chunk_00002.cgc", "tables.cgt"]
+NAMES = ["chunk_00000.L1.cgc", "chunk_00001.L1.cgc", "chunk_00002.L1.cgc", "tables.cgt"]
 
 
 @pytest.fixture
-def encoder(config_path) -> DocumentEncoder:
+def encoder(config_path) -> AbsmaxEncoder:
     return make_encoder(make_cache(60), make_metadata(60), config_path, CHUNKS)
 
 
@@ -48,9 +47,9 @@ def test_a_folder_holds_the_tables_and_the_chunks_and_every_byte_is_counted(enco
     assert result.num_reused_chunks == 0 and progress == list(CHUNKS)
     assert result.sizes.total == sum(map(len, files.values()))
     chunks = [parse_chunk(files[name]) for name in NAMES[:3]]
-    header, tables = parse_tables(files["tables.cgt"])
+    header = parse_document(files["tables.cgt"])
     assert header == result.header and header.chunk_tokens == CHUNKS
-    assert result.sizes.tables == len(tables)
+    assert result.sizes.tables == header.tables_bytes
     assert result.sizes.scales == sum(2 * 4 * num_tokens for num_tokens in CHUNKS)
     assert result.sizes.payload == sum(len(chunk.payload) for chunk in chunks)
     assert [chunk.header.first_token for chunk in chunks] == [0, 25, 50]
@@ -108,7 +107,7 @@ def test_a_whole_chunk_of_another_document_is_refused_before_anything_is_written
     if tables == "damaged":
         (folder / "tables.cgt").write_bytes(encoded["tables.cgt"][:-1])
     before = read_folder(folder)
-    with pytest.raises(OutputError, match=r"chunk_00002.cgc: is a chunk of another cache or configuration"):
+    with pytest.raises(OutputError, match=r"chunk_00002.L1.cgc: is a chunk of another cache or configuration"):
         encode_document(encoder, folder)
     assert read_folder(folder) == before
     encode_document(encoder, folder, overwrite=True)
@@ -122,16 +121,16 @@ def test_a_folder_is_written_by_one_process_at_a_time(encoder, folder, encoded):
 
 
 def test_an_error_beyond_the_bound_is_refused_and_leaves_nothing(encoder, folder):
-    bound = encode_document(encoder, folder).errors[0].largest
+    bound = encode_document(encoder, folder).errors[1].largest
     shutil.rmtree(folder)
     with pytest.raises(ConfigError, match=r"decodes .* from the cache's, more than --max_error"):
         encode_document(encoder, folder, max_error=0.99 * bound)
     assert read_folder(folder) == {}
-    assert encode_document(encoder, folder, max_error=bound).errors[0].largest == bound
+    assert encode_document(encoder, folder, max_error=bound).errors[1].largest == bound
 
 
 def test_stale_temporaries_are_swept_when_an_encoding_resumes(encoder, folder, encoded):
-    (folder / ".tmp-chunk_00001.cgc-0123456789ab").write_bytes(b"half a chunk")
+    (folder / ".tmp-chunk_00001.L1.cgc-0123456789ab").write_bytes(b"half a chunk")
     encode_document(encoder, folder)
     assert read_folder(folder) == encoded
 
@@ -142,7 +141,7 @@ def test_a_folder_of_foreign_files_is_refused_and_left_as_it_was(encoder, folder
         ".tmp-letter-0123456789ab": b"one",
         ".tmp-notes": b"two",
         "thesis.tex": b"three",
-        "z/chunk_00000.cgc": b"4",
+        "z/chunk_00000.L1.cgc": b"4",
     }
     (folder / "z").mkdir()
     for name, content in files.items():
@@ -152,7 +151,7 @@ def test_a_folder_of_foreign_files_is_refused_and_left_as_it_was(encoder, folder
     assert read_folder(folder) == files
 
 
-def make_other(what: str, config_path: Path) -> DocumentEncoder:
+def make_other(what: str, config_path: Path) -> AbsmaxEncoder:
     """An encoder that differs from the fixture in one thing."""
     cache, metadata = make_cache(60), make_metadata(60)
     if what == "values":
@@ -169,9 +168,9 @@ def make_other(what: str, config_path: Path) -> DocumentEncoder:
         metadata = make_metadata(60, model_fingerprint="cd" * 32)
     if what == "bins":
         config_path = write_config(config_path, key_first_bins=30)
-    config = load_quantization_config(config_path)
+    config = load_config(config_path)
     chunks = (20, 20, 20) if what == "chunks" else CHUNKS
-    return DocumentEncoder(cache, metadata, config, chunks, Coder.PACKED if what == "coder" else Coder.RANS)
+    return AbsmaxEncoder(cache, metadata, config, chunks, Coder.PACKED if what == "coder" else Coder.RANS)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ def test_another_documents_encoding_is_refused_unless_overwritten_and_foreign_fi
     foreign = {"README": b"mine", "chunk_1.cgc": b"not a name of ours", ".tmp-notes": b"mine, too"}
     for name, content in foreign.items():
         (folder / name).write_bytes(content)
-    (folder / "chunk_00007.cgc").write_bytes(b"of a longer document")
+    (folder / "chunk_00007.L1.cgc").write_bytes(b"of a longer document")
     before = read_folder(folder)
     other = make_other(what, config_path)
     with pytest.raises(OutputError, match="holds the encoding of another cache or configuration"):

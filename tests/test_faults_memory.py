@@ -18,8 +18,8 @@ from fault_documents import (
     start_server,  # noqa: F401 (a fixture)
 )
 
-from cachegen.container import TABLES_NAME, chunk_name
-from cachegen.profile import PROFILE_NAME, SYNTHESIS_NAME
+from cachegen.format.files import TABLES_NAME, chunk_name
+from cachegen.methods.transform.profile import PROFILE_NAME, SYNTHESIS_NAME
 
 pytestmark = pytest.mark.faults
 

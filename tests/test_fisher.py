@@ -11,10 +11,10 @@ from random_models import _SHARED, make_loaded, make_named, make_token_ids, one_
 
 from cachegen.evaluation.fisher import accumulate_fisher, plan_windows
 from cachegen.kv_cache import KVCache, from_planes
+from cachegen.methods.transform.transform import apply_rotation, join_planes, rotation_of
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
 from cachegen.pipeline.prefill import prefill_context, run_model
-from cachegen.transform import apply_rotation, join_planes, rotation_of
 
 NUM_BEFORE = 3
 YARN = transformers.LlamaConfig(

@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from cachegen import container
-from cachegen.codec import decode_levels, load_document
-from cachegen.coder import cpu, reference
 from cachegen.coder.components import decode_components, encode_components
+from cachegen.coder.cpu_kernels import CPU
 from cachegen.errors import BitstreamError, MismatchError, UnsupportedVersionError
+from cachegen.format.files import CHUNK_SUFFIX, chunk_name
 from cachegen.kv_cache import KVCache, from_planes
-from cachegen.profile import load_profile
-from cachegen.quantization import dequantize, quantize
+from cachegen.methods import open_document, parse_chunk
+from cachegen.methods.absmax.quantization import dequantize, quantize
+from cachegen.methods.transform.profile import load_profile
 from tests.golden import make_golden, make_transform_golden
 from tests.golden.make_golden import FOLDER, GOLDENS, Golden
+from tests.reference.kernels import REFERENCE
 
 BY_NAME = {golden.name: golden for golden in GOLDENS}
 ERRORS = {error.__name__: error for error in (BitstreamError, UnsupportedVersionError, MismatchError)}
 INVALID = json.loads((FOLDER / "invalid" / "invalid.json").read_text("utf-8"))
-KERNELS = {"reference": reference, "cpu": cpu}
+KERNELS = {"reference": REFERENCE, "cpu": CPU}
 
 golden_documents = pytest.mark.parametrize("golden", GOLDENS, ids=lambda golden: golden.name)
 
@@ -50,7 +51,7 @@ def test_reference_writes_the_golden_bytes(golden: Golden) -> None:
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @golden_documents
 def test_cpu_writes_the_golden_bytes_on_any_number_of_threads(golden: Golden, num_threads: int) -> None:
-    assert make_golden.encode(golden, cpu, num_threads) == read_files(golden.name)
+    assert make_golden.encode(golden, CPU, num_threads) == read_files(golden.name)
 
 
 @golden_documents
@@ -63,14 +64,14 @@ def test_reference_reads_the_golden_values(golden: Golden) -> None:
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @golden_documents
 def test_cpu_reads_the_golden_values_on_any_number_of_threads(golden: Golden, num_threads: int) -> None:
-    decoded = make_golden.decode(golden, read_files(golden.name), cpu, num_threads)
+    decoded = make_golden.decode(golden, read_files(golden.name), CPU, num_threads)
     expected = json.loads((FOLDER / "decoded_sha256.json").read_text("utf-8"))
     assert make_golden.hash_cache(decoded) == expected[golden.name]
 
 
 @golden_documents
 def test_golden_values_are_the_quantizers(golden: Golden) -> None:
-    decoded = make_golden.decode(golden, read_files(golden.name), cpu).planes
+    decoded = make_golden.decode(golden, read_files(golden.name), CPU).planes
     for plane, expected in zip(decoded, quantize_and_back(golden), strict=True):
         assert torch.equal(plane.view(torch.uint8), expected.view(torch.uint8))
 
@@ -104,11 +105,11 @@ def test_invalid_file_is_refused(name: str, kernels: str) -> None:
     reason, content = INVALID[name], (FOLDER / "invalid" / name).read_bytes()
     golden = BY_NAME[reason["base"]]
     with pytest.raises(ERRORS[reason["error"]]) as caught:
-        if name.endswith(container.CHUNK_SUFFIX):
-            files = read_files(golden.name) | {container.chunk_name(0): content}
+        if name.endswith(CHUNK_SUFFIX):
+            files = read_files(golden.name) | {chunk_name(0): content}
             make_golden.decode(golden, files, KERNELS[kernels])
         else:
-            load_document(content, kernels=KERNELS[kernels]).prepare()
+            open_document(content, kernels=KERNELS[kernels]).prepare()
     error = caught.value
     assert type(error) is ERRORS[reason["error"]]
     if isinstance(error, BitstreamError):
@@ -134,14 +135,13 @@ LEVELS = range(1, make_transform_golden.NUM_LEVELS + 1)
 def decode_transform(changed: dict[str, bytes], num_levels: int, num_threads: int = 1) -> KVCache:
     """Decode the golden document's chunks with its committed profile, some of its files replaced."""
     files = {path.name: path.read_bytes() for path in TRANSFORM.iterdir() if path.is_file()} | changed
-    document = load_document(files["tables.cgt"], find_profile=lambda _: load_profile(TRANSFORM / "profile"))
+    document = open_document(files["tables.cgt"], find_profile=lambda _: load_profile(TRANSFORM / "profile"))
     shapes, chunk_tokens = make_transform_golden.SHAPES, make_transform_golden.CHUNK_TOKENS
     output = from_planes([torch.full((sum(chunk_tokens), *shape), torch.nan) for shape in shapes])
     start = 0
     for index, num_tokens in enumerate(chunk_tokens):
-        decode_levels(
-            [files[container.chunk_name(index, level)] for level in range(1, num_levels + 1)],
-            document,
+        document.decode(
+            [files[chunk_name(index, level)] for level in range(1, num_levels + 1)],
             output.slice(start, start + num_tokens),
             first_token=start,
             token_hash=make_transform_golden.token_hash(start + num_tokens),
@@ -157,7 +157,7 @@ def test_kernels_write_and_read_the_golden_components(level: int, num_threads: i
     drawn = make_transform_golden.draw_components()
     start = 0
     for index, num_tokens in enumerate(make_transform_golden.CHUNK_TOKENS):
-        chunk = container.parse_chunk((TRANSFORM / container.chunk_name(index, level)).read_bytes())
+        chunk = parse_chunk((TRANSFORM / chunk_name(index, level)).read_bytes())
         streams, payload = list(chunk.header.streams), bytes(chunk.payload)
         for group, (coding, length) in enumerate(
             zip(make_transform_golden.codings(level), make_transform_golden.TOKENS_PER_STREAM, strict=True)
@@ -201,7 +201,7 @@ def test_golden_transform_document_has_what_a_decoder_can_get_wrong() -> None:
 @pytest.mark.parametrize("name", INVALID_TRANSFORM)
 def test_invalid_transform_file_is_refused(name: str) -> None:
     reason, content = INVALID_TRANSFORM[name], (FOLDER / "invalid_transform" / name).read_bytes()
-    replaced = {"tables": "tables.cgt"} | {f"chunk_L{n}": container.chunk_name(0, n) for n in LEVELS}
+    replaced = {"tables": "tables.cgt"} | {f"chunk_L{n}": chunk_name(0, n) for n in LEVELS}
     (kind,) = (kind for kind in replaced if name.startswith(f"{kind}_"))
     with pytest.raises(ERRORS[reason["error"]]) as caught:
         decode_transform({replaced[kind]: content}, 1 if kind == "chunk_L1" else 2)

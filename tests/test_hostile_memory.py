@@ -19,8 +19,13 @@ import numpy as np
 import pytest
 
 from cachegen import _native
-from cachegen.format import CHUNK_MAGIC, NO_HASH, TABLES_MAGIC
-from cachegen.framing import seal_header
+from cachegen.format import NO_HASH, Coder, Dtype, PlaneLayout
+from cachegen.format.files import read_whole
+from cachegen.format.headers import DocumentHeader
+from cachegen.methods import parse_chunk
+from cachegen.methods.absmax.headers import AbsmaxChunkHeader, AbsmaxDocumentHeader
+from cachegen.methods.transform.exact_values import unpack_exact_values
+from cachegen.methods.transform.headers import PlaneShape, TransformChunkHeader, TransformDocumentHeader
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILE_FACTOR = 16
@@ -28,84 +33,105 @@ BASE_BYTES = 24 << 20
 """What docs/reliability.md promises: beyond its output, a reader takes at most so many times the file, and so much."""
 
 
-def write_tables(path: Path, fields: bytes, body: bytes, tables: bytes = b"", version: int = 1) -> None:
-    """Write a tables file whose checksum is right."""
-    header_bytes = 24 + len(fields) + len(body) + 4
-    header = seal_header(TABLES_MAGIC, header_bytes, header_bytes + len(tables), fields + body, _native.crc32c, version)
-    path.write_bytes(header + tables)
+def write_tables(path: Path, header: DocumentHeader, tables: bytes = b"") -> Path:
+    path.write_bytes(header.pack() + tables)
+    return path
 
 
-def tables_fields(num_chunks: int, num_layers: int, tables: bytes = b"", *, coder: int = 1, num_cache_tokens=1 << 40):
-    layout = "<QIHBBBBHII32s32s32s32s32s"
-    hashes = (NO_HASH,) * 5
-    return struct.pack(
-        layout, num_cache_tokens, num_chunks, num_layers, 1, coder, 1, 0, 0, 512, _native.crc32c(tables), *hashes
-    )
+COMMON = dict.fromkeys(("model_fingerprint", "token_hash", "rope_hash", "profile_hash"), NO_HASH)
+DOCUMENT = COMMON | {
+    "num_cache_tokens": 1 << 40,
+    "dtype": Dtype.FLOAT16,
+    "num_levels": 1,
+    "prefill_block_size": 512,
+    "cache_hash": NO_HASH,
+}
+CHUNK = COMMON | {"first_token": 0, "dtype": Dtype.FLOAT16, "level": 1, "refines": 0, "tables_hash": NO_HASH}
+SMALLEST = PlaneLayout(1, 1, 4, 2, 32)
 
 
 def smallest_tables(folder: Path) -> Path:
     """65,536 channels twice, each with the shortest table there is: 13 bits, of which a decoder makes 1 KB."""
-    path = folder / "tables.cgt"
     bits = "00000" + "00000" + "1" + "0" + "10"  # symbol 0 alone, class 3: 14 bits with its Rice code
     plane = np.packbits(np.frombuffer((bits * 65536).encode(), np.uint8) - ord("0")).tobytes()
-    record = struct.pack("<HHHBBI", 256, 256, 4, 0, 0, len(plane))
-    write_tables(path, tables_fields(1, 1, 2 * plane), 2 * record + struct.pack("<I", 1), 2 * plane)
-    return path
+    header = AbsmaxDocumentHeader(
+        **DOCUMENT,
+        method=1,
+        coder=Coder.RANS,
+        chunk_tokens=(1,),
+        tables_crc=_native.crc32c(2 * plane),
+        planes=(PlaneLayout(256, 256, 4, 0),) * 2,
+        plane_table_bytes=(len(plane),) * 2,
+    )
+    return write_tables(folder / "tables.cgt", header, 2 * plane)
+
+
+def packed_document(num_layers: int, num_chunks: int) -> AbsmaxDocumentHeader:
+    return AbsmaxDocumentHeader(
+        **DOCUMENT,
+        method=1,
+        coder=Coder.PACKED,
+        chunk_tokens=(1,) * num_chunks,
+        tables_crc=0,
+        planes=(SMALLEST,) * 2 * num_layers,
+        plane_table_bytes=(0,) * 2 * num_layers,
+    )
 
 
 def most_chunks(folder: Path) -> Path:
-    path = folder / "tables.cgt"
-    record = struct.pack("<HHHBBI", 1, 1, 4, 2, 0, 0)
-    write_tables(path, tables_fields(1 << 20, 1, coder=3), 2 * record + struct.pack("<I", 1) * (1 << 20))
-    return path
+    return write_tables(folder / "tables.cgt", packed_document(1, 1 << 20))
 
 
 def most_layers(folder: Path) -> Path:
-    path = folder / "tables.cgt"
-    record = struct.pack("<HHHBBI", 1, 1, 4, 2, 0, 0)
-    write_tables(path, tables_fields(1, 65535, coder=3), 2 * 65535 * record + struct.pack("<I", 1))
-    return path
+    return write_tables(folder / "tables.cgt", packed_document(65535, 1))
 
 
 def most_shapes(folder: Path) -> Path:
-    """Version 2: 4 bytes a plane."""
-    path = folder / "tables.cgt"
-    fields = struct.pack("<QIHBBBBHIi32s32s32s32s32s", 9, 1, 65535, 3, 1, 1, 0, 0, 512, 0, *(NO_HASH,) * 5)
-    write_tables(path, fields, struct.pack("<HH", 1, 1) * 2 * 65535 + struct.pack("<I", 1), version=2)
-    return path
+    """Method `transform`: 4 bytes a plane."""
+    planes = (PlaneShape(1, 1),) * 2 * 65535
+    header = TransformDocumentHeader(
+        **DOCUMENT, method=3, coder=Coder.RANS, chunk_tokens=(1,), step_log=0, planes=planes
+    )
+    return write_tables(folder / "tables.cgt", header)
 
 
 def most_streams(folder: Path) -> Path:
     """2^20 tokens in streams of 32, and nothing in the streams."""
-    path = folder / "chunk_00000.cgc"
-    num_tokens = 1 << 20
+    path, num_tokens = folder / "chunk_00000.L1.cgc", 1 << 20
     scales = bytes(2 * 2 * num_tokens)
-    fields = struct.pack(
-        "<QIHBBBBHI32s32s32s32s32s", 0, num_tokens, 1, 1, 3, 1, 0, 0, _native.crc32c(scales), *(NO_HASH,) * 5
+    header = AbsmaxChunkHeader(
+        **CHUNK,
+        num_tokens=num_tokens,
+        num_layers=1,
+        method=1,
+        coder=Coder.PACKED,
+        scales_crc=_native.crc32c(scales),
+        planes=(SMALLEST,) * 2,
+        stream_index=bytes(12 * 2 * num_tokens // 32),
     )
-    records = 2 * struct.pack("<HHHBBI", 1, 1, 4, 2, 0, 32)
-    index = bytes(12 * 2 * num_tokens // 32)
-    header_bytes = -(-(24 + len(fields) + len(records) + len(index) + 4) // 16) * 16
-    header = seal_header(
-        CHUNK_MAGIC, header_bytes, header_bytes + len(scales), fields + records + index, _native.crc32c, 1
-    )
-    path.write_bytes(header + scales)
+    path.write_bytes(header.pack() + scales)
     return path
 
 
 def most_exact_values(folder: Path) -> Path:
-    """Version 2: half a million runs of one value."""
-    path = folder / "chunk_00000.L1.cgc"
-    num_values = 1 << 19
+    """Half a million runs of one value."""
+    path, num_values = folder / "chunk_00000.L1.cgc", 1 << 19
     runs = np.stack([np.arange(num_values), np.zeros(num_values), np.ones(num_values)], axis=1).astype("<u4")
     exact = struct.pack("<I", num_values) + runs.tobytes() + bytes(2 * num_values)
     padded = exact + bytes(-len(exact) % 16)
-    fields = struct.pack("<QIHBBBBHi32s32s32s32s32s", 0, num_values, 1, 3, 1, 1, 1, 0, 0, *(NO_HASH,) * 5)
-    fields += struct.pack("<HHIffQII", 1, 0, 0, 0.0, 0.0, len(exact), _native.crc32c(padded), 1 << 24)
-    index = bytes(12)
-    header_bytes = -(-(24 + len(fields) + len(index) + 4) // 16) * 16
-    header = seal_header(CHUNK_MAGIC, header_bytes, header_bytes + len(padded), fields + index, _native.crc32c, 2)
-    path.write_bytes(header + padded)
+    header = TransformChunkHeader(
+        **CHUNK,
+        num_tokens=num_values,
+        num_layers=1,
+        method=3,
+        coder=Coder.RANS,
+        step_log=0,
+        exact_bytes=len(exact),
+        exact_crc=_native.crc32c(padded),
+        tokens_per_stream=(1 << 24,),
+        stream_index=bytes(12),
+    )
+    path.write_bytes(header.pack() + padded)
     return path
 
 
@@ -121,20 +147,14 @@ def open_folder(path: Path) -> None:
     folder.decode_into(output, torch.zeros(2, dtype=torch.int32), (1,))
 
 
-def parse_chunk(path: Path) -> None:
+def look_at_chunk(path: Path) -> None:
     """As run_publishing.py and a resumed run_encoding.py look at a chunk."""
-    from cachegen import container
-
-    container.parse_chunk(container.read_whole(path))
+    parse_chunk(read_whole(path))
 
 
 def unpack_exact(path: Path) -> None:
-    from cachegen import container
-    from cachegen.exact_values import unpack_exact_values
-    from cachegen.format import Dtype
-
-    chunk = container.parse_chunk(container.read_whole(path))
-    assert len(unpack_exact_values(chunk.exact, Dtype.FLOAT16, 1 << 24, 1)) == 1 << 19
+    chunk = parse_chunk(read_whole(path))
+    assert len(unpack_exact_values(chunk.behind[: chunk.header.exact_bytes], Dtype.FLOAT16, 1 << 24, 1)) == 1 << 19
 
 
 @dataclass(frozen=True)
@@ -155,8 +175,8 @@ CASES = (
     Case("tables file, 131,072 shortest tables", smallest_tables, open_folder, True),
     Case("tables file, 2^20 chunks", most_chunks, open_folder, True),
     Case("tables file, 65,535 layers", most_layers, open_folder, True),
-    Case("tables file of version 2, 65,535 layers", most_shapes, open_folder, True),
-    Case("chunk file, 65,536 empty streams", most_streams, parse_chunk, False),
+    Case("tables file of method transform, 65,535 layers", most_shapes, open_folder, True),
+    Case("chunk file, 65,536 empty streams", most_streams, look_at_chunk, False),
     Case("chunk file, 524,288 exact values", most_exact_values, unpack_exact, False),
 )
 
@@ -165,7 +185,7 @@ import json, re, sys
 from pathlib import Path
 from cachegen.errors import CacheGenError
 from tests import test_hostile_memory as cases
-import cachegen.pipeline.decode, cachegen.exact_values  # what every reader has imported
+import cachegen.pipeline.decode  # what every reader has imported
 
 def memory(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

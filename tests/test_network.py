@@ -17,13 +17,13 @@ from conftest import write_config
 from random_models import make_named, make_token_ids
 
 from cachegen.catalog import EncodedLevel, publish_document
-from cachegen.codec import DocumentEncoder
-from cachegen.config import load_quantization_config
 from cachegen.errors import StoreError
 from cachegen.kv_cache import KVCache, from_planes
+from cachegen.methods import load_config
+from cachegen.methods.absmax.codec import AbsmaxEncoder
+from cachegen.methods.absmax.quantization import dequantize, quantize
 from cachegen.pipeline.model_cache import view_kv_cache
 from cachegen.pipeline.prefill import prefill, prefill_context
-from cachegen.quantization import dequantize, quantize
 from cachegen.store import RetryRule, open_store
 from cachegen.streaming.client import find_for_model, make_loader
 from cachegen.streaming.load_report import LoadResult
@@ -64,8 +64,8 @@ class Context:
         for level, bins in enumerate(BINS, 1):
             groups = {f"{kind}_{place}_bins": bins for kind in ("key", "value") for place in ("first", "second")}
             path = write_config(folder / f"{bins}.json", **groups, key_third_bins=bins, coder="packed")
-            config = load_quantization_config(path)
-            encoder = DocumentEncoder(self.exact, metadata, config, CHUNK_TOKENS, config.coder)
+            config = load_config(path)
+            encoder = AbsmaxEncoder(self.exact, metadata, config, CHUNK_TOKENS, config.coder)
             files = [b"".join(encoder.encode_chunk(i)) for i in range(len(CHUNK_TOKENS))]
             levels.append(EncodedLevel(encoder.tables_file, [lambda file=file: file for file in files]))
             self.decoded[level] = from_planes(

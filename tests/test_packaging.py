@@ -38,23 +38,13 @@ LAYERS = {
     "kv_archive": 0,
     "kv_cache": 0,
     "format": 0,
-    "framing": 0,
-    "profile": 0,
-    "transform_format": 0,
-    "manifest": 0,
-    "quantization": 1,
-    "transform": 1,
-    "exact_values": 1,
-    "coder": 2,
-    "component_tables": 2,
-    "symbol_model": 2,
-    "codec": 3,
-    "transform_codec": 3,
-    "container": 3,
-    "http_objects": 3,
-    "folder_objects": 3,
-    "obstore_objects": 3,
+    "coder": 1,
+    "methods": 2,
     "objects": 3,
+    "folder_objects": 3,
+    "http_objects": 3,
+    "obstore_objects": 3,
+    "manifest": 3,
     "store": 3,
     "store_index": 3,
     "store_writer": 3,
@@ -176,9 +166,9 @@ def test_no_pickle_no_shell_no_environment_variables(name: str) -> None:
     assert forbidden_calls((SOURCES | SCRIPT_SOURCES)[name].read_text("utf-8")) == []
 
 
-@pytest.mark.parametrize("name", ["framing.py", "format.py", "transform_format.py"])
+@pytest.mark.parametrize("name", ["format/constants.py", "format/framing.py", "format/layout.py"])
 def test_the_byte_layouts_import_the_standard_library_only(name: str) -> None:
-    siblings = ("cachegen.errors", "cachegen.framing", "cachegen.format")
+    siblings = ("cachegen.errors", "cachegen.format")
     for imported in imported_names(name, SOURCES[name].read_text("utf-8")):
         allowed = imported.split(".")[0] in sys.stdlib_module_names or imported.startswith(siblings)
         assert allowed, f"{name} imports {imported}"
@@ -187,11 +177,11 @@ def test_the_byte_layouts_import_the_standard_library_only(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("config.py", "from cachegen import codec"),
+        ("config.py", "from cachegen import methods"),
         ("config.py", "def late():\n    import cachegen.coder.cpu"),
         ("coder/cpu.py", "from ..pipeline.encode import encode"),
         ("coder/cpu.py", "from .. import store"),
-        ("codec.py", "importlib.import_module('cachegen.pipeline')"),
+        ("methods/base.py", "importlib.import_module('cachegen.pipeline')"),
         ("pipeline/encode.py", "from cachegen.unheard_of import x"),
     ],
 )

@@ -17,7 +17,7 @@ from safetensors.torch import save as save_tensors
 
 from cachegen.errors import BitstreamError, CacheGenError, InputError, MismatchError, UnsupportedVersionError
 from cachegen.kv_cache import RotaryEmbedding
-from cachegen.profile import (
+from cachegen.methods.transform.profile import (
     ANALYSIS_NAME,
     PROFILE_NAME,
     SYNTHESIS_NAME,
@@ -129,7 +129,9 @@ class TestRoundTrip:
 
     def test_the_last_file_written_is_the_one_that_names_the_others(self, folder, monkeypatch):
         written = []
-        monkeypatch.setattr("cachegen.profile.write_file", lambda path, content: written.append(path.name))
+        monkeypatch.setattr(
+            "cachegen.methods.transform.profile.write_file", lambda path, content: written.append(path.name)
+        )
         save_profile(folder, make_profile())
         assert written[-1] == PROFILE_NAME
 

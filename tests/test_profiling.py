@@ -23,9 +23,9 @@ from cachegen.evaluation.profiling import (
     split_contexts,
 )
 from cachegen.kv_cache import from_planes, hash_planes, load_kv_cache, save_kv_cache
+from cachegen.methods.transform.profile import Profile, load_profile, save_profile
+from cachegen.methods.transform.transform import GroupTransform
 from cachegen.pipeline.prefill import prefill_context
-from cachegen.profile import Profile, load_profile, save_profile
-from cachegen.transform import GroupTransform
 
 LLAMA = "llama"
 SETTINGS = CalibrationSettings(fisher_tokens=16, fisher_samples=1, finest_step=0.01)

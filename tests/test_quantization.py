@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 from cachegen.coder import cpu
 from cachegen.format import PlaneLayout, StreamEntry
 from cachegen.kv_cache import from_planes
-from cachegen.quantization import dequantize, low_bits_for, quantize, zero_symbol
+from cachegen.methods.absmax.quantization import dequantize, low_bits_for, quantize, zero_symbol
 from tests.small_documents import DTYPES, allocate_like, same_bits
 
 ALL_BITS = np.arange(1 << 16, dtype=np.uint16)

@@ -79,7 +79,7 @@ def test_the_bytes_of_a_document_are_those_of_its_files(encoding):
 def test_documents_of_one_level_are_taken_together_by_size(encoding, tmp_path):
     record = json.loads(encoding.read_text())
     for chunk in record["chunks"]:
-        chunk["bytes"]["0"] *= 2
+        chunk["bytes"]["1"] *= 2
     (tmp_path / "large.json").write_text(json.dumps(record))
     chunks = scenario.load_encodings([tmp_path / "large.json", encoding], [0.001, 0.002])
     assert chunks[0].num_levels == 2 and chunks[0].file_bytes[0] < chunks[0].file_bytes[1]

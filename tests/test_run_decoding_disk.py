@@ -21,12 +21,11 @@ from random_models import BUNDLED_MODEL, copy_with_other_keys, load_tokenizer
 import main
 import run_decoding_disk
 import run_encoding
-from cachegen.config import load_quantization_config
-from cachegen.container import build_tables, parse_tables
 from cachegen.kv_cache import load_kv_cache
+from cachegen.methods import load_config, parse_document
+from cachegen.methods.transform.profile import save_profile
 from cachegen.pipeline import generate, model
 from cachegen.pipeline.model_cache import view_kv_cache
-from cachegen.profile import save_profile
 from tests.small_documents import make_profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,7 +189,7 @@ class TestAnswers:
         argv[1] = str(prefilled.encoded(config))
         decode_to_json(argv, capsys, "--question", FIRST, "--question", SECOND)
         saved, _ = load_kv_cache(prefilled.kv_path)
-        expected = quantize_and_dequantize(saved, load_quantization_config(CONFIGS / f"{config}.json"))
+        expected = quantize_and_dequantize(saved, load_config(CONFIGS / f"{config}.json"))
         assert len(given) == 2 and all(are_equal(cache, expected) for cache in given)
 
     def test_configs_that_agree_with_the_files_are_accepted(self, argv, capsys, tmp_path):
@@ -255,8 +254,8 @@ class TestTransform:
         error = refuse(run_decoding_disk.main, [*argv, "--level", 3], 2)
         assert "--level 3 asked for, the document has 2 levels" in error
         argv[1] = str(prefilled.encoded("quantization_tiny"))
-        error = refuse(run_decoding_disk.main, [*argv, "--level", 1], 2)
-        assert "--level 1 asked for, the document has no levels" in error
+        error = refuse(run_decoding_disk.main, [*argv, "--level", 2], 2)
+        assert "--level 2 asked for, the document has 1 level" in error
 
     @pytest.mark.parametrize("level", [1, 2])
     def test_a_damaged_level_is_named(self, argv, refuse, level):
@@ -381,12 +380,12 @@ class TestRefusals:
         error = refuse(run_decoding_disk.main, [*argv, "--path_to_encoded_kv", tmp_path / "nowhere"], 3)
         assert "nowhere/tables.cgt: no such file (encode the document again" in error
 
-    @pytest.mark.parametrize("name", ["tables.cgt", "chunk_00000.cgc", "chunk_00002.cgc", "chunk_00003.cgc"])
+    @pytest.mark.parametrize("name", ["tables.cgt", "chunk_00000.L1.cgc", "chunk_00002.L1.cgc", "chunk_00003.L1.cgc"])
     def test_a_missing_file(self, argv, encoded, refuse, name):
         (encoded / name).unlink()
         assert f"{name}: no such file (encode the document again" in refuse(run_decoding_disk.main, argv, 3)
 
-    @pytest.mark.parametrize("name", ["tables.cgt", "chunk_00002.cgc"])
+    @pytest.mark.parametrize("name", ["tables.cgt", "chunk_00002.L1.cgc"])
     @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "extended", "foreign"])
     def test_a_damaged_file(self, argv, encoded, refuse, name, damage):
         content = (encoded / name).read_bytes()
@@ -401,24 +400,25 @@ class TestRefusals:
         (encoded / name).write_bytes(damaged)
         assert f"{encoded / name}, " in refuse(run_decoding_disk.main, argv, 4)
 
-    @pytest.mark.parametrize("name", ["tables.cgt", "chunk_00001.cgc"])
+    @pytest.mark.parametrize("name", ["tables.cgt", "chunk_00001.L1.cgc"])
     def test_a_file_of_a_later_version(self, argv, encoded, refuse, name):
         content = bytearray((encoded / name).read_bytes())
         content[8] = 3
         (encoded / name).write_bytes(content)
         error = refuse(run_decoding_disk.main, argv, 4)
-        assert f"{name}, byte 8, field version: 3 is not supported, this release reads 1 and 2" in error
+        assert f"{name}, byte 8, field version: 3 is not supported, this release reads 1" in error
 
     def test_a_chunk_of_another_config(self, prefilled, argv, encoded, refuse):
-        shutil.copy(prefilled.encoded("quantization_tiny_fine") / "chunk_00001.cgc", encoded)
-        assert "chunk_00001.cgc: planes is " in refuse(run_decoding_disk.main, argv, 5)
+        shutil.copy(prefilled.encoded("quantization_tiny_fine") / "chunk_00001.L1.cgc", encoded)
+        assert "chunk_00001.L1.cgc: planes is " in refuse(run_decoding_disk.main, argv, 5)
 
     @pytest.mark.parametrize("shape", [(4, 32), (1, 128)])
     def test_planes_of_another_shape_whose_checksums_are_right(self, argv, encoded, refuse, shape):
         path = encoded / "tables.cgt"
-        header, tables = parse_tables(path.read_bytes())
+        header = parse_document(path.read_bytes())
+        tables = path.read_bytes()[header.header_bytes :]
         planes = [dataclasses.replace(plane, num_kv_heads=shape[0], head_dim=shape[1]) for plane in header.planes]
-        path.write_bytes(build_tables(dataclasses.replace(header, planes=tuple(planes)), tables))
+        path.write_bytes(dataclasses.replace(header, planes=tuple(planes)).pack() + tables)
         error = refuse(run_decoding_disk.main, argv, 5)
         assert f"tables.cgt: planes: the keys of layer 0 are {shape[0]} x {shape[1]}, the cache's 2 x 64 with" in error
 

@@ -21,8 +21,8 @@ import run_decoding_disk
 import run_decoding_remote
 import run_encoding
 import run_publishing
-from cachegen.config import load_quantization_config
 from cachegen.kv_cache import load_kv_cache
+from cachegen.methods import load_config
 from cachegen.pipeline import generate, model
 from cachegen.pipeline.model_cache import view_kv_cache
 
@@ -151,7 +151,7 @@ class TestAnswers:
         config = CONFIGS[level - 1]
         saved, _ = load_kv_cache(published.kv_path)
         path = REPOSITORY / "config" / f"{config}.json"
-        expected = quantize_and_dequantize(saved, load_quantization_config(path))
+        expected = quantize_and_dequantize(saved, load_config(path))
         assert are_equal(given[1], expected) and are_equal(given[2], expected)  # given[0] is the warm-up
         disk_argv = [*argv, *questions, "--path_to_encoded_kv", str(published.folder / config)]
         disk_argv = [flag for flag in disk_argv if flag not in ("--stall_seconds", "0.3")]
@@ -303,10 +303,10 @@ class TestRefusals:
 
     def test_a_profile_that_nothing_would_use(self, argv, refuse, published):
         error = refuse(run_decoding_remote.main, [*argv, "--profile", "x"], 2)
-        assert "--profile is for method transform, the document is of method cachegen" in error
+        assert "--profile is not for method cachegen, which the document is of" in error
         argv = ["--path_to_encoded_kv", published.folder / CONFIGS[0], "--path_to_context", published.context]
         error = refuse(run_decoding_disk.main, [*argv, "--profile", "x"], 2)
-        assert "--profile is for method transform, the document is of method cachegen" in error
+        assert "--profile is not for method cachegen, which the document is of" in error
 
     def test_another_dtype(self, argv, refuse):
         error = refuse(run_decoding_remote.main, [*argv, "--dtype", "bfloat16"], 5)

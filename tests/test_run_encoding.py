@@ -32,12 +32,11 @@ from conftest import (
 )
 
 import run_encoding
-from cachegen.config import load_quantization_config
-from cachegen.container import parse_chunk, parse_tables
 from cachegen.files import is_temporary
 from cachegen.kv_cache import from_planes, load_kv_cache, save_kv_cache
-from cachegen.profile import CurvePoint, save_profile
-from cachegen.transform_format import TransformTablesHeader
+from cachegen.methods import load_config, parse_chunk, parse_document
+from cachegen.methods.transform.headers import TransformDocumentHeader
+from cachegen.methods.transform.profile import CurvePoint, save_profile
 from tests.small_documents import make_profile
 
 SCRIPT = REPOSITORY / "run_encoding.py"
@@ -102,13 +101,13 @@ class TestResults:
         record = encode_to_json(argv, capsys)
         sizes = [len(content) for name, content in sorted(read_folder(output).items()) if name.startswith("chunk_")]
         assert record["chunks"] == [
-            {"first_token": 20 * i, "num_tokens": 20, "bytes": {"0": size}} for i, size in enumerate(sizes)
+            {"first_token": 20 * i, "num_tokens": 20, "bytes": {"1": size}} for i, size in enumerate(sizes)
         ]
         assert record["shared_bytes"] + sum(sizes) == record["encoded_bytes"]
         (level,) = record["levels"]
         assert level.pop("max_error") > 0
         assert level == {
-            "level": 0,
+            "level": 1,
             "bits_per_value": record["bits_per_value"],
             "expected_kl": None,
             "mean_error": None,
@@ -142,7 +141,7 @@ class TestResults:
         assert (record["bytes_by_part"]["tables"] == 0) == (coder == "packed")
         assert record["encoded_bytes"] == sum(record["bytes_by_part"].values())
         cache, metadata = load_kv_cache(kv_path)
-        expected = quantize_and_dequantize(cache, load_quantization_config(config_path))
+        expected = quantize_and_dequantize(cache, load_config(config_path))
         assert are_equal(decode_folder(output, cache, metadata.token_ids), expected)
 
     def test_bytes_do_not_depend_on_threads_or_on_the_run(self, tmp_path, argv, capsys):
@@ -188,7 +187,7 @@ class TestResults:
             plane[3], plane[4] = 0, 6e-8  # the smallest subnormal
         save_kv_cache(kv_path, cache, metadata)
         assert run_encoding.main(argv) == 0
-        expected = quantize_and_dequantize(cache, load_quantization_config(config_path))
+        expected = quantize_and_dequantize(cache, load_config(config_path))
         assert are_equal(decode_folder(output, cache, metadata.token_ids), expected)
 
 
@@ -198,7 +197,7 @@ class TestResume:
     def test_finished_chunks_are_kept_and_counted(self, argv, output, capsys):
         first = encode_to_json(argv, capsys)
         files = read_folder(output)
-        (output / "chunk_00001.cgc").unlink()
+        (output / "chunk_00001.L1.cgc").unlink()
         second = encode_to_json(argv, capsys)
         assert second["num_reused_chunks"] == 2 and second["encoded_bytes"] == first["encoded_bytes"]
         assert run_encoding.main(argv) == 0
@@ -208,9 +207,9 @@ class TestResume:
     def test_a_damaged_chunk_is_encoded_again(self, argv, output, capsys):
         encode_to_json(argv, capsys)
         files = read_folder(output)
-        content = bytearray(files["chunk_00000.cgc"])
+        content = bytearray(files["chunk_00000.L1.cgc"])
         content[-20] ^= 1
-        (output / "chunk_00000.cgc").write_bytes(content)
+        (output / "chunk_00000.L1.cgc").write_bytes(content)
         assert encode_to_json(argv, capsys)["num_reused_chunks"] == 2
         assert read_folder(output) == files
 
@@ -306,8 +305,8 @@ class TestTransform:
     )
     def test_targets_choose_the_step_by_the_profiles_curve(self, transform_argv, output, flags, step_log):
         assert run_encoding.main([*transform_argv, *flags]) == 0
-        header, _ = parse_tables((output / "tables.cgt").read_bytes())
-        assert isinstance(header, TransformTablesHeader)
+        header = parse_document((output / "tables.cgt").read_bytes())
+        assert isinstance(header, TransformDocumentHeader)
         assert header.step_log == step_log
 
     def test_the_last_tokens_may_be_left_to_be_recomputed(self, transform_argv, capsys):
@@ -408,7 +407,7 @@ class TestTransformRefusals:
     )
     def test_its_flags_with_another_method(self, argv, refuse, flags):
         error = refuse(run_encoding.main, [*argv, *flags], 2)
-        assert f"{flags[0]} is for method transform" in error
+        assert f"{flags[0]} is not for method cachegen" in error
 
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -511,7 +510,7 @@ class TestRefusals:
             ({"key_third_layers": 1}, "key_third_layers must not be below the boundary before it, got 1"),
             ({"value_second_layers": 1}, "no value group covers layers 1 to 1: raise value_second_layers"),
             ({"bins": 3}, "unknown field bins"),
-            ({"method": "huffman"}, 'method must be "cachegen", "uniform" or "transform", got "huffman"'),
+            ({"method": "huffman"}, 'method must be one of "cachegen", "uniform", "transform", got "huffman"'),
             ({"coder": "zip"}, "coder must be one of rans, ac, packed"),
         ],
     )
@@ -581,7 +580,7 @@ class TestOutput:
             error = refuse(run_encoding.main, argv, 7)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert "chunk_00000.cgc: cannot be written: File too large" in error
+        assert "chunk_00000.L1.cgc: cannot be written: File too large" in error
         assert list(read_folder(output)) == ["tables.cgt"]
         assert run_encoding.main(argv) == 0
 
@@ -602,7 +601,7 @@ def check_all_whole(folder: Path) -> int:
         if is_temporary(path):
             continue
         if path.name == "tables.cgt":
-            parse_tables(path.read_bytes())
+            parse_document(path.read_bytes())
         else:
             assert path.name.startswith("chunk_")
             parse_chunk(path.read_bytes())
@@ -640,7 +639,7 @@ class TestProcess:
         shutil.rmtree(undisturbed)
         generator = random.Random(0)
         moments = [(None, generator.random() * (first_file_at - started)) for _ in range(4)]
-        finished = ["tables.cgt", *(f"chunk_{index:05d}.cgc" for index in range(NUM_LARGE_CHUNKS - 2))]
+        finished = ["tables.cgt", *(f"chunk_{index:05d}.L1.cgc" for index in range(NUM_LARGE_CHUNKS - 2))]
         moments += [(finished[i * len(finished) // 16], generator.random() * seconds_per_chunk) for i in range(16)]
 
         def kill_and_run_again(number: int) -> int:

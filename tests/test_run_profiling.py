@@ -16,9 +16,9 @@ import run_profiling
 from cachegen.evaluation import curve, profiling
 from cachegen.files import lock_folder
 from cachegen.kv_cache import save_kv_cache
+from cachegen.methods.transform.profile import load_profile
 from cachegen.pipeline.model import load_model
 from cachegen.pipeline.prefill import prefill_context
-from cachegen.profile import load_profile
 
 CONFIG = LlamaConfig(
     vocab_size=4096,

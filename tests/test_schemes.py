@@ -9,7 +9,6 @@ from conftest import are_equal, make_cache, make_metadata, quantize_and_dequanti
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import run_encoding
-from cachegen.config import load_quantization_config
 from cachegen.errors import ConfigError
 from cachegen.evaluation.schemes import SavedCache, make_schemes
 from cachegen.evaluation.schemes.absmax import CacheGenScheme, UniformScheme
@@ -19,6 +18,7 @@ from cachegen.evaluation.schemes.grouped import GroupedScheme
 from cachegen.evaluation.schemes.pca import PcaScheme, _allocate, _group_bits, _measure_groups
 from cachegen.evaluation.schemes.rotary import rotate_keys
 from cachegen.kv_cache import KVCache, RotaryEmbedding, save_kv_cache
+from cachegen.methods import load_config
 
 FREQUENCIES = tuple(10000 ** (-i / 32) for i in range(32))
 ROTARY = RotaryEmbedding("rotary_emb", "default", FREQUENCIES, 1.0)
@@ -94,9 +94,7 @@ def test_bytes_and_values_are_those_of_the_files(tmp_path, scheme, setting, meth
     recoded = scheme.recode(saved, setting)
     files = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".cgc", ".cgt")]
     assert recoded.bytes_of[method].encoded == sum(path.stat().st_size for path in files)
-    assert are_equal(
-        recoded.cache, quantize_and_dequantize(six_layers, load_quantization_config(f"config/{config}.json"))
-    )
+    assert are_equal(recoded.cache, quantize_and_dequantize(six_layers, load_config(f"config/{config}.json")))
 
 
 def test_the_originals_tables_are_counted_at_16_bits_an_entry(fitted) -> None:

@@ -24,8 +24,8 @@ from random_models import BUNDLED_MODEL, VOCABULARY_SIZE, make_loaded
 import main
 import run_decoding_disk
 import run_encoding
-from cachegen.config import load_quantization_config
 from cachegen.kv_cache import load_kv_cache
+from cachegen.methods import load_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +42,7 @@ def test_a_cache_of_70000_tokens_round_trips(tmp_path, chunk_flags, dtype):
     assert run_encoding.main([*argv, "--output_path", str(tmp_path / "encoded"), *chunk_flags]) == 0
     assert len(list((tmp_path / "encoded").glob("*.cgc"))) == (1 if chunk_flags else 47)
     decoded = decode_folder(tmp_path / "encoded", cache, metadata.token_ids)
-    assert are_equal(decoded, quantize_and_dequantize(cache, load_quantization_config(config)))
+    assert are_equal(decoded, quantize_and_dequantize(cache, load_config(config)))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_model_of_3_layers_1_head_and_80_dims_goes_through_all_stages(odd_mode
     encoding = json.loads(capsys.readouterr().out)
     assert encoding["num_tokens"] == num_tokens and encoding["kv_bytes"] == document["kv_bytes"]
     cache, metadata = load_kv_cache(document["path_to_kv"])
-    expected = quantize_and_dequantize(cache, load_quantization_config(config_path))
+    expected = quantize_and_dequantize(cache, load_config(config_path))
     assert are_equal(decode_folder(tmp_path / "encoded", cache, metadata.token_ids), expected)
 
     model_config = tmp_path / "model.json"

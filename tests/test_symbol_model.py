@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cachegen.coder import cpu, reference
+from cachegen.coder import cpu
+from cachegen.coder.symbol_model import WEIGHTS, choose_weight_classes, normalize, pack_tables, unpack_tables
 from cachegen.errors import BitstreamError
 from cachegen.format import PlaneLayout
-from cachegen.symbol_model import WEIGHTS, choose_weight_classes, normalize, pack_tables, unpack_tables
+from tests.reference import planes as reference
 
 Native = cpu.Tables
 

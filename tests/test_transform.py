@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cachegen.kv_cache import RotaryEmbedding, from_planes
-from cachegen.transform import (
+from cachegen.methods.transform.transform import (
     LEVEL_RATIO_LOG,
     MAX_COMPONENT,
     GroupTransform,

@@ -10,14 +10,17 @@ from functools import cache
 import pytest
 import torch
 
-from cachegen import container, transform_codec
-from cachegen.codec import decode_levels, load_document
+from cachegen.coder.cpu import crc32c
 from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.kv_cache import KVCache, RotaryEmbedding, from_planes
-from cachegen.profile import Profile, load_profile, save_profile
-from cachegen.transform import BLOCK_TOKENS, GroupTransform, quantize_components, step_of_level
-from cachegen.transform_codec import TransformEncoder, choose_component_stream, decode_component_chunk
-from cachegen.transform_format import MAX_STEP_LOG, TransformTablesHeader
+from cachegen.methods import open_document, parse_chunk, parse_document
+from cachegen.methods.transform import codec as transform_codec
+from cachegen.methods.transform.codec import TransformEncoder, choose_component_stream
+from cachegen.methods.transform.codec import build_chunk as build_transform_chunk
+from cachegen.methods.transform.headers import MAX_STEP_LOG, TransformDocumentHeader
+from cachegen.methods.transform.profile import Profile, load_profile, save_profile
+from cachegen.methods.transform.transform import BLOCK_TOKENS, GroupTransform, quantize_components, step_of_level
+from tests.golden.make_transform_golden import exact_of
 from tests.small_documents import (
     DTYPES,
     allocate_for,
@@ -138,7 +141,7 @@ def test_values_far_from_the_profiles_are_escapes_of_their_components() -> None:
     GroupTransform(profile, profile.groups[0], CPU).synthesize(components, 1.0, cache, 0)
     encoder = start_transform_encoder(cache, profile, (50,), step_log=-32)
     ((content,),) = encode_levels(encoder)
-    assert container.parse_chunk(content).header.exact_bytes == 0
+    assert parse_chunk(content).header.exact_bytes == 0
     output = allocate_for(profile, 50, torch.float32)
     decode_transformed(encoder.tables_file, [[content]], profile, output)
     assert close(output, synthesize_levels(cache, profile, -32, 1, torch.float32)[0])
@@ -227,7 +230,7 @@ def test_real_looking_values_all_go_through_the_transform() -> None:
     for step_log in (-100, 0, 100):
         encoder = start_transform_encoder(cache, profile, (2000,), step_log=step_log, num_levels=2)
         (files,) = encode_levels(encoder)
-        assert [container.parse_chunk(content).header.exact_bytes for content in files] == [0, 0]
+        assert [parse_chunk(content).header.exact_bytes for content in files] == [0, 0]
 
 
 @pytest.mark.parametrize("num_threads", [2, 5])
@@ -348,7 +351,7 @@ def test_document_says_what_it_was_made_from() -> None:
     assert (header.step_log, header.num_levels, encoder.levels) == (9, 3, (1, 2, 3))
     assert [(plane.num_kv_heads, plane.head_dim) for plane in header.planes] == SHAPES
     assert header.profile_hash.hex() == profile.profile_hash
-    assert container.parse_tables(encoder.tables_file)[0] == header
+    assert parse_document(encoder.tables_file) == header
     expected = encoder.expected_header(1, 2)
     assert (expected.first_token, expected.num_tokens, expected.level) == (40, 11, 2)
 
@@ -426,15 +429,15 @@ def decode_with(
     encoder, own_profile, _ = small_document()
     expected = {"first_token": 0, "token_hash": encoder.expected_header(0, 1).token_hash}
     output = arguments.pop("output", None) or allocate_for(own_profile, 34, torch.float32)
-    document = load_document(tables_file or encoder.tables_file, find_profile=lambda _: profile or own_profile)
-    decode_component_chunk(contents, document, output, **(expected | arguments))
+    document = open_document(tables_file or encoder.tables_file, find_profile=lambda _: profile or own_profile)
+    document.decode(contents, output, **(expected | arguments))
     return output
 
 
 def test_the_small_document_has_escapes_and_low_bits() -> None:
     encoder, _, files = small_document()
     assert encoder.document.codings(1)[0].low_bits.any()
-    header = container.parse_chunk(files[0]).header
+    header = parse_chunk(files[0]).header
     stream, low_bits = header.streams[0], encoder.document.codings(1)[0].low_bits
     parts = 128 + 4 * -(-34 * int(low_bits.sum()) // 32) + 2 * stream.num_words
     assert stream.num_bytes >= parts + 8
@@ -483,7 +486,7 @@ def other_document(*, seed: int = 0, step_log: int = -16, dtype=torch.float32, *
 def test_chunk_of_another_document_is_refused_by_field(field: str, changes: dict) -> None:
     files = small_document()[2]
     other_tables, other_files = other_document(**changes)
-    with pytest.raises(MismatchError, match=f"^{field} is .*the chunk is of another document, model, profile or level"):
+    with pytest.raises(MismatchError, match=f"^{field} is .*the chunk is of another document"):
         decode_with(files, other_tables)
     with pytest.raises(MismatchError, match=f"^{field} is ") as caught:
         decode_with([files[0], other_files[1]])
@@ -498,9 +501,9 @@ def test_level_two_of_another_context_is_refused() -> None:
 
 
 def change_header(content: bytes, **fields) -> bytes:
-    chunk = container.parse_chunk(content)
+    chunk = parse_chunk(content)
     header = dataclasses.replace(chunk.header, **fields)
-    return b"".join(container.build_component_chunk(header, header.streams, [chunk.payload], bytes(chunk.exact)))
+    return b"".join(build_transform_chunk(header, header.streams, [chunk.payload], exact_of(chunk)))
 
 
 @pytest.mark.parametrize(
@@ -524,7 +527,7 @@ def test_every_gate_is_compared(fields: dict) -> None:
 
 def test_another_number_of_groups_is_refused() -> None:
     first = small_document()[2][0]
-    header = container.parse_chunk(first).header
+    header = parse_chunk(first).header
     content = change_header(
         first, tokens_per_stream=header.tokens_per_stream[:1], stream_index=header.stream_index[:12]
     )
@@ -553,28 +556,28 @@ def test_a_profile_that_the_document_does_not_name_is_refused() -> None:
     with pytest.raises(MismatchError, match=r"^profile_hash is 777777777777, but .*give --profile its folder"):
         decode_with(files, profile=other)
     header = dataclasses.replace(encoder.document.header, planes=encoder.document.header.planes[::-1])
-    tables_file = container.build_transform_tables(header)
+    tables_file = header.pack()
     with pytest.raises(MismatchError, match="planes have other shapes than the profile's"):
-        load_document(tables_file, find_profile=lambda _: profile)
+        open_document(tables_file, find_profile=lambda _: profile)
 
 
 def test_without_a_profile_a_document_is_opened_but_not_decoded() -> None:
     encoder, profile, files = small_document()
-    document = load_document(encoder.tables_file)
-    assert isinstance(document.header, TransformTablesHeader)
+    document = open_document(encoder.tables_file)
+    assert isinstance(document.header, TransformDocumentHeader)
     with pytest.raises(InputError, match=r"needs the profile .* \(--profile\)"):
-        decode_levels(files, document, allocate_for(profile, 34, torch.float32), first_token=0, token_hash=bytes(32))
+        document.decode(files, allocate_for(profile, 34, torch.float32), first_token=0, token_hash=bytes(32))
 
 
-def test_chunks_of_the_other_version_are_refused() -> None:
+def test_chunks_of_another_method_are_refused() -> None:
     files = small_document()[2]
     tables_file, chunk = encode_all(start_encoder(make_cache([(1, 3), (1, 2)], 34, torch.float32), (64, 8), (34,)))
-    with pytest.raises(MismatchError, match=r"^method is not transform"):
+    with pytest.raises(MismatchError, match=r"^method is cachegen, but .* say transform"):
         decode_with([chunk])
-    document = load_document(tables_file)
+    document = open_document(tables_file)
     output = make_cache([(1, 3), (1, 2)], 34, torch.float32)
-    with pytest.raises(MismatchError, match=r"^method is transform, but the tables file says cachegen"):
-        decode_levels(files[:1], document, output, first_token=0, token_hash=bytes(32))
+    with pytest.raises(MismatchError, match=r"^method is transform, but .* say cachegen"):
+        document.decode(files[:1], output, first_token=0, token_hash=bytes(32))
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -584,7 +587,7 @@ def test_every_flipped_bit_of_a_chunk_is_noticed(level: int) -> None:
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         with pytest.raises(BitstreamError):
-            container.parse_chunk(changed)
+            parse_chunk(changed)
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -600,17 +603,17 @@ def test_every_truncation_of_a_chunk_is_noticed(level: int) -> None:
 
 def test_a_corrupt_stream_is_named_by_level_group_and_number() -> None:
     files = list(small_document()[2])
-    chunk = container.parse_chunk(files[1])
+    chunk = parse_chunk(files[1])
     payload = bytearray(chunk.payload)
     offset = -(-chunk.header.streams[0].num_bytes // 16) * 16
     payload[offset : offset + 4] = bytes(4)  # a lane's state in the second group
     streams = [
         chunk.header.streams[0],
         chunk.header.streams[1]._replace(
-            crc=container.crc32c(payload[offset : offset + -(-chunk.header.streams[1].num_bytes // 16) * 16])
+            crc=crc32c(payload[offset : offset + -(-chunk.header.streams[1].num_bytes // 16) * 16])
         ),
     ]
-    files[1] = b"".join(container.build_component_chunk(chunk.header, streams, [bytes(payload)]))
+    files[1] = b"".join(build_transform_chunk(chunk.header, streams, [bytes(payload)]))
     with pytest.raises(BitstreamError) as caught:
         decode_with(files)
     assert (caught.value.level, caught.value.field) == (2, "group 1, stream 0")

@@ -8,15 +8,15 @@ exists, all shorter ones do, and the longest is found by bisection: log2(number 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cachegen import container
 from cachegen.errors import BitstreamError, MismatchError, StoreError
-from cachegen.format import TablesHeader
+from cachegen.format.headers import DocumentHeader
 from cachegen.kv_cache import ContextMetadata, hash_token_prefixes
 from cachegen.manifest import (
     MAX_LEVELS,
@@ -30,10 +30,10 @@ from cachegen.manifest import (
     tables_object,
     unpack_manifest,
 )
+from cachegen.methods import method_of, parse_chunk, parse_document
 from cachegen.store import Store
 from cachegen.store_index import pointer_name, read_info, read_manifest, read_pointer
 from cachegen.store_writer import StoreWriter
-from cachegen.transform_format import TransformTablesHeader
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ def publish_document(
     """
     writer = StoreWriter(store)
     writer.claim()
-    headers = [container.parse_tables(level.tables_file)[0] for level in levels]
+    headers = [parse_document(level.tables_file) for level in levels]
     _check_together(headers, metadata)
     header = headers[0]
-    stops = [sum(header.chunk_tokens[: i + 1]) for i in range(len(header.chunk_tokens))]
+    stops = list(itertools.accumulate(header.chunk_tokens))
     hashes = hash_token_prefixes(metadata.token_ids, stops)
     descriptions, chunk_files = [], []
     for number, (level, level_header) in enumerate(zip(levels, headers, strict=True), 1):
@@ -129,7 +129,7 @@ def publish_document(
         num_cache_tokens=header.num_cache_tokens,
         token_hash=header.token_hash.hex(),
         prefill_block_size=header.prefill_block_size,
-        values_per_token=_values_per_token(header),
+        values_per_token=header.values_per_token,
         levels=tuple(_sum_bits(descriptions)),
         chunks=tuple(
             ChunkEntry(stop - num_tokens, num_tokens, token_hash, files)
@@ -217,7 +217,7 @@ def _publish_level(
     writer: StoreWriter,
     number: int,
     level: EncodedLevel,
-    header: TablesHeader | TransformTablesHeader,
+    header: DocumentHeader,
     tables: StoredObject,
     hashes: Sequence[str],
     stops: Sequence[int],
@@ -229,7 +229,7 @@ def _publish_level(
     for token_hash, stop, num_tokens, read in zip(hashes, stops, header.chunk_tokens, level.chunks, strict=True):
         content = read()
         try:
-            chunk = container.parse_chunk(content).header
+            chunk = parse_chunk(content).header
         except BitstreamError as error:
             raise error.at(f"level {number}, chunk {len(files)}") from error
         wanted = (token_hash, tables.sha256, stop - num_tokens, num_tokens)
@@ -238,7 +238,7 @@ def _publish_level(
                 f"level {number}, chunk {len(files)}: is of another document than its tables file: encode again"
             )
         if description is None:
-            method, coder = header.method.name.lower(), chunk.coder.name.lower()
+            method, coder = method_of(header).name, chunk.coder.name.lower()
             description = Level(number, level.refines, method, coder, tables, 0.0, level.kl)
         digest = hashlib.sha256(content).hexdigest()
         described = chunk_object(
@@ -254,7 +254,7 @@ def _publish_level(
             progress(len(content))
     if description is None:
         raise MismatchError(f"level {number}: has no chunks")
-    num_values = stops[-1] * _values_per_token(header)
+    num_values = stops[-1] * header.values_per_token
     bits = 8 * (tables.bytes + sum(file.bytes for file in files)) / num_values
     return Level(**{**vars(description), "bits_per_value": bits}), files
 
@@ -268,7 +268,7 @@ def _sum_bits(levels: Sequence[Level]) -> list[Level]:
     return summed
 
 
-def _check_together(headers: Sequence[TablesHeader | TransformTablesHeader], metadata: ContextMetadata) -> None:
+def _check_together(headers: Sequence[DocumentHeader], metadata: ContextMetadata) -> None:
     """Refuse levels of different contexts, models, cache shapes or chunk plans, and tokens that are not theirs."""
     if not 0 < len(headers) <= MAX_LEVELS:
         raise MismatchError(f"a document has 1 to {MAX_LEVELS} levels, got {len(headers)}")
@@ -282,7 +282,7 @@ def _check_together(headers: Sequence[TablesHeader | TransformTablesHeader], met
             ("dtype", header.dtype, first.dtype),
             ("prefill_block_size", header.prefill_block_size, first.prefill_block_size),
             ("chunk_tokens", header.chunk_tokens, first.chunk_tokens),
-            ("planes", _shapes(header), _shapes(first)),
+            ("planes", header.shapes, first.shapes),
         ]
         for field, found, wanted in gates:
             if found != wanted:
@@ -290,11 +290,3 @@ def _check_together(headers: Sequence[TablesHeader | TransformTablesHeader], met
                     f"level {number}: {field} differs from that of level 1 or of the saved cache: "
                     "encode the same cache with the same --num_chunks and --chunk_size"
                 )
-
-
-def _shapes(header: TablesHeader | TransformTablesHeader) -> list[tuple[int, int]]:
-    return [(plane.num_kv_heads, plane.head_dim) for plane in header.planes]
-
-
-def _values_per_token(header: TablesHeader | TransformTablesHeader) -> int:
-    return sum(plane.num_channels for plane in header.planes)

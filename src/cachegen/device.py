@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from cachegen.errors import BackendUnavailableError, ConfigError
+
+if TYPE_CHECKING:
+    from cachegen.coder.kernels import Kernels
 
 DEVICE_NAMES = ("auto", "cpu", "cuda")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -57,7 +60,7 @@ class KernelChoice:
         reason: why it is not CUDA where "auto" could have been; "" where nothing is to be said.
     """
 
-    kernels: Any
+    kernels: Kernels
     device: torch.device
     reason: str = ""
 
@@ -73,15 +76,15 @@ def choose_kernels(name: str) -> KernelChoice:
         ConfigError: there is no such name.
     """
     # Late: --help and wrong flags should not need the native modules.
-    from cachegen.coder import cpu
+    from cachegen.coder.cpu_kernels import CPU
     from cachegen.coder.cuda import load_kernels
 
     device = resolve_device(name)
     if device.type == "cpu":
-        return KernelChoice(cpu, device, "torch sees no GPU" if name == "auto" else "")
+        return KernelChoice(CPU, device, "torch sees no GPU" if name == "auto" else "")
     try:
         return KernelChoice(load_kernels(device), device)
     except BackendUnavailableError as error:
         if name == "cuda":
             raise BackendUnavailableError(f"--device cuda: {error}, or use --device cpu") from error
-        return KernelChoice(cpu, torch.device("cpu"), str(error))
+        return KernelChoice(CPU, torch.device("cpu"), str(error))

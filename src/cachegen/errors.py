@@ -30,6 +30,15 @@ class InputError(CacheGenError):
     exit_code = 3
 
 
+def not_finite_error(plane: int, token: int) -> InputError:
+    """Name the plane, counted in file order, and the token of a NaN or infinity."""
+    kind = "values" if plane % 2 else "keys"
+    return InputError(
+        f"the KV cache holds NaN or infinity (layer {plane // 2}, {kind}, token {token}): "
+        "prefill it again, with --dtype bfloat16 or float32 if it was float16"
+    )
+
+
 class StoreError(InputError):
     """Report a store that cannot be reached, lacks an object, or answers otherwise than it must.
 

@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cachegen.errors import BitstreamError, UnsupportedVersionError
-from cachegen.format import MAX_CHUNK_TOKENS, MAX_CHUNKS, Coder, Method
+from cachegen.format import MAX_CHUNK_TOKENS, MAX_CHUNKS, Coder
+from cachegen.format.files import MAX_FILE_BYTES, MAX_TABLES_BYTES
+from cachegen.methods import METHODS
 
 MANIFEST_FORMAT = "cachegen-manifest"
 MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 32 << 20
 MAX_LEVELS = 16
-MAX_OBJECT_BYTES = 4 << 30
-MAX_TABLES_BYTES = 256 << 20
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"(?!.*(?:^|/)\.{1,2}(?:/|$))[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+){0,7}")
@@ -44,7 +44,7 @@ class Level:
     Attributes:
         level: its number.
         refines: the level whose files its own refine; None where its files stand alone. Level l refines l - 1.
-        method, coder: lower-case names of `format.Method` and `format.Coder`; for people, and to choose by.
+        method, coder: names of a method, and in lower case of a `format.Coder`; for people, and to choose by.
         tables: the tables file; levels that refine each other may share one.
         bits_per_value: of this level's files and those that it refines, tables included.
         kl: expected loss of the whole document at this level, in nats per token; None where nobody measured it.
@@ -272,7 +272,7 @@ def _read_level(content: Any, index: int) -> Level:
     return Level(
         level=number,
         refines=fields.take("refines", lambda v: v is None or (type(v) is int and v == index > 0), "null or level - 1"),
-        method=fields.text("method", [method.name.lower() for method in Method]),
+        method=fields.text("method", [method.name for method in METHODS]),
         coder=fields.text("coder", [coder.name.lower() for coder in Coder]),
         tables=fields.stored("tables", MAX_TABLES_BYTES),
         bits_per_value=fields.number("bits_per_value"),
@@ -288,7 +288,7 @@ def _read_chunk(content: Any, place: str, first_token: int, num_levels: int, val
     if len(files) != num_levels:
         raise BitstreamError(f"must have {num_levels} files, one per level", field=fields.where("files"))
     # No coder needs more than raw fp32 values, a scale per token and plane, and a header with its index.
-    limit = min(MAX_OBJECT_BYTES, 8 * num_tokens * values_per_token + (1 << 20))
+    limit = min(MAX_FILE_BYTES, 8 * num_tokens * values_per_token + (1 << 20))
     return ChunkEntry(
         first_token=first_token,
         num_tokens=num_tokens,

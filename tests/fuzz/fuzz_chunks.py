@@ -18,33 +18,40 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["cachegen"]):
-    from cachegen import codec, container, transform_format
     from cachegen import format as layout
     from cachegen.coder import cpu
+    from cachegen.coder.cpu_kernels import CpuKernels
     from cachegen.errors import BitstreamError, MismatchError
+    from cachegen.format.files import CHUNK_SUFFIX, TABLES_NAME
     from cachegen.kv_cache import KVCache
-    from cachegen.profile import load_profile
-    from cachegen.transform_codec import TransformDocument, decode_component_chunk
+    from cachegen.methods import open_document, parse_chunk, parse_document
+    from cachegen.methods.absmax.codec import AbsmaxDocument
+    from cachegen.methods.absmax.headers import AbsmaxChunkHeader
+    from cachegen.methods.transform.codec import METHOD_NUMBER, TransformDocument
+    from cachegen.methods.transform.headers import TransformChunkHeader
+    from cachegen.methods.transform.profile import load_profile
 
 import numpy as np
 import torch
 from harness import fuzz
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-FOLDERS = sorted(path.parent for path in GOLDEN.glob(f"*/{container.TABLES_NAME}"))
+FOLDERS = sorted(path.parent for path in GOLDEN.glob(f"*/{TABLES_NAME}"))
 KEEP_CHECKSUMS, KEEP_FILE_BYTES, KEEP_STREAM_BYTES, KEEP_WORDS = 1, 2, 4, 8  # flags: what is not made right again
 MAX_VALUES = 1 << 16  # a header of a few bytes may claim millions
 MAX_TOKENS = 1 << 31  # where a chunk begins is what the reader expects: a place in a context
 TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in cpu.DTYPES.items()}
-PREFIX_BYTES, CHUNK_PLANES_AT, PLANE_BYTES, STREAM_BYTES = 24, 208, 12, 12
-GROUPS_AT, EXACT_AT, LENGTHS_AT = 208, 224, 236  # in a chunk of method transform
+PREFIX_BYTES, METHOD_AT, OWN_FIELDS_AT, PLANES_AT, PLANE_BYTES, STREAM_BYTES = 24, 38, 208, 212, 12, 12
+GROUPS_AT, EXACT_AT, LENGTHS_AT = 212, 224, 236  # in a chunk of method transform
 
 
 @cache
-def golden_document(index: int) -> codec.Document | TransformDocument:
+def golden_document(index: int) -> AbsmaxDocument | TransformDocument:
     folder = FOLDERS[index]
-    content = (folder / container.TABLES_NAME).read_bytes()
-    return codec.load_document(content, find_profile=lambda _: load_profile(folder / "profile"))
+    content = (folder / TABLES_NAME).read_bytes()
+    document = open_document(content, find_profile=lambda _: load_profile(folder / "profile"))
+    assert isinstance(document, AbsmaxDocument | TransformDocument)
+    return document
 
 
 @cache
@@ -57,17 +64,17 @@ def golden_transform() -> TransformDocument:
 
 def seal(content: bytearray, flags: int) -> None:
     """Make what a mutation has broken right again, as far as the file can still be followed."""
-    if flags & KEEP_CHECKSUMS or len(content) < CHUNK_PLANES_AT:
+    if flags & KEEP_CHECKSUMS or len(content) < PLANES_AT:
         return
     if not flags & KEEP_FILE_BYTES:
         struct.pack_into("<Q", content, 16, len(content))
     (header_bytes,) = struct.unpack_from("<I", content, 12)
     if not PREFIX_BYTES + 4 <= header_bytes <= len(content):
         return
-    is_transform = content[8] == transform_format.TRANSFORM_FORMAT_VERSION
+    is_transform = content[METHOD_AT] == METHOD_NUMBER
     if content[: len(layout.TABLES_MAGIC)] == layout.TABLES_MAGIC:
         if not is_transform:
-            struct.pack_into("<I", content, 48, cpu.crc32c(content[header_bytes:]))
+            struct.pack_into("<I", content, OWN_FIELDS_AT, cpu.crc32c(content[header_bytes:]))
     elif is_transform:
         seal_component_streams(content, header_bytes, flags)
     else:
@@ -79,13 +86,13 @@ def seal_sections(content: bytearray, header_bytes: int, flags: int) -> None:
     """Make the checksums of a chunk's scales and streams right again, and let its last stream end with the file."""
     num_tokens, num_layers = struct.unpack_from("<IH", content, 32)
     num_planes = 2 * num_layers
-    planes_end = CHUNK_PLANES_AT + num_planes * PLANE_BYTES
+    planes_end = PLANES_AT + num_planes * PLANE_BYTES
     scale_bytes = num_planes * num_tokens * (4 if content[40] == layout.Dtype.FLOAT32 else 2)
     payload_at = header_bytes + layout.round_up(scale_bytes, layout.ALIGNMENT)
     if planes_end > header_bytes or payload_at > len(content):
         return
-    struct.pack_into("<I", content, 44, cpu.crc32c(content[header_bytes:payload_at]))
-    steps = [struct.unpack_from("<I", content, at + 8)[0] for at in range(CHUNK_PLANES_AT, planes_end, PLANE_BYTES)]
+    struct.pack_into("<I", content, OWN_FIELDS_AT, cpu.crc32c(content[header_bytes:payload_at]))
+    steps = [struct.unpack_from("<I", content, at + 8)[0] for at in range(PLANES_AT, planes_end, PLANE_BYTES)]
     seal_streams(content, header_bytes, planes_end, payload_at, num_tokens, steps, flags, len(content))
 
 
@@ -138,23 +145,19 @@ def seal_streams(
 
 
 def check_tables(content: bytes) -> None:
-    header, _ = container.parse_tables(content)
-    if isinstance(header, transform_format.TransformTablesHeader):
-        if transform_format.pack_transform_tables_header(header, cpu.crc32c) != content:
-            raise AssertionError("the tables file of method transform is not what packing it gives")
-        codec.load_document(content, find_profile=lambda _: golden_transform().profile)
-        return
-    if layout.pack_tables_header(header, cpu.crc32c) != content[: header.header_bytes]:
+    header = parse_document(content)
+    if header.pack() != content[: header.header_bytes]:
         raise AssertionError("the header of the tables is not what packing it gives")
-    document = codec.load_document(content)
-    if document.tables is None:
+    document = open_document(content, find_profile=lambda _: golden_transform().profile)
+    document.prepare()
+    if not isinstance(document, AbsmaxDocument) or document.tables is None:
         return
     frequencies = document.tables.frequencies()
     if len(frequencies) != sum(plane.num_channels for plane in header.planes) or (frequencies.sum(1) != 4096).any():
         raise AssertionError("the tables are not one per channel, each of 4096")
 
 
-def document_for(header: layout.ChunkHeader, golden: codec.Document) -> codec.Document:
+def document_for(header: AbsmaxChunkHeader, golden: AbsmaxDocument) -> AbsmaxDocument:
     """The golden document, changed such that a chunk passes all gates: its tables over and over, as many as it takes.
 
     A chunk keeps the tables hash that it names: decoding must stay in bounds whatever the tables.
@@ -170,36 +173,38 @@ def document_for(header: layout.ChunkHeader, golden: codec.Document) -> codec.Do
     expected = dataclasses.replace(
         golden.header,
         method=header.method,
+        coder=header.coder,
         dtype=header.dtype,
         model_fingerprint=header.model_fingerprint,
         rope_hash=header.rope_hash,
         profile_hash=header.profile_hash,
         planes=planes,
     )
-    document = codec.Document(expected, header.tables_hash, b"", cpu, 1)
+    document = AbsmaxDocument(expected, header.tables_hash, b"")
     vars(document)["tables"] = tables  # what would be unpacked from its section
     return document
 
 
-class OnePath:
+class OnePath(CpuKernels):
     """The CPU's kernels with their path fixed."""
 
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def decode(self, *arguments, **options) -> None:
+    def start_decode(self, *arguments, **options):
         cpu.decode(*arguments, path=self._path, **options)
+        return lambda: None
 
 
-def check_chunk(content: bytes, golden: codec.Document | TransformDocument) -> None:
-    header = container.parse_chunk(content).header
-    if isinstance(header, transform_format.ComponentChunkHeader):
+def check_chunk(content: bytes, golden: AbsmaxDocument | TransformDocument) -> None:
+    header = parse_chunk(content).header
+    if header.pack() != content[: header.header_bytes]:
+        raise AssertionError("the header of the chunk is not what packing it gives")
+    if isinstance(header, TransformChunkHeader):
         check_component_chunk(content, header)
         return
-    if not isinstance(golden, codec.Document):
+    if not isinstance(golden, AbsmaxDocument):
         return
-    if layout.pack_chunk_header(header, cpu.crc32c) != content[: header.header_bytes]:
-        raise AssertionError("the header of the chunk is not what packing it gives")
     if header.num_tokens * sum(plane.num_channels for plane in header.planes) > MAX_VALUES:
         return
     document = document_for(header, golden)
@@ -208,16 +213,15 @@ def check_chunk(content: bytes, golden: codec.Document | TransformDocument) -> N
         raise AssertionError(f"the paths {cpu.supported_paths()} do not agree")
 
 
-def decode(content: bytes, header: layout.ChunkHeader, document: codec.Document, path: str) -> str | bytes:
+def decode(content: bytes, header: AbsmaxChunkHeader, document: AbsmaxDocument, path: str) -> str | bytes:
     """Decode on one path; returns what it refuses the chunk for, or the values."""
     planes = [
         torch.zeros(header.num_tokens, plane.num_kv_heads, plane.head_dim, dtype=TORCH_DTYPES[header.dtype])
         for plane in header.planes
     ]
     try:
-        codec.decode_chunk(
-            content,
-            document,
+        document.decode(
+            [content],
             KVCache(planes[0::2], planes[1::2]),
             first_token=header.first_token,
             token_hash=header.token_hash,
@@ -228,10 +232,8 @@ def decode(content: bytes, header: layout.ChunkHeader, document: codec.Document,
     return b"".join(plane.view(torch.uint8).numpy().tobytes() for plane in planes)
 
 
-def check_component_chunk(content: bytes, header: transform_format.ComponentChunkHeader) -> None:
+def check_component_chunk(content: bytes, header: TransformChunkHeader) -> None:
     """Decode a chunk of level 1 whatever document it names, one of level 2 on top of its golden level 1."""
-    if transform_format.pack_component_chunk_header(header, cpu.crc32c) != content[: header.header_bytes]:
-        raise AssertionError("the header of the chunk is not what packing it gives")
     document = golden_transform()
     shapes = document.header.planes
     if header.num_tokens * sum(shape.num_channels for shape in shapes) > MAX_VALUES or header.level > 2:
@@ -243,16 +245,15 @@ def check_component_chunk(content: bytes, header: transform_format.ComponentChun
         first = min(header.first_token, document.header.chunk_tokens[0])
         number = 0 if first < document.header.chunk_tokens[0] else 1
         (folder,) = (folder for folder in FOLDERS if folder.name == "transform")
-        contents = [(folder / f"chunk_{number:05}.L1{container.CHUNK_SUFFIX}").read_bytes(), content]
+        contents = [(folder / f"chunk_{number:05}.L1{CHUNK_SUFFIX}").read_bytes(), content]
     else:
         names = ("model_fingerprint", "rope_hash", "dtype", "step_log", "profile_hash")
         expected = dataclasses.replace(document.header, **{name: getattr(header, name) for name in names})
         document = TransformDocument(expected, header.tables_hash, document.profile)
     dtype = TORCH_DTYPES[header.dtype]
     planes = [torch.zeros(header.num_tokens, shape.num_kv_heads, shape.head_dim, dtype=dtype) for shape in shapes]
-    decode_component_chunk(
+    document.decode(
         contents,
-        document,
         KVCache(planes[0::2], planes[1::2]),
         first_token=header.first_token,
         token_hash=header.token_hash,

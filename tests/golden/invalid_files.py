@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachegen import container
-from cachegen.coder.reference import crc32c
 from cachegen.format import ALIGNMENT, StreamEntry, round_up
+from cachegen.format.files import CHUNK_SUFFIX, TABLES_NAME, chunk_name
+from cachegen.methods import parse_chunk, parse_document
+from tests.reference.planes import crc32c
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Invalid:
     field: str
 
 
-_CHUNK_PLANES_AT, _TABLES_PLANES_AT, _PLANE_BYTES = 208, 212, 12
+_CHUNK_PLANES_AT, _TABLES_PLANES_AT, _PLANE_BYTES = 212, 212, 12
 
 
 def put(content: bytes, offset: int, layout: str, *values: int) -> bytes:
@@ -59,7 +60,7 @@ def flip(content: bytes, offset: int) -> bytes:
 
 def replace_stream(content: bytes, index: int, stream: bytes, num_words: int) -> bytes:
     """Replace a chunk's stream, and make index, lengths and checksums right again."""
-    header = container.parse_chunk(content).header
+    header = parse_chunk(content).header
     offset = header.payload_offset
     payload, entries = b"", []
     for i, entry in enumerate(header.streams):
@@ -78,12 +79,13 @@ def replace_stream(content: bytes, index: int, stream: bytes, num_words: int) ->
 
 def replace_tables(content: bytes, tables: bytes) -> bytes:
     """Replace all tables of the first plane, and make lengths and checksums right again."""
-    header, old = container.parse_tables(content)
+    header = parse_document(content)
+    old = content[header.header_bytes :]
     tables += old[header.plane_table_bytes[0] :]
     num_bytes = len(tables) - header.plane_table_bytes[1]
     head = put(content[: header.header_bytes], _TABLES_PLANES_AT + 8, "I", num_bytes)
     head = put(head, 16, "Q", len(head) + len(tables))
-    return seal(put(head, 48, "I", crc32c(tables))) + tables
+    return seal(put(head, 208, "I", crc32c(tables))) + tables
 
 
 def pack_bits(bits: str) -> bytes:
@@ -107,8 +109,7 @@ def list_invalid_prefixes(kind: str, good: bytes, other: bytes) -> Iterator[tupl
     yield f"{kind}_of_the_other_kind", other, error, "magic"
     yield f"{kind}_magic_flipped", flip(good, 1), error, "magic"
     yield f"{kind}_version_0", reseal(good, 8, "H", 0), unsupported, "version"
-    yield f"{kind}_named_version_2", reseal(good, 8, "H", 2), unsupported, "method"
-    yield f"{kind}_version_3", reseal(good, 8, "H", 3), unsupported, "version"
+    yield f"{kind}_version_2", reseal(good, 8, "H", 2), unsupported, "version"
     yield f"{kind}_flags_set", reseal(good, 10, "H", 1 << 15), unsupported, "flags"
     yield f"{kind}_header_bytes_0", put(good, 12, "I", 0), error, "header_bytes"
     yield f"{kind}_header_bytes_27", put(good, 12, "I", 27), error, "header_bytes"
@@ -123,8 +124,8 @@ def list_invalid_prefixes(kind: str, good: bytes, other: bytes) -> Iterator[tupl
             yield f"{kind}_{name}_{value}", reseal(good, offset, "B", value), unsupported, name
     yield f"{kind}_reserved_set", reseal(good, 42, "H", 1), unsupported, "reserved"
     yield f"{kind}_without_layers", reseal(good, 36, "H", 0), error, "num_layers"
-    # A chunk's third record would be its stream index, whose lengths make no shape.
-    field = "shape" if kind == "chunk" else "header"
+    # A chunk's third record would be its stream index, whose lengths make no plane.
+    field = "num_bins" if kind == "chunk" else "header_bytes"
     yield f"{kind}_layers_beyond_the_header", reseal(good, 36, "H", 65535), error, field
     planes_at = _CHUNK_PLANES_AT if kind == "chunk" else _TABLES_PLANES_AT
     for what, offset, layout, values, problem, field in (
@@ -144,18 +145,18 @@ def list_invalid_prefixes(kind: str, good: bytes, other: bytes) -> Iterator[tupl
 def list_invalid_chunks(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]:
     """Chunks whose fields, scales or streams are wrong, every checksum right unless it is the point."""
     error, unsupported, mismatch = "BitstreamError", "UnsupportedVersionError", "MismatchError"
-    name = container.chunk_name(0)
+    name = chunk_name(0)
     worked, packed = files["worked"][name], files["uniform8_packed"][name]
-    header = container.parse_chunk(worked).header
+    header = parse_chunk(worked).header
     at, payload_at = _CHUNK_PLANES_AT, header.payload_offset
     index_at, scales_at = at + 2 * _PLANE_BYTES, header.header_bytes
     stream = worked[payload_at : payload_at + header.streams[0].num_bytes]
-    for case in list_invalid_prefixes("chunk", worked, files["worked"][container.TABLES_NAME]):
+    for case in list_invalid_prefixes("chunk", worked, files["worked"][TABLES_NAME]):
         yield Invalid(case[0], "worked", *case[1:])
     nan_scale = put(worked, scales_at, "H", 0x7E00)
-    nan_scale = reseal(nan_scale, 44, "I", crc32c(nan_scale[scales_at:payload_at]))
+    nan_scale = reseal(nan_scale, 208, "I", crc32c(nan_scale[scales_at:payload_at]))
     infinite_scale = put(worked, scales_at + 10, "H", 0x7C00)
-    infinite_scale = reseal(infinite_scale, 44, "I", crc32c(infinite_scale[scales_at:payload_at]))
+    infinite_scale = reseal(infinite_scale, 208, "I", crc32c(infinite_scale[scales_at:payload_at]))
     two_chunks = files["cachegen_bf16"]
     for what, content, problem, field in (
         ("coder_0", reseal(worked, 39, "B", 0), unsupported, "coder"),
@@ -197,11 +198,9 @@ def list_invalid_chunks(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
         ("of_other_bins", reseal(worked, at + 4, "H", 16), mismatch, "planes"),
     ):
         yield Invalid(f"chunk_{what}", "worked", content, problem, field)
-    yield Invalid(
-        "chunk_of_other_length", "cachegen_bf16", two_chunks[container.chunk_name(1)], mismatch, "first_token"
-    )
+    yield Invalid("chunk_of_other_length", "cachegen_bf16", two_chunks[chunk_name(1)], mismatch, "first_token")
 
-    header = container.parse_chunk(packed).header
+    header = parse_chunk(packed).header
     stream = packed[header.payload_offset : header.payload_offset + header.streams[0].num_bytes]
     yield Invalid("packed_chunk_named_rans", "uniform8_packed", reseal(packed, 39, "B", 1), mismatch, "coder")
     content = replace_stream(packed, 0, stream + b"\0\0", 1)
@@ -214,7 +213,7 @@ def list_invalid_chunks(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
 
 def list_invalid_arithmetic_chunks(good: bytes) -> Iterator[Invalid]:
     """Chunks of coder `ac` that are wrong in what is its own."""
-    header, error = container.parse_chunk(good).header, "BitstreamError"
+    header, error = parse_chunk(good).header, "BitstreamError"
     at, start = _CHUNK_PLANES_AT, header.payload_offset
     stream = good[start : start + header.streams[0].num_bytes]
     # 64 tokens, 5 channels, 1 low bit: 40 bytes of low bits, 12 of lengths, then the codes.
@@ -242,19 +241,21 @@ def list_invalid_arithmetic_chunks(good: bytes) -> Iterator[Invalid]:
 def list_invalid_tables(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]:
     """Tables files whose fields or tables are wrong, every checksum right unless it is the point."""
     error, unsupported = "BitstreamError", "UnsupportedVersionError"
-    worked = files["worked"][container.TABLES_NAME]
-    header, tables = container.parse_tables(worked)
+    worked = files["worked"][TABLES_NAME]
+    header = parse_document(worked)
+    tables = worked[header.header_bytes :]
     at = _TABLES_PLANES_AT
     chunks_at = at + 2 * _PLANE_BYTES
     first_plane = tables[: header.plane_table_bytes[0]]
     good_channel = "00000 00000 1 0 10"  # symbol 0 alone, class 3
-    for case in list_invalid_prefixes("tables", worked, files["worked"][container.chunk_name(0)]):
+    for case in list_invalid_prefixes("tables", worked, files["worked"][chunk_name(0)]):
         yield Invalid(case[0], "worked", *case[1:])
     for what, content, problem, field in (
         ("coder_0", reseal(worked, 39, "B", 0), unsupported, "coder"),
         ("coder_4", reseal(worked, 39, "B", 4), unsupported, "coder"),
         ("named_packed", reseal(worked, 39, "B", 3), error, "coder"),
-        ("level_set", reseal(worked, 41, "B", 1), unsupported, "reserved"),
+        ("without_levels", reseal(worked, 41, "B", 0), error, "num_levels"),
+        ("5_levels", reseal(worked, 41, "B", 5), error, "num_levels"),
         ("without_chunks", reseal(worked, 32, "I", 0), error, "num_chunks"),
         ("chunks_beyond_the_limit", reseal(worked, 32, "I", 2**20 + 1), error, "num_chunks"),
         ("chunks_beyond_the_header", reseal(worked, 32, "I", 2), error, "header_bytes"),
@@ -297,6 +298,6 @@ def list_invalid_tables(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
 
 def list_invalid(files: dict[str, dict[str, bytes]]) -> list[tuple[str, Invalid]]:
     """All invalid files with their names."""
-    return [(f"{case.name}{container.CHUNK_SUFFIX}", case) for case in list_invalid_chunks(files)] + [
-        (f"{case.name}{Path(container.TABLES_NAME).suffix}", case) for case in list_invalid_tables(files)
+    return [(f"{case.name}{CHUNK_SUFFIX}", case) for case in list_invalid_chunks(files)] + [
+        (f"{case.name}{Path(TABLES_NAME).suffix}", case) for case in list_invalid_tables(files)
     ]

@@ -23,18 +23,18 @@ from pathlib import Path
 
 import torch
 
-from cachegen import container
-from cachegen.codec import DocumentEncoder, decode_chunk, load_document
-from cachegen.coder import reference
-from cachegen.config import LayerGroup, QuantizationConfig
 from cachegen.format import (
     Coder,
-    Method,
 )
+from cachegen.format.files import TABLES_NAME, chunk_name
 from cachegen.kv_cache import ContextMetadata, KVCache, from_planes, hash_token_prefixes
+from cachegen.methods import open_document
+from cachegen.methods.absmax.codec import AbsmaxEncoder, build_chunk
+from cachegen.methods.absmax.config import AbsmaxConfig, LayerGroup
 from tests.golden import make_transform_golden
 from tests.golden.integers import Integers
 from tests.golden.invalid_files import list_invalid
+from tests.reference.kernels import REFERENCE
 
 FOLDER = Path(__file__).resolve().parent
 MODEL_FINGERPRINT = hashlib.sha256(b"golden model").hexdigest()
@@ -59,7 +59,7 @@ class Golden:
     num_bins: tuple[int, ...]
     chunk_tokens: tuple[int, ...]
     num_cache_tokens: int
-    method: Method = Method.CACHEGEN
+    method: str = "cachegen"
     coder: Coder = Coder.RANS
     values: Callable[[int, int, int], float] | None = None
     tokens_per_stream: int | None = None
@@ -122,10 +122,10 @@ def make_metadata(golden: Golden) -> ContextMetadata:
     return ContextMetadata("golden", MODEL_FINGERPRINT, token_ids, (), BLOCK_SIZE)
 
 
-def make_config(golden: Golden) -> QuantizationConfig:
+def make_config(golden: Golden) -> AbsmaxConfig:
     """One layer group per layer."""
     groups = [LayerGroup(index // 2 + 1, num_bins, "bins") for index, num_bins in enumerate(golden.num_bins)]
-    return QuantizationConfig(golden.method, tuple(groups[0::2]), tuple(groups[1::2]), golden.coder)
+    return AbsmaxConfig(golden.method, tuple(groups[0::2]), tuple(groups[1::2]), golden.coder)
 
 
 GOLDENS = (
@@ -144,17 +144,17 @@ GOLDENS = (
     ),
     Golden("wide_bins_fp16", torch.float16, ((1, 31),) * 4, (64, 128, 256, 34), (33,), 33),
     Golden("float32", torch.float32, ((2, 16), (1, 33)), (32, 8), (20, 12), 32),
-    Golden("uniform8_packed", torch.bfloat16, ((1, 12), (2, 8)), (256, 256), (35,), 35, Method.UNIFORM, Coder.PACKED),
-    Golden("uniform8_rans", torch.bfloat16, ((1, 12), (2, 8)), (256, 256), (35,), 35, Method.UNIFORM),
+    Golden("uniform8_packed", torch.bfloat16, ((1, 12), (2, 8)), (256, 256), (35,), 35, "uniform", Coder.PACKED),
+    Golden("uniform8_rans", torch.bfloat16, ((1, 12), (2, 8)), (256, 256), (35,), 35, "uniform"),
 )
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
 
 
-def start_encoder(golden: Golden, kernels=reference, num_threads: int = 1) -> DocumentEncoder:
+def start_encoder(golden: Golden, kernels=REFERENCE, num_threads: int = 1) -> AbsmaxEncoder:
     """Measure a golden document's cache and make its tables file."""
-    return DocumentEncoder(
+    return AbsmaxEncoder(
         make_cache(golden),
         make_metadata(golden),
         make_config(golden),
@@ -165,23 +165,23 @@ def start_encoder(golden: Golden, kernels=reference, num_threads: int = 1) -> Do
     )
 
 
-def encode(golden: Golden, kernels=reference, num_threads: int = 1) -> dict[str, bytes]:
+def encode(golden: Golden, kernels=REFERENCE, num_threads: int = 1) -> dict[str, bytes]:
     """Encode a golden document; returns its files by name."""
     encoder = start_encoder(golden, kernels, num_threads)
-    files = {container.TABLES_NAME: encoder.tables_file}
+    files = {TABLES_NAME: encoder.tables_file}
     for index in range(encoder.num_chunks):
         if golden.tokens_per_stream is None:
             parts = encoder.encode_chunk(index)
         else:
             parts = encode_chunk_in_streams(golden, encoder, index, kernels, num_threads)
-        files[container.chunk_name(index)] = b"".join(parts)
+        files[chunk_name(index)] = b"".join(parts)
     return files
 
 
 def encode_chunk_in_streams(
-    golden: Golden, encoder: DocumentEncoder, index: int, kernels, num_threads: int
+    golden: Golden, encoder: AbsmaxEncoder, index: int, kernels, num_threads: int
 ) -> list[bytes | memoryview]:
-    """Encode a chunk as `DocumentEncoder.encode_chunk` does, but with the document's own `tokens_per_stream`."""
+    """Encode a chunk as `AbsmaxEncoder.encode_chunk` does, but with the document's own `tokens_per_stream`."""
     header = encoder.expected_header(index)
     planes = tuple(dataclasses.replace(p, tokens_per_stream=golden.tokens_per_stream) for p in header.planes)
     header = dataclasses.replace(header, planes=planes)
@@ -190,7 +190,7 @@ def encode_chunk_in_streams(
     scales, _ = kernels.measure(cache, planes, num_threads)
     tables = encoder.document.tables
     payload, streams = kernels.encode(cache, scales, planes, tables, num_threads, coder=golden.coder)
-    return container.build_chunk(header, scales, streams, payload)
+    return build_chunk(header, scales, streams, payload)
 
 
 def allocate(golden: Golden, num_tokens: int) -> KVCache:
@@ -200,17 +200,16 @@ def allocate(golden: Golden, num_tokens: int) -> KVCache:
     )
 
 
-def decode(golden: Golden, files: dict[str, bytes], kernels=reference, num_threads: int = 1) -> KVCache:
+def decode(golden: Golden, files: dict[str, bytes], kernels=REFERENCE, num_threads: int = 1) -> KVCache:
     """Decode all chunks of a golden document."""
-    document = load_document(files[container.TABLES_NAME], num_threads=num_threads, kernels=kernels)
+    document = open_document(files[TABLES_NAME], num_threads=num_threads, kernels=kernels)
     output = allocate(golden, sum(golden.chunk_tokens))
     stops = [sum(golden.chunk_tokens[: i + 1]) for i in range(len(golden.chunk_tokens))]
     hashes = hash_token_prefixes(make_metadata(golden).token_ids, stops)
     for index, (stop, token_hash) in enumerate(zip(stops, hashes, strict=True)):
         start = stop - golden.chunk_tokens[index]
-        decode_chunk(
-            files[container.chunk_name(index)],
-            document,
+        document.decode(
+            [files[chunk_name(index)]],
             output.slice(start, stop),
             first_token=start,
             token_hash=bytes.fromhex(token_hash),

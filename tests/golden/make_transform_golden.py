@@ -19,17 +19,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cachegen import container
-from cachegen.coder import reference
-from cachegen.coder.component_reference import encode_component_stream
-from cachegen.component_tables import LevelCoding, plan_level
+from cachegen.coder.component_tables import LevelCoding, plan_level
 from cachegen.format import Coder, Dtype, StreamEntry
+from cachegen.format.files import TABLES_NAME, Chunk, chunk_name
 from cachegen.kv_cache import RotaryEmbedding, hash_token_prefixes
-from cachegen.profile import Profile, TransformGroup, save_profile
-from cachegen.transform import LEVEL_RATIO_LOG, step_of_level
-from cachegen.transform_format import ComponentChunkHeader, PlaneShape, TransformTablesHeader
+from cachegen.methods import parse_chunk
+from cachegen.methods.transform.codec import METHOD_NUMBER
+from cachegen.methods.transform.codec import build_chunk as build_transform_chunk
+from cachegen.methods.transform.headers import PlaneShape, TransformChunkHeader, TransformDocumentHeader
+from cachegen.methods.transform.profile import Profile, TransformGroup, save_profile
+from cachegen.methods.transform.transform import LEVEL_RATIO_LOG, step_of_level
 from tests.golden.integers import Integers
 from tests.golden.invalid_files import flip, put, reseal
+from tests.reference import planes as reference
+from tests.reference.components import encode_component_stream
 
 NAME = "transform"
 MODEL_FINGERPRINT = hashlib.sha256(b"golden model").hexdigest()
@@ -123,22 +126,22 @@ def token_hash(stop: int) -> bytes:
 
 def make_tables() -> bytes:
     profile, _ = make_profile()
-    return container.build_transform_tables(
-        TransformTablesHeader(
-            num_cache_tokens=NUM_CACHE_TOKENS,
-            num_levels=NUM_LEVELS,
-            dtype=Dtype.FLOAT32,
-            prefill_block_size=512,
-            step_log=STEP_LOG,
-            model_fingerprint=bytes.fromhex(MODEL_FINGERPRINT),
-            token_hash=token_hash(NUM_CACHE_TOKENS),
-            rope_hash=bytes.fromhex(profile.rope_hash),
-            profile_hash=bytes.fromhex(profile.profile_hash),
-            cache_hash=CACHE_HASH,
-            planes=tuple(PlaneShape(*shape) for shape in SHAPES),
-            chunk_tokens=CHUNK_TOKENS,
-        )
-    )
+    return TransformDocumentHeader(
+        num_cache_tokens=NUM_CACHE_TOKENS,
+        method=METHOD_NUMBER,
+        coder=Coder.RANS,
+        num_levels=NUM_LEVELS,
+        dtype=Dtype.FLOAT32,
+        prefill_block_size=512,
+        step_log=STEP_LOG,
+        model_fingerprint=bytes.fromhex(MODEL_FINGERPRINT),
+        token_hash=token_hash(NUM_CACHE_TOKENS),
+        rope_hash=bytes.fromhex(profile.rope_hash),
+        profile_hash=bytes.fromhex(profile.profile_hash),
+        cache_hash=CACHE_HASH,
+        planes=tuple(PlaneShape(*shape) for shape in SHAPES),
+        chunk_tokens=CHUNK_TOKENS,
+    ).pack()
 
 
 def pack_exact(level: int, first_token: int, stop: int) -> bytes:
@@ -175,10 +178,11 @@ def encode_chunk(index: int, level: int) -> bytes:
             entries.append(StreamEntry(len(content), num_words, reference.crc32c(padded)))
             payload += padded
         payloads.append(payload)
-    header = ComponentChunkHeader(
+    header = TransformChunkHeader(
         first_token=first_token,
         num_tokens=CHUNK_TOKENS[index],
         num_layers=len(SHAPES) // 2,
+        method=METHOD_NUMBER,
         coder=Coder.RANS,
         dtype=Dtype.FLOAT32,
         level=level,
@@ -194,7 +198,7 @@ def encode_chunk(index: int, level: int) -> bytes:
         mean_error=0.125,
     )
     exact = pack_exact(level, first_token, stop)
-    return b"".join(container.build_component_chunk(header, entries, payloads, exact))
+    return b"".join(build_transform_chunk(header, entries, payloads, exact))
 
 
 def _header_crc(content: bytes) -> int:
@@ -244,10 +248,10 @@ def rotate(head: Sequence[float], position: int) -> list[float]:
 @functools.cache
 def make_files() -> dict[str, bytes]:
     """All files of the document, by their path below its folder."""
-    files = {container.TABLES_NAME: make_tables()}
+    files = {TABLES_NAME: make_tables()}
     for index in range(len(CHUNK_TOKENS)):
         for level in range(1, NUM_LEVELS + 1):
-            files[container.chunk_name(index, level)] = encode_chunk(index, level)
+            files[chunk_name(index, level)] = encode_chunk(index, level)
     files |= {f"profile/{name}": content for name, content in make_profile()[1].items()}
     files |= {f"decoded_level_{level}.f32": synthesize(level) for level in range(1, NUM_LEVELS + 1)}
     return files
@@ -266,17 +270,17 @@ def list_invalid() -> Iterator[tuple[str, bytes, str, str]]:
         ("truncated", tables[:100], error, "header_bytes"),
         ("with_trailing_byte", tables + b"\0", error, "file_bytes"),
         ("field_flipped", flip(tables, 33), error, "header_crc"),
-        ("version_3", reseal(tables, 8, "H", 3), unsupported, "version"),
-        ("method_cachegen", reseal(tables, 38, "B", 1), unsupported, "method"),
-        ("without_levels", reseal(tables, 39, "B", 0), error, "num_levels"),
-        ("5_levels", reseal(tables, 39, "B", 5), error, "num_levels"),
+        ("version_2", reseal(tables, 8, "H", 2), unsupported, "version"),
+        ("coder_ac", reseal(tables, 39, "B", 2), unsupported, "coder"),
+        ("without_levels", reseal(tables, 41, "B", 0), error, "num_levels"),
+        ("5_levels", reseal(tables, 41, "B", 5), error, "num_levels"),
         ("dtype_0", reseal(tables, 40, "B", 0), unsupported, "dtype"),
         ("reserved_set", reseal(tables, 42, "H", 1), unsupported, "reserved"),
         ("without_block_size", reseal(tables, 44, "I", 0), error, "prefill_block_size"),
-        ("step_beyond_the_limit", reseal(tables, 48, "i", 1025), error, "step_log"),
+        ("step_beyond_the_limit", reseal(tables, 208, "i", 1025), error, "step_log"),
         ("without_heads", reseal(tables, 212, "H", 0), error, "shape"),
         ("chunks_beyond_the_cache", reseal(tables, 228, "I", 36), error, "chunk_tokens"),
-        ("of_another_profile", reseal(tables, 148, "B", tables[148] ^ 1), mismatch, "profile_hash"),
+        ("of_another_profile", reseal(tables, 144, "B", tables[144] ^ 1), mismatch, "profile_hash"),
         ("of_another_shape", reseal(tables, 212, "HH", 2, 4), mismatch, "planes"),
     ):
         yield f"tables_{what}.cgt", content, problem, field
@@ -289,12 +293,12 @@ def list_invalid() -> Iterator[tuple[str, bytes, str, str]]:
         ("coder_ac", reseal(first, 39, "B", 2), unsupported, "coder"),
         ("level_0", reseal(first, 41, "B", 0), error, "level"),
         ("level_5", reseal(first, 41, "B", 5), error, "level"),
-        ("step_beyond_the_limit", reseal(first, 44, "i", -1025), error, "step_log"),
-        ("without_groups", reseal(first, 208, "H", 0), error, "num_groups"),
-        ("reserved_set", reseal(first, 210, "H", 1), unsupported, "reserved"),
+        ("step_beyond_the_limit", reseal(first, 208, "i", -1025), error, "step_log"),
+        ("without_groups", reseal(first, 212, "H", 0), error, "num_groups"),
+        ("reserved_set", reseal(first, 214, "H", 1), unsupported, "reserved"),
         ("tokens_per_stream_33", reseal(first, 236, "I", 33), error, "tokens_per_stream"),
         ("header_padding_set", reseal(first, 280, "B", 1), error, "padding"),
-        ("refines_another", reseal(first, 212, "I", 1), error, "refines"),
+        ("refines_another", reseal(first, 44, "I", 1), error, "refines"),
         ("max_error_nan", reseal(first, 216, "f", math.nan), error, "max_error"),
         ("exact_bytes_huge", reseal(first, 224, "Q", 2**64 - 1), error, "file_bytes"),
         ("exact_values_flipped", flip(first, len(first) - 1), error, "exact_crc"),
@@ -306,14 +310,14 @@ def list_invalid() -> Iterator[tuple[str, bytes, str, str]]:
         ("of_another_document", reseal(first, 144, "B", first[144] ^ 1), mismatch, "tables_hash"),
         ("of_another_profile", reseal(first, 176, "B", first[176] ^ 1), mismatch, "profile_hash"),
         ("of_another_place", reseal(first, 24, "Q", 33), mismatch, "first_token"),
-        ("of_another_step", reseal(first, 44, "i", STEP_LOG + 1), mismatch, "step_log"),
+        ("of_another_step", reseal(first, 208, "i", STEP_LOG + 1), mismatch, "step_log"),
         ("of_level_2", second, mismatch, "level"),
         ("of_more_layers", reseal(first, 36, "H", 3), mismatch, "num_layers"),
         *_invalid_streams(first),
     ):
         yield f"chunk_L1_{what}.cgc", content, problem, field
     yield "chunk_L2_of_level_1.cgc", first, mismatch, "level"
-    yield "chunk_L2_refines_another.cgc", reseal(second, 212, "I", 1), mismatch, "refines"
+    yield "chunk_L2_refines_another.cgc", reseal(second, 44, "I", 1), mismatch, "refines"
     yield "chunk_L2_stream_flipped.cgc", flip(second, _exact_at(second) - 1), error, "stream 2"
     stream, num_words = _first_stream(second)
     escape = struct.pack("<Ii", 0, 1)  # of a component that level 2 refines
@@ -341,16 +345,21 @@ def _invalid_streams(first: bytes) -> Iterator[tuple[str, bytes, str, str]]:
         yield what, _replace_first_stream(first, changed, words), "BitstreamError", "group 0, stream 0"
 
 
+def exact_of(chunk: Chunk) -> bytes:
+    """The section of exact values of a chunk that was taken apart."""
+    return bytes(chunk.behind[: chunk.header.exact_bytes])
+
+
 def _exact_at(content: bytes) -> int:
-    header = container.parse_chunk(content).header
+    header = parse_chunk(content).header
     return header.payload_offset + header.payload_bytes
 
 
 def _invalid_exact_values(first: bytes) -> Iterator[tuple[str, bytes, str, str]]:
     """Level 1's exact values, wrong in one way: runs (0, 3, 2), (0, 6, 1), (32, 23, 1), then four values of fp32."""
-    chunk = container.parse_chunk(first)
-    good = bytes(chunk.exact)
-    assert isinstance(chunk.header, ComponentChunkHeader) and len(good) == 4 + 3 * 12 + 4 * 4
+    chunk = parse_chunk(first)
+    good = exact_of(chunk)
+    assert isinstance(chunk.header, TransformChunkHeader) and len(good) == 4 + 3 * 12 + 4 * 4
     for what, exact in (
         ("without_runs", put(good, 0, "I", 0)),
         ("of_billions_of_runs", put(good, 0, "I", 2**32 - 1)),
@@ -367,21 +376,21 @@ def _invalid_exact_values(first: bytes) -> Iterator[tuple[str, bytes, str, str]]
         ("nan", put(good, 52, "f", math.nan)),
     ):
         payloads = [bytes(chunk.payload)]
-        content = b"".join(container.build_component_chunk(chunk.header, chunk.header.streams, payloads, exact))
+        content = b"".join(build_transform_chunk(chunk.header, chunk.header.streams, payloads, exact))
         yield f"exact_values_{what}", content, "BitstreamError", "exact values"
 
 
 def _first_stream(content: bytes) -> tuple[bytes, int]:
-    chunk = container.parse_chunk(content)
+    chunk = parse_chunk(content)
     entry = chunk.header.streams[0]
     return bytes(chunk.payload[: entry.num_bytes]), entry.num_words
 
 
 def _replace_first_stream(content: bytes, stream: bytes, num_words: int) -> bytes:
-    chunk = container.parse_chunk(content)
-    assert isinstance(chunk.header, ComponentChunkHeader)
+    chunk = parse_chunk(content)
+    assert isinstance(chunk.header, TransformChunkHeader)
     first, *rest = chunk.header.streams
     padded = stream + bytes(-len(stream) % 16)
     entries = [StreamEntry(len(stream), num_words, reference.crc32c(padded)), *rest]
     payloads = [padded, chunk.payload[-(-first.num_bytes // 16) * 16 :]]
-    return b"".join(container.build_component_chunk(chunk.header, entries, payloads, bytes(chunk.exact)))
+    return b"".join(build_transform_chunk(chunk.header, entries, payloads, exact_of(chunk)))

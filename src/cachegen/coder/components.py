@@ -1,6 +1,6 @@
 """The coder of method `transform`: quantized components of one group of layers to streams and back, on the CPU.
 
-Checks first, then arrays to `cachegen._native`; coder/component_reference.py is the same in plain Python.
+Checks first, then arrays to `cachegen._native`; tests/reference/components.py is the same in plain Python.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from cachegen import _native
+from cachegen.coder.component_tables import LevelCoding, component_frequencies
 from cachegen.coder.cpu import Tables, decode_error, encode_error
-from cachegen.component_tables import LevelCoding, component_frequencies
 from cachegen.errors import BitstreamError
 from cachegen.format import ALIGNMENT, StreamEntry, round_up
 
 Components: TypeAlias = NDArray[np.int32] | torch.Tensor
 """int32 `[num_tokens, num_components]`; tensors on the kernels' device."""
-
-COMPONENTS_AT_A_TIME = 0
-"""How many integers the codec should let these kernels decode at a time: one group, however large."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cachegen.coder.reference import not_finite_error
-from cachegen.errors import BackendUnavailableError, BitstreamError
-from cachegen.format import LANES, MAX_CODE_TOKENS, MAX_LOW_BITS, TABLE_SIZE, Coder, Dtype, PlaneLayout, StreamEntry
+from cachegen.errors import BackendUnavailableError, BitstreamError, not_finite_error
+from cachegen.format import (
+    LANES,
+    MAX_CODE_TOKENS,
+    MAX_LOW_BITS,
+    TABLE_SIZE,
+    Coder,
+    Dtype,
+    PlaneLayout,
+    StreamEntry,
+    check_num_bins,
+)
 from cachegen.kv_cache import KVCache
-from cachegen.quantization import zero_symbol
 
 try:
     from cachegen import _native
@@ -31,8 +39,6 @@ except ImportError as error:
 DTYPES = {torch.float16: Dtype.FLOAT16, torch.bfloat16: Dtype.BFLOAT16, torch.float32: Dtype.FLOAT32}
 Tables: TypeAlias = _native.TableSet
 
-device = torch.device("cpu")
-"""Where the planes are that these kernels take."""
 # Of the kernels: all give the same bytes and values, so only tests and benchmarks name one.
 _PATHS = {
     "portable": _native.CpuPath.PORTABLE,
@@ -271,7 +277,7 @@ def _native_planes(
         shape = [cache.num_tokens, plane.num_kv_heads, plane.head_dim]
         if list(values.shape) != shape or values.device.type != "cpu" or values.stride(2) != 1:
             raise ValueError(f"plane {index} must be a CPU tensor {shape} with contiguous head dims")
-        zero_symbol(plane.num_bins)  # raises unless the quantizer has so many bins
+        check_num_bins(plane.num_bins)
         if not 0 <= plane.low_bits <= MAX_LOW_BITS or plane.alphabet_size > TABLE_SIZE:
             raise ValueError(f"`low_bits` of plane {index} must fit {plane.num_bins} bins, got {plane.low_bits}")
         if plane.tokens_per_stream < 0 or plane.tokens_per_stream % LANES:

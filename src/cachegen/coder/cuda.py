@@ -19,8 +19,7 @@ from cachegen.coder import cpu, cuda_memory
 from cachegen.coder.cuda_components import ComponentKernels
 from cachegen.coder.cuda_memory import Tables
 from cachegen.coder.cuda_transfers import Download
-from cachegen.coder.reference import not_finite_error
-from cachegen.errors import BackendUnavailableError
+from cachegen.errors import BackendUnavailableError, not_finite_error
 from cachegen.format import (
     LANES,
     MAX_CHANNELS,
@@ -29,10 +28,10 @@ from cachegen.format import (
     Coder,
     PlaneLayout,
     StreamEntry,
+    check_num_bins,
     round_up,
 )
 from cachegen.kv_cache import KVCache
-from cachegen.quantization import zero_symbol
 
 BUILD_COMMAND = "`pip install .`, or in a clone `python setup.py build_ext --inplace`, with nvcc 12 or newer on PATH"
 
@@ -349,7 +348,7 @@ def _check(
         shape = [cache.num_tokens, plane.num_kv_heads, plane.head_dim]
         if list(values.shape) != shape or values.stride(2) != 1 or plane.num_channels > MAX_CHANNELS:
             raise ValueError(f"plane {index} must be a tensor {shape} with contiguous head dims")
-        zero_symbol(plane.num_bins)  # raises unless the quantizer has so many bins
+        check_num_bins(plane.num_bins)
         if not 0 <= plane.low_bits <= MAX_LOW_BITS or plane.alphabet_size > TABLE_SIZE:
             raise ValueError(f"`low_bits` of plane {index} must fit {plane.num_bins} bins, got {plane.low_bits}")
         if plane.tokens_per_stream < 0 or plane.tokens_per_stream % LANES:

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from cachegen.coder import cpu, cuda_memory
+from cachegen.coder.component_tables import LevelCoding
 from cachegen.coder.components import ComponentGroup, Components, component_tables
 from cachegen.coder.cuda_transfers import Transfers, operations_of
-from cachegen.component_tables import LevelCoding
 from cachegen.format import LANES, MAX_LOW_BITS, StreamEntry, round_up
 
 _MAX_STREAM_SYMBOLS = (1 << 32) - 1  # an escape has 32 bits for its place
@@ -25,11 +25,11 @@ _MAX_TOKENS = (1 << 31) - LANES
 class ComponentKernels:
     """The functions of `cachegen.coder.components` on a GPU; a part of `CudaKernels`."""
 
-    CHUNKS_IN_FLIGHT = 1
+    chunks_in_flight = 1
     """How many chunks the pipeline should start to decode before it waits for the one before them: while a chunk
     decodes, the next one is checked and copied to the GPU."""
 
-    COMPONENTS_AT_A_TIME = 64 << 20
+    components_at_a_time = 64 << 20
     """How many integers the codec should let these kernels decode at a time: a warp decodes a stream, and the streams
     of one group alone are too few for a GPU. They take 256 MiB."""
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from cachegen.errors import InputError
-from cachegen.profile import SCALE_LOGS_PER_OCTAVE
+from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE
 
 Weights = Literal["fisher", "diagonal", "none"]
 WEIGHTS: tuple[Weights, ...] = ("fisher", "diagonal", "none")

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cachegen.coder import cpu
+from cachegen.coder.cpu_kernels import CPU
+from cachegen.coder.kernels import Kernels
 from cachegen.evaluation.profiling import CalibrationContext, plane_shapes_of
 from cachegen.kv_cache import hash_token_prefixes
+from cachegen.methods.transform.codec import TransformEncoder
+from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, CurvePoint, Profile
 from cachegen.pipeline.chunking import plan_chunks
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
 from cachegen.pipeline.verify import compare_caches
-from cachegen.profile import SCALE_LOGS_PER_OCTAVE, CurvePoint, Profile
-from cachegen.transform_codec import TransformEncoder, decode_component_chunk
 
 CURVE_POINTS = 8
 CURVE_OCTAVES = 6
@@ -34,7 +35,7 @@ def measure_curve(
     step_logs: Sequence[int],
     *,
     num_threads: int,
-    kernels=cpu,
+    kernels: Kernels = CPU,
     progress: Callable[[int], object] = lambda _: None,
 ) -> tuple[CurvePoint, ...]:
     """Encode and decode contexts at each step, and compare what the model predicts of their last tokens.
@@ -73,7 +74,7 @@ def measure_document(
     step_log: int,
     *,
     num_threads: int,
-    kernels=cpu,
+    kernels: Kernels = CPU,
     exact_tokens: Sequence[range] = (),
 ) -> tuple[int, float]:
     """Return the bytes of one document at one step and the KL divergence it causes.
@@ -97,9 +98,8 @@ def measure_document(
     for index, count in enumerate(chunk_tokens):
         content = b"".join(encoder.encode_chunk(index, 1))
         num_bytes += len(content)
-        decode_component_chunk(
+        encoder.document.decode(
             [content],
-            encoder.document,
             output.slice(start, start + count),
             first_token=start,
             token_hash=bytes.fromhex(hash_token_prefixes(metadata.token_ids, [start + count])[0]),

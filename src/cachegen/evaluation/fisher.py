@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from cachegen.errors import InputError
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
+from cachegen.methods.transform.transform import BLOCK_TOKENS, join_planes
 from cachegen.pipeline.model import LoadedModel
-from cachegen.transform import BLOCK_TOKENS, join_planes
 
 TOKENS_PER_WINDOW = 256
 """Tokens whose predictions are differentiated at once: what bounds the memory of the backward pass."""

@@ -19,9 +19,9 @@ from cachegen.evaluation.basis import Weights, fit_basis, weigh
 from cachegen.evaluation.fisher import accumulate_fisher, add_outer_products
 from cachegen.files import open_file, write_file
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_planes, hash_token_prefixes, load_kv_cache
+from cachegen.methods.transform.profile import Profile, TransformGroup
+from cachegen.methods.transform.transform import BLOCK_TOKENS, join_planes
 from cachegen.pipeline.model import LoadedModel
-from cachegen.profile import Profile, TransformGroup
-from cachegen.transform import BLOCK_TOKENS, join_planes
 
 MAX_GROUP_CHANNELS = 4096
 """Of a group of layers, unless told otherwise: its two matrices then take at most 67 MB in fp16."""

@@ -12,7 +12,7 @@ import torch
 from cachegen import command_line
 from cachegen.device import DEVICE_NAMES, DTYPE_NAMES
 from cachegen.errors import ConfigError
-from cachegen.format import Method
+from cachegen.methods.base import Method
 
 if TYPE_CHECKING:
     # transformers takes seconds to import, more than it takes to say that a flag is wrong.
@@ -65,10 +65,10 @@ def check_profile_flag(args: argparse.Namespace, method: Method) -> None:
     """Refuse --profile where nothing would use it.
 
     Raises:
-        ConfigError: the document is not of method transform.
+        ConfigError: the document's method has no profiles.
     """
-    if args.profile is not None and method is not Method.TRANSFORM:
-        raise ConfigError(f"--profile is for method transform, the document is of method {method.name.lower()}")
+    if args.profile is not None and not method.uses_profile:
+        raise ConfigError(f"--profile is not for method {method.name}, which the document is of")
 
 
 def append_questions(

@@ -6,6 +6,7 @@ Where a GPU decodes, the chunk in between is checked and copied there meanwhile.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections import deque
@@ -17,13 +18,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cachegen import container
-from cachegen.codec import Document, FindProfile, document_dtype, load_document, start_decoding_levels
-from cachegen.coder import cpu
+from cachegen.coder.cpu_kernels import CPU
+from cachegen.coder.kernels import Kernels
 from cachegen.errors import BitstreamError, CacheGenError, ConfigError, MismatchError
+from cachegen.format.files import TABLES_NAME, chunk_name, read_whole
 from cachegen.kv_cache import KVCache, describe_difference, hash_rotary_embeddings, hash_token_prefixes
-from cachegen.transform_codec import TransformDocument, check_output
-from cachegen.transform_format import TransformTablesHeader
+from cachegen.methods import open_document
+from cachegen.methods.base import Document, FindProfile, check_output
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import LoadedModel
@@ -56,7 +57,7 @@ class EncodedFolder:
         self,
         folder: str | os.PathLike[str],
         num_threads: int,
-        kernels=cpu,
+        kernels: Kernels = CPU,
         *,
         find_profile: FindProfile | None = None,
         level: int | None = None,
@@ -64,8 +65,7 @@ class EncodedFolder:
         """Read the tables file, and the profile that it names with method `transform`.
 
         Args:
-            kernels: `cachegen.coder.cpu`, or a `cachegen.coder.cuda.CudaKernels`.
-            find_profile: as for `load_document`.
+            find_profile: as for `open_document`.
             level: decode from the files of levels 1 to this one; None is all that the document has.
 
         Raises:
@@ -76,15 +76,13 @@ class EncodedFolder:
         """
         self.path = Path(folder)
         self._num_threads, self._kernels = num_threads, kernels
-        self.tables_path = self.path / container.TABLES_NAME
+        self.tables_path = self.path / TABLES_NAME
         start = time.perf_counter()
-        content = container.read_whole(self.tables_path)
+        content = read_whole(self.tables_path)
         self._read_seconds = time.perf_counter() - start
         start = time.perf_counter()
         try:
-            self.document: Document | TransformDocument = load_document(
-                content, num_threads=num_threads, kernels=kernels, find_profile=find_profile
-            )
+            self.document = open_document(content, num_threads=num_threads, kernels=kernels, find_profile=find_profile)
         except BitstreamError as error:
             if error.path is not None:  # the profile's
                 raise
@@ -106,15 +104,15 @@ class EncodedFolder:
 
     @property
     def num_levels(self) -> int:
-        """The number of levels that are decoded; 0 for methods without levels."""
-        return 0 if self._levels == [0] else len(self._levels)
+        """The number of levels that are decoded."""
+        return len(self._levels)
 
-    def _select_levels(self, level: int | None) -> list[int]:
-        header = self.document.header
-        available = header.num_levels if isinstance(header, TransformTablesHeader) else 0
-        if level is not None and not 1 <= level <= available:
-            raise ConfigError(f"{self.path}: --level {level} asked for, the document has {available or 'no'} levels")
-        return list(range(1, (level or available) + 1)) if available else [0]
+    def _select_levels(self, level: int | None) -> tuple[int, ...]:
+        available = self.document.header.levels
+        if level is not None and level not in available:
+            levels = "1 level" if len(available) == 1 else f"{len(available)} levels"
+            raise ConfigError(f"{self.path}: --level {level} asked for, the document has {levels}")
+        return available[:level]
 
     def check_model(self, loaded: LoadedModel) -> None:
         """Refuse a model that is not the one whose cache was encoded.
@@ -169,7 +167,7 @@ class EncodedFolder:
             BitstreamError: one is corrupt, or the tables are.
             MismatchError: one belongs elsewhere, or the output has other shapes.
         """
-        stops = [sum(chunk_tokens[: i + 1]) for i in range(len(chunk_tokens))]
+        stops = list(itertools.accumulate(chunk_tokens))
         hashes = hash_token_prefixes(token_ids, stops)
         self._prepare(output)
         load_seconds, decode_seconds = self._read_seconds, self._parse_seconds
@@ -203,7 +201,7 @@ class EncodedFolder:
                         kernels=self._kernels,
                     )
                 in_flight.append((index, finish))
-                finish_until(getattr(self._kernels, "CHUNKS_IN_FLIGHT", 0))
+                finish_until(self._kernels.chunks_in_flight)
                 load_seconds += seconds
                 decode_seconds += time.perf_counter() - start
                 encoded_bytes += sum(map(len, contents))
@@ -219,7 +217,7 @@ class EncodedFolder:
         """Unpack what all chunks share, now that the document is known to be this output's."""
         start = time.perf_counter()
         try:
-            check_output(self.document.header.planes, output)
+            check_output(self.document.header.shapes, output)
             self.document.prepare()
         except MismatchError as error:
             raise MismatchError(f"{self.tables_path}: {error}") from error
@@ -239,15 +237,15 @@ class EncodedFolder:
 
     def _path_of(self, index: int, error: CacheGenError) -> Path:
         """Return the file of a chunk that an error is about."""
-        return self.path / container.chunk_name(index, error.level or self._levels[-1])
+        return self.path / chunk_name(index, error.level or self._levels[-1])
 
     def _read_ahead(self, num_chunks: int) -> Iterator[tuple[list[bytes], float]]:
         """Yield each chunk's files and how long reading them took; the next ones are being read meanwhile."""
 
         def read(index: int) -> tuple[list[bytes], float]:
             start = time.perf_counter()
-            names = [container.chunk_name(index, level) for level in self._levels]
-            contents = [container.read_whole(self.path / name) for name in names]
+            names = [chunk_name(index, level) for level in self._levels]
+            contents = [read_whole(self.path / name) for name in names]
             return contents, time.perf_counter() - start
 
         with ThreadPoolExecutor(max_workers=1) as reader:  # starts its thread for the second chunk
@@ -261,15 +259,15 @@ class EncodedFolder:
     @property
     def plane_shapes(self) -> list[tuple[int, int]]:
         """(num_kv_heads, head_dim) of every plane."""
-        return [(plane.num_kv_heads, plane.head_dim) for plane in self.document.header.planes]
+        return self.document.header.shapes
 
     @property
     def dtype(self) -> torch.dtype:
         """The cache's dtype."""
-        return document_dtype(self.document)
+        return self.document.dtype
 
 
-def check_model(document: Document | TransformDocument, tables_name: object, loaded: LoadedModel) -> None:
+def check_model(document: Document, tables_name: object, loaded: LoadedModel) -> None:
     """Refuse a model that is not the one whose cache was encoded, or whose cache has other shapes.
 
     Nothing of a document's size has been allocated before. The shapes are those that one token of the model gives.
@@ -284,7 +282,7 @@ def check_model(document: Document | TransformDocument, tables_name: object, loa
 
     header = document.header
     gates: list[tuple[str, object, object]] = [
-        ("dtype", document_dtype(document), loaded.dtype),
+        ("dtype", document.dtype, loaded.dtype),
         ("model_fingerprint", header.model_fingerprint.hex()[:12], loaded.fingerprint[:12]),
         ("rope_hash", header.rope_hash.hex()[:12], hash_rotary_embeddings(loaded.rotary_embeddings)[:12]),
     ]
@@ -292,8 +290,7 @@ def check_model(document: Document | TransformDocument, tables_name: object, loa
     for field, found, expected in gates:
         if found != expected:
             raise MismatchError(f"{tables_name}: {field} is {found}, but {loaded.model_id} has {expected}: {remedy}")
-    shapes = [(plane.num_kv_heads, plane.head_dim) for plane in header.planes]
-    difference = describe_difference(shapes, measure_plane_shapes(loaded))
+    difference = describe_difference(header.shapes, measure_plane_shapes(loaded))
     if difference is not None:
         raise MismatchError(f"{tables_name}: planes: {difference} with {loaded.model_id}: {remedy}")
 
@@ -321,24 +318,23 @@ def copy_cache(source: KVCache, target: KVCache) -> None:
 
 def _start_decoding(
     contents: Sequence[bytes],
-    document: Document | TransformDocument,
+    document: Document,
     output: KVCache,
     *,
     first_token: int,
     token_hash: str,
     num_threads: int,
-    kernels,
+    kernels: Kernels,
 ) -> Callable[[], None]:
     """Begin to decode straight into the output, or by way of the kernels' device where the output is elsewhere.
 
     Returns:
-        What waits for the rest: as of `start_decoding_levels`.
+        What waits for the rest: as of `Document.start_decoding`.
     """
     is_direct = all(plane.device.type == kernels.device.type for plane in output.planes)
     target = output if is_direct else empty_on(kernels.device, output)
-    finish = start_decoding_levels(
+    finish = document.start_decoding(
         contents,
-        document,
         target,
         first_token=first_token,
         token_hash=bytes.fromhex(token_hash),

@@ -9,20 +9,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
-from cachegen import container
 from cachegen.catalog import EncodedLevel
-from cachegen.codec import DocumentEncoder
 from cachegen.errors import BitstreamError, ConfigError, OutputError, UnsupportedVersionError
 from cachegen.files import is_temporary, lock_folder, remove_stale_temporaries, write_file
-from cachegen.format import TablesHeader
-from cachegen.transform_codec import ErrorMeasure, TransformEncoder
-from cachegen.transform_format import TransformTablesHeader
+from cachegen.format.files import CHUNK_SUFFIX, TABLES_NAME, chunk_name, read_whole
+from cachegen.format.headers import DocumentHeader
+from cachegen.methods import parse_chunk, parse_chunk_header, parse_document
+from cachegen.methods.base import Encoder, ErrorMeasure
 
-Encoder: TypeAlias = DocumentEncoder | TransformEncoder
-
-_CHUNK_NAME = re.compile(r"chunk_\d{5,}(\.L\d)?" + re.escape(container.CHUNK_SUFFIX))
+_CHUNK_NAME = re.compile(r"chunk_\d{5,}\.L\d" + re.escape(CHUNK_SUFFIX))
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class EncodeResult:
             chunks share.
     """
 
-    header: TablesHeader | TransformTablesHeader
+    header: DocumentHeader
     sizes: EncodedSizes
     num_reused_chunks: int
     repaired: tuple[str, ...]
@@ -141,13 +137,13 @@ class _ChunkWriter:
         device may have computed those that are there, with another rounding.
         """
         encoder = self._encoder
-        paths = [self._folder / container.chunk_name(index, level) for level in encoder.levels]
+        paths = [self._folder / chunk_name(index, level) for level in encoder.levels]
         present = [path for path in paths if path.exists()]
-        contents = [container.read_whole(path) for path in present]
+        contents = [read_whole(path) for path in present]
         is_there = len(present) == len(paths) and encoder.is_encoding_of(index, contents)
         if not is_there:
             found = zip(present, contents, strict=True)
-            damaged = [path for path, content in found if not _is_readable(container.parse_chunk, content)]
+            damaged = [path for path, content in found if not _is_readable(parse_chunk, content)]
             # Whole files, all there, and still not the chunk: they have each other's names, or are of two runs.
             wrong = present if len(present) == len(paths) else []
             self._repaired += [path.name for path in damaged or wrong]
@@ -223,17 +219,16 @@ def read_encoded_levels(
     """
     sized: list[tuple[int, EncodedLevel]] = []
     for folder in map(Path, folders):
-        tables_file = container.read_whole(folder / container.TABLES_NAME)
+        tables_file = read_whole(folder / TABLES_NAME)
         try:
-            header = container.parse_tables(tables_file)[0]
+            header = parse_document(tables_file)
         except BitstreamError as error:
-            raise error.at(folder / container.TABLES_NAME) from error
-        num_levels = header.num_levels if isinstance(header, TransformTablesHeader) else 0
-        if num_levels > 1 and len(folders) > 1:
+            raise error.at(folder / TABLES_NAME) from error
+        if header.num_levels > 1 and len(folders) > 1:
             raise ConfigError(f"{folder}: has levels that refine each other, which do not go with other folders'")
-        for level in range(1, num_levels + 1) if num_levels else [0]:
-            paths = [folder / container.chunk_name(i, level) for i in range(len(header.chunk_tokens))]
-            chunks = [functools.partial(container.read_whole, path) for path in paths]
+        for level in header.levels:
+            paths = [folder / chunk_name(i, level) for i in range(header.num_chunks)]
+            chunks = [functools.partial(read_whole, path) for path in paths]
             num_bytes = sum(path.stat().st_size for path in paths if path.is_file())
             sized.append((num_bytes, EncodedLevel(tables_file, chunks, refines=level - 1 if level > 1 else None)))
     # Stable, and levels of one folder come in their order, whatever their sizes.
@@ -270,19 +265,19 @@ def _claim_folder(folder: Path, encoder: Encoder, overwrite: bool) -> _Claim:
     except OSError as error:
         raise OutputError(f"{folder}: cannot be read: {error.strerror} (--output_path)") from error
     chunks = [folder / name for name in names if _CHUNK_NAME.fullmatch(name)]
-    tables_path = folder / container.TABLES_NAME
-    has_tables, is_damaged = container.TABLES_NAME in names, False
+    tables_path = folder / TABLES_NAME
+    has_tables, is_damaged = TABLES_NAME in names, False
     if not overwrite:
         if names and not chunks and not has_tables:
-            raise OutputError(f"{folder}: is not empty and holds no {container.TABLES_NAME} ({names[0]}); {remedy}")
+            raise OutputError(f"{folder}: is not empty and holds no {TABLES_NAME} ({names[0]}); {remedy}")
         if has_tables:
-            content = container.read_whole(tables_path)
+            content = read_whole(tables_path)
             is_damaged = content != encoder.tables_file
-            if is_damaged and _is_readable(container.parse_tables, content):
+            if is_damaged and _is_readable(parse_document, content):
                 raise OutputError(f"{folder}: holds the encoding of another cache or configuration; {remedy}")
         tables_hash = encoder.document.tables_hash
         for path in chunks:
-            if _is_foreign(container.read_whole(path), tables_hash):
+            if _is_foreign(read_whole(path), tables_hash):
                 raise OutputError(f"{path}: is a chunk of another cache or configuration; {remedy}")
     # Not before: a folder that is refused stays as it was.
     try:
@@ -294,13 +289,13 @@ def _claim_folder(folder: Path, encoder: Encoder, overwrite: bool) -> _Claim:
     is_written = overwrite or is_damaged or not has_tables
     if is_written:
         write_file(tables_path, encoder.tables_file)
-    return _Claim([tables_path] if is_written else [], [container.TABLES_NAME] if is_damaged else [])
+    return _Claim([tables_path] if is_written else [], [TABLES_NAME] if is_damaged else [])
 
 
 def _is_foreign(content: bytes, tables_hash: bytes) -> bool:
     """Tell whether a chunk file says that it is of another document; of a damaged one nobody knows."""
     try:
-        return container.unpack_any_chunk_header(content).tables_hash != tables_hash
+        return parse_chunk_header(content).tables_hash != tables_hash
     except UnsupportedVersionError:
         return True
     except BitstreamError:

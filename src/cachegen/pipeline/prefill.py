@@ -136,25 +136,26 @@ def extend_cache(
             progress(len(block))
 
 
-SINK_TOKENS = 4
-"""First tokens of a context that most queries attend to ("attention sinks")."""
-
-
-def recompute_first_tokens(loaded: LoadedModel, cache: Cache, token_ids: torch.Tensor, num_held: int) -> None:
+def recompute_first_tokens(
+    loaded: LoadedModel, cache: Cache, token_ids: torch.Tensor, num_first: int, num_held: int
+) -> None:
     """Replace the first tokens of a decoded cache by those computed from text.
 
-    Almost every query attends to them, so what a coarse code has lost there costs most; computing four tokens costs
+    Almost every query attends to them, so what a coarse code has lost there costs most; computing a few tokens costs
     next to nothing, since they depend on nothing else.
 
     Args:
         cache: from `allocate_cache`, with room for them.
         token_ids: of the context, integers `[num_tokens]`.
+        num_first: tokens to compute; may be more than there are.
         num_held: tokens that the cache holds, before and after.
 
     Source: attention sinks (Xiao et al., ICLR 2024).
     """
+    if num_first == 0:
+        return
     set_length(cache, 0)
-    extend_cache(loaded, cache, token_ids[: min(SINK_TOKENS, num_held)])
+    extend_cache(loaded, cache, token_ids[: min(num_first, num_held)])
     set_length(cache, num_held)
 
 

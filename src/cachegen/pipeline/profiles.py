@@ -8,11 +8,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from cachegen.config import TransformConfig
-from cachegen.errors import CacheGenError, ConfigError, InputError
+from cachegen.errors import CacheGenError, InputError
 from cachegen.files import read_file
-from cachegen.profile import MAX_PROFILE_BYTES, PROFILE_NAME, Profile, load_profile
-from cachegen.transform_format import MAX_STEP_LOG
+from cachegen.methods.transform.profile import MAX_PROFILE_BYTES, PROFILE_NAME, Profile, load_profile
 
 
 def profile_finder(
@@ -56,18 +54,3 @@ def profile_finder(
         )
 
     return find
-
-
-def choose_step(config: TransformConfig, profile: Profile) -> int:
-    """Return 16 log2 of level 1's step, as the config gives it or as its target and the profile's curve do.
-
-    Raises:
-        InputError: a target is given and the profile has no curve.
-        ConfigError: the step is out of the format's range.
-    """
-    step_log = config.step_log
-    if step_log is None:
-        step_log = profile.choose_step(bits_per_value=config.target_bits, kl=config.target_kl)
-    if abs(step_log) > MAX_STEP_LOG:
-        raise ConfigError(f"{config.source}: the step 2^({step_log} / 16) is out of range")
-    return step_log

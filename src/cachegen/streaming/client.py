@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cachegen.codec import FindProfile
-from cachegen.coder import cpu
-from cachegen.format import Method
+from cachegen.coder.cpu_kernels import CPU
+from cachegen.coder.kernels import Kernels
 from cachegen.kv_cache import hash_rotary_embeddings
+from cachegen.methods import method_named
+from cachegen.methods.base import FindProfile
 from cachegen.pipeline.decode import copy_cache, empty_on
 from cachegen.store import Store
 from cachegen.streaming.loader import SILENCE_SECONDS, Loader
@@ -51,16 +52,15 @@ class ModelWorkers:
 
     def __post_init__(self) -> None:
         from cachegen.pipeline.model_cache import view_kv_cache
-        from cachegen.pipeline.prefill import SINK_TOKENS
 
         self._target = view_kv_cache(self.cache, self.document.num_tokens)
         longest = max(chunk.num_tokens for chunk in self.document.manifest.chunks[: self.document.num_chunks])
         self._staging = empty_on(self.device, self._target, longest)
         shapes = [tuple(plane.shape[1:]) for plane in self._target.planes]
         self.document.expect_planes(shapes, self._target.dtype)
-        is_transform = self.document.manifest.levels[0].method == Method.TRANSFORM.name.lower()
+        method = method_named(self.document.manifest.levels[0].method)
         # Tokens that are never taken from a file; see `recompute_first_tokens`.
-        self._num_first = min(SINK_TOKENS, self.document.num_tokens) if is_transform else 0
+        self._num_first = min(method.num_sink_tokens if method else 0, self.document.num_tokens)
 
     def fetch(self, chunk: int, level: int, on_bytes: Callable[[int], object]) -> FetchedFile:
         """Fetch a file; see `loader.Workers`."""
@@ -118,7 +118,7 @@ def find_for_model(
     token_ids: torch.Tensor,
     *,
     num_threads: int,
-    kernels=cpu,
+    kernels: Kernels = CPU,
     find_profile: FindProfile | None = None,
 ) -> RemoteDocument:
     """Find the document that covers the longest prefix of a text, for this model.
@@ -146,7 +146,7 @@ def make_loader(
     objective: Objective,
     speeds: Speeds,
     *,
-    kernels=cpu,
+    kernels: Kernels = CPU,
     num_connections: int = 1,
     elapsed_seconds: float = 0.0,
     silence_seconds: float = SILENCE_SECONDS,

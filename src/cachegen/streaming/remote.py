@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from cachegen.catalog import FoundDocument, find_document
-from cachegen.codec import Document, FindProfile, decode_levels, document_dtype, load_document
-from cachegen.coder import cpu
+from cachegen.coder.cpu_kernels import CPU
+from cachegen.coder.kernels import Kernels
 from cachegen.errors import BitstreamError, ConfigError, MismatchError, StoreError
 from cachegen.kv_cache import KVCache, describe_difference
 from cachegen.manifest import Manifest, StoredObject
+from cachegen.methods import open_document
+from cachegen.methods.base import Document, FindProfile
 from cachegen.store import Store
 from cachegen.streaming.policy import ChunkLevels
-from cachegen.transform_codec import TransformDocument
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class RemoteDocument:
         store: Store,
         found: FoundDocument,
         num_threads: int,
-        kernels=cpu,
+        kernels: Kernels = CPU,
         find_profile: FindProfile | None = None,
     ) -> None:
         self.manifest: Manifest = found.manifest
@@ -55,7 +56,7 @@ class RemoteDocument:
         self._store, self._num_threads, self._kernels = store, num_threads, kernels
         self._find_profile = find_profile
         # By the hash of the tables file: levels that refine each other share one.
-        self._documents: dict[str, Document | TransformDocument] = {}
+        self._documents: dict[str, Document] = {}
         self._locks = {level.tables.sha256: threading.Lock() for level in found.manifest.levels}
         self._plane_shapes: list[tuple[int, ...]] | None = None
 
@@ -68,13 +69,13 @@ class RemoteDocument:
         model_fingerprint: str,
         rope_hash: str,
         num_threads: int,
-        kernels=cpu,
+        kernels: Kernels = CPU,
         find_profile: FindProfile | None = None,
     ) -> RemoteDocument:
         """Find the document that covers the longest prefix of a text.
 
         Args:
-            find_profile: as for `load_document`.
+            find_profile: as for `open_document`.
 
         Raises:
             StoreError: there is none, or the store cannot be read.
@@ -129,7 +130,7 @@ class RemoteDocument:
             for chunk in self.manifest.chunks[: self.num_chunks]
         )
 
-    def open_level(self, level: int, on_bytes: Callable[[int], object] | None = None) -> Document | TransformDocument:
+    def open_level(self, level: int, on_bytes: Callable[[int], object] | None = None) -> Document:
         """Return what decoding needs of a level, fetching its tables file at the first use.
 
         Raises:
@@ -141,7 +142,7 @@ class RemoteDocument:
             if tables.sha256 not in self._documents:
                 content = self._store.get_exactly(tables.name, tables.bytes, sha256=tables.sha256, on_bytes=on_bytes)
                 try:
-                    document = load_document(
+                    document = open_document(
                         content,
                         num_threads=self._num_threads,
                         kernels=self._kernels,
@@ -194,9 +195,8 @@ class RemoteDocument:
         except BitstreamError as error:
             raise error.at(self.describe(self.manifest.levels[level - 1].tables)) from error
         try:
-            decode_levels(
+            document.decode(
                 [contents[needed] for needed in self.manifest.files_of(level)],
-                document,
                 output,
                 first_token=entry.first_token,
                 token_hash=bytes.fromhex(entry.token_hash),
@@ -225,20 +225,19 @@ class RemoteDocument:
         for digest, document in self._documents.items():
             self._check_document(document, names[digest])
 
-    def _check_document(self, document: Document | TransformDocument, name: str) -> None:
+    def _check_document(self, document: Document, name: str) -> None:
         """Refuse a tables file that is not what the manifest says; what it says of the model was compared before."""
         header, manifest = document.header, self.manifest
         gates = [
             ("model_fingerprint", header.model_fingerprint.hex(), manifest.model_fingerprint),
             ("rope_hash", header.rope_hash.hex(), manifest.rope_hash),
             ("token_hash", header.token_hash.hex(), manifest.token_hash),
-            ("dtype", document_dtype(document), self.dtype),
+            ("dtype", document.dtype, self.dtype),
             ("prefill_block_size", header.prefill_block_size, manifest.prefill_block_size),
-            ("values_per_token", sum(plane.num_channels for plane in header.planes), manifest.values_per_token),
+            ("values_per_token", header.values_per_token, manifest.values_per_token),
             ("chunk_tokens", header.chunk_tokens, tuple(chunk.num_tokens for chunk in manifest.chunks)),
         ]
-        shapes = [(plane.num_kv_heads, plane.head_dim) for plane in header.planes]
-        difference = describe_difference(shapes, self._plane_shapes) if self._plane_shapes is not None else None
+        difference = describe_difference(header.shapes, self._plane_shapes) if self._plane_shapes is not None else None
         if difference is not None:
             raise MismatchError(f"{name}: planes: {difference}: the document is of another model")
         for field, found, wanted in gates:

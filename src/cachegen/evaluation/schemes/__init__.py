@@ -8,7 +8,7 @@ from cachegen.evaluation.schemes.base import ByteCount, Recoded, SavedCache, Sch
 from cachegen.evaluation.schemes.grouped import GroupedScheme
 from cachegen.evaluation.schemes.pca import PcaScheme
 from cachegen.evaluation.schemes.transform import TransformLevelsScheme, TransformScheme, TransformSinksScheme
-from cachegen.profile import Profile
+from cachegen.methods.transform.profile import Profile
 
 __all__ = ["ByteCount", "Recoded", "SavedCache", "Scheme", "make_schemes"]
 

@@ -16,13 +16,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from cachegen import container
-from cachegen.codec import DocumentEncoder, decode_chunk
 from cachegen.coder import cpu
-from cachegen.config import LayerGroup, QuantizationConfig
 from cachegen.evaluation.schemes.base import ByteCount, Recoded, SavedCache, tables_of_counts
-from cachegen.format import Coder, Method, PlaneLayout
+from cachegen.format import Coder, PlaneLayout
 from cachegen.kv_cache import KVCache, from_planes
+from cachegen.methods import parse_chunk
+from cachegen.methods.absmax.codec import AbsmaxEncoder, build_chunk
+from cachegen.methods.absmax.config import AbsmaxConfig, LayerGroup
 
 _CDF_ENTRY_BYTES = 2
 
@@ -42,7 +42,7 @@ class _AbsmaxScheme:
     def identity(self) -> str:
         return f"{self.name} {self.variants}"
 
-    def config(self, setting: str, num_layers: int) -> QuantizationConfig:
+    def config(self, setting: str, num_layers: int) -> AbsmaxConfig:
         raise NotImplementedError
 
     def fit(self, calibration: Sequence[SavedCache]) -> None:
@@ -68,15 +68,15 @@ class _AbsmaxScheme:
             raise AssertionError(f"{self.name} has no coder")
         return Recoded(decoded, counts)
 
-    def _encoder(self, saved: SavedCache, setting: str, coder: Coder) -> DocumentEncoder:
+    def _encoder(self, saved: SavedCache, setting: str, coder: Coder) -> AbsmaxEncoder:
         config = self.config(setting, saved.cache.num_layers)
-        return DocumentEncoder(saved.cache, saved.metadata, config, [saved.cache.num_tokens], coder)
+        return AbsmaxEncoder(saved.cache, saved.metadata, config, [saved.cache.num_tokens], coder)
 
     def _recode_with_own_tables(self, saved: SavedCache, setting: str, coder: Coder) -> tuple[KVCache, ByteCount]:
         encoder, output = self._encoder(saved, setting, coder), _empty_like(saved.cache)
         chunk = b"".join(encoder.encode_chunk(0))
         token_hash = encoder.expected_header(0).token_hash
-        decode_chunk(chunk, encoder.document, output, first_token=0, token_hash=token_hash)
+        encoder.document.decode([chunk], output, first_token=0, token_hash=token_hash)
         header = encoder.document.header
         tables_bytes = header.tables_bytes
         rest = len(encoder.tables_file) - tables_bytes
@@ -90,8 +90,8 @@ class _AbsmaxScheme:
         header = encoder.expected_header(0)
         scales, _ = cpu.measure(saved.cache, header.planes)
         payload, streams = cpu.encode(saved.cache, scales, header.planes, tables, coder=Coder.RANS)
-        chunk = container.parse_chunk(b"".join(container.build_chunk(header, scales, streams, payload)))
-        cpu.decode(chunk.payload, chunk.header.streams, chunk.scales, header.planes, tables, output)
+        chunk = parse_chunk(b"".join(build_chunk(header, scales, streams, payload)))
+        cpu.decode(chunk.payload, chunk.header.streams, scales, header.planes, tables, output)
         chunk_bytes = chunk.header.payload_offset + len(chunk.payload)
         document = encoder.document.header
         return output, ByteCount(chunk_bytes + document.header_bytes, 0, profile_bytes)
@@ -108,10 +108,10 @@ class UniformScheme(_AbsmaxScheme):
         "uniform-profile": (Coder.RANS, True),
     }
 
-    def config(self, setting: str, num_layers: int) -> QuantizationConfig:
+    def config(self, setting: str, num_layers: int) -> AbsmaxConfig:
         del num_layers
         groups = (LayerGroup(None, 1 << int(setting[0]), "bits"),)
-        return QuantizationConfig(Method.UNIFORM, groups, groups, Coder.PACKED)
+        return AbsmaxConfig("uniform", groups, groups, Coder.PACKED)
 
 
 class CacheGenScheme(_AbsmaxScheme):
@@ -125,14 +125,14 @@ class CacheGenScheme(_AbsmaxScheme):
         "cachegen-profile": (Coder.RANS, True),
     }
 
-    def config(self, setting: str, num_layers: int) -> QuantizationConfig:
+    def config(self, setting: str, num_layers: int) -> AbsmaxConfig:
         fine, coarse = map(int, setting.removesuffix(" bins").split("/"))
         keys = (LayerGroup(max(1, num_layers // 3), fine, "key_first_bins"), LayerGroup(None, coarse, "key_third_bins"))
         values = (
             LayerGroup(max(1, num_layers // 16), fine, "value_first_bins"),
             LayerGroup(None, coarse, "value_second_bins"),
         )
-        return QuantizationConfig(Method.CACHEGEN, keys, values, Coder.RANS)
+        return AbsmaxConfig("cachegen", keys, values, Coder.RANS)
 
 
 def _original_tables_bytes(planes: Sequence[PlaneLayout]) -> int:

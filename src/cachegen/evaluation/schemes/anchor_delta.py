@@ -18,7 +18,7 @@ import torch
 
 from cachegen.evaluation.schemes.base import ByteCount, Recoded, SavedCache, SymbolCoder, channels_first, to_plane
 from cachegen.kv_cache import from_planes
-from cachegen.quantization import dequantize, quantize
+from cachegen.methods.absmax.quantization import dequantize, quantize
 
 GROUP_TOKENS = 10
 ANCHOR_BINS = 256

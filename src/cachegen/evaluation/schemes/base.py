@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from cachegen import _native
+from cachegen.coder.symbol_model import choose_weight_classes, normalize, pack_tables
 from cachegen.format import MAX_LOW_BITS, TABLE_SIZE
 from cachegen.kv_cache import ContextMetadata, KVCache
-from cachegen.symbol_model import choose_weight_classes, normalize, pack_tables
 
 _ESCAPE_BYTES = 6  # position in the plane (u32) and the value's distance from the alphabet's edge (i16)
 

@@ -13,10 +13,9 @@ import torch
 
 from cachegen.evaluation.schemes.base import ByteCount, Recoded, SavedCache
 from cachegen.kv_cache import KVCache, from_planes
+from cachegen.methods.transform.codec import SINK_TOKENS, TransformEncoder
+from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.chunking import plan_chunks
-from cachegen.pipeline.prefill import SINK_TOKENS
-from cachegen.profile import Profile
-from cachegen.transform_codec import TransformEncoder, decode_component_chunk
 
 STEP_LOGS = (28, 20, 12, 4, -8, -24, -40, -66)
 """Of one level each: 16 log2 of the step."""
@@ -125,9 +124,8 @@ def _recode(
     num_bytes, start = len(encoder.tables_file), 0
     for index, count in enumerate(chunk_tokens):
         contents = [b"".join(encoder.encode_chunk(index, number)) for number in range(1, level + 1)]
-        decode_component_chunk(
+        encoder.document.decode(
             contents,
-            encoder.document,
             output.slice(start, start + count),
             first_token=start,
             token_hash=encoder.expected_header(index, 1).token_hash,

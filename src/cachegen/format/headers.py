@@ -1,0 +1,299 @@
+"""What the headers of all methods have in common: a document's and a chunk's.
+
+A method's own headers extend these by fields of their own, which follow the common ones, and by arrays.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, Self
+
+from cachegen import _native
+from cachegen.format.constants import (
+    ALIGNMENT,
+    CHUNK_MAGIC,
+    MAX_CHANNELS,
+    MAX_CHUNK_TOKENS,
+    MAX_CHUNKS,
+    MAX_LEVELS,
+    STREAM,
+    TABLES_MAGIC,
+    Coder,
+    Dtype,
+    StreamEntry,
+    round_up,
+    streams_bytes,
+)
+from cachegen.format.framing import CRC, PREFIX, Buffer, check_file_bytes, open_header, require, seal_header
+from cachegen.format.layout import Record, hash32, reserved16, u8, u16, u32, u64
+
+METHOD_OFFSET = 38
+"""Where both kinds of file name their method."""
+
+
+class PlaneShape(Protocol):
+    """What every method knows of one layer's keys or values."""
+
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def num_channels(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentHeader(Record):
+    """What a document's tables file says before its tables, whatever the method. Hashes are 32 raw bytes.
+
+    Attributes:
+        planes: keys then values of layer 0, of layer 1, ...
+        chunk_tokens: per chunk, its number of tokens; chunks follow each other from token 0.
+    """
+
+    num_cache_tokens: int = u64("tokens of the whole cache; those that no chunk covers are recomputed from text")
+    num_chunks: int = u32("1 to 2^20", least=1, most=MAX_CHUNKS, is_derived=True)
+    num_layers: int = u16("1 to 65535", least=1, is_derived=True)
+    method: int = u8("1 `cachegen`, 2 `uniform`, 3 `transform`")
+    coder: Coder = u8("of all chunks: 1 `rans`, 2 [`ac`](#coder-ac), 3 `packed`", values=Coder)
+    dtype: Dtype = u8("of the cache: 1 fp16, 2 bf16, 3 fp32", values=Dtype)
+    num_levels: int = u8("levels of the document, 1 to 4", least=1, most=MAX_LEVELS)
+    reserved: int = reserved16()
+    prefill_block_size: int = u32("tokens per prefill step that computed the cache, at least 1", least=1)
+    model_fingerprint: bytes = hash32("of the model, see [Fingerprint](#fingerprint-of-the-model); only compared here")
+    token_hash: bytes = hash32("hash of all num_cache_tokens token ids, each as int32")
+    rope_hash: bytes = hash32("see [Hashes](#hashes-and-gates)")
+    profile_hash: bytes = hash32("SHA-256 of the profile's `profile.json`; zeros for a method that has none")
+    cache_hash: bytes = hash32("[hash of the cache's values](#hashes-and-gates): what the document was encoded from")
+    chunk_tokens: tuple[int, ...] = ()
+
+    first_offset: ClassVar[int] = PREFIX.size
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_chunks", len(self.chunk_tokens))
+        object.__setattr__(self, "num_layers", len(self.planes) // 2)
+
+    @property
+    @abstractmethod
+    def planes(self) -> Sequence[PlaneShape]: ...
+
+    @property
+    @abstractmethod
+    def tables_bytes(self) -> int:
+        """Length of the file behind its header."""
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The numbers of the document's levels."""
+        return tuple(range(1, self.num_levels + 1))
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(num_kv_heads, head_dim) of every plane."""
+        return [(plane.num_kv_heads, plane.head_dim) for plane in self.planes]
+
+    @property
+    def values_per_token(self) -> int:
+        return sum(plane.num_channels for plane in self.planes)
+
+    @property
+    def header_bytes(self) -> int:
+        return self._header_bytes(len(self.planes), len(self.chunk_tokens))
+
+    @classmethod
+    @abstractmethod
+    def plane_record(cls) -> type[Record]:
+        """Return what describes a plane in the file."""
+
+    @abstractmethod
+    def pack_planes(self) -> bytes: ...
+
+    @classmethod
+    @abstractmethod
+    def unpack_planes(cls, records: Sequence[Any]) -> dict[str, Any]:
+        """Return the fields of the header that its planes' records make."""
+
+    @classmethod
+    def _header_bytes(cls, num_planes: int, num_chunks: int) -> int:
+        return PREFIX.size + cls.num_bytes() + num_planes * cls.plane_record().num_bytes() + 4 * num_chunks + CRC.size
+
+    def pack(self) -> bytes:
+        """Serialize the header, its checksum included."""
+        body = self.pack_record() + self.pack_planes() + struct.pack(f"<{self.num_chunks}I", *self.chunk_tokens)
+        file_bytes = self.header_bytes + self.tables_bytes
+        return seal_header(TABLES_MAGIC, self.header_bytes, file_bytes, body, _native.crc32c)
+
+    @classmethod
+    def unpack(cls, content: Buffer) -> Self:
+        """Parse and check the header of a whole tables file.
+
+        Raises:
+            BitstreamError: the bytes are not a whole, unchanged tables file's (the tables' own checksum aside).
+            UnsupportedVersionError: the version, method, coder or dtype is not one this release reads.
+        """
+        header_bytes = open_header(content, TABLES_MAGIC, "tables", _native.crc32c)
+        fields = cls.unpack_fields(content, PREFIX.size, header_bytes)
+        num_planes, num_chunks = 2 * fields["num_layers"], fields["num_chunks"]
+        expected_bytes = cls._header_bytes(num_planes, num_chunks)
+        require(header_bytes == expected_bytes, f"must be {expected_bytes}, got {header_bytes}", 12, "header_bytes")
+        planes_at, record = PREFIX.size + cls.num_bytes(), cls.plane_record()
+        records = [
+            record.unpack_record(content, planes_at + index * record.num_bytes(), header_bytes)
+            for index in range(num_planes)
+        ]
+        chunks_at = planes_at + num_planes * record.num_bytes()
+        chunk_tokens = struct.unpack_from(f"<{num_chunks}I", content, chunks_at)
+        _check_chunk_tokens(chunk_tokens, fields["num_cache_tokens"], chunks_at)
+        header = cls(**fields, **cls.unpack_planes(records), chunk_tokens=chunk_tokens)
+        header.check_file()
+        check_file_bytes(content, header.header_bytes + header.tables_bytes)
+        return header
+
+    def check_file(self) -> None:
+        """Refuse fields that contradict each other; see `unpack`."""
+
+    def check_tables(self, tables: bytes) -> None:
+        """Refuse tables, which follow the header, that have changed."""
+
+
+def _check_chunk_tokens(chunk_tokens: tuple[int, ...], num_cache_tokens: int, offset: int) -> None:
+    """Refuse a plan of chunks that are empty, too long, or more than the cache."""
+    require(min(chunk_tokens) > 0, "a chunk must have tokens", offset, "chunk_tokens")
+    require(max(chunk_tokens) <= MAX_CHUNK_TOKENS, "a chunk has too many tokens", offset, "chunk_tokens")
+    covers = sum(chunk_tokens) <= num_cache_tokens
+    require(covers, "the chunks have more tokens than the cache", offset, "chunk_tokens")
+
+
+def check_channels(num_kv_heads: int, head_dim: int, offset: int) -> None:
+    """Refuse a plane of no channels, or of too many."""
+    num_channels = num_kv_heads * head_dim
+    in_range = 0 < num_channels <= MAX_CHANNELS
+    require(in_range, f"{num_channels} channels are not 1 to {MAX_CHANNELS}", offset, "shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkHeader(Record):
+    """What a chunk file says before its sections, whatever the method. Hashes are 32 raw bytes.
+
+    Attributes:
+        stream_index: `StreamEntry` records, packed; `streams` unpacks them.
+        header_crc: of the file that the header was read from; 0 before it is written.
+    """
+
+    first_token: int = u64("position in the context of the chunk's first token")
+    num_tokens: int = u32("1 to 2^24", least=1, most=MAX_CHUNK_TOKENS)
+    num_layers: int = u16("1 to 65535", least=1)
+    method: int = u8("as in the tables file")
+    coder: Coder = u8("as in the tables file", values=Coder)
+    dtype: Dtype = u8("as in the tables file", values=Dtype)
+    level: int = u8("1 to 4; a file of a level above 1 refines those of the levels before", least=1, most=MAX_LEVELS)
+    reserved: int = reserved16()
+    refines: int = u32("header_crc of the chunk's file of the level before; zero at level 1")
+    model_fingerprint: bytes = hash32("as in the tables file")
+    token_hash: bytes = hash32("hash of the context's token ids from the first to the chunk's last, each as int32")
+    rope_hash: bytes = hash32("as in the tables file")
+    tables_hash: bytes = hash32("SHA-256 of the whole tables file")
+    profile_hash: bytes = hash32("as in the tables file")
+    stream_index: bytes = b""
+    header_crc: int = field(default=0, compare=False)
+
+    first_offset: ClassVar[int] = PREFIX.size
+
+    @property
+    @abstractmethod
+    def num_streams(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def payload_offset(self) -> int:
+        """Where the streams begin."""
+
+    @property
+    def scales_bytes(self) -> int:
+        """Length of what lies between header and streams, without its padding: scales, where a method has them."""
+        return 0
+
+    @property
+    def trailer_bytes(self) -> int:
+        """Length of what follows the streams, with its padding."""
+        return 0
+
+    def check_sections(self, before: memoryview, behind: memoryview) -> None:
+        """Refuse sections before and behind the streams that have changed."""
+
+    @abstractmethod
+    def without_encoding(self) -> Self:
+        """Return the header as it is before encoding has filled in what only encoding tells."""
+
+    @cached_property
+    def streams(self) -> list[StreamEntry]:
+        return [StreamEntry(*fields) for fields in STREAM.iter_unpack(self.stream_index)]
+
+    @property
+    def payload_bytes(self) -> int:
+        return streams_bytes(self.stream_index)
+
+    @property
+    def file_bytes(self) -> int:
+        return self.payload_offset + self.payload_bytes + self.trailer_bytes
+
+    @property
+    @abstractmethod
+    def header_bytes(self) -> int: ...
+
+    @abstractmethod
+    def pack_arrays(self) -> bytes:
+        """Serialize what follows the fields and precedes the stream index."""
+
+    @classmethod
+    @abstractmethod
+    def unpack_arrays(
+        cls, fields: dict[str, Any], content: Buffer, at: int, header_bytes: int
+    ) -> tuple[dict[str, Any], int, int]:
+        """Parse what follows the fields, and check that it lies within the header.
+
+        Returns:
+            The header's arrays, its number of streams, and where its stream index begins.
+        """
+
+    @classmethod
+    def padded_bytes(cls, array_bytes: int, num_streams: int) -> int:
+        """Return the length of a header with arrays of so many bytes before its stream index."""
+        fields = PREFIX.size + cls.num_bytes() + array_bytes + num_streams * STREAM.size
+        return round_up(fields + CRC.size, ALIGNMENT)
+
+    def pack(self) -> bytes:
+        """Serialize the header, its checksum included."""
+        body = self.pack_record() + self.pack_arrays() + self.stream_index
+        return seal_header(CHUNK_MAGIC, self.header_bytes, self.file_bytes, body, _native.crc32c)
+
+    @classmethod
+    def unpack(cls, content: Buffer) -> Self:
+        """Parse and check the header of a whole chunk file.
+
+        Raises:
+            BitstreamError: the bytes are not a whole, unchanged chunk file's (the sections' own checksums aside).
+            UnsupportedVersionError: the version, method, coder or dtype is not one this release reads.
+        """
+        header_bytes = open_header(content, CHUNK_MAGIC, "chunk", _native.crc32c)
+        fields = cls.unpack_fields(content, PREFIX.size, header_bytes)
+        is_first = fields["level"] == 1
+        require(fields["refines"] == 0 or not is_first, "must be 0 at level 1", cls.offset_of("refines"), "refines")
+        arrays_at = PREFIX.size + cls.num_bytes()
+        arrays, num_streams, index_at = cls.unpack_arrays(fields, content, arrays_at, header_bytes)
+        index_end = index_at + num_streams * STREAM.size
+        expected_bytes = round_up(index_end + CRC.size, ALIGNMENT)
+        require(header_bytes == expected_bytes, f"must be {expected_bytes}, got {header_bytes}", 12, "header_bytes")
+        require(not any(content[index_end : header_bytes - CRC.size]), "padding must be zero", index_end, "padding")
+        header = cls(
+            **fields,
+            **arrays,
+            stream_index=bytes(content[index_at:index_end]),
+            header_crc=CRC.unpack_from(content, header_bytes - CRC.size)[0],
+        )
+        check_file_bytes(content, header.file_bytes)
+        return header

@@ -1,0 +1,153 @@
+"""The methods of coding a KV cache, each in a folder of its own; nothing outside these folders asks which one it has.
+
+To add one, write a folder with what `base` asks for and list it in `METHODS`. CONTRIBUTING.md has the steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cachegen.coder.cpu_kernels import CPU
+from cachegen.coder.kernels import Kernels
+from cachegen.config import load_object, shown
+from cachegen.errors import ConfigError, MismatchError
+from cachegen.format.constants import CHUNK_MAGIC, TABLES_MAGIC
+from cachegen.format.files import Chunk, split_chunk, split_document
+from cachegen.format.framing import Buffer
+from cachegen.format.headers import ChunkHeader, DocumentHeader
+from cachegen.kv_cache import ContextMetadata, KVCache
+from cachegen.methods import absmax, transform
+from cachegen.methods.base import (
+    METHODS,
+    Document,
+    Encoder,
+    FindProfile,
+    Method,
+    MethodConfig,
+    method_of,
+    method_of_file,
+)
+
+METHODS.extend([*absmax.METHODS, *transform.METHODS])
+
+
+def method_named(name: object) -> Method | None:
+    """Return the method of that name; None where there is none."""
+    return next((method for method in METHODS if method.name == name), None)
+
+
+def load_config(path: str | os.PathLike[str]) -> MethodConfig:
+    """Read a quantization config; its field `method` says whose it is, `cachegen` where it is missing.
+
+    Raises:
+        InputError: there is no such file.
+        ConfigError: the file is not such a config, naming the field.
+    """
+    content = load_object(path)
+    name = content.get("method", "cachegen")
+    method = method_named(name)
+    if method is None:
+        known = ", ".join(f'"{method.name}"' for method in METHODS)
+        raise ConfigError(f"{path}: method must be one of {known}, got {shown(name)}")
+    return method.read_config(str(path), content)
+
+
+def check_config(config: MethodConfig, header: DocumentHeader, path: object) -> None:
+    """Refuse a document that was not encoded as a config says.
+
+    Args:
+        path: of the document's tables file, for messages.
+
+    Raises:
+        MismatchError: naming the first field that differs.
+    """
+    found = method_of(header).name
+    if found != config.method:
+        raise MismatchError(f"{path}: method is {found}, but {config.source} says {config.method}")
+    config.check_document(header, path)
+
+
+def make_encoder(
+    config: MethodConfig,
+    cache: KVCache,
+    metadata: ContextMetadata,
+    chunk_tokens: Sequence[int],
+    *,
+    num_threads: int = 1,
+    kernels: Kernels = CPU,
+) -> Encoder:
+    """Return the encoder of a saved cache.
+
+    Args:
+        config: from `load_config`.
+        cache: on the CPU; may be memory-mapped.
+        chunk_tokens: the chunks' token counts, at most the cache's in all.
+
+    Raises:
+        BitstreamError: the cache's values are not those that were saved.
+        InputError, ConfigError, MismatchError: cache and config do not go together.
+    """
+    method = method_named(config.method)
+    if method is None:
+        raise ValueError(f"`config` must be of a known method, got {config.method!r}")
+    return method.make_encoder(config, cache, metadata, chunk_tokens, num_threads=num_threads, kernels=kernels)
+
+
+def open_document(
+    tables_file: Buffer,
+    *,
+    num_threads: int = 1,
+    kernels: Kernels = CPU,
+    find_profile: FindProfile | None = None,
+) -> Document:
+    """Parse a tables file. What takes memory beyond its size waits for `Document.prepare`.
+
+    Args:
+        find_profile: called where the document names a profile; None where nothing will be decoded.
+
+    Raises:
+        BitstreamError: the file is corrupt.
+        MismatchError: the profile found is not the one that the document names.
+    """
+    content = bytes(tables_file)
+    method = method_of_file(content, TABLES_MAGIC, "tables")
+    header, tables = split_document(content, method.document_header)
+    return method.open_document(
+        header,
+        hashlib.sha256(content).digest(),
+        tables,
+        num_threads=num_threads,
+        kernels=kernels,
+        find_profile=find_profile,
+    )
+
+
+def parse_document(tables_file: Buffer) -> DocumentHeader:
+    """Check a tables file of any method and return its header.
+
+    Raises:
+        BitstreamError: the file is not whole, or any bit of it has changed.
+        UnsupportedVersionError: this release does not read it.
+    """
+    content = bytes(tables_file)
+    return split_document(content, method_of_file(content, TABLES_MAGIC, "tables").document_header)[0]
+
+
+def parse_chunk(
+    content: Buffer, num_threads: int = 1, *, check: Callable[[ChunkHeader], object] | None = None
+) -> Chunk[Any]:
+    """Take a chunk file of any method apart and check all of it; see `split_chunk`."""
+    return split_chunk(content, method_of_file(content, CHUNK_MAGIC, "chunk").chunk_header, num_threads, check=check)
+
+
+def parse_chunk_header(content: Buffer) -> ChunkHeader:
+    """Parse and check the header of a chunk file of any method, not what follows it.
+
+    Raises:
+        BitstreamError: the header is not whole, or the file has another length than it says.
+        UnsupportedVersionError: this release does not read it.
+    """
+    return method_of_file(content, CHUNK_MAGIC, "chunk").chunk_header.unpack(content)

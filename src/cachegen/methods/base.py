@@ -1,0 +1,489 @@
+"""What every method of coding a KV cache gives: a document to decode from, and an encoder that makes its files.
+
+A document is one saved cache. It has one tables file, whose hash stands in every chunk, and chunks that follow each
+other from token 0, at one or several levels; each chunk decodes by itself, given the tables.
+
+A method is a folder beside this file. It says what its headers are (`Method.document_header`, `Method.chunk_header`),
+reads its config, and has a `Document` and an `Encoder`. `cachegen.methods` lists the methods there are; nothing outside
+their folders asks which one it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeAlias
+
+import torch
+
+from cachegen import _native
+from cachegen.coder.cpu import DTYPES
+from cachegen.coder.cpu_kernels import CPU
+from cachegen.coder.kernels import Kernels
+from cachegen.errors import BitstreamError, ConfigError, MismatchError, UnsupportedVersionError
+from cachegen.format.constants import CHUNK_MAGIC, LANES, Coder
+from cachegen.format.files import Chunk, split_chunk
+from cachegen.format.framing import Buffer, open_header
+from cachegen.format.headers import METHOD_OFFSET, ChunkHeader, DocumentHeader
+from cachegen.kv_cache import ContextMetadata, KVCache, check_planes, describe_difference, hash_token_prefixes
+
+FindProfile: TypeAlias = Callable[[bytes], Any]
+"""Returns what a method calls a profile, by its hash of 32 bytes."""
+
+
+@dataclass(frozen=True)
+class ErrorMeasure:
+    """How far decoded values are from those of the cache.
+
+    Attributes:
+        largest: the largest difference, or a bound of it.
+        mean: over all values; None where it was not measured.
+    """
+
+    largest: float
+    mean: float | None = None
+
+
+class Document(ABC):
+    """What decoding needs of a document.
+
+    Attributes:
+        header: of its tables file.
+        tables_hash: SHA-256 of that file.
+    """
+
+    def __init__(self, header: Any, tables_hash: bytes) -> None:
+        self.header: DocumentHeader = header
+        self.tables_hash = tables_hash
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The cache's dtype."""
+        return next(dtype for dtype, number in DTYPES.items() if number == self.header.dtype)
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Do what decoding needs once, and may take memory, now that the document is known to be the right one.
+
+        Raises:
+            BitstreamError: the tables file is corrupt.
+            InputError: something that the document names is missing.
+        """
+
+    def decode(
+        self,
+        contents: Sequence[Buffer],
+        output: KVCache,
+        *,
+        first_token: int,
+        token_hash: bytes,
+        num_threads: int = 1,
+        kernels: Kernels = CPU,
+    ) -> None:
+        """Decode one chunk: `start_decoding`, waited for."""
+        where = {"first_token": first_token, "token_hash": token_hash, "num_threads": num_threads}
+        self.start_decoding(contents, output, kernels=kernels, **where)()
+
+    def start_decoding(
+        self,
+        contents: Sequence[Buffer],
+        output: KVCache,
+        *,
+        first_token: int,
+        token_hash: bytes,
+        num_threads: int = 1,
+        kernels: Kernels = CPU,
+    ) -> Callable[[], None]:
+        """Begin to decode one chunk: make all checks that need no decoding, and on a GPU queue the rest there.
+
+        Args:
+            contents: the files of level 1, of level 2, ...; more of them give a finer result.
+            output: where the chunk's tokens go: exactly as many as it must have, in the cache's dtype, on the kernels'
+                device.
+            first_token: where in the context the chunk must begin.
+            token_hash: hash of the context's tokens up to the chunk's end.
+
+        Returns:
+            A function that waits for the GPU and raises what is left to raise: BitstreamError. Until it has returned,
+            `output` holds no usable values. With kernels of the CPU all is done before.
+
+        Raises:
+            BitstreamError: a file is corrupt, naming its level; `output` then holds no usable values.
+            MismatchError: a file is of another document, model, context, configuration or level, naming the field.
+        """
+        if not contents:
+            raise ValueError("`contents` must have at least the file of level 1")
+        check_output(self.header.shapes, output)
+        chunks: list[Chunk[Any]] = []
+        for level, content in enumerate(contents, 1):
+            with naming_level(level):
+                chunks.append(self._split(content, level, chunks, output, first_token, token_hash, num_threads))
+        return self._start(chunks, output, first_token, num_threads, kernels)
+
+    def _split(
+        self,
+        content: Buffer,
+        level: int,
+        before: Sequence[Chunk[Any]],
+        output: KVCache,
+        first_token: int,
+        token_hash: bytes,
+        num_threads: int,
+    ) -> Chunk[Any]:
+        """Take a file apart, refusing one that does not belong here before its size in memory is taken."""
+
+        def check(header: ChunkHeader) -> None:
+            expected = self.header
+            gates = [
+                ("method", method_of(header).name, method_of(expected).name),
+                ("model_fingerprint", header.model_fingerprint, expected.model_fingerprint),
+                ("rope_hash", header.rope_hash, expected.rope_hash),
+                ("first_token", header.first_token, first_token),
+                ("num_tokens", header.num_tokens, output.num_tokens),
+                ("token_hash", header.token_hash, token_hash),
+                ("coder", header.coder, expected.coder),
+                ("dtype", header.dtype, expected.dtype),
+                ("num_layers", header.num_layers, expected.num_layers),
+                ("level", header.level, level),
+                *(self.gates(header) if header.method == expected.method else ()),
+                ("profile_hash", header.profile_hash, expected.profile_hash),
+                ("tables_hash", header.tables_hash, self.tables_hash),
+            ]
+            check_gates(gates)
+            if before and header.refines != before[-1].header.header_crc:
+                raise MismatchError(
+                    f"refines a file of level {level - 1} that is not the one beside it: encode the chunk again"
+                )
+
+        method = method_of_file(content, CHUNK_MAGIC, "chunk")
+        return split_chunk(content, method.chunk_header, num_threads, check=check)
+
+    @classmethod
+    @abstractmethod
+    def chunk_header(cls) -> type[ChunkHeader]:
+        """Return the class of the document's chunks' headers."""
+
+    @abstractmethod
+    def gates(self, header: Any) -> list[tuple[str, object, object]]:
+        """Return the method's own gates of a chunk: (field, found, wanted)."""
+
+    @abstractmethod
+    def _start(
+        self, chunks: Sequence[Chunk[Any]], output: KVCache, first_token: int, num_threads: int, kernels: Kernels
+    ) -> Callable[[], None]:
+        """Begin to decode chunk files that belong here; see `start_decoding`."""
+
+
+class Encoder(ABC):
+    """Encodes one saved cache: its chunks and levels in any order.
+
+    Attributes:
+        document: what a decoder will know.
+        tables_file: the tables file's bytes.
+    """
+
+    document: Document
+    tables_file: bytes
+
+    def __init__(
+        self,
+        cache: KVCache,
+        metadata: ContextMetadata,
+        chunk_tokens: Sequence[int],
+        num_threads: int = 1,
+        kernels: Kernels = CPU,
+    ) -> None:
+        """Read the cache's values once, for their hash.
+
+        Args:
+            cache: on the CPU; may be memory-mapped.
+            chunk_tokens: the chunks' token counts, at most the cache's in all.
+
+        Raises:
+            BitstreamError: the cache's values are not those that were saved.
+        """
+        if sum(chunk_tokens) > cache.num_tokens or min(chunk_tokens, default=0) < 1:
+            raise ValueError(f"`chunk_tokens` must be positive and at most {cache.num_tokens} in all")
+        self._cache, self._num_threads, self._kernels = cache, num_threads, kernels
+        self._stops = list(itertools.accumulate(chunk_tokens))
+        hashes = hash_token_prefixes(metadata.token_ids, [*self._stops, cache.num_tokens])
+        *self._token_hashes, token_hash = [bytes.fromhex(digest) for digest in hashes]
+        self._document_fields: dict[str, Any] = {
+            "num_cache_tokens": cache.num_tokens,
+            "dtype": DTYPES[cache.dtype],
+            "prefill_block_size": metadata.block_size,
+            "model_fingerprint": bytes.fromhex(metadata.model_fingerprint),
+            "token_hash": token_hash,
+            "rope_hash": bytes.fromhex(metadata.rope_hash),
+            "cache_hash": check_planes(cache, metadata),
+            "chunk_tokens": tuple(chunk_tokens),
+        }
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self._stops)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The numbers of the levels, 1 to the last."""
+        return self.document.header.levels
+
+    @abstractmethod
+    def expected_header(self, index: int, level: int = 1) -> ChunkHeader:
+        """Return a chunk's header but for what only encoding tells."""
+
+    @abstractmethod
+    def encode_chunk(self, index: int, level: int = 1) -> list[bytes | memoryview]:
+        """Encode one chunk at one level; returns its file as parts to be written one after the other.
+
+        Raises:
+            InputError: the cache holds what cannot be encoded.
+        """
+
+    @abstractmethod
+    def read_error(self, index: int, level: int, content: Buffer) -> ErrorMeasure:
+        """Return what decoding loses of a chunk's values at a level.
+
+        Args:
+            content: the chunk's file of the level.
+        """
+
+    def expected_kl(self, level: int) -> float | None:
+        """Return what a level is expected to lose, in nats per token; None where it is not known."""
+        return None
+
+    def is_encoding_of(self, index: int, contents: Sequence[Buffer]) -> bool:
+        """Tell whether files are this chunk, whole and unchanged, from this document and configuration.
+
+        Args:
+            contents: the files of level 1, of level 2, ... to the last.
+        """
+        refines = 0
+        for level, content in zip(self.levels, contents, strict=True):
+            try:
+                header = split_chunk(content, self.document.chunk_header(), self._num_threads).header
+            except BitstreamError:
+                return False
+            if header.refines != refines or header.without_encoding() != self.expected_header(index, level):
+                return False
+            refines = header.header_crc
+        return True
+
+    def _hash_tables(self) -> bytes:
+        return hashlib.sha256(self.tables_file).digest()
+
+    def _chunk_fields(self, index: int, level: int) -> dict[str, Any]:
+        """Return what the headers of all methods say of a chunk."""
+        document = self.document.header
+        num_tokens = document.chunk_tokens[index]
+        return {
+            "first_token": self._stops[index] - num_tokens,
+            "num_tokens": num_tokens,
+            "num_layers": document.num_layers,
+            "method": document.method,
+            "coder": document.coder,
+            "dtype": document.dtype,
+            "level": level,
+            "refines": 0,
+            "model_fingerprint": document.model_fingerprint,
+            "token_hash": self._token_hashes[index],
+            "rope_hash": document.rope_hash,
+            "tables_hash": self.document.tables_hash,
+            "profile_hash": document.profile_hash,
+        }
+
+
+class MethodConfig(ABC):
+    """What a config file says of a method; a frozen dataclass that owns its defaults.
+
+    Attributes:
+        method: the method's name.
+        coder: the default of this config.
+        source: the file, for messages.
+    """
+
+    method: str
+    coder: Coder
+    source: str
+
+    @abstractmethod
+    def with_flags(self, flags: Mapping[str, Any]) -> MethodConfig:
+        """Return the config with some values replaced.
+
+        Args:
+            flags: by the names of the command line's flags, without dashes; those that were not given are left out.
+
+        Raises:
+            ConfigError: the method has no such flag, or the flags contradict each other.
+        """
+
+    @abstractmethod
+    def check_document(self, header: Any, path: object) -> None:
+        """Refuse a document that was encoded otherwise.
+
+        Args:
+            header: of a document of this method.
+            path: its name, for messages.
+
+        Raises:
+            MismatchError: naming the first field that differs.
+        """
+
+    def refuse_flags(self, flags: Mapping[str, Any]) -> None:
+        """Refuse flags of another method.
+
+        Raises:
+            ConfigError: there are some.
+        """
+        for flag in flags:
+            raise ConfigError(f"--{flag} is not for method {self.method} ({self.source})")
+
+
+class Method(ABC):
+    """One method of coding: its name, its place in files, and how to open, configure and encode.
+
+    Attributes:
+        name: as configs, manifests and people write it.
+        number: as files have it.
+        uses_profile: whether documents name a profile.
+        num_sink_tokens: the first so many tokens of a context are computed from its text instead of decoded, where
+            a model goes on from them.
+    """
+
+    name: str
+    number: int
+    uses_profile: bool = False
+    num_sink_tokens: int = 0
+
+    @property
+    @abstractmethod
+    def document_header(self) -> type[DocumentHeader]: ...
+
+    @property
+    @abstractmethod
+    def chunk_header(self) -> type[ChunkHeader]: ...
+
+    @abstractmethod
+    def read_config(self, source: str, content: Mapping[str, Any]) -> MethodConfig:
+        """Return what a config file says.
+
+        Args:
+            source: the file.
+            content: its JSON object.
+
+        Raises:
+            ConfigError: it is not a config of this method, naming the field.
+        """
+
+    @abstractmethod
+    def open_document(
+        self,
+        header: Any,
+        tables_hash: bytes,
+        tables: bytes,
+        *,
+        num_threads: int,
+        kernels: Kernels,
+        find_profile: FindProfile | None,
+    ) -> Document:
+        """Return the document of a tables file that has been taken apart; see `cachegen.methods.open_document`."""
+
+    @abstractmethod
+    def make_encoder(
+        self,
+        config: Any,
+        cache: KVCache,
+        metadata: ContextMetadata,
+        chunk_tokens: Sequence[int],
+        *,
+        num_threads: int,
+        kernels: Kernels,
+    ) -> Encoder:
+        """Return an encoder; see `cachegen.methods.make_encoder`."""
+
+
+METHODS: list[Method] = []
+"""The methods that files and configs may name; `cachegen.methods` fills the list."""
+
+
+def method_of(header: DocumentHeader | ChunkHeader) -> Method:
+    """Return the method of a header that has been parsed."""
+    return next(method for method in METHODS if method.number == header.method)
+
+
+def method_of_file(content: Buffer, magic: bytes, kind: str) -> Method:
+    """Return the method that a file names.
+
+    Args:
+        magic, kind: of the file that it should be, as for `open_header`.
+
+    Raises:
+        BitstreamError: the file is damaged, or of another kind.
+        UnsupportedVersionError: this release does not know the method.
+    """
+    number = content[METHOD_OFFSET] if len(content) > METHOD_OFFSET else None
+    for method in METHODS:
+        if method.number == number:
+            return method
+    open_header(content, magic, kind, _native.crc32c)  # what is damaged is not of an unknown method
+    known = ", ".join(f"{method.number} ({method.name})" for method in METHODS)
+    raise UnsupportedVersionError(
+        f"{number} is not supported, this release reads {known}", offset=METHOD_OFFSET, field="method"
+    )
+
+
+def check_gates(gates: Iterable[tuple[str, object, object]]) -> None:
+    """Refuse a chunk one of whose fields, (name, found, wanted), is not what it must be, naming the first.
+
+    Raises:
+        MismatchError: there is one.
+    """
+    for field, found, wanted in gates:
+        if found != wanted:
+            raise MismatchError(
+                f"{field} is {_show(found)}, but the document and the context say {_show(wanted)}: "
+                "the chunk is of another document, model, configuration or level"
+            )
+
+
+def check_output(shapes: Sequence[tuple[int, int]], output: KVCache) -> None:
+    """Refuse to decode into a cache of other shapes than a document's.
+
+    Raises:
+        MismatchError: naming the first plane that differs.
+    """
+    difference = describe_difference(shapes, [tuple(plane.shape[1:]) for plane in output.planes])
+    if difference is not None:
+        raise MismatchError(f"{difference}: the document is of another model")
+
+
+class naming_level:
+    """A context in which errors say of which level's file they are."""
+
+    def __init__(self, level: int) -> None:
+        self._level = level
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, (BitstreamError, MismatchError)):
+            error.level = self._level
+
+
+def cut_streams(num_tokens: int, target: int) -> int:
+    """Return the tokens of a stream, a multiple of 32, so that a chunk's streams are about `target` long, all alike."""
+    num_streams = max(1, round(num_tokens / target))
+    return LANES * -(-num_tokens // (num_streams * LANES))
+
+
+def _show(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.hex()[:12]
+    if isinstance(value, tuple):
+        return f"{len(value)} planes of {value[0]}" if value else "none"
+    return value.name.lower() if isinstance(value, Enum) else str(value)

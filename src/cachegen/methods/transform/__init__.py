@@ -1,0 +1,82 @@
+"""Method `transform`: keys and values of some layers become components by a model's profile, coded in levels.
+
+    config          profile, step and levels, from a config file
+    profile         what calibration learnt about a model
+    transform       values to components and back, and their quantizer
+    exact_values    values that the transform cannot represent
+    headers         the fields of the files
+    codec           the document and its encoder
+
+The components' probability tables are `cachegen.coder.component_tables`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cachegen.coder.kernels import Kernels
+from cachegen.kv_cache import ContextMetadata, KVCache
+from cachegen.methods.base import FindProfile, Method
+from cachegen.methods.transform.codec import METHOD_NUMBER, SINK_TOKENS, TransformDocument, TransformEncoder
+from cachegen.methods.transform.config import TransformConfig, read_transform
+from cachegen.methods.transform.headers import TransformChunkHeader, TransformDocumentHeader
+from cachegen.methods.transform.profile import load_profile
+
+
+class TransformMethod(Method):
+    """See `Method`."""
+
+    name = "transform"
+    number = METHOD_NUMBER
+    uses_profile = True
+    num_sink_tokens = SINK_TOKENS
+
+    @property
+    def document_header(self) -> type[TransformDocumentHeader]:
+        return TransformDocumentHeader
+
+    @property
+    def chunk_header(self) -> type[TransformChunkHeader]:
+        return TransformChunkHeader
+
+    def read_config(self, source: str, content: Mapping[str, Any]) -> TransformConfig:
+        return read_transform(source, content)
+
+    def open_document(
+        self,
+        header: TransformDocumentHeader,
+        tables_hash: bytes,
+        tables: bytes,
+        *,
+        num_threads: int,
+        kernels: Kernels,
+        find_profile: FindProfile | None,
+    ) -> TransformDocument:
+        profile = find_profile(header.profile_hash) if find_profile is not None else None
+        return TransformDocument(header, tables_hash, profile, kernels.device)
+
+    def make_encoder(
+        self,
+        config: TransformConfig,
+        cache: KVCache,
+        metadata: ContextMetadata,
+        chunk_tokens: Sequence[int],
+        *,
+        num_threads: int,
+        kernels: Kernels,
+    ) -> TransformEncoder:
+        profile = load_profile(config.profile, for_encoding=True)
+        return TransformEncoder(
+            cache,
+            metadata,
+            profile,
+            chunk_tokens,
+            step_log=config.choose_step(profile),
+            num_levels=config.num_levels,
+            num_threads=num_threads,
+            kernels=kernels,
+        )
+
+
+METHODS = (TransformMethod(),)

@@ -1,0 +1,412 @@
+"""The codec of method `transform`: chunks of a KV cache to bytes and back, by way of a model's profile.
+
+A document is coded at one step and up to four levels; each file of a level refines the files of the levels before it.
+It is composed of the transform, its quantizer, the tables by scale index and the coder of components.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from cachegen import _native
+from cachegen.coder.component_tables import LevelCoding, plan_level
+from cachegen.coder.components import ComponentGroup
+from cachegen.coder.cpu_kernels import CPU
+from cachegen.coder.kernels import Kernels
+from cachegen.errors import BitstreamError, InputError, MismatchError, not_finite_error
+from cachegen.format import ALIGNMENT, LANES, MAX_LEVELS, Coder, StreamEntry, round_up
+from cachegen.format.files import Chunk, header_crc, join_chunk
+from cachegen.format.framing import Buffer
+from cachegen.kv_cache import ContextMetadata, KVCache
+from cachegen.methods.base import Document, Encoder, ErrorMeasure, cut_streams, naming_level
+from cachegen.methods.transform.exact_values import (
+    ExactValues,
+    pack_exact_values,
+    place_exact_values,
+    unpack_exact_values,
+)
+from cachegen.methods.transform.headers import (
+    MAX_STEP_LOG,
+    PlaneShape,
+    TransformChunkHeader,
+    TransformDocumentHeader,
+)
+from cachegen.methods.transform.loss import LossMeter
+from cachegen.methods.transform.profile import Profile, check_profile
+from cachegen.methods.transform.transform import (
+    BLOCK_TOKENS,
+    LEVEL_RATIO_LOG,
+    GroupTransform,
+    join_planes,
+    quantize_components,
+    step_of_level,
+)
+
+METHOD_NUMBER = 3
+"""How files call the method."""
+
+# A lane costs about 24 bits beyond its symbols; many components cost only tenths of a bit.
+SYMBOLS_PER_LANE = 16384
+
+SINK_TOKENS = 4
+"""First tokens that a model computes itself: much attention rests on them, and they are unlike all others."""
+
+
+class TransformDocument(Document):
+    """See `Document`.
+
+    Attributes:
+        profile: None where nothing is to be decoded.
+        device: of the matrix products, and of the outputs that chunks are decoded into.
+    """
+
+    header: TransformDocumentHeader
+
+    def __init__(
+        self,
+        header: TransformDocumentHeader,
+        tables_hash: bytes,
+        profile: Profile | None,
+        device: torch.device = CPU.device,
+    ) -> None:
+        """Put a document's parts together.
+
+        Raises:
+            MismatchError: the profile is not the one that the document names.
+        """
+        super().__init__(header, tables_hash)
+        self.profile, self.device = profile, device
+        if profile is None:
+            return
+        if bytes.fromhex(profile.profile_hash) != header.profile_hash:
+            raise MismatchError(
+                f"profile_hash is {profile.profile_hash[:12]}, but the document was encoded with the profile "
+                f"{header.profile_hash.hex()[:12]}: give --profile its folder"
+            )
+        if header.shapes != list(profile.plane_shapes):
+            raise MismatchError("planes have other shapes than the profile's")
+
+    @cached_property
+    def transforms(self) -> list[GroupTransform]:
+        """One per group of layers.
+
+        Raises:
+            InputError: the document was opened without a profile.
+        """
+        if self.profile is None:
+            raise InputError(f"the document needs the profile {self.header.profile_hash.hex()[:12]} (--profile)")
+        return [GroupTransform(self.profile, group, self.device) for group in self.profile.groups]
+
+    def prepare(self) -> None:
+        """See `Document.prepare`."""
+        _ = self.transforms
+
+    @functools.lru_cache(maxsize=MAX_LEVELS)  # noqa: B019 (a document lives as long as its folder or store is open)
+    def codings(self, level: int) -> list[LevelCoding]:
+        """Return how each group's components are coded at a level."""
+        step_log = self.header.step_log - LEVEL_RATIO_LOG * (level - 1)
+        coarse = step_log + LEVEL_RATIO_LOG if level > 1 else None
+        return [plan_level(t.group.scale_logs.numpy(), step_log, coarse) for t in self.transforms]
+
+    @classmethod
+    def chunk_header(cls) -> type[TransformChunkHeader]:
+        """See `Document.chunk_header`."""
+        return TransformChunkHeader
+
+    def gates(self, header: TransformChunkHeader) -> list[tuple[str, object, object]]:
+        """See `Document.gates`."""
+        codings = self.codings(header.level)
+        if len(codings) == header.num_groups:
+            _check_places(header, codings)
+        return [
+            ("step_log", header.step_log, self.header.step_log),
+            ("num_groups", header.num_groups, len(codings)),
+        ]
+
+    def _start(
+        self,
+        chunks: Sequence[Chunk[TransformChunkHeader]],
+        output: KVCache,
+        first_token: int,
+        num_threads: int,
+        kernels: Kernels,
+    ) -> Callable[[], None]:
+        headers = [chunk.header for chunk in chunks]
+        codings = [self.codings(level) for level in range(1, len(chunks) + 1)]
+        with naming_level(len(chunks)):
+            section = chunks[-1].behind[: headers[-1].exact_bytes]
+            header = self.header
+            exact = unpack_exact_values(section, header.dtype, output.num_tokens, header.values_per_token)
+        started: list[tuple[int, Callable[[], None]]] = []
+        step = step_of_level(self.header.step_log, len(chunks))
+        longest = round_up(output.num_tokens, LANES)  # a file may claim longer streams, and has one then
+        starts, offsets = [0] * len(chunks), [0] * len(chunks)
+        widths = [coding.num_components for coding in codings[-1]]
+        for batch in _batch_groups([width * output.num_tokens for width in widths], kernels.components_at_a_time):
+            decoded = [
+                torch.zeros(output.num_tokens, widths[group], dtype=torch.int32, device=self.device) for group in batch
+            ]
+            for level, (chunk, header) in enumerate(zip(chunks, headers, strict=True)):
+                groups = [
+                    ComponentGroup(
+                        group, components, codings[level][group], min(header.tokens_per_stream[group], longest)
+                    )
+                    for group, components in zip(batch, decoded, strict=True)
+                ]
+                streams = header.streams[starts[level] :][: sum(header.streams_of_groups[group] for group in batch)]
+                num_bytes = sum(round_up(stream.num_bytes, ALIGNMENT) for stream in streams)
+                payload = chunk.payload[offsets[level] : offsets[level] + num_bytes]
+                with naming_level(level + 1):
+                    finish = kernels.start_decode_component_groups(payload, streams, groups, num_threads)
+                started.append((level + 1, finish))
+                starts[level] += len(streams)
+                offsets[level] += num_bytes
+            for group, components in zip(batch, decoded, strict=True):
+                self.transforms[group].synthesize(components, step, output, first_token)
+        place_exact_values(exact, output)
+
+        def finish_all() -> None:
+            for level, finish in started:
+                with naming_level(level):
+                    finish()
+
+        return finish_all
+
+
+class TransformEncoder(Encoder):
+    """Encodes one saved cache with a profile; see `Encoder`."""
+
+    document: TransformDocument
+
+    def __init__(
+        self,
+        cache: KVCache,
+        metadata: ContextMetadata,
+        profile: Profile,
+        chunk_tokens: Sequence[int],
+        *,
+        step_log: int,
+        num_levels: int = 1,
+        num_threads: int = 1,
+        kernels: Kernels = CPU,
+    ) -> None:
+        """Check that cache and profile belong together.
+
+        Args:
+            cache: on the CPU; may be memory-mapped.
+            profile: loaded for encoding.
+            chunk_tokens: the chunks' token counts, at most the cache's in all.
+            step_log: 16 log2 of level 1's step.
+            kernels: on their device the matrix products are, too.
+
+        Raises:
+            BitstreamError: the cache's values are not those that were saved.
+            MismatchError: the profile is another model's.
+        """
+        if not 1 <= num_levels <= MAX_LEVELS:
+            raise ValueError(f"`num_levels` must be 1 to {MAX_LEVELS}, got {num_levels}")
+        if abs(step_log) > MAX_STEP_LOG:
+            raise ValueError(f"`step_log` must be within {MAX_STEP_LOG} of 0, got {step_log}")
+        check_profile(profile, metadata.model_fingerprint, metadata.rope_hash, "the KV cache")
+        if [tuple(plane.shape[1:]) for plane in cache.planes] != list(profile.plane_shapes):
+            raise MismatchError("the profile's shapes are not the KV cache's: it is another model's")
+        super().__init__(cache, metadata, chunk_tokens, num_threads, kernels)
+        self._device = kernels.device
+        header = TransformDocumentHeader(
+            **self._document_fields,
+            method=METHOD_NUMBER,
+            coder=Coder.RANS,
+            num_levels=num_levels,
+            profile_hash=bytes.fromhex(profile.profile_hash),
+            step_log=step_log,
+            planes=tuple(PlaneShape(*shape) for shape in profile.plane_shapes),
+        )
+        self.tables_file = header.pack()
+        self.document = TransformDocument(header, self._hash_tables(), profile, self._device)
+        self._quantized: _QuantizedChunk | None = None  # of the chunk that was asked for last
+
+    def expected_header(self, index: int, level: int = 1) -> TransformChunkHeader:
+        """See `Encoder.expected_header`."""
+        document = self.document.header
+        num_tokens = document.chunk_tokens[index]
+        return TransformChunkHeader(
+            **self._chunk_fields(index, level),
+            step_log=document.step_log,
+            tokens_per_stream=tuple(
+                choose_component_stream(coding.num_components, num_tokens) for coding in self.document.codings(level)
+            ),
+        )
+
+    def expected_kl(self, level: int) -> float | None:
+        """Return the loss that the profile's curve says for a level, in nats per token; None beyond the curve."""
+        profile = self.document.profile
+        point = profile.expect(self.document.header.step_log - LEVEL_RATIO_LOG * (level - 1)) if profile else None
+        return point.kl if point is not None else None
+
+    def read_error(self, index: int, level: int, content: Buffer) -> ErrorMeasure:
+        """Return what the chunk's file records."""
+        header = TransformChunkHeader.unpack(content)
+        return ErrorMeasure(header.max_error, header.mean_error)
+
+    def encode_chunk(self, index: int, level: int = 1) -> list[bytes | memoryview]:
+        """Encode one chunk at one level; returns its file as parts to be written one after the other.
+
+        Raises:
+            InputError: the cache holds NaN or infinity.
+        """
+        quantized = self._quantize(index)
+        if level > 1 and quantized.header_crcs[level - 2] is None:
+            self.encode_chunk(index, level - 1)
+        error = quantized.errors[level - 1]
+        header = dataclasses.replace(
+            self.expected_header(index, level),
+            refines=(quantized.header_crcs[level - 2] or 0) if level > 1 else 0,
+            max_error=error.largest,
+            mean_error=error.mean,
+        )
+        parts: list[bytes | memoryview] = []
+        streams: list[StreamEntry] = []
+        for group, coding in enumerate(self.document.codings(level)):
+            components = quantized.components[group]
+            coarse = components[level - 2] if level > 1 else None
+            payload, entries = self._kernels.encode_components(
+                components[level - 1], coarse, coding, header.tokens_per_stream[group], self._num_threads
+            )
+            parts.append(payload)
+            streams += entries
+        exact = pack_exact_values(quantized.exact[level - 1])
+        built = build_chunk(header, streams, parts, exact)
+        quantized.header_crcs[level - 1] = header_crc(built[0])
+        return built
+
+    def _quantize(self, index: int) -> _QuantizedChunk:
+        """Transform and quantize a chunk on the kernels' device, and measure what that loses."""
+        if self._quantized is None or self._quantized.index != index:
+            num_tokens = self.document.header.chunk_tokens[index]
+            first_token = self._stops[index] - num_tokens
+            tokens = self._cache.slice(first_token, self._stops[index])
+            for number, plane in enumerate(tokens.planes):
+                if not torch.isfinite(plane).all():
+                    bad = (~torch.isfinite(plane)).flatten(1).any(1).nonzero()[0].item()
+                    raise not_finite_error(number, first_token + int(bad))
+            if self._device.type != "cpu":
+                tokens = KVCache(
+                    [plane.to(self._device) for plane in tokens.keys],
+                    [plane.to(self._device) for plane in tokens.values],
+                )
+            losses = [LossMeter() for _ in self.levels]
+            components, first_channel = [], 0
+            for group, transform in enumerate(self.document.transforms):
+                components.append(self._quantize_group(group, transform, tokens, first_token, first_channel, losses))
+                first_channel += transform.group.num_channels
+            self._quantized = _QuantizedChunk(
+                index,
+                components,
+                [loss.gather(tokens) for loss in losses],
+                [loss.measure() for loss in losses],
+                [None] * len(self.levels),
+            )
+        return self._quantized
+
+    def _quantize_group(
+        self,
+        group: int,
+        transform: GroupTransform,
+        tokens: KVCache,
+        first_token: int,
+        first_channel: int,
+        losses: Sequence[LossMeter],
+    ) -> list[torch.Tensor]:
+        """Return a chunk's quantized components of one group, per level; what each level loses goes to `losses`."""
+        step_log = self.document.header.step_log
+        steps = [step_of_level(step_log, level) for level in self.levels]
+        num_coded = [self.document.codings(level)[group].num_components for level in self.levels]
+        expected = [transform.expected_errors(step, count) for step, count in zip(steps, num_coded, strict=True)]
+        blocks = []
+        for begin in range(0, tokens.num_tokens, BLOCK_TOKENS):
+            block = tokens.slice(begin, min(begin + BLOCK_TOKENS, tokens.num_tokens))
+            position = first_token + begin
+            vectors = transform.replace_outliers(transform.join(block, position))
+            quantized = quantize_components(transform.analyze(vectors, num_coded[-1]), steps[0], num_coded)
+            values = join_planes(transform.planes(block), None, position, self._device)
+            for loss, components, step, errors in zip(losses, quantized, steps, expected, strict=True):
+                decoded = torch.cat(
+                    [plane.flatten(1) for plane in transform.reconstruct(components, step, position)], 1
+                )
+                loss.add(values, decoded, errors, block.dtype, begin, first_channel)
+            blocks.append(quantized)
+        return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
+
+
+@dataclass
+class _QuantizedChunk:
+    """A chunk between quantizer and coder: its levels are usually encoded one after the other.
+
+    Attributes:
+        components: per group and level.
+        exact: per level, the values that travel exactly.
+        errors: per level, of all other values.
+        header_crcs: per level, of its file, once it is encoded.
+    """
+
+    index: int
+    components: list[list[torch.Tensor]]
+    exact: list[ExactValues]
+    errors: list[ErrorMeasure]
+    header_crcs: list[int | None]
+
+
+def build_chunk(
+    header: TransformChunkHeader,
+    streams: Sequence[StreamEntry],
+    payloads: Sequence[bytes | memoryview],
+    exact: bytes = b"",
+) -> list[bytes | memoryview]:
+    """Join a chunk's parts.
+
+    Args:
+        header: its `stream_index`, `exact_bytes` and `exact_crc` are filled in here.
+        payloads: of each group of layers.
+        exact: the section of exact values.
+
+    Returns:
+        The file, as parts to be written one after the other.
+    """
+    padded = exact.ljust(round_up(len(exact), ALIGNMENT), b"\0")
+    header = dataclasses.replace(header, exact_bytes=len(exact), exact_crc=_native.crc32c(padded))
+    return join_chunk(header, streams, payloads, behind=padded)
+
+
+def _batch_groups(sizes: Sequence[int], limit: int) -> list[range]:
+    """Return runs of groups whose sizes sum to at most `limit`, or single ones."""
+    batches, first, total = [], 0, 0
+    for group, size in enumerate(sizes):
+        if group > first and total + size > limit:
+            batches.append(range(first, group))
+            first, total = group, 0
+        total += size
+    return [*batches, range(first, len(sizes))]
+
+
+def choose_component_stream(num_components: int, num_tokens: int) -> int:
+    """Return how many tokens to put in a stream so that lanes have about `SYMBOLS_PER_LANE` symbols.
+
+    Returns:
+        A multiple of 32. A chunk's streams come out about equally long.
+    """
+    return cut_streams(num_tokens, LANES * max(1, round(SYMBOLS_PER_LANE / max(num_components, 1))))
+
+
+def _check_places(header: TransformChunkHeader, codings: Sequence[LevelCoding]) -> None:
+    """Refuse streams of so many tokens that an escape's 32 bits could not name every component of theirs."""
+    for tokens, coding in zip(header.tokens_per_stream, codings, strict=True):
+        if tokens * coding.num_components >= 1 << 32:
+            raise BitstreamError(
+                f"{tokens} tokens of {coding.num_components} components are too many", field="tokens_per_stream"
+            )

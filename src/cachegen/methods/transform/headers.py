@@ -1,0 +1,159 @@
+"""The headers of method `transform`.
+
+A document's tables file holds no tables: they follow from scale indices. What the profile says (shapes, components,
+scales) is not repeated, but for the shapes, which tell a reader what memory to take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from cachegen import _native
+from cachegen.errors import BitstreamError
+from cachegen.format.constants import ALIGNMENT, LANES, MAX_CHUNK_TOKENS, Coder, round_up
+from cachegen.format.framing import Buffer, require, unpack_record
+from cachegen.format.headers import ChunkHeader, DocumentHeader, check_channels
+from cachegen.format.layout import Record, f32, i32, reserved16, u16, u32, u64
+
+MAX_STEP_LOG = 1 << 10  # steps, and all that components of 2^24 of them stand for, stay within fp32
+
+
+@dataclass(frozen=True)
+class PlaneShape(Record):
+    """The shape of one layer's keys or values, per token."""
+
+    num_kv_heads: int = u16("num_kv_heads x head_dim, the number of channels, is 1 to 65536")
+    head_dim: int = u16("")
+
+    @property
+    def num_channels(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @classmethod
+    def unpack_record(cls, content: Buffer, at: int, end: int) -> Self:
+        fields = cls.unpack_fields(content, at, end)
+        check_channels(fields["num_kv_heads"], fields["head_dim"], at)
+        return cls(**fields)
+
+
+def _require_rans(coder: Coder, offset: int) -> None:
+    require(coder is Coder.RANS, "method transform is coded with rans", offset, "coder", unsupported=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformDocumentHeader(DocumentHeader):
+    """See `DocumentHeader`.
+
+    Attributes:
+        step_log: 16 log2 of level 1's quantization step.
+    """
+
+    step_log: int = i32("16 log2 of level 1's step, -1024 to 1024", least=-MAX_STEP_LOG, most=MAX_STEP_LOG)
+    planes: tuple[PlaneShape, ...] = ()
+
+    @property
+    def tables_bytes(self) -> int:
+        return 0
+
+    @classmethod
+    def plane_record(cls) -> type[PlaneShape]:
+        return PlaneShape
+
+    def pack_planes(self) -> bytes:
+        return b"".join(plane.pack_record() for plane in self.planes)
+
+    @classmethod
+    def unpack_planes(cls, records: Sequence[PlaneShape]) -> dict[str, Any]:
+        return {"planes": tuple(records)}
+
+    def check_file(self) -> None:
+        _require_rans(self.coder, self.offset_of("coder"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformChunkHeader(ChunkHeader):
+    """See `ChunkHeader`.
+
+    Attributes:
+        step_log: 16 log2 of level 1's quantization step.
+        tokens_per_stream: of each group of layers, multiples of 32.
+        max_error: largest difference of a value decoded at this level from the cache's, as the encoder measured it.
+        mean_error: mean difference over all values of the chunk.
+        exact_bytes: length of the section of exact values without its padding.
+        exact_crc: CRC-32C of that section with its padding.
+    """
+
+    step_log: int = i32(
+        "as in the tables file: of level 1, whatever the file's own level", least=-MAX_STEP_LOG, most=MAX_STEP_LOG
+    )
+    num_groups: int = u16("groups of layers, 1 to num_layers", is_derived=True)
+    reserved_too: int = reserved16()
+    max_error: float = f32(
+        "the largest difference between a value decoded at this level and the cache's; the writer measured it",
+        default=0.0,
+    )
+    mean_error: float = f32("the mean of the differences of all values, at most max_error", default=0.0)
+    exact_bytes: int = u64(
+        "length of the [exact values](#exact-values) without their padding; 0 where there are none", default=0
+    )
+    exact_crc: int = u32("CRC of the exact values with their padding", default=0)
+    tokens_per_stream: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_groups", len(self.tokens_per_stream))
+
+    @property
+    def streams_of_groups(self) -> list[int]:
+        """The number of streams of each group."""
+        return [-(-self.num_tokens // tokens) for tokens in self.tokens_per_stream]
+
+    @property
+    def num_streams(self) -> int:
+        return sum(self.streams_of_groups)
+
+    @property
+    def header_bytes(self) -> int:
+        return self.padded_bytes(4 * len(self.tokens_per_stream), self.num_streams)
+
+    @property
+    def payload_offset(self) -> int:
+        return self.header_bytes
+
+    @property
+    def trailer_bytes(self) -> int:
+        return round_up(self.exact_bytes, ALIGNMENT)
+
+    def check_sections(self, before: memoryview, behind: memoryview) -> None:
+        if _native.crc32c(behind) != self.exact_crc:
+            problem, offset = "does not match, the exact values are corrupt", self.offset_of("exact_crc")
+            raise BitstreamError(problem, offset=offset, field="exact_crc")
+
+    def without_encoding(self) -> TransformChunkHeader:
+        return dataclasses.replace(
+            self, stream_index=b"", refines=0, max_error=0.0, mean_error=0.0, exact_bytes=0, exact_crc=0
+        )
+
+    def pack_arrays(self) -> bytes:
+        return struct.pack(f"<{len(self.tokens_per_stream)}I", *self.tokens_per_stream)
+
+    @classmethod
+    def unpack_arrays(
+        cls, fields: dict[str, Any], content: Buffer, at: int, header_bytes: int
+    ) -> tuple[dict[str, Any], int, int]:
+        _require_rans(fields["coder"], cls.offset_of("coder"))
+        is_mean = fields["mean_error"] <= fields["max_error"]
+        require(is_mean, "must be at most max_error", cls.offset_of("mean_error"), "mean_error")
+        num_groups, groups_at = fields["num_groups"], cls.offset_of("num_groups")
+        in_range = 0 < num_groups <= fields["num_layers"]
+        require(in_range, f"must be 1 to the layers, got {num_groups}", groups_at, "num_groups")
+        tokens_per_stream = unpack_record(struct.Struct(f"<{num_groups}I"), content, at, header_bytes)
+        for group, tokens in enumerate(tokens_per_stream):
+            in_range = 0 < tokens <= MAX_CHUNK_TOKENS and tokens % LANES == 0
+            message = f"must be a multiple of {LANES}, got {tokens}"
+            require(in_range, message, at + 4 * group, "tokens_per_stream")
+        num_streams = sum(-(-fields["num_tokens"] // tokens) for tokens in tokens_per_stream)
+        return {"tokens_per_stream": tokens_per_stream}, num_streams, at + 4 * num_groups

@@ -1,0 +1,74 @@
+"""What a level loses of a chunk's values, measured as they will decode, and which of them must travel exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cachegen.kv_cache import KVCache
+from cachegen.methods.base import ErrorMeasure
+from cachegen.methods.transform.exact_values import ExactValues, gather_exact_values
+
+EXPECTED_ERRORS = 32.0
+"""A value travels exactly where the transform misses it by more than so many times the error to expect of its channel,
+the dtype's own rounding aside. Real caches stay below 21."""
+_ROUNDING = 2.0**-18  # of sums in fp32, over the largest magnitude of a token
+_MARGIN = 2.0**-8
+
+
+class LossMeter:
+    """Compares what a level decodes to with the cache, and lists the values that must travel exactly."""
+
+    def __init__(self) -> None:
+        self._largest, self._total, self._count = 0.0, 0.0, 0
+        self._tokens: list[NDArray[np.int64]] = []
+        self._channels: list[NDArray[np.int64]] = []
+
+    def add(
+        self,
+        values: torch.Tensor,
+        decoded: torch.Tensor,
+        expected: torch.Tensor,
+        dtype: torch.dtype,
+        first_token: int,
+        first_channel: int,
+    ) -> None:
+        """Compare a block.
+
+        Args:
+            values, decoded: fp32 `[num_tokens, num_channels]`; the latter are not rounded to `dtype` yet.
+            expected: the error to expect, `[num_channels]`.
+            dtype: of the cache.
+            first_token, first_channel: of the block, in the chunk.
+        """
+        info = torch.finfo(dtype)
+        magnitudes = values.abs()
+        bound = EXPECTED_ERRORS * expected + info.eps * magnitudes + _ROUNDING * magnitudes.amax(dim=1, keepdim=True)
+        errors = (values - decoded.to(dtype).float()).abs_()
+        # Not `>`: an error that is no number is out of bounds. Another device may round away from zero where ours did
+        # not, so that what comes near the largest number of the dtype must not be left to it.
+        is_exact = ~((errors <= bound) & (decoded.abs() <= info.max * (1 - _MARGIN)))
+        errors.masked_fill_(is_exact, 0.0)
+        self._largest = max(self._largest, float(errors.max()))
+        self._total += float(errors.sum(dtype=torch.float64))
+        self._count += errors.numel()
+        if is_exact.any():
+            tokens, channels = is_exact.nonzero(as_tuple=True)
+            self._tokens.append(tokens.cpu().numpy() + first_token)
+            self._channels.append(channels.cpu().numpy() + first_channel)
+
+    def gather(self, cache: KVCache) -> ExactValues:
+        """Return the values that travel exactly, from the chunk's cache."""
+        if not self._tokens:
+            return gather_exact_values(cache, np.empty(0, np.int64), np.empty(0, np.int64))
+        return gather_exact_values(cache, np.concatenate(self._tokens), np.concatenate(self._channels))
+
+    def measure(self) -> ErrorMeasure:
+        return ErrorMeasure(_round_up(self._largest), float(np.float32(self._total / self._count)))
+
+
+def _round_up(value: float) -> float:
+    """Return the smallest fp32 number that is at least `value`."""
+    rounded = np.float32(value)
+    return float(rounded if rounded >= value else np.nextafter(rounded, np.float32(np.inf)))

@@ -1,0 +1,256 @@
+"""The decorrelating transform: keys and values of a group of layers to components and back, forward and inverse.
+
+Per token, the keys' rotary embedding is undone (keys of one token kind then look alike at every position), keys and
+values of the group's layers are joined to one vector, and the profile's matrices turn it into components that are
+uncorrelated and equally important per unit. One step quantizes all of them; a finer level divides the step by three,
+so that every level refines the one before it and loses nothing for having been sent in two parts.
+
+Source: Karhunen-Loeve transform of vectors weighted by the square root of the Fisher information (this project's
+docs/rate_distortion.md); undoing RoPE as KVTC (ICLR 2026) does. The step ratio of three is that of nested mid-tread
+quantizers, whose cells are split into three equal ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from cachegen.kv_cache import KVCache, RotaryEmbedding
+from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile, TransformGroup
+
+LEVEL_RATIO = 3
+"""The step of a level over that of the next one."""
+LEVEL_RATIO_LOG = 25  # 16 log2 3, rounded
+BLOCK_TOKENS = 512  # at a time, so that temporaries stay small
+OUTLIER_DEVIATIONS = 32.0
+"""Values further from the mean, in standard deviations of their channel by the profile, are not transformed."""
+
+
+def step_of_level(step_log: int, level: int) -> float:
+    """Return the quantization step of a level, 1 being the coarsest: 2^(step_log / 16) / 3^(level - 1)."""
+    return 2.0 ** (step_log / SCALE_LOGS_PER_OCTAVE) / LEVEL_RATIO ** (level - 1)
+
+
+class GroupTransform:
+    """The transform of one group of layers, its matrices on one device in fp32."""
+
+    def __init__(self, profile: Profile, group: TransformGroup, device: torch.device) -> None:
+        """Put the matrices on `device`.
+
+        The analysis matrix is corrected once so that it inverts the synthesis matrix to fp32 accuracy: both are stored
+        in fp16, and a component of hundreds of steps would otherwise leak into others.
+        """
+        self.group = group
+        self._shapes = profile.plane_shapes[2 * group.first_layer : 2 * (group.first_layer + group.num_layers)]
+        self._rotary = profile.rotary_embeddings[0] if profile.rotary_embeddings else None
+        self._rotary_scaling = self._rotary.attention_scaling if self._rotary is not None else 1.0
+        self._device = device
+        self._mean = group.mean.to(device=device, dtype=torch.float32)
+        self._synthesis = group.synthesis.to(device=device, dtype=torch.float32)
+        self._deviations = self._spread(self._scales())
+        self._analysis: torch.Tensor | None = None
+        if group.analysis is not None:
+            analysis = group.analysis.to(device=device, dtype=torch.float64)
+            product = self._synthesis.double() @ analysis
+            # One Newton step: the error of the inverse is squared.
+            self._analysis = (2 * analysis - analysis @ product).float()
+
+    def join(self, cache: KVCache, first_token: int) -> torch.Tensor:
+        """Return the vectors of the group's layers, fp32 `[num_tokens, num_channels]`; see `join_planes`.
+
+        Args:
+            cache: all layers.
+            first_token: the position of the cache's first token.
+        """
+        return join_planes(self.planes(cache), self._rotary, first_token, self._device)
+
+    def analyze(self, vectors: torch.Tensor, num_components: int | None = None) -> torch.Tensor:
+        """Return the components of vectors, fp32 `[num_tokens, num_components]`.
+
+        Args:
+            vectors: from `join`, of at most `BLOCK_TOKENS` tokens.
+            num_components: only the first so many.
+        """
+        if self._analysis is None:
+            raise ValueError("the profile was loaded without its analysis matrices")
+        return (vectors - self._mean) @ self._analysis[:, :num_components]
+
+    def replace_outliers(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return vectors whose values far from all that the profile knows are the profile's mean.
+
+        Components would spread such a value's error over all channels of its token; as a value that travels exactly
+        it costs nothing but itself.
+        """
+        distance = (vectors - self._mean).abs()
+        # Not `>`: what is no number is far, too.
+        return torch.where(distance <= OUTLIER_DEVIATIONS * self._deviations, vectors, self._mean)
+
+    def synthesize(self, components: torch.Tensor, step: float, output: KVCache, first_token: int) -> None:
+        """Write the keys and values that quantized components stand for.
+
+        Args:
+            components: integers `[num_tokens, num_components]`, in steps; the first components, the rest are zero.
+            step: the quantization step.
+            output: all layers, on the transform's device; only the group's are written.
+            first_token: the position of the output's first token.
+        """
+        for start in range(0, output.num_tokens, BLOCK_TOKENS):
+            stop = min(start + BLOCK_TOKENS, output.num_tokens)
+            parts = self.reconstruct(components[start:stop], step, first_token + start)
+            for part, plane in zip(parts, self.planes(output.slice(start, stop)), strict=True):
+                plane.copy_(part)
+
+    def reconstruct(self, components: torch.Tensor, step: float, first_token: int) -> list[torch.Tensor]:
+        """Return the keys and values that quantized components stand for, before they are rounded to a dtype.
+
+        Args:
+            components: as in `synthesize`, of at most `BLOCK_TOKENS` tokens.
+
+        Returns:
+            fp32 `[num_tokens, num_kv_heads, head_dim]` for each plane of the group.
+        """
+        block = components.to(device=self._device, dtype=torch.float32) * step
+        vectors = torch.addmm(self._mean, block, self._synthesis[: components.shape[1]])
+        rotation = self._rotation(len(components), first_token)
+        planes = []
+        for index, (part, shape) in enumerate(
+            zip(vectors.split([heads * dim for heads, dim in self._shapes], dim=1), self._shapes, strict=True)
+        ):
+            values = part.view(-1, *shape)
+            planes.append(apply_rotation(values, *rotation) if index % 2 == 0 and rotation is not None else values)
+        return planes
+
+    def planes(self, cache: KVCache) -> Sequence[torch.Tensor]:
+        """Return the planes of a whole cache that are the group's."""
+        return cache.planes[2 * self.group.first_layer : 2 * (self.group.first_layer + self.group.num_layers)]
+
+    def expected_errors(self, step: float, num_coded: int) -> torch.Tensor:
+        """Return the error to expect of each decoded value, fp32 `[num_channels]`: a standard deviation.
+
+        A coded component is off by that of a uniform quantizer, step / sqrt(12), one that is not coded by its own. Of
+        components that the profile leaves out it is known that none is larger than the last one it has. The two dims of
+        a rotated pair share the larger of their errors.
+
+        Args:
+            num_coded: the first so many components are coded.
+        """
+        errors = self._scales()
+        left_out = errors[-1] * math.sqrt(max(self.group.num_channels / self.group.num_components - 1, 0.0))
+        errors[:num_coded] = errors[:num_coded].clamp(max=step / math.sqrt(12))
+        spread = torch.hypot(self._spread(errors), left_out * self._synthesis.norm(dim=0))
+        num_pairs = len(self._rotary.inv_freq) if self._rotary is not None else 0
+        parts = []
+        for index, (part, shape) in enumerate(
+            zip(spread.split([heads * dim for heads, dim in self._shapes]), self._shapes, strict=True)
+        ):
+            values = part.view(shape).clone()
+            if index % 2 == 0 and num_pairs:
+                first, second, _ = _pairs(values, num_pairs)
+                larger = torch.maximum(first, second) * self._rotary_scaling
+                values[..., : 2 * num_pairs] = torch.cat([larger, larger], dim=-1)
+            parts.append(values.flatten())
+        return torch.cat(parts)
+
+    def _scales(self) -> torch.Tensor:
+        """Return the components' standard deviations, fp32 `[num_components]`."""
+        return torch.exp2(self.group.scale_logs.to(self._device, torch.float32) / SCALE_LOGS_PER_OCTAVE)
+
+    def _spread(self, component_errors: torch.Tensor) -> torch.Tensor:
+        """Return what independent errors of components come to in each channel."""
+        return (component_errors.square() @ self._synthesis.square()).sqrt()
+
+    def _rotation(self, num_tokens: int, first_token: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        if self._rotary is None or not self._rotary.inv_freq:
+            return None
+        return rotation_of(self._rotary, num_tokens, first_token, self._device)
+
+
+def join_planes(
+    planes: Sequence[torch.Tensor], rotary: RotaryEmbedding | None, first_token: int, device: torch.device
+) -> torch.Tensor:
+    """Return the vectors that a transform works on.
+
+    Args:
+        planes: of consecutive layers `[num_tokens, num_heads, head_dim]`, keys then values of each.
+        rotary: what is undone in the keys; None or without frequencies: nothing.
+        first_token: the position of the planes' first token.
+        device: where the vectors belong.
+
+    Returns:
+        fp32 `[num_tokens, num_channels]`.
+    """
+    rotation = None
+    if rotary is not None and rotary.inv_freq:
+        rotation = rotation_of(rotary, planes[0].shape[0], first_token, device)
+    parts = []
+    for index, plane in enumerate(planes):
+        values = plane.to(device=device, dtype=torch.float32)
+        if index % 2 == 0 and rotation is not None:
+            values = undo_rotation(values, *rotation)
+        parts.append(values.flatten(1))
+    return torch.cat(parts, dim=1)
+
+
+def rotation_of(
+    rotary: RotaryEmbedding, num_tokens: int, first_token: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return cosines and sines, fp32 `[num_tokens, 1, len(inv_freq)]`, and the attention scaling."""
+    positions = torch.arange(first_token, first_token + num_tokens, dtype=torch.float64, device=device)
+    frequencies = torch.tensor(rotary.inv_freq, dtype=torch.float64, device=device)
+    angles = (positions[:, None] * frequencies)[:, None, :]
+    return angles.cos().float(), angles.sin().float(), rotary.attention_scaling
+
+
+def apply_rotation(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Rotate keys `[num_tokens, num_heads, head_dim]` by their positions.
+
+    Dims i and i + n of a head, n = len(inv_freq), are a pair; dims from 2n on are left as they are.
+
+    Source: rotary position embedding (Su et al. 2021), pairs as transformers' Llama has them.
+    """
+    first, second, rest = _pairs(keys, cosines.shape[-1])
+    rotated = (first * cosines - second * sines, second * cosines + first * sines)
+    return torch.cat([part * scaling for part in rotated] + [rest], dim=-1)
+
+
+def undo_rotation(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Rotate keys back; the inverse of `apply_rotation`."""
+    first, second, rest = _pairs(keys, cosines.shape[-1])
+    rotated = (first * cosines + second * sines, second * cosines - first * sines)
+    return torch.cat([part / scaling for part in rotated] + [rest], dim=-1)
+
+
+def _pairs(keys: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return keys[..., :num_pairs], keys[..., num_pairs : 2 * num_pairs], keys[..., 2 * num_pairs :]
+
+
+def quantize_components(components: torch.Tensor, step: float, num_coded: Sequence[int]) -> list[torch.Tensor]:
+    """Quantize components to every level, each refining the one before it.
+
+    Args:
+        components: fp32 `[num_tokens, num_components]`.
+        step: of level 1.
+        num_coded: components coded at each level, not decreasing. A component is not refined but coded anew at the
+            first level that codes it.
+
+    Returns:
+        Per level int32 `[num_tokens, num_coded of the level]`, in steps of that level, ties to even. Where the level
+        before coded a component as q, it is 3q - 1, 3q or 3q + 1.
+    """
+    levels: list[torch.Tensor] = []
+    for level, count in enumerate(num_coded):
+        scaled = components[:, :count] * (LEVEL_RATIO**level / step)
+        # Beyond any real cache's; keeps the integers and their refinements within 32 bits.
+        quantized = scaled.round().clamp(-MAX_COMPONENT, MAX_COMPONENT).to(torch.int32)
+        if levels:
+            coarse = LEVEL_RATIO * levels[-1]
+            known = coarse.shape[1]
+            quantized[:, :known] = coarse + (quantized[:, :known] - coarse).clamp(-1, 1)
+        levels.append(quantized)
+    return levels
+
+
+MAX_COMPONENT = 1 << 24
+"""The largest magnitude of a component in steps of the level that codes it anew."""
