@@ -208,7 +208,10 @@ def find_nvcc() -> str:
 class BuildNative(build_ext):
     """Compile the native modules, say which were built, and why one was not."""
 
-    user_options: ClassVar = [*build_ext.user_options, ("cuda=", None, f"build {CUDA_MODULE}: {', '.join(CUDA_CHOICES)}")]
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("cuda=", None, f"build {CUDA_MODULE}: {', '.join(CUDA_CHOICES)}"),
+    ]
 
     def initialize_options(self) -> None:
         super().initialize_options()
