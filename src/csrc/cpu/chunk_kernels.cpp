@@ -26,8 +26,8 @@ Failure first_failure(const std::vector<Status>& statuses) {
 
 }  // namespace
 
-void measure_chunk(const std::vector<Plane>& planes, Dtype dtype, int64_t num_tokens, int num_threads, CpuPath path,
-                   uint32_t* counts, std::vector<int64_t>& bad_tokens) {
+void measure_chunk(const std::vector<Plane>& planes, Dtype dtype, int64_t num_tokens, int num_threads,
+                   [[maybe_unused]] CpuPath path, uint32_t* counts, std::vector<int64_t>& bad_tokens) {
     std::vector<int64_t> first_rows(planes.size() + 1, 0);
     for (size_t i = 0; i < planes.size(); ++i) first_rows[i + 1] = first_rows[i] + planes[i].num_channels();
     require_known(dtype);

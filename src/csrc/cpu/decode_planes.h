@@ -51,12 +51,12 @@ inline void decode_with_vectors(const std::vector<Plane>& planes, const std::vec
 
 // Decode streams, whose offsets and sizes must lie within the payload; one status per stream.
 inline void decode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams, Dtype dtype,
-                          int64_t num_tokens, const uint8_t* payload, int64_t payload_bytes, CpuPath path,
-                          int num_threads, std::vector<Status>& statuses) {
+                          int64_t num_tokens, const uint8_t* payload, [[maybe_unused]] int64_t payload_bytes,
+                          CpuPath path, int num_threads, std::vector<Status>& statuses) {
     const BatchPlan plan = plan_batches(planes, streams, num_threads, path != CpuPath::kPortable);
     int64_t num_values = 0;
     for (const Plane& plane : planes) num_values += num_tokens * plane.num_channels();
-    const bool is_large = num_values * value_bytes_of(dtype) >= kBypassBytes;
+    [[maybe_unused]] const bool is_large = num_values * value_bytes_of(dtype) >= kBypassBytes;
     parallel_for(plan.num_batches(), num_threads, [&](int64_t index) {
         // Kept from call to call: fresh memory would cost a page fault per 4096 bytes.
         thread_local StreamWorkspace workspace;
@@ -64,7 +64,7 @@ inline void decode_planes(const std::vector<Plane>& planes, const std::vector<St
         const int64_t* members = &plan.order[plan.begins[index]];
         const int num_members = static_cast<int>(plan.begins[index + 1] - plan.begins[index]);
         const StreamRef& first = streams[members[0]];
-        const Plane& plane = planes[first.plane];
+        [[maybe_unused]] const Plane& plane = planes[first.plane];
 #if CACHEGEN_X86
         if (path != CpuPath::kPortable && BatchKey(plane, first.shape).is_uniform) {
             decode_with_vectors(planes, streams, dtype, members, num_members, payload, payload_bytes, is_large, path,
