@@ -3,32 +3,48 @@ PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+# What running needs, and what tests and checks need beside it.
+RUNNABLE := $(VENV)/.installed-run
+INSTALLED := $(VENV)/.installed-dev
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 NATIVE_SOURCES := $(shell find src/csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 # The scripts call `python`: let it be the one in .venv.
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-mutations test-faults test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo cuda test test-mutations test-faults test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py $(NATIVE_SOURCES)
+# The first time pip shows what it does; later it has little to do.
+$(RUNNABLE): pyproject.toml constraints.txt setup.py $(NATIVE_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "make: Python 3.11 or newer is needed; name yours: make PYTHON=python3.11" >&2; exit 1; }
-	@echo "make: installing into $(VENV) what constraints.txt pins (the first time takes minutes: torch is large)"
+	@echo "make: installing what running needs into $(VENV) (torch is large), and compiling the kernels"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PIP) $(if $(wildcard $(RUNNABLE)),-q) -e .
 	@$(BIN)/python -c 'import cachegen._native'
+	@touch $@
+
+# Not as the extra of the package, which would be built again.
+$(INSTALLED): $(RUNNABLE)
+	@echo "make: adding what tests and checks need to $(VENV)"
+	@$(BIN)/python -c 'import tomllib; \
+	    project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	    print(*project["optional-dependencies"]["dev"], sep="\n")' >$(VENV)/requirements-dev.txt
+	@$(PIP) $(if $(wildcard $(INSTALLED)),-q) -r $(VENV)/requirements-dev.txt
 	@touch $@
 
 venv: $(INSTALLED) ## Make or refresh .venv
 
-demo: $(INSTALLED) ## Prefill, encode, decode and answer a question with the bundled model
+demo: $(RUNNABLE) ## Prefill, encode, decode and answer a question with the bundled model
 	@$(IN_VENV) bash scripts/demo.sh
+
+cuda: $(INSTALLED) ## Compile the CUDA module for all GPUs that are supported; needs nvcc, no GPU
+	@CACHEGEN_CUDA=all $(BIN)/python setup.py build_ext --inplace
 
 test: $(INSTALLED) ## Run all tests that need neither a GPU nor the internet
 	@$(BIN)/python -m pytest -n auto --dist loadfile
@@ -42,7 +58,7 @@ test-faults: $(INSTALLED) ## Kill the scripts, fill their disks, deny them memor
 test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU")'
 	@$(BIN)/python -c 'import importlib.util, sys; importlib.util.find_spec("torchac_cuda") or sys.exit( \
-	    "make test-gpu: torchac_cuda is not built: put nvcc 12 or newer on PATH, then make clean test-gpu")'
+	    "make test-gpu: torchac_cuda is not built: put nvcc 12 or newer on PATH, then make cuda test-gpu")'
 	@$(BIN)/python -m pytest -m cuda || { \
 	    status=$$?; test $$status -ne 5 || echo "make test-gpu: there is no test marked cuda" >&2; exit $$status; }
 
@@ -103,7 +119,7 @@ test-sanitized: $(INSTALLED) ## Run the tests of the native module, built with A
 	@cp -R src/cachegen $(SANITIZED)/ && rm -f $(SANITIZED)/cachegen/*.so
 	@$${CXX:-g++} -std=c++17 -O1 -g -shared -fPIC -fvisibility=hidden -ffp-contract=off -pthread \
 	    -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -Isrc/csrc \
-	    $$($(BIN)/python -m pybind11 --includes) src/csrc/cpu/*.cpp \
+	    -I$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') src/csrc/cpu/*.cpp \
 	    -o $(SANITIZED)/cachegen/_native$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 	@LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED):. \
@@ -113,5 +129,5 @@ bench: $(INSTALLED) ## Measure the coders: bytes first, then times
 	@$(IN_VENV) python benchmarks/coder_throughput.py
 
 clean: ## Remove what was built; .venv stays and is refreshed by the next target
-	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(INSTALLED) src/cachegen.egg-info src/*.so src/cachegen/*.so
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(RUNNABLE) $(INSTALLED) src/cachegen.egg-info src/*.so src/cachegen/*.so
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -87,9 +85,8 @@ def test_unknown_names_are_refused() -> None:
         device.choose_kernels("tpu")
 
 
-def test_the_module_imports_without_a_driver_wherever_an_nvcc_could_build_it() -> None:
-    has_nvcc = shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists()
-    if not has_nvcc and importlib.util.find_spec("torchac_cuda") is None:
+def test_the_module_imports_without_a_driver_wherever_it_is_built() -> None:
+    if importlib.util.find_spec("torchac_cuda") is None:
         with pytest.raises(BackendUnavailableError, match=r"python setup\.py build_ext --inplace"):
             cuda.load_module()
         return

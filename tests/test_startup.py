@@ -1,4 +1,4 @@
-"""A script that is interrupted while it imports ends in one line."""
+"""A script that is interrupted while it imports ends in one line; torch's threads sleep while they wait."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from conftest import REPOSITORY
 from test_packaging import SCRIPTS
 
 from cachegen import startup
+
+
+@pytest.fixture(autouse=True)
+def wait_policy(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Begin without a policy, and end with the one before."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "to be restored")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    return monkeypatch
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -38,3 +46,24 @@ def test_only_a_script_is_guarded_and_only_for_so_long():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_threads_sleep_while_they_wait_from_when_torch_is_imported(script, tmp_path):
+    (tmp_path / "torch.py").write_text("import os\nprint(os.environ.get('OMP_WAIT_POLICY'), flush=True)\nos._exit(0)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY / 'src'}"}
+    command = [sys.executable, str(REPOSITORY / script), "--help"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+    assert result.stdout == "PASSIVE\n"
+
+
+@pytest.mark.parametrize(("module_name", "before", "after"), [("__main__", "ACTIVE", "ACTIVE"), ("main", None, None)])
+def test_the_users_policy_stays_and_so_does_an_importers(wait_policy, module_name, before, after):
+    if before is not None:
+        wait_policy.setenv("OMP_WAIT_POLICY", before)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        startup.guard_imports(module_name)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert os.environ.get("OMP_WAIT_POLICY") == after

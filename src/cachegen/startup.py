@@ -1,5 +1,7 @@
 """A script's first second, in which it imports torch: interrupted then, it ends in one line, as it does later.
 
+And torch's threads sleep while they wait for each other.
+
 Standard library only, so that it is there before anything that takes long.
 """
 
@@ -12,11 +14,16 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 
 def guard_imports(module_name: str) -> None:
-    """Let an interrupt end the process in one line until `end_guard`.
+    """Let an interrupt end the process in one line until `end_guard`, and torch's threads sleep while they wait.
 
     Args:
         module_name: `__name__` of the script; nothing is done where another module imports it.
     """
+    if module_name == "__main__":
+        # OpenMP's threads spin for one that another process keeps from its processor: with two on two processors, one
+        # of them busy, a prefill took ten times as long. OpenMP reads this when torch loads it; GOMP_SPINCOUNT and
+        # KMP_BLOCKTIME, where set, say more.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Where a shell ignores interrupts for a job in the background, so does the job.
     if module_name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)

@@ -110,6 +110,9 @@ bool with_dtype(Dtype dtype, Work&& work) {
     return false;
 }
 
+// The size of a value of a known dtype.
+inline int64_t value_bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
 // M, the largest quantized magnitude: symbols run from 0 to 2M and M stands for zero.
 CACHEGEN_HOST_DEVICE inline int zero_symbol_of(int num_bins) { return num_bins / 2 - 1; }
 

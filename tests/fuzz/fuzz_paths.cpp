@@ -116,8 +116,8 @@ void check_decoding(Document& document, std::vector<StreamRef>& streams, const s
     for (CpuPath path : supported_paths()) {
         for (auto& values : document.values) std::fill(values.begin(), values.end(), uint8_t{0});
         std::vector<Status> statuses(streams.size(), Status::kOk);
-        decode_planes<Dtype>(document.planes, streams, document.num_tokens, payload.data(),
-                             static_cast<int64_t>(payload.size()), path, 1, statuses);
+        decode_planes(document.planes, streams, Dtype::kDtype, document.num_tokens, payload.data(),
+                      static_cast<int64_t>(payload.size()), path, 1, statuses);
         bool all_ok = true;
         for (Status status : statuses) all_ok &= status == Status::kOk;
         if (path == CpuPath::kPortable) {
@@ -145,7 +145,7 @@ void run(FuzzInput input) {
     std::vector<StreamRef> streams = list_streams(document.planes, document.num_tokens);
     std::vector<uint8_t> payload;
     for (CpuPath path : supported_paths()) {
-        EncodedStreams encoded = encode_planes<Dtype>(document.planes, streams, path, 1);
+        EncodedStreams encoded = encode_planes(document.planes, streams, Dtype::kDtype, path, 1);
         std::vector<uint8_t> bytes;
         bool all_ok = true;
         for (size_t i = 0; i < streams.size(); ++i) {

@@ -71,9 +71,9 @@ bool decode_channels(const uint8_t* code, const uint8_t* lengths, const Frequenc
 }
 
 // Decode one stream; see decode_stream.
-template <class Sink>
-Status decode_arithmetic_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words, const StreamShape& shape,
-                                const PlaneCoding& coding, StreamWorkspace& workspace, Sink&& sink) {
+inline Status decode_arithmetic_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words,
+                                       const StreamShape& shape, const PlaneCoding& coding, StreamWorkspace& workspace,
+                                       const TileSink& sink) {
     const CodeParts parts = lay_out_codes(shape, coding.low_bits);
     int64_t end = parts.codes;
     if (end > num_bytes) return Status::kTruncated;

@@ -29,6 +29,8 @@
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,bmi2,popcnt,f16c,fma")))
 #define CACHEGEN_AVX512_INLINE CACHEGEN_AVX512 __attribute__((always_inline)) inline
 #endif
+// Compiled once, rather than into each of many callers.
+#define CACHEGEN_AVX512_APART CACHEGEN_AVX512 __attribute__((noinline))
 
 namespace cachegen::avx512 {
 

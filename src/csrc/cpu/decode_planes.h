@@ -17,19 +17,17 @@ namespace cachegen {
 // Above this many bytes of output, whole cache lines go past the caches: the values will not be read from there.
 constexpr int64_t kBypassBytes = int64_t{1} << 23;
 
-template <class Dtype>
-bool allows_bypass(const Plane& plane) {
-    constexpr int64_t kLine = 64 / sizeof(typename Dtype::Storage);
-    return reinterpret_cast<uintptr_t>(plane.values) % 64 == 0 && plane.token_stride % kLine == 0 &&
-           plane.head_stride % kLine == 0 && plane.head_dim % kLine == 0;
+inline bool allows_bypass(const Plane& plane, Dtype dtype) {
+    const int64_t line = 64 / value_bytes_of(dtype);
+    return reinterpret_cast<uintptr_t>(plane.values) % 64 == 0 && plane.token_stride % line == 0 &&
+           plane.head_stride % line == 0 && plane.head_dim % line == 0;
 }
 
 #if CACHEGEN_X86
 // Decode a batch of uniform streams with vector instructions.
-template <class Dtype>
-void decode_with_vectors(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams,
-                         const int64_t* members, int num_members, const uint8_t* payload, int64_t payload_bytes,
-                         bool bypasses_caches, CpuPath path, Scratch& scratch, std::vector<Status>& statuses) {
+inline void decode_with_vectors(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams, Dtype dtype,
+                                const int64_t* members, int num_members, const uint8_t* payload, int64_t payload_bytes,
+                                bool bypasses_caches, CpuPath path, Scratch& scratch, std::vector<Status>& statuses) {
     StreamBatch batch = describe_batch(planes[streams[members[0]].plane], streams[members[0]].shape);
     batch.stores_bypass_caches = bypasses_caches;
     batch.readable_end = payload + payload_bytes;
@@ -38,28 +36,27 @@ void decode_with_vectors(const std::vector<Plane>& planes, const std::vector<Str
         const StreamRef& stream = streams[members[i]];
         const Plane& plane = planes[stream.plane];
         BatchStream& opened = batch.streams[batch.num_streams];
-        opened = describe_stream(plane, stream, sizeof(typename Dtype::Storage));
+        opened = describe_stream(plane, stream, value_bytes_of(dtype));
         statuses[members[i]] = open_stream(plane.coding, stream, payload, &opened);
         if (statuses[members[i]] != Status::kOk) continue;
-        batch.stores_bypass_caches &= allows_bypass<Dtype>(plane);
+        batch.stores_bypass_caches &= allows_bypass(plane, dtype);
         indices[batch.num_streams++] = members[i];
     }
     Status found[kMaxBatch];
     const auto decode = path == CpuPath::kAvx512 ? decode_batch_avx512 : decode_batch_avx2;
-    decode(batch, Dtype::kDtype, scratch, found);
+    decode(batch, dtype, scratch, found);
     for (int i = 0; i < batch.num_streams; ++i) statuses[indices[i]] = found[i];
 }
 #endif
 
 // Decode streams, whose offsets and sizes must lie within the payload; one status per stream.
-template <class Dtype>
-void decode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams, int64_t num_tokens,
-                   const uint8_t* payload, int64_t payload_bytes, CpuPath path, int num_threads,
-                   std::vector<Status>& statuses) {
+inline void decode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams, Dtype dtype,
+                          int64_t num_tokens, const uint8_t* payload, [[maybe_unused]] int64_t payload_bytes,
+                          CpuPath path, int num_threads, std::vector<Status>& statuses) {
     const BatchPlan plan = plan_batches(planes, streams, num_threads, path != CpuPath::kPortable);
     int64_t num_values = 0;
     for (const Plane& plane : planes) num_values += num_tokens * plane.num_channels();
-    const bool is_large = num_values * static_cast<int64_t>(sizeof(typename Dtype::Storage)) >= kBypassBytes;
+    [[maybe_unused]] const bool is_large = num_values * value_bytes_of(dtype) >= kBypassBytes;
     parallel_for(plan.num_batches(), num_threads, [&](int64_t index) {
         // Kept from call to call: fresh memory would cost a page fault per 4096 bytes.
         thread_local StreamWorkspace workspace;
@@ -67,17 +64,19 @@ void decode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef
         const int64_t* members = &plan.order[plan.begins[index]];
         const int num_members = static_cast<int>(plan.begins[index + 1] - plan.begins[index]);
         const StreamRef& first = streams[members[0]];
-        const Plane& plane = planes[first.plane];
+        [[maybe_unused]] const Plane& plane = planes[first.plane];
 #if CACHEGEN_X86
         if (path != CpuPath::kPortable && BatchKey(plane, first.shape).is_uniform) {
-            decode_with_vectors<Dtype>(planes, streams, members, num_members, payload, payload_bytes, is_large, path,
-                                       scratch, statuses);
+            decode_with_vectors(planes, streams, dtype, members, num_members, payload, payload_bytes, is_large, path,
+                                scratch, statuses);
             return;
         }
 #endif
         for (int i = 0; i < num_members; ++i)
-            statuses[members[i]] =
-                decode_plane_stream<Dtype>(planes[streams[members[i]].plane], streams[members[i]], payload, workspace);
+            with_dtype(dtype, [&](auto tag) {
+                statuses[members[i]] = decode_plane_stream<decltype(tag)>(planes[streams[members[i]].plane],
+                                                                          streams[members[i]], payload, workspace);
+            });
     });
 }
 

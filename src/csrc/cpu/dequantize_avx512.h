@@ -51,7 +51,7 @@ class Dequantizer {
         return dtype_ == Dtype::kFloat32 ? 0 : sizeof(uint16_t) * num_entries_ * num_tables;
     }
 
-    CACHEGEN_AVX512 void make_tables(uint8_t* memory) const {
+    CACHEGEN_AVX512_APART void make_tables(uint8_t* memory) const {
         if (dtype_ == Dtype::kFloat32) return;
         auto* table = reinterpret_cast<uint16_t*>(memory);
         for (int s = 0; s < batch_.num_streams; ++s) {
@@ -80,8 +80,8 @@ class Dequantizer {
     }
 
     // Write a block (see TileDecoder::block) that begins at a token of its streams.
-    CACHEGEN_AVX512 void write_block(const uint8_t* block, const uint8_t* tables, int first_stream, int num_members,
-                                     int64_t first_token) const {
+    CACHEGEN_AVX512_APART void write_block(const uint8_t* block, const uint8_t* tables, int first_stream,
+                                           int num_members, int64_t first_token) const {
         switch (dtype_ == Dtype::kFloat32 ? 0 : num_entries_) {
             case 0:
                 return write<0>(block, tables, first_stream, num_members, first_token);

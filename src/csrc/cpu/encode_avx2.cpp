@@ -104,16 +104,115 @@ CACHEGEN_AVX2_INLINE __m256i encode_lanes(__m256i states, __m256i frequency, __m
     return _mm256_add_epi32(coded, _mm256_andnot_si256(is_exact, correction));
 }
 
-template <class Dtype>
+// Quantizes blocks of tokens. The encoder is not compiled anew for every dtype: which it is, is asked once per block.
+class BlockQuantizer {
+  public:
+    // `inverses` is memory of inverses_bytes().
+    BlockQuantizer(const StreamBatch& batch, Dtype dtype, float* inverses)
+        : batch_(batch), dtype_(dtype), padded_tokens_(batch.shape.num_rows() * kNumLanes), inverses_(inverses) {}
+
+    static size_t inverses_bytes(const StreamBatch& batch) {
+        return batch.num_streams * batch.shape.num_rows() * kNumLanes * sizeof(float);
+    }
+
+    CACHEGEN_AVX2 void start() {
+        with_dtype(dtype_, [&](auto tag) { find_inverses<decltype(tag)>(); });
+        for (int s = 0; s < batch_.num_streams; ++s) highest_[s] = _mm256_setzero_si256();
+    }
+
+    // Choose the channels of a stream's next blocks.
+    void begin_tile(int s, int64_t first_channel, int num_channels) {
+        runs_[s] = TileRuns(first_channel, num_channels, batch_.head_dim, batch_.streams[s].head_stride);
+    }
+
+    // Quantize 32 channels of 32 tokens of a stream into [channel][32 tokens].
+    CACHEGEN_AVX2 void quantize(int64_t row, int s, uint8_t* out) {
+        if (dtype_ == Dtype::kFloat16)
+            quantize_block<Float16>(row, s, out);
+        else if (dtype_ == Dtype::kBfloat16)
+            quantize_block<Bfloat16>(row, s, out);
+        else
+            quantize_block<Float32>(row, s, out);
+    }
+
+    // Whether all values were within their tokens' scales.
+    CACHEGEN_AVX2 bool is_in_range(int s) const {
+        const auto highest = static_cast<uint16_t>(2 * zero_symbol_of(batch_.streams[s].num_bins));
+        alignas(32) uint16_t words[16];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(words), highest_[s]);
+        return *std::max_element(words, words + 16) <= highest;
+    }
+
+  private:
+    template <class Dtype>
+    void find_inverses() {
+        for (int s = 0; s < batch_.num_streams; ++s) {
+            const BatchStream& stream = batch_.streams[s];
+            const auto* scales = reinterpret_cast<const typename Dtype::Storage*>(stream.scales);
+            const int zero_symbol = zero_symbol_of(stream.num_bins);
+            for (int64_t token = 0; token < batch_.shape.num_tokens; ++token)
+                inverses_[s * padded_tokens_ + token] = inverse_step(Dtype::widen(scales[token]), zero_symbol);
+        }
+    }
+
+    template <class Dtype>
+    CACHEGEN_AVX2 void quantize_block(int64_t row, int s, uint8_t* out) {
+        using Storage = typename Dtype::Storage;
+        const BatchStream& stream = batch_.streams[s];
+        const int live = batch_.shape.live_lanes(row);
+        const __m256i zero_symbol = _mm256_set1_epi16(static_cast<int16_t>(zero_symbol_of(stream.num_bins)));
+        const bool is_whole = runs_[s].is_whole();
+        const int64_t first_token = row * kNumLanes;
+        const Storage* values = reinterpret_cast<const Storage*>(stream.values) + first_token * stream.token_stride;
+        const float* inverses = inverses_ + s * padded_tokens_ + first_token;
+        __m256i highest = highest_[s];
+        for (int half = 0; half < 2; ++half) {
+            __m128i tokens[2][16];  // of channels 0 to 15 and 16 to 31
+            for (int i = 0; i < 16; ++i) {
+                const int lane = 16 * half + i;
+                tokens[0][i] = tokens[1][i] = _mm_setzero_si128();
+                if (lane >= live) continue;
+                const Storage* token = values + lane * stream.token_stride;
+                alignas(32) Storage gathered[kTileChannels];
+                if (is_whole) {
+                    token += runs_[s].runs[0].offset;
+                } else {
+                    gather_row(token, runs_[s], gathered);
+                    token = gathered;
+                }
+                __m256i words[2];
+                quantize_row<Dtype>(token, _mm256_set1_ps(inverses[lane]), zero_symbol, words);
+                highest = _mm256_max_epu16(highest, _mm256_max_epu16(words[0], words[1]));
+                const __m256i bytes = pack_row(words);
+                tokens[0][i] = _mm256_castsi256_si128(bytes);
+                tokens[1][i] = _mm256_extracti128_si256(bytes, 1);
+            }
+            for (int i = 0; i < 2; ++i) {
+                transpose_16x16_bytes(tokens[i]);
+                for (int j = 0; j < 16; ++j)
+                    _mm_store_si128(reinterpret_cast<__m128i*>(out + 32 * (16 * i + j) + 16 * half), tokens[i][j]);
+            }
+        }
+        highest_[s] = highest;
+    }
+
+    const StreamBatch& batch_;
+    const Dtype dtype_;
+    const int64_t padded_tokens_;
+    float* const inverses_;  // [stream][padded tokens]
+    TileRuns runs_[kMaxBatch];
+    __m256i highest_[kMaxBatch];  // the largest symbols
+};
+
 class TileEncoder {
   public:
-    using Storage = typename Dtype::Storage;
-
-    TileEncoder(const StreamBatch& batch, uint8_t* memory) : batch_(batch), num_rows_(batch.shape.num_rows()) {
-        tile_ = memory;
-        memory += tile_bytes(batch);
-        inverses_ = reinterpret_cast<float*>(memory);
-        memory += batch.num_streams * padded_tokens() * 4;
+    TileEncoder(const StreamBatch& batch, Dtype dtype, uint8_t* memory)
+        : batch_(batch),
+          num_rows_(batch.shape.num_rows()),
+          value_bytes_(value_bytes_of(dtype)),
+          tile_(memory),
+          quantizer_(batch, dtype, reinterpret_cast<float*>(memory + tile_bytes(batch))) {
+        memory += tile_bytes(batch) + BlockQuantizer::inverses_bytes(batch);
         for (int s = 0; s < batch.num_streams; ++s) {
             low_bits_[s] = memory;
             memory += low_bits_bytes(batch);
@@ -125,31 +224,28 @@ class TileEncoder {
     }
 
     static size_t memory_bytes(const StreamBatch& batch) {
-        const size_t padded = batch.shape.num_rows() * kNumLanes;
-        return tile_bytes(batch) + batch.num_streams * (padded * 4 + low_bits_bytes(batch) + words_bytes(batch));
+        return tile_bytes(batch) + BlockQuantizer::inverses_bytes(batch) +
+               batch.num_streams * (low_bits_bytes(batch) + words_bytes(batch));
     }
 
     CACHEGEN_AVX2 void start() {
+        quantizer_.start();
         for (int s = 0; s < batch_.num_streams; ++s) {
-            const BatchStream& stream = batch_.streams[s];
-            const auto* scales = reinterpret_cast<const Storage*>(stream.scales);
-            const int zero_symbol = zero_symbol_of(stream.num_bins);
-            for (int64_t token = 0; token < batch_.shape.num_tokens; ++token)
-                inverses_[s * padded_tokens() + token] = inverse_step(Dtype::widen(scales[token]), zero_symbol);
             std::memset(low_bits_[s], 0, low_bits_bytes(batch_));
             for (__m256i& states : states_[s]) states = _mm256_set1_epi32(kStateLow);
-            seen_[s] = highest_[s] = _mm256_setzero_si256();
+            seen_[s] = _mm256_setzero_si256();
         }
     }
 
     CACHEGEN_AVX2 void encode(int64_t first_channel, int num_channels) {
         for (int s = 0; s < batch_.num_streams; ++s) {
-            runs_[s] = TileRuns(first_channel, num_channels, batch_.head_dim, batch_.streams[s].head_stride);
-            for (int64_t row = 0; row < num_rows_; ++row) quantize_block(row, s);
+            quantizer_.begin_tile(s, first_channel, num_channels);
+            for (int64_t row = 0; row < num_rows_; ++row) quantizer_.quantize(row, s, block(row, s));
             // The next tile, for the prefetches.
             const int64_t next = std::max<int64_t>(first_channel - kTileChannels, 0);
-            next_tile_[s] = reinterpret_cast<const Storage*>(batch_.streams[s].values) +
-                            next / batch_.head_dim * batch_.streams[s].head_stride + next % batch_.head_dim;
+            next_tile_[s] =
+                batch_.streams[s].values +
+                value_bytes_ * (next / batch_.head_dim * batch_.streams[s].head_stride + next % batch_.head_dim);
         }
         const int64_t full_rows = batch_.shape.num_tokens / kNumLanes;
         for (int i = num_channels - 1; i >= 0; --i) {
@@ -171,15 +267,12 @@ class TileEncoder {
     }
 
     CACHEGEN_AVX2 void finish(int s, EncodedStream* encoded) const {
-        const auto highest = static_cast<uint16_t>(2 * zero_symbol_of(batch_.streams[s].num_bins));
-        alignas(32) uint16_t highest_words[16], seen_words[16];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(highest_words), highest_[s]);
+        alignas(32) uint16_t seen_words[16];
         _mm256_store_si256(reinterpret_cast<__m256i*>(seen_words), seen_[s]);
         encoded->status = Status::kOk;
         for (uint16_t word : seen_words)
             if (word & kAbsent) encoded->status = Status::kNoFrequency;
-        for (uint16_t word : highest_words)
-            if (word > highest) encoded->status = Status::kNotFinite;
+        if (!quantizer_.is_in_range(s)) encoded->status = Status::kNotFinite;
         if (encoded->status != Status::kOk) return;
         const int64_t states_bytes = batch_.is_coded ? batch_.shape.states_bytes() : 0;
         const int64_t low_bytes =
@@ -212,50 +305,8 @@ class TileEncoder {
     static size_t low_bits_bytes(const StreamBatch& batch) {
         return round_up(batch.shape.num_tokens * batch.shape.num_channels * batch.low_bits / 8 + 16, 64);
     }
-    int64_t padded_tokens() const { return num_rows_ * kNumLanes; }
 
     uint8_t* block(int64_t row, int s) const { return tile_ + (row * batch_.num_streams + s) * kBlockStride; }
-
-    // Quantize 32 channels of 32 tokens of a stream into [channel][32 tokens].
-    CACHEGEN_AVX2 void quantize_block(int64_t row, int s) {
-        const BatchStream& stream = batch_.streams[s];
-        const int live = batch_.shape.live_lanes(row);
-        const __m256i zero_symbol = _mm256_set1_epi16(static_cast<int16_t>(zero_symbol_of(stream.num_bins)));
-        const bool is_whole = runs_[s].is_whole();
-        const int64_t first_token = row * kNumLanes;
-        const Storage* values = reinterpret_cast<const Storage*>(stream.values) + first_token * stream.token_stride;
-        const float* inverses = inverses_ + s * padded_tokens() + first_token;
-        __m256i highest = highest_[s];
-        for (int half = 0; half < 2; ++half) {
-            __m128i tokens[2][16];  // of channels 0 to 15 and 16 to 31
-            for (int i = 0; i < 16; ++i) {
-                const int lane = 16 * half + i;
-                tokens[0][i] = tokens[1][i] = _mm_setzero_si128();
-                if (lane >= live) continue;
-                const Storage* token = values + lane * stream.token_stride;
-                alignas(32) Storage gathered[kTileChannels];
-                if (is_whole) {
-                    token += runs_[s].runs[0].offset;
-                } else {
-                    gather_row(token, runs_[s], gathered);
-                    token = gathered;
-                }
-                __m256i words[2];
-                quantize_row<Dtype>(token, _mm256_set1_ps(inverses[lane]), zero_symbol, words);
-                highest = _mm256_max_epu16(highest, _mm256_max_epu16(words[0], words[1]));
-                const __m256i bytes = pack_row(words);
-                tokens[0][i] = _mm256_castsi256_si128(bytes);
-                tokens[1][i] = _mm256_extracti128_si256(bytes, 1);
-            }
-            for (int i = 0; i < 2; ++i) {
-                transpose_16x16_bytes(tokens[i]);
-                for (int j = 0; j < 16; ++j)
-                    _mm_store_si128(reinterpret_cast<__m128i*>(block(row, s) + 32 * (16 * i + j) + 16 * half),
-                                    tokens[i][j]);
-            }
-        }
-        highest_[s] = highest;
-    }
 
     // Encode one row of all streams. Only where kIsTail may lanes be dead; only where kHasLowBits may there be low
     // bits, or no tables.
@@ -265,9 +316,10 @@ class TileEncoder {
         for (int s = 0; s < batch_.num_streams; ++s) {
             // As many prefetches as the next tile has rows.
             if (!kIsTail)
-                _mm_prefetch(reinterpret_cast<const char*>(next_tile_[s] + (row * kNumLanes + channel_in_tile) *
-                                                                               batch_.streams[s].token_stride),
-                             _MM_HINT_T1);
+                _mm_prefetch(
+                    reinterpret_cast<const char*>(next_tile_[s] + value_bytes_ * (row * kNumLanes + channel_in_tile) *
+                                                                      batch_.streams[s].token_stride),
+                    _MM_HINT_T1);
             __m256i symbols = _mm256_load_si256(reinterpret_cast<const __m256i*>(block(row, s) + 32 * channel_in_tile));
             if (kHasLowBits && batch_.low_bits > 0) {
                 store_low_bits(s, channel, row, live, symbols);
@@ -337,24 +389,21 @@ class TileEncoder {
 
     const StreamBatch& batch_;
     const int64_t num_rows_;
-    uint8_t* tile_;
-    float* inverses_;  // [stream][padded tokens]
+    const int64_t value_bytes_;
+    uint8_t* const tile_;
+    BlockQuantizer quantizer_;
     uint8_t* low_bits_[kMaxBatch];
     uint16_t* words_end_[kMaxBatch];
     uint16_t* word_[kMaxBatch];
-    const Storage* next_tile_[kMaxBatch];
-    TileRuns runs_[kMaxBatch];
+    const uint8_t* next_tile_[kMaxBatch];
     EncodeTable tables_[kMaxBatch];
     const EncodeTable* table_of_[kMaxBatch] = {};
     __m256i states_[kMaxBatch][4];
-    __m256i seen_[kMaxBatch];     // the or of all frequencies
-    __m256i highest_[kMaxBatch];  // the largest symbols
+    __m256i seen_[kMaxBatch];  // the or of all frequencies
 };
 
-template <class Dtype>
-CACHEGEN_AVX2 void encode_batch(const StreamBatch& batch, Scratch& scratch, EncodedStream* encoded) {
-    using Encoder = TileEncoder<Dtype>;
-    Encoder encoder(batch, scratch.reserve(Encoder::memory_bytes(batch)));
+CACHEGEN_AVX2 void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
+    TileEncoder encoder(batch, dtype, scratch.reserve(TileEncoder::memory_bytes(batch)));
     encoder.start();
     const int64_t num_channels = batch.shape.num_channels;
     for (int64_t first = (num_channels - 1) / kTileChannels * kTileChannels; first >= 0; first -= kTileChannels)
@@ -368,7 +417,7 @@ CACHEGEN_AVX2 void encode_batch(const StreamBatch& batch, Scratch& scratch, Enco
 namespace cachegen {
 
 void encode_batch_avx2(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
-    with_dtype(dtype, [&](auto tag) { avx2::encode_batch<decltype(tag)>(batch, scratch, encoded); });
+    avx2::encode_batch(batch, dtype, scratch, encoded);
 }
 
 }  // namespace cachegen

@@ -62,17 +62,130 @@ CACHEGEN_AVX512_INLINE __m512i encode_lanes(__m512i states, __m512i frequency, _
                                  _mm512_sub_epi32(_mm512_set1_epi32(kFrequencyTotal), frequency));
 }
 
-template <class Dtype, int kStreams>
+// Quantizes blocks of tokens. It is not compiled anew for every number of streams, nor the encoder for every dtype:
+// which dtype it is, is asked once per block.
+class BlockQuantizer {
+  public:
+    // `inverses` is memory of inverses_bytes().
+    BlockQuantizer(const StreamBatch& batch, Dtype dtype, float* inverses)
+        : batch_(batch), dtype_(dtype), padded_tokens_(batch.shape.num_rows() * kNumLanes), inverses_(inverses) {}
+
+    static size_t inverses_bytes(const StreamBatch& batch) {
+        return batch.num_streams * batch.shape.num_rows() * kNumLanes * sizeof(float);
+    }
+
+    CACHEGEN_AVX512 void start() {
+        with_dtype(dtype_, [&](auto tag) { find_inverses<decltype(tag)>(); });
+        for (int s = 0; s < batch_.num_streams; ++s) highest_[s] = _mm512_setzero_si512();
+    }
+
+    // Choose the channels of the next blocks.
+    void begin_tile(int64_t first_channel, int num_channels) {
+        for (int s = 0; s < batch_.num_streams; ++s)
+            runs_[s] = TileRuns(first_channel, num_channels, batch_.head_dim, batch_.streams[s].head_stride);
+    }
+
+    // Quantize 32 channels of 32 tokens of two streams into [channel][64]: the first stream's tokens, then the
+    // second's.
+    CACHEGEN_AVX512 void quantize(int64_t row, int pair, uint8_t* out) {
+        if (dtype_ == Dtype::kFloat16)
+            quantize_block<Float16>(row, pair, out);
+        else if (dtype_ == Dtype::kBfloat16)
+            quantize_block<Bfloat16>(row, pair, out);
+        else
+            quantize_block<Float32>(row, pair, out);
+    }
+
+    // Whether all values were within their tokens' scales.
+    CACHEGEN_AVX512 bool is_in_range(int s) const {
+        const int zero_symbol = zero_symbol_of(batch_.streams[s].num_bins);
+        const __m512i highest = _mm512_set1_epi16(static_cast<int16_t>(2 * zero_symbol));
+        return _mm512_cmpgt_epu16_mask(highest_[s], highest) == 0;
+    }
+
+  private:
+    template <class Dtype>
+    void find_inverses() {
+        for (int s = 0; s < batch_.num_streams; ++s) {
+            const BatchStream& stream = batch_.streams[s];
+            const auto* scales = reinterpret_cast<const typename Dtype::Storage*>(stream.scales);
+            const int zero_symbol = zero_symbol_of(stream.num_bins);
+            for (int64_t token = 0; token < batch_.shape.num_tokens; ++token)
+                inverses_[s * padded_tokens_ + token] = inverse_step(Dtype::widen(scales[token]), zero_symbol);
+        }
+    }
+
+    template <class Dtype>
+    CACHEGEN_AVX512 void quantize_block(int64_t row, int pair, uint8_t* out) {
+        // [token pairs by eights][pair]: words are channels, each with two tokens.
+        __m512i eighths[4][8];
+        for (int member = 0; member < 2; ++member)
+            for (int i = 0; i < 2; ++i) quantize_tokens<Dtype>(row, 2 * pair + member, 16 * i, eighths[2 * member + i]);
+        for (int j = 0; j < 8; ++j) {
+            __m512i lanes[4];
+            for (int i = 0; i < 4; ++i) lanes[i] = eighths[i][j];
+            transpose_4x4_lanes(lanes);
+            for (int lane = 0; lane < 4; ++lane)
+                _mm512_store_si512(out + 64 * channel_at<Dtype>(8 * lane + j), lanes[lane]);
+        }
+    }
+
+    // Sixteen tokens from `first` of a row on, in pairs, each 128-bit lane transposed.
+    template <class Dtype>
+    CACHEGEN_AVX512_INLINE void quantize_tokens(int64_t row, int s, int first, __m512i pairs[8]) {
+        using Storage = typename Dtype::Storage;
+        if (s >= batch_.num_streams) {
+            for (int i = 0; i < 8; ++i) pairs[i] = _mm512_setzero_si512();
+            return;
+        }
+        const BatchStream& stream = batch_.streams[s];
+        const int live = batch_.shape.live_lanes(row);
+        const __m512i zero_symbol = _mm512_set1_epi16(static_cast<int16_t>(zero_symbol_of(stream.num_bins)));
+        const int64_t first_token = row * kNumLanes + first;
+        const Storage* values = reinterpret_cast<const Storage*>(stream.values) + first_token * stream.token_stride;
+        const float* inverses = inverses_ + s * padded_tokens_ + first_token;
+        __m512i highest = highest_[s];
+        const bool is_plain = runs_[s].is_whole() && first + 16 <= live;
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            __m512i symbols[2];
+#pragma GCC unroll 2
+            for (int odd = 0; odd < 2; ++odd, values += stream.token_stride) {
+                const __m512 inverse = _mm512_set1_ps(inverses[2 * i + odd]);
+                symbols[odd] = _mm512_setzero_si512();
+                if (is_plain)
+                    symbols[odd] =
+                        quantize_row(load_whole_row<Dtype>(values + runs_[s].runs[0].offset), inverse, zero_symbol);
+                else if (first + 2 * i + odd < live)
+                    symbols[odd] = quantize_row(load_row<Dtype>(values, runs_[s]), inverse, zero_symbol);
+                highest = _mm512_max_epu16(highest, symbols[odd]);
+            }
+            pairs[i] = _mm512_or_si512(symbols[0], _mm512_slli_epi16(symbols[1], 8));
+        }
+        highest_[s] = highest;
+        transpose_8x8_words(pairs);
+    }
+
+    const StreamBatch& batch_;
+    const Dtype dtype_;
+    const int64_t padded_tokens_;
+    float* const inverses_;  // [stream][padded tokens]
+    TileRuns runs_[kMaxBatch];
+    __m512i highest_[kMaxBatch];  // the largest symbols
+};
+
+template <int kStreams>
 class TileEncoder {
   public:
-    using Storage = typename Dtype::Storage;
     static constexpr int kPairs = (kStreams + 1) / 2;
 
-    TileEncoder(const StreamBatch& batch, uint8_t* memory) : batch_(batch), num_rows_(batch.shape.num_rows()) {
-        tile_ = memory;
-        memory += tile_bytes(batch.shape);
-        inverses_ = reinterpret_cast<float*>(memory);
-        memory += kStreams * padded_tokens() * 4;
+    TileEncoder(const StreamBatch& batch, Dtype dtype, uint8_t* memory)
+        : batch_(batch),
+          num_rows_(batch.shape.num_rows()),
+          value_bytes_(value_bytes_of(dtype)),
+          tile_(memory),
+          quantizer_(batch, dtype, reinterpret_cast<float*>(memory + tile_bytes(batch.shape))) {
+        memory += tile_bytes(batch.shape) + BlockQuantizer::inverses_bytes(batch);
         for (int s = 0; s < kStreams; ++s) {
             low_bits_[s] = memory;
             memory += low_bits_bytes(batch);
@@ -84,33 +197,29 @@ class TileEncoder {
     }
 
     static size_t memory_bytes(const StreamBatch& batch) {
-        const int64_t padded = batch.shape.num_rows() * kNumLanes;
-        return tile_bytes(batch.shape) + kStreams * (padded * 4 + low_bits_bytes(batch) + words_bytes(batch));
+        return tile_bytes(batch.shape) + BlockQuantizer::inverses_bytes(batch) +
+               kStreams * (low_bits_bytes(batch) + words_bytes(batch));
     }
 
     CACHEGEN_AVX512 void start() {
+        quantizer_.start();
         for (int s = 0; s < kStreams; ++s) {
-            const BatchStream& stream = batch_.streams[s];
-            const auto* scales = reinterpret_cast<const Storage*>(stream.scales);
-            const int zero_symbol = zero_symbol_of(stream.num_bins);
-            for (int64_t token = 0; token < batch_.shape.num_tokens; ++token)
-                inverses_[s * padded_tokens() + token] = inverse_step(Dtype::widen(scales[token]), zero_symbol);
             std::memset(low_bits_[s], 0, low_bits_bytes(batch_));
             first_[s] = second_[s] = _mm512_set1_epi32(kStateLow);
-            seen_[s] = highest_[s] = _mm512_setzero_si512();
+            seen_[s] = _mm512_setzero_si512();
         }
     }
 
     CACHEGEN_AVX512 void encode(int64_t first_channel, int num_channels) {
-        for (int s = 0; s < kStreams; ++s)
-            runs_[s] = TileRuns(first_channel, num_channels, batch_.head_dim, batch_.streams[s].head_stride);
+        quantizer_.begin_tile(first_channel, num_channels);
         for (int64_t row = 0; row < num_rows_; ++row)
-            for (int pair = 0; pair < kPairs; ++pair) quantize_block(row, pair);
+            for (int pair = 0; pair < kPairs; ++pair) quantizer_.quantize(row, pair, block(row, pair));
         // The next tile, for the prefetches.
         const int64_t next = std::max<int64_t>(first_channel - kTileChannels, 0);
         for (int s = 0; s < kStreams; ++s)
-            next_tile_[s] = reinterpret_cast<const Storage*>(batch_.streams[s].values) +
-                            next / batch_.head_dim * batch_.streams[s].head_stride + next % batch_.head_dim;
+            next_tile_[s] =
+                batch_.streams[s].values +
+                value_bytes_ * (next / batch_.head_dim * batch_.streams[s].head_stride + next % batch_.head_dim);
 
         const int64_t full_rows = batch_.shape.num_tokens / kNumLanes;
         for (int i = num_channels - 1; i >= 0; --i) {
@@ -126,21 +235,19 @@ class TileEncoder {
                 make_table(source[channel], &tables_[s]);
                 tables[s] = &tables_[s];
             }
-            if (full_rows < num_rows_) encode_row<true, true>(channel, i, full_rows, tables);
+            if (full_rows < num_rows_) encode_tail_row(channel, i, full_rows, tables);
             for (int64_t row = full_rows - 1; row >= 0; --row) {
                 if (batch_.low_bits == 0)
-                    encode_row<false, false>(channel, i, row, tables);
+                    encode_row<false>(channel, i, row, tables);
                 else
-                    encode_row<false, true>(channel, i, row, tables);
+                    encode_row<true>(channel, i, row, tables);
             }
         }
     }
 
     CACHEGEN_AVX512 void finish(int s, EncodedStream* encoded) const {
-        const int zero_symbol = zero_symbol_of(batch_.streams[s].num_bins);
-        const __m512i highest = _mm512_set1_epi16(static_cast<int16_t>(2 * zero_symbol));
         encoded->status = Status::kOk;
-        if (_mm512_cmpgt_epu16_mask(highest_[s], highest))
+        if (!quantizer_.is_in_range(s))
             encoded->status = Status::kNotFinite;
         else if (_mm512_test_epi32_mask(seen_[s], _mm512_set1_epi32(kAbsent)))
             encoded->status = Status::kNoFrequency;
@@ -169,84 +276,43 @@ class TileEncoder {
     static size_t low_bits_bytes(const StreamBatch& batch) {
         return round_up(batch.shape.num_tokens * batch.shape.num_channels * batch.low_bits / 8 + 16, 64);
     }
-    int64_t padded_tokens() const { return num_rows_ * kNumLanes; }
 
     uint8_t* block(int64_t row, int pair) const { return tile_ + (row * kPairs + pair) * kBlockStride; }
 
-    // Quantize 32 channels of 32 tokens of two streams into [channel][64]: the first stream's tokens, then the
-    // second's.
-    CACHEGEN_AVX512 void quantize_block(int64_t row, int pair) {
-        // [token pairs by eights][pair]: words are channels, each with two tokens.
-        __m512i eighths[4][8];
-        for (int member = 0; member < 2; ++member)
-            for (int i = 0; i < 2; ++i) quantize_tokens(row, 2 * pair + member, 16 * i, eighths[2 * member + i]);
-        uint8_t* const out = block(row, pair);
-        for (int j = 0; j < 8; ++j) {
-            __m512i lanes[4];
-            for (int i = 0; i < 4; ++i) lanes[i] = eighths[i][j];
-            transpose_4x4_lanes(lanes);
-            for (int lane = 0; lane < 4; ++lane)
-                _mm512_store_si512(out + 64 * channel_at<Dtype>(8 * lane + j), lanes[lane]);
-        }
-    }
-
-    // Sixteen tokens from `first` of a row on, in pairs, each 128-bit lane transposed.
-    CACHEGEN_AVX512_INLINE void quantize_tokens(int64_t row, int s, int first, __m512i pairs[8]) {
-        if (s >= kStreams) {
-            for (int i = 0; i < 8; ++i) pairs[i] = _mm512_setzero_si512();
-            return;
-        }
-        const BatchStream& stream = batch_.streams[s];
-        const int live = batch_.shape.live_lanes(row);
-        const __m512i zero_symbol = _mm512_set1_epi16(static_cast<int16_t>(zero_symbol_of(stream.num_bins)));
-        const int64_t first_token = row * kNumLanes + first;
-        const Storage* values = reinterpret_cast<const Storage*>(stream.values) + first_token * stream.token_stride;
-        const float* inverses = inverses_ + s * padded_tokens() + first_token;
-        __m512i highest = highest_[s];
-        const bool is_plain = runs_[s].is_whole() && first + 16 <= live;
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            __m512i symbols[2];
-#pragma GCC unroll 2
-            for (int odd = 0; odd < 2; ++odd, values += stream.token_stride) {
-                const __m512 inverse = _mm512_set1_ps(inverses[2 * i + odd]);
-                symbols[odd] = _mm512_setzero_si512();
-                if (is_plain)
-                    symbols[odd] =
-                        quantize_row(load_whole_row<Dtype>(values + runs_[s].runs[0].offset), inverse, zero_symbol);
-                else if (first + 2 * i + odd < live)
-                    symbols[odd] = quantize_row(load_row<Dtype>(values, runs_[s]), inverse, zero_symbol);
-                highest = _mm512_max_epu16(highest, symbols[odd]);
-            }
-            pairs[i] = _mm512_or_si512(symbols[0], _mm512_slli_epi16(symbols[1], 8));
-        }
-        highest_[s] = highest;
-        transpose_8x8_words(pairs);
-    }
-
-    // Encode one row of all streams. Only where kIsTail may lanes be dead; only where kHasLowBits may there be low
-    // bits, or no tables.
-    template <bool kIsTail, bool kHasLowBits>
+    // Encode one full row of all streams. Only where kHasLowBits may there be low bits, or no tables.
+    template <bool kHasLowBits>
     CACHEGEN_AVX512_INLINE void encode_row(int64_t channel, int channel_in_tile, int64_t row,
                                            const EncodeTable* const tables[kStreams]) {
-        const int live = kIsTail ? batch_.shape.live_lanes(row) : kNumLanes;
 #pragma GCC unroll 8
         for (int s = 0; s < kStreams; ++s) {
-            const uint8_t* const bytes = block(row, s / 2) + 64 * channel_in_tile + 32 * (s % 2);
             // As many prefetches as the next tile has rows.
-            if (!kIsTail)
-                _mm_prefetch(next_tile_[s] + (row * kNumLanes + channel_in_tile) * batch_.streams[s].token_stride,
-                             _MM_HINT_T1);
-            __m512i first = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
-            __m512i second = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + 16)));
-            if (kHasLowBits && batch_.low_bits > 0) {
-                store_low_bits(s, channel, row, live, _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes)));
-                first = _mm512_srl_epi32(first, _mm_cvtsi32_si128(batch_.low_bits));
-                second = _mm512_srl_epi32(second, _mm_cvtsi32_si128(batch_.low_bits));
-            }
-            if (!kHasLowBits || batch_.is_coded)
-                encode_symbols<kIsTail>(s, first, second, *tables[s], first_lanes(live));
+            _mm_prefetch(
+                next_tile_[s] + value_bytes_ * (row * kNumLanes + channel_in_tile) * batch_.streams[s].token_stride,
+                _MM_HINT_T1);
+            encode_stream_row<false, kHasLowBits>(s, channel, channel_in_tile, row, tables[s]);
         }
+    }
+
+    // The same for the last row, where lanes may be dead. There is one of it: a loop will do.
+    CACHEGEN_AVX512_APART void encode_tail_row(int64_t channel, int channel_in_tile, int64_t row,
+                                               const EncodeTable* const tables[kStreams]) {
+#pragma GCC unroll 1
+        for (int s = 0; s < kStreams; ++s) encode_stream_row<true, true>(s, channel, channel_in_tile, row, tables[s]);
+    }
+
+    template <bool kIsTail, bool kHasLowBits>
+    CACHEGEN_AVX512_INLINE void encode_stream_row(int s, int64_t channel, int channel_in_tile, int64_t row,
+                                                  const EncodeTable* table) {
+        const int live = kIsTail ? batch_.shape.live_lanes(row) : kNumLanes;
+        const uint8_t* const bytes = block(row, s / 2) + 64 * channel_in_tile + 32 * (s % 2);
+        __m512i first = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+        __m512i second = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + 16)));
+        if (kHasLowBits && batch_.low_bits > 0) {
+            store_low_bits(s, channel, row, live, _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes)));
+            first = _mm512_srl_epi32(first, _mm_cvtsi32_si128(batch_.low_bits));
+            second = _mm512_srl_epi32(second, _mm_cvtsi32_si128(batch_.low_bits));
+        }
+        if (!kHasLowBits || batch_.is_coded) encode_symbols<kIsTail>(s, first, second, *table, first_lanes(live));
     }
 
     template <bool kIsTail>
@@ -317,43 +383,27 @@ class TileEncoder {
 
     const StreamBatch& batch_;
     const int64_t num_rows_;
-    uint8_t* tile_;
-    float* inverses_;  // [stream][padded tokens]
+    const int64_t value_bytes_;
+    uint8_t* const tile_;
+    BlockQuantizer quantizer_;
     uint8_t* low_bits_[kStreams];
     uint16_t* words_end_[kStreams];
     uint16_t* word_[kStreams];
-    const Storage* next_tile_[kStreams];
-    TileRuns runs_[kStreams];
+    const uint8_t* next_tile_[kStreams];
     EncodeTable tables_[kStreams];
     __m512i first_[kStreams], second_[kStreams];  // states of lanes 0 to 15 and 16 to 31
     __m512i seen_[kStreams];                      // the or of all table entries
-    __m512i highest_[kStreams];                   // the largest symbols
 };
 
-template <class Dtype, int kStreams>
-CACHEGEN_AVX512 void encode_streams(const StreamBatch& batch, Scratch& scratch, EncodedStream* encoded) {
-    using Encoder = TileEncoder<Dtype, kStreams>;
-    Encoder encoder(batch, scratch.reserve(Encoder::memory_bytes(batch)));
+template <int kStreams>
+CACHEGEN_AVX512 void encode_streams(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
+    using Encoder = TileEncoder<kStreams>;
+    Encoder encoder(batch, dtype, scratch.reserve(Encoder::memory_bytes(batch)));
     encoder.start();
     const int64_t num_channels = batch.shape.num_channels;
     for (int64_t first = (num_channels - 1) / kTileChannels * kTileChannels; first >= 0; first -= kTileChannels)
         encoder.encode(first, static_cast<int>(std::min<int64_t>(kTileChannels, num_channels - first)));
     for (int s = 0; s < kStreams; ++s) encoder.finish(s, &encoded[s]);
-}
-
-template <class Dtype>
-void encode_batch(const StreamBatch& batch, Scratch& scratch, EncodedStream* encoded) {
-    StreamBatch part = batch;
-    for (int done = 0; done < batch.num_streams; done += part.num_streams) {
-        const int rest = batch.num_streams - done;
-        part.num_streams = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
-        std::copy(batch.streams + done, batch.streams + done + part.num_streams, part.streams);
-        const auto encode = part.num_streams == 8   ? encode_streams<Dtype, 8>
-                            : part.num_streams == 4 ? encode_streams<Dtype, 4>
-                            : part.num_streams == 2 ? encode_streams<Dtype, 2>
-                                                    : encode_streams<Dtype, 1>;
-        encode(part, scratch, encoded + done);
-    }
 }
 
 }  // namespace
@@ -362,7 +412,17 @@ void encode_batch(const StreamBatch& batch, Scratch& scratch, EncodedStream* enc
 namespace cachegen {
 
 void encode_batch_avx512(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
-    with_dtype(dtype, [&](auto tag) { avx512::encode_batch<decltype(tag)>(batch, scratch, encoded); });
+    StreamBatch part = batch;
+    for (int done = 0; done < batch.num_streams; done += part.num_streams) {
+        const int rest = batch.num_streams - done;
+        part.num_streams = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
+        std::copy(batch.streams + done, batch.streams + done + part.num_streams, part.streams);
+        const auto encode = part.num_streams == 8   ? avx512::encode_streams<8>
+                            : part.num_streams == 4 ? avx512::encode_streams<4>
+                            : part.num_streams == 2 ? avx512::encode_streams<2>
+                                                    : avx512::encode_streams<1>;
+        encode(part, dtype, scratch, encoded + done);
+    }
 }
 
 }  // namespace cachegen

@@ -22,20 +22,20 @@ struct EncodedStreams {
     std::vector<uint32_t> checksums;
 };
 
-template <class Dtype>
-void encode_portably(const Plane& plane, StreamRef stream, EncodedStream* encoded) {
+inline void encode_portably(const Plane& plane, StreamRef stream, Dtype dtype, EncodedStream* encoded) {
     thread_local StreamWorkspace workspace;
     thread_local std::vector<uint8_t> output;
     output.clear();
-    encoded->status = encode_plane_stream<Dtype>(plane, stream, workspace, output);
+    with_dtype(dtype, [&](auto tag) {
+        encoded->status = encode_plane_stream<decltype(tag)>(plane, stream, workspace, output);
+    });
     if (encoded->status != Status::kOk) return;
     encoded->num_words = stream.num_words;
     std::memcpy(encoded->allocate(static_cast<int64_t>(output.size())), output.data(), output.size());
 }
 
-template <class Dtype>
-EncodedStreams encode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams, CpuPath path,
-                             int num_threads) {
+inline EncodedStreams encode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams,
+                                    Dtype dtype, CpuPath path, int num_threads) {
     const BatchPlan plan = plan_batches(planes, streams, num_threads, path != CpuPath::kPortable);
     EncodedStreams result;
     result.streams.resize(streams.size());
@@ -51,16 +51,15 @@ EncodedStreams encode_planes(const std::vector<Plane>& planes, const std::vector
             StreamBatch batch = describe_batch(planes[first.plane], first.shape);
             for (; batch.num_streams < num_members; ++batch.num_streams) {
                 const StreamRef& stream = streams[members[batch.num_streams]];
-                batch.streams[batch.num_streams] =
-                    describe_stream(planes[stream.plane], stream, sizeof(typename Dtype::Storage));
+                batch.streams[batch.num_streams] = describe_stream(planes[stream.plane], stream, value_bytes_of(dtype));
             }
             const auto encode = path == CpuPath::kAvx512 ? encode_batch_avx512 : encode_batch_avx2;
-            encode(batch, Dtype::kDtype, scratch, encoded);
+            encode(batch, dtype, scratch, encoded);
 #endif
         } else {
             for (int i = 0; i < num_members; ++i) {
                 const StreamRef& stream = streams[members[i]];
-                encode_portably<Dtype>(planes[stream.plane], stream, &encoded[i]);
+                encode_portably(planes[stream.plane], stream, dtype, &encoded[i]);
             }
         }
         for (int i = 0; i < num_members; ++i) {

@@ -242,13 +242,34 @@ inline bool decode_row(const DecodeTable& table, int live, uint32_t states[kNumL
     return true;
 }
 
+// Who is given the tiles of a decoded stream: a reference to anything that is called with (first_channel, num_channels,
+// symbols, symbol_stride). One decoder is compiled for all of them.
+class TileSink {
+  public:
+    // `sink` must outlive it.
+    template <class Sink>
+    TileSink(const Sink& sink)
+        : sink_(&sink),
+          call_([](const void* pointer, int64_t first_channel, int64_t num_channels, const uint16_t* symbols,
+                   int64_t symbol_stride) {
+              (*static_cast<const Sink*>(pointer))(first_channel, num_channels, symbols, symbol_stride);
+          }) {}
+
+    void operator()(int64_t first_channel, int64_t num_channels, const uint16_t* symbols, int64_t symbol_stride) const {
+        call_(sink_, first_channel, num_channels, symbols, symbol_stride);
+    }
+
+  private:
+    const void* sink_;
+    void (*call_)(const void*, int64_t, int64_t, const uint16_t*, int64_t);
+};
+
 // Decode one stream of `num_bytes` bytes, calling sink(first_channel, num_channels, symbols, symbol_stride) with every
 // tile of up to 32 channels; symbols are [num_channels][symbol_stride], tokens along the second axis.
 //
 // Never reads outside the stream. Corrupt bytes give a status, or wrong symbols: the checksum tells those.
-template <class Sink>
-Status decode_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words, const StreamShape& shape,
-                     const PlaneCoding& coding, StreamWorkspace& workspace, Sink&& sink) {
+inline Status decode_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words, const StreamShape& shape,
+                            const PlaneCoding& coding, StreamWorkspace& workspace, const TileSink& sink) {
     LowBits& low_bits = workspace.low_bits;
     const Status status = low_bits.build(shape, coding);
     if (status != Status::kOk) return status;

@@ -84,15 +84,14 @@ inline StreamBatch describe_batch(const Plane& plane, const StreamShape& shape) 
 }
 
 // A stream's tables and its tokens in the cache.
-inline BatchStream describe_stream(const Plane& plane, const StreamRef& stream, size_t value_bytes) {
-    const auto size = static_cast<int64_t>(value_bytes);
+inline BatchStream describe_stream(const Plane& plane, const StreamRef& stream, int64_t value_bytes) {
     BatchStream described;
     described.tables = plane.coding.tables;
     described.table_traits = plane.coding.table_traits;
-    described.values = plane.values + stream.first_token * plane.token_stride * size;
+    described.values = plane.values + stream.first_token * plane.token_stride * value_bytes;
     described.token_stride = plane.token_stride;
     described.head_stride = plane.head_stride;
-    described.scales = plane.scales + stream.first_token * size;
+    described.scales = plane.scales + stream.first_token * value_bytes;
     described.num_bins = plane.num_bins;
     return described;
 }

@@ -1,0 +1,141 @@
+#include "cpu/chunk_kernels.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/arithmetic_portable.h"
+#include "cpu/checksum.h"
+#include "cpu/decode_planes.h"
+#include "cpu/parallel.h"
+
+namespace cachegen {
+namespace {
+
+void require_known(Dtype dtype) {
+    if (!with_dtype(dtype, [](auto) {}))
+        throw std::invalid_argument("unknown dtype " + std::to_string(static_cast<int>(dtype)));
+}
+
+Failure first_failure(const std::vector<Status>& statuses) {
+    for (size_t i = 0; i < statuses.size(); ++i)
+        if (statuses[i] != Status::kOk) return {static_cast<int64_t>(i), statuses[i]};
+    return {};
+}
+
+}  // namespace
+
+void measure_chunk(const std::vector<Plane>& planes, Dtype dtype, int64_t num_tokens, int num_threads,
+                   [[maybe_unused]] CpuPath path, uint32_t* counts, std::vector<int64_t>& bad_tokens) {
+    std::vector<int64_t> first_rows(planes.size() + 1, 0);
+    for (size_t i = 0; i < planes.size(); ++i) first_rows[i + 1] = first_rows[i] + planes[i].num_channels();
+    require_known(dtype);
+    parallel_for(static_cast<int64_t>(planes.size()), num_threads, [&](int64_t i) {
+        uint32_t* const plane_counts = counts + first_rows[i] * kTableSize;
+#if CACHEGEN_X86
+        if (path != CpuPath::kPortable) {
+            const auto measure = path == CpuPath::kAvx512 ? measure_plane_avx512 : measure_plane_avx2;
+            bad_tokens[i] = measure(planes[i], dtype, num_tokens, plane_counts);
+            return;
+        }
+#endif
+        with_dtype(dtype, [&](auto tag) {
+            bad_tokens[i] = measure_plane<decltype(tag)>(planes[i], num_tokens, plane_counts);
+        });
+    });
+}
+
+EncodedStreams encode_chunk(const std::vector<Plane>& planes, Dtype dtype, const std::vector<StreamRef>& streams,
+                            int num_threads, CpuPath path) {
+    require_known(dtype);
+    return encode_planes(planes, streams, dtype, path, num_threads);
+}
+
+void join_streams(EncodedStreams& encoded, const std::vector<int64_t>& offsets, int num_threads, uint8_t* payload) {
+    parallel_for(static_cast<int64_t>(encoded.streams.size()), num_threads, [&](int64_t i) {
+        EncodedStream& stream = encoded.streams[i];
+        if (stream.bytes) std::memcpy(payload + offsets[i], stream.bytes.get(), stream.padded_bytes());
+        stream.bytes.reset();
+    });
+}
+
+Failure decode_chunk(const std::vector<Plane>& planes, Dtype dtype, const std::vector<StreamRef>& streams,
+                     int64_t num_tokens, const uint8_t* payload, int64_t payload_bytes, int num_threads, CpuPath path) {
+    std::vector<Status> statuses(streams.size(), Status::kOk);
+    require_known(dtype);
+    decode_planes(planes, streams, dtype, num_tokens, payload, payload_bytes, path, num_threads, statuses);
+    return first_failure(statuses);
+}
+
+void checksum_parts(const uint8_t* payload, const std::vector<int64_t>& offsets, int num_threads, uint32_t* checksums) {
+    parallel_for(static_cast<int64_t>(offsets.size()) - 1, num_threads, [&](int64_t i) {
+        checksums[i] = checksum(payload + offsets[i], static_cast<size_t>(offsets[i + 1] - offsets[i]));
+    });
+}
+
+Status encode_symbol_stream(const uint16_t* symbols, const StreamShape& shape, const PlaneCoding& coding,
+                            std::vector<uint8_t>& output, uint32_t* num_words) {
+    const int64_t symbol_stride = shape.num_rows() * kNumLanes;
+    std::vector<uint16_t> padded(shape.num_channels * symbol_stride, 0);
+    for (int64_t channel = 0; channel < shape.num_channels; ++channel)
+        std::memcpy(padded.data() + channel * symbol_stride, symbols + channel * shape.num_tokens,
+                    2 * shape.num_tokens);
+    StreamWorkspace workspace;
+    const auto encode = coding.is_arithmetic ? encode_arithmetic_stream : encode_stream;
+    return encode(padded.data(), symbol_stride, shape, coding, workspace, output, num_words);
+}
+
+Status decode_symbol_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words, const StreamShape& shape,
+                            const PlaneCoding& coding, uint16_t* symbols) {
+    const auto copy = [&](int64_t first_channel, int64_t count, const uint16_t* tile, int64_t symbol_stride) {
+        for (int64_t channel = 0; channel < count; ++channel)
+            std::memcpy(symbols + (first_channel + channel) * shape.num_tokens, tile + channel * symbol_stride,
+                        2 * shape.num_tokens);
+    };
+    StreamWorkspace workspace;
+    return coding.is_arithmetic ? decode_arithmetic_stream(bytes, num_bytes, num_words, shape, coding, workspace, copy)
+                                : decode_stream(bytes, num_bytes, num_words, shape, coding, workspace, copy);
+}
+
+EncodedComponents encode_component_group(const ComponentRows<const int32_t>& fine,
+                                         const ComponentRows<const int32_t>& coarse, const ComponentCoding& coding,
+                                         int64_t tokens_per_stream, int num_threads) {
+    const int64_t num_streams = (fine.num_tokens + tokens_per_stream - 1) / tokens_per_stream;
+    EncodedComponents encoded;
+    encoded.streams.resize(num_streams);
+    encoded.index.resize(3 * num_streams);
+    std::vector<Status> statuses(num_streams, Status::kOk);
+    parallel_for(num_streams, num_threads, [&](int64_t i) {
+        thread_local StreamWorkspace workspace;
+        const int64_t first = i * tokens_per_stream;
+        const int64_t count = std::min(tokens_per_stream, fine.num_tokens - first);
+        std::vector<uint8_t>& output = encoded.streams[i];
+        uint32_t* const record = &encoded.index[3 * i];
+        statuses[i] =
+            encode_components(fine.values + first * fine.stride, fine.stride, coarse.values + first * coarse.stride,
+                              coarse.stride, count, coding, workspace, output, &record[1]);
+        record[0] = static_cast<uint32_t>(output.size());
+        output.resize(round_up(static_cast<int64_t>(output.size()), kStreamAlignment), 0);
+        record[2] = checksum(output.data(), output.size());
+    });
+    encoded.failure = first_failure(statuses);
+    return encoded;
+}
+
+Failure decode_component_group(const uint8_t* payload, const std::vector<int64_t>& offsets, const uint32_t* index,
+                               const ComponentRows<int32_t>& components, const ComponentCoding& coding,
+                               int64_t tokens_per_stream, int num_threads) {
+    const int64_t num_streams = static_cast<int64_t>(offsets.size()) - 1;
+    std::vector<Status> statuses(num_streams, Status::kOk);
+    parallel_for(num_streams, num_threads, [&](int64_t i) {
+        thread_local StreamWorkspace workspace;
+        const int64_t first = i * tokens_per_stream;
+        statuses[i] = decode_components(payload + offsets[i], index[3 * i], index[3 * i + 1],
+                                        std::min(tokens_per_stream, components.num_tokens - first), coding, workspace,
+                                        components.values + first * components.stride, components.stride);
+    });
+    return first_failure(statuses);
+}
+
+}  // namespace cachegen
