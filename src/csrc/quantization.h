@@ -1,7 +1,8 @@
 // The quantizer of methods `cachegen` and `uniform`, and the conversions between fp32 and the cache's dtypes.
 //
-// The twin of src/cachegen/methods/absmax/quantization.py, which says what is computed and why; the tests hold the two to the same
-// bits. Compile without fused multiply-add (-ffp-contract=off, -fmad=false): each operation here rounds once.
+// The twin of src/cachegen/methods/absmax/quantization.py, which says what is computed and why; the tests hold the two
+// to the same bits. Compile without fused multiply-add (-ffp-contract=off, -fmad=false): each operation here rounds
+// once.
 
 #pragma once
 
