@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The simulations behind the table of README.md, "Streaming: adaptation": JSON into a folder, tables on stdout.
+# The simulations behind the table of docs/adaptation.md: JSON into a folder, tables on stdout.
 # usage: adaptation.sh [OUTPUT_FOLDER] [SEEDS]
 set -euo pipefail
 folder=${1:-results/adaptation} seeds=${2:-200}

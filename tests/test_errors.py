@@ -1,4 +1,4 @@
-"""The errors' messages and exit codes, and that the README's table has them."""
+"""The errors' messages and exit codes, and that docs/scripts.md has them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def test_a_path_added_later_keeps_class_offset_and_field(error_class):
 
 def test_the_readme_lists_every_exit_code():
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, CacheGenError)]
-    table = re.search(r"### Exit codes\n\n\| code .*\n\|[-|]+\n((?:\|.*\n)+)", (REPOSITORY / "README.md").read_text())
+    table = re.search(
+        r"## Exit codes\n\n\| code .*\n\|[-|]+\n((?:\|.*\n)+)", (REPOSITORY / "docs" / "scripts.md").read_text()
+    )
     assert table is not None
     listed = [int(row.split("|")[1]) for row in table[1].splitlines()]
     assert listed == sorted({0, EXIT_INTERRUPTED, *(error_class.exit_code for error_class in classes)})

@@ -1,4 +1,4 @@
-"""The README's own commands run, and its table of exit codes is the code's."""
+"""The README's own commands run, its links lead somewhere, and the table of exit codes is the code's."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cachegen.command_line import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def list_documented_commands(marker: str) -> list[list[str]]:
@@ -98,8 +99,30 @@ def wait_for_server(port: int) -> None:
     raise AssertionError("the web server does not answer")
 
 
-def test_exit_codes_of_the_readme_are_those_of_the_errors():
-    table = README.split("### Exit codes", 1)[1].split("\n\n", 2)[1]
+def anchors(page: Path) -> set[str]:
+    """The places of a page that a link can name."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        found = page.parent / name if name else page
+        assert found.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(found), f"{page.name}: {target}"
+
+
+def test_the_readme_is_read_in_three_minutes():
+    assert len(README.splitlines()) <= 150
+
+
+def test_documented_exit_codes_are_those_of_the_errors():
+    text = (ROOT / "docs" / "scripts.md").read_text(encoding="utf-8")
+    table = text.split("## Exit codes", 1)[1].split("\n\n", 2)[1]
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
     classes = [value for value in vars(errors).values() if isinstance(value, type)]
     assert documented == {0, EXIT_INTERRUPTED} | {kind.exit_code for kind in classes}
