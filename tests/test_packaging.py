@@ -56,6 +56,8 @@ LAYERS = {
     "command_line": 4,
     "startup": 4,
     "device": 4,
+    "inspection": 4,
+    "__main__": 4,
 }
 """The layer of each file or folder of src/cachegen; docs in CONTRIBUTING.md."""
 

@@ -49,9 +49,12 @@ _WRITE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 class CommandLineParser(argparse.ArgumentParser):
     """Parse flags; a wrong one is a single line on stderr, not the whole usage, and exit code 2."""
 
-    def __init__(self, *, description: str | None) -> None:
+    def __init__(self, *, description: str | None, prog: str | None = None) -> None:
         super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+            prog=prog,
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:

@@ -222,6 +222,11 @@ class ChunkHeader(Record):
         """Length of what follows the streams, with its padding."""
         return 0
 
+    @property
+    def recorded_errors(self) -> tuple[float, float] | None:
+        """The largest and the mean error of decoded values that the encoder measured; None where it records none."""
+        return None
+
     def check_sections(self, before: memoryview, behind: memoryview) -> None:
         """Refuse sections before and behind the streams that have changed."""
 

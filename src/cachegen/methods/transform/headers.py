@@ -107,6 +107,10 @@ class TransformChunkHeader(ChunkHeader):
         object.__setattr__(self, "num_groups", len(self.tokens_per_stream))
 
     @property
+    def recorded_errors(self) -> tuple[float, float]:
+        return self.max_error, self.mean_error
+
+    @property
     def streams_of_groups(self) -> list[int]:
         """The number of streams of each group."""
         return [-(-self.num_tokens // tokens) for tokens in self.tokens_per_stream]
