@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import BUNDLED_MODEL, copy_with_other_keys, one_thread  # noqa: F401
+from random_models import BUNDLED_MODEL, copy_with_other_keys, make_named, one_thread  # noqa: F401
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from cachegen.errors import BackendUnavailableError, InputError
 from cachegen.pipeline import fingerprint as fingerprint_module
-from cachegen.pipeline.fingerprint import choose_rows, compute_fingerprint
-from cachegen.pipeline.model import load_model
+from cachegen.pipeline.fingerprint import choose_rows, compute_fingerprint, compute_memory_fingerprint
+from cachegen.pipeline.model import identify_model, load_model, quiet_transformers
 
 CPU = torch.device("cpu")
 
@@ -267,3 +269,54 @@ def test_a_damaged_index_is_refused(model_folder, index, message):
     (model_folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(InputError, match=message):
         fingerprint_of(model_folder)
+
+
+# --- models in memory -------------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_memory_is_the_same_after_saving_and_loading(tmp_path):
+    model = make_named("llama").model
+    before = compute_memory_fingerprint(model)
+    with quiet_transformers():
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert compute_memory_fingerprint(again) == compute_memory_fingerprint(model) == before
+    assert identify_model(again).model_id == f"{tmp_path} (in memory)"
+
+
+def test_weights_config_dtype_and_class_make_a_model_in_memory():
+    original = make_named("llama").model
+    weights, config, kind = (copy.deepcopy(original) for _ in range(3))
+    with torch.no_grad():
+        weights.model.layers[-1].mlp.down_proj.weight[0, 0] += 1
+    config.config.rms_norm_eps *= 2
+    kind.__class__ = type("AnotherClass", (type(original),), {})
+    models = [original, weights, config, kind, copy.deepcopy(original).bfloat16()]
+    assert len(set(map(compute_memory_fingerprint, models))) == len(models)
+
+
+def test_a_model_in_memory_is_hashed_as_documented():
+    """Documents hold it: if this changes, they are no longer this model's."""
+    model = make_named("llama").model
+    config = json.loads(model.config.to_json_string())
+    for name in ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype"):
+        config.pop(name, None)
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
+    content = b"model in memory\x0016\0LlamaForCausalLM" + b"config\0%d\0" % len(canonical) + canonical
+    items = []
+    for name, tensor in model.state_dict().items():
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        if tensor.numel() > 65536:
+            assert tensor.shape == (4096, 64)
+            rows = rows[[i * 4095 // 31 for i in range(32)]]
+        shape = "x".join(map(str, tensor.shape))
+        items.append((f"tensor {name} float32 {shape}".encode(), rows.numpy().tobytes()))
+    for name, values in sorted(items):
+        content += name + b"\0%d\0" % len(values) + values
+    assert compute_memory_fingerprint(model) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_model_in_memory_is_not_known_by_the_files_of_its_checkpoint():
+    loaded = load_model(BUNDLED_MODEL, device=CPU)
+    assert compute_memory_fingerprint(loaded.model) != loaded.fingerprint
+    assert identify_model(loaded) is loaded

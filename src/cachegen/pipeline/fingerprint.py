@@ -40,6 +40,8 @@ MIN_VALUES = 2048
 # The first group with a file present is the tokenizer; further ones would only repeat it in an older form.
 _TOKENIZER_FILE_GROUPS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _CONFIG_FIELDS_OUTSIDE = ("transformers_version", "_name_or_path")
+# Saving a model writes its class into its config; the tensors say in which dtype they are.
+_CONFIG_FIELDS_OUTSIDE_MEMORY = (*_CONFIG_FIELDS_OUTSIDE, "architectures", "dtype", "torch_dtype")
 _ADAPTER_CONFIG_NAME = "adapter_config.json"
 _ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # What torch.load and safetensors raise for files that are damaged or not theirs.
@@ -96,6 +98,40 @@ def compute_fingerprint(model_id: str, *, local_files_only: bool = False, load_i
             _add(digest, f"{kind} {description}", sample)
     if load_in_8bit:
         _add(digest, "load_in_8bit", b"")
+    return digest.hexdigest()
+
+
+def compute_memory_fingerprint(model: Any) -> str:
+    """Hash a model as it is in memory: its class, its config, and a sample of every tensor of its state.
+
+    For models that were built or changed where no checkpoint says what they are. It is another domain than
+    `compute_fingerprint`: the two never agree, not even for a model that was just loaded from that checkpoint. The
+    dtype of the tensors belongs to it; the device does not, nor does a tokenizer, which the model does not have.
+    docs/format.md (Fingerprint of a model in memory) specifies the bytes.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        SHA-256 in hex.
+
+    Raises:
+        InputError: a tensor is not in memory (accelerate keeps it elsewhere).
+    """
+    digest = hashlib.sha256()
+    _add(digest, "model in memory", type(model).__name__.encode())
+    config = json.loads(model.config.to_json_string())
+    canonical = {name: value for name, value in config.items() if name not in _CONFIG_FIELDS_OUTSIDE_MEMORY}
+    _add(digest, "config", json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode())
+    entries = []
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.is_meta:
+            raise InputError(f"{name} of the model is not in memory: load the model without offloading")
+        entries.append(_sample_tensor(name, tuple(tensor.shape), tensor, lambda tensor=tensor: tensor))
+    for description, sample in sorted(entries):
+        _add(digest, f"tensor {description}", sample)
     return digest.hexdigest()
 
 
@@ -163,7 +199,7 @@ def _sample_tensor(name: str, shape: tuple[int, ...], view: Any, get_whole: Any)
         leading, row_values = (shape[:-1], shape[-1]) if len(shape) > 1 else (shape, 1)
         rows = [view[_unravel(row, leading)] for row in choose_rows(math.prod(leading), row_values)]
     dtype = str(rows[0].dtype).removeprefix("torch.")
-    sample = b"".join(row.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for row in rows)
+    sample = b"".join(row.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes() for row in rows)
     return f"{name} {dtype} {'x'.join(map(str, shape))}", sample
 
 

@@ -21,13 +21,20 @@ import huggingface_hub.utils.logging
 import torch
 import transformers.utils.logging
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.hub import cached_file
 
 from cachegen.errors import BackendUnavailableError, ConfigError, InputError
 from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
-from cachegen.pipeline.fingerprint import compute_fingerprint
+from cachegen.pipeline.fingerprint import compute_fingerprint, compute_memory_fingerprint
 from cachegen.pipeline.limits import LengthLimit, read_length_limit
 from cachegen.pipeline.model_files import first_line, read_config
 
@@ -44,9 +51,10 @@ class LoadedModel:
 
     Attributes:
         model: a transformers causal language model, in evaluation mode.
-        tokenizer: its tokenizer.
-        model_id: the Hugging Face id or folder it was loaded from.
-        fingerprint: SHA-256 in hex of its config, tokenizer and weights; see `fingerprint.compute_fingerprint`.
+        tokenizer: its tokenizer; None for a model that was given without.
+        model_id: the Hugging Face id or folder it was loaded from, or a name for messages.
+        fingerprint: SHA-256 in hex of its config, tokenizer and weights; see `fingerprint.compute_fingerprint`, and for
+            a model that was given in memory `fingerprint.compute_memory_fingerprint`.
         rotary_embeddings: empty for a model without.
     """
 
@@ -167,6 +175,37 @@ def load_model(
     model.eval()
     _keep_special_tokens_only(model)
     return LoadedModel(model, tokenizer, model_id, fingerprint, read_rotary_embeddings(model))
+
+
+def identify_model(model: Any) -> LoadedModel:
+    """Say what a model in memory is; the model itself is neither copied nor changed.
+
+    Args:
+        model: a transformers causal language model in evaluation mode, from anywhere; a `LoadedModel` is returned as
+            it is.
+
+    Returns:
+        The model with the fingerprint of what it is now, and without a tokenizer.
+
+    Raises:
+        TypeError: it is no transformers model.
+        ValueError: it is in training mode.
+        InputError: its cache is more than keys and values of every token, it computes in another dtype than fp16, bf16
+            or fp32, or some of its weights are not in memory.
+    """
+    if isinstance(model, LoadedModel):
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`model` must be a transformers model or a LoadedModel, got {type(model).__name__}")
+    if model.training:
+        raise ValueError("`model` must be in evaluation mode: call model.eval()")
+    name = f"{model.name_or_path or type(model).__name__} (in memory)"
+    _refuse_unrepresentable(name, model.config)
+    if not model.can_generate():
+        raise InputError(f"{name}: {type(model).__name__} has no head that predicts tokens")
+    if model.dtype not in SUPPORTED_DTYPES:
+        raise InputError(f"{name}: computes in {model.dtype}; use float16, bfloat16 or float32")
+    return LoadedModel(model, None, name, compute_memory_fingerprint(model), read_rotary_embeddings(model))
 
 
 def read_rotary_embeddings(model: Any) -> tuple[RotaryEmbedding, ...]:
