@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cachegen.coder.cpu_kernels import CPU
@@ -46,13 +46,29 @@ def load_config(path: str | os.PathLike[str]) -> MethodConfig:
         InputError: there is no such file.
         ConfigError: the file is not such a config, naming the field.
     """
-    content = load_object(path)
+    return read_config(load_object(path), str(path))
+
+
+def read_config(content: Mapping[str, Any], source: str) -> MethodConfig:
+    """Return what the JSON object of a quantization config says.
+
+    Args:
+        source: names it in messages; the folders that it names are relative to the folder of this path.
+
+    Raises:
+        ConfigError: it is not such a config, naming the field.
+    """
     name = content.get("method", "cachegen")
     method = method_named(name)
     if method is None:
         known = ", ".join(f'"{method.name}"' for method in METHODS)
-        raise ConfigError(f"{path}: method must be one of {known}, got {shown(name)}")
-    return method.read_config(str(path), content)
+        raise ConfigError(f"{source}: method must be one of {known}, got {shown(name)}")
+    return method.read_config(source, content)
+
+
+def default_config(num_layers: int) -> MethodConfig:
+    """Return a config for a model of `num_layers` that needs no file; see `absmax.config.default_config`."""
+    return absmax.default_config(num_layers)
 
 
 def check_config(config: MethodConfig, header: DocumentHeader, path: object) -> None:

@@ -80,7 +80,7 @@ class Document(ABC):
         output: KVCache,
         *,
         first_token: int,
-        token_hash: bytes,
+        token_hash: bytes | None,
         num_threads: int = 1,
         kernels: Kernels = CPU,
     ) -> None:
@@ -94,7 +94,7 @@ class Document(ABC):
         output: KVCache,
         *,
         first_token: int,
-        token_hash: bytes,
+        token_hash: bytes | None,
         num_threads: int = 1,
         kernels: Kernels = CPU,
     ) -> Callable[[], None]:
@@ -105,7 +105,8 @@ class Document(ABC):
             output: where the chunk's tokens go: exactly as many as it must have, in the cache's dtype, on the kernels'
                 device.
             first_token: where in the context the chunk must begin.
-            token_hash: hash of the context's tokens up to the chunk's end.
+            token_hash: hash of the context's tokens up to the chunk's end; None where the caller has no context to
+                compare: the chunk is then the document's, whatever context that is of.
 
         Returns:
             A function that waits for the GPU and raises what is left to raise: BitstreamError. Until it has returned,
@@ -131,7 +132,7 @@ class Document(ABC):
         before: Sequence[Chunk[Any]],
         output: KVCache,
         first_token: int,
-        token_hash: bytes,
+        token_hash: bytes | None,
         num_threads: int,
     ) -> Chunk[Any]:
         """Take a file apart, refusing one that does not belong here before its size in memory is taken."""
@@ -144,7 +145,7 @@ class Document(ABC):
                 ("rope_hash", header.rope_hash, expected.rope_hash),
                 ("first_token", header.first_token, first_token),
                 ("num_tokens", header.num_tokens, output.num_tokens),
-                ("token_hash", header.token_hash, token_hash),
+                *([("token_hash", header.token_hash, token_hash)] if token_hash is not None else []),
                 ("coder", header.coder, expected.coder),
                 ("dtype", header.dtype, expected.dtype),
                 ("num_layers", header.num_layers, expected.num_layers),

@@ -21,6 +21,7 @@ import torch
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
 from cachegen.errors import BitstreamError, CacheGenError, ConfigError, MismatchError
+from cachegen.files import open_file
 from cachegen.format.files import TABLES_NAME, chunk_name, read_whole
 from cachegen.kv_cache import KVCache, describe_difference, hash_rotary_embeddings, hash_token_prefixes
 from cachegen.methods import open_document
@@ -150,7 +151,7 @@ class EncodedFolder:
     def decode_into(
         self,
         output: KVCache,
-        token_ids: torch.Tensor,
+        token_ids: torch.Tensor | None,
         chunk_tokens: Sequence[int],
         progress: Callable[[int], object] | None = None,
     ) -> DecodeResult:
@@ -158,7 +159,7 @@ class EncodedFolder:
 
         Args:
             output: at least as many tokens as the chunks have, on any device.
-            token_ids: the context's tokens, which every chunk's hash is compared with.
+            token_ids: the context's tokens, which every chunk's hash is compared with; None compares none.
             chunk_tokens: from `select_chunks`.
             progress: called with the number of tokens after each chunk.
 
@@ -168,7 +169,9 @@ class EncodedFolder:
             MismatchError: one belongs elsewhere, or the output has other shapes.
         """
         stops = list(itertools.accumulate(chunk_tokens))
-        hashes = hash_token_prefixes(token_ids, stops)
+        hashes: list[bytes | None] = [None] * len(stops)
+        if token_ids is not None:
+            hashes = [bytes.fromhex(digest) for digest in hash_token_prefixes(token_ids, stops)]
         self._prepare(output)
         load_seconds, decode_seconds = self._read_seconds, self._parse_seconds
         encoded_bytes = self._tables_bytes
@@ -257,6 +260,16 @@ class EncodedFolder:
                 current = pending.result() if pending is not None else None
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of the tables file and of the chunk files of the levels that are decoded.
+
+        Raises:
+            InputError: a chunk file is missing.
+        """
+        names = [chunk_name(i, level) for i in range(self.document.header.num_chunks) for level in self._levels]
+        return self._tables_bytes + sum(_measure_file(self.path / name) for name in names)
+
+    @property
     def plane_shapes(self) -> list[tuple[int, int]]:
         """(num_kv_heads, head_dim) of every plane."""
         return self.document.header.shapes
@@ -286,7 +299,7 @@ def check_model(document: Document, tables_name: object, loaded: LoadedModel) ->
         ("model_fingerprint", header.model_fingerprint.hex()[:12], loaded.fingerprint[:12]),
         ("rope_hash", header.rope_hash.hex()[:12], hash_rotary_embeddings(loaded.rotary_embeddings)[:12]),
     ]
-    remedy = "give --model_id (and --dtype, --load_in_8bit) of the model that computed the cache"
+    remedy = "give the model that computed the cache (--model_id, --dtype, --load_in_8bit)"
     for field, found, expected in gates:
         if found != expected:
             raise MismatchError(f"{tables_name}: {field} is {found}, but {loaded.model_id} has {expected}: {remedy}")
@@ -316,13 +329,18 @@ def copy_cache(source: KVCache, target: KVCache) -> None:
         plane.copy_(copied)
 
 
+def _measure_file(path: Path) -> int:
+    with open_file(path, hint="encode the document again") as stream:
+        return os.fstat(stream.fileno()).st_size
+
+
 def _start_decoding(
     contents: Sequence[bytes],
     document: Document,
     output: KVCache,
     *,
     first_token: int,
-    token_hash: str,
+    token_hash: bytes | None,
     num_threads: int,
     kernels: Kernels,
 ) -> Callable[[], None]:
@@ -337,7 +355,7 @@ def _start_decoding(
         contents,
         target,
         first_token=first_token,
-        token_hash=bytes.fromhex(token_hash),
+        token_hash=token_hash,
         num_threads=num_threads,
         kernels=kernels,
     )

@@ -19,9 +19,11 @@ from typing import Any
 from cachegen.coder.kernels import Kernels
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.absmax.codec import AbsmaxDocument, AbsmaxEncoder
-from cachegen.methods.absmax.config import NUMBERS, AbsmaxConfig, read_cachegen, read_uniform
+from cachegen.methods.absmax.config import NUMBERS, AbsmaxConfig, default_config, read_cachegen, read_uniform
 from cachegen.methods.absmax.headers import AbsmaxChunkHeader, AbsmaxDocumentHeader
 from cachegen.methods.base import FindProfile, Method
+
+__all__ = ["METHODS", "AbsmaxMethod", "default_config"]
 
 
 @dataclass(frozen=True)

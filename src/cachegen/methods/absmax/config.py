@@ -115,6 +115,32 @@ def read_uniform(source: str, content: Mapping[str, Any]) -> AbsmaxConfig:
     return AbsmaxConfig("uniform", groups, groups, read_coder(source, content, Coder.PACKED), source)
 
 
+def default_config(num_layers: int) -> AbsmaxConfig:
+    """Return the original's setting for 7B models, its layer groups in proportion to the number of layers.
+
+    Keys have 32 bins, from 10 of 32 layers on 16; values have 32 bins, from 2 of 32 layers on 16. With 32 layers it is
+    config/quantization_7b.json.
+
+    Args:
+        num_layers: of the model, at least 1.
+    """
+
+    def layers(of_32: int) -> int:
+        return max(1, round(num_layers * of_32 / 32))
+
+    content = {
+        "key_first_layers": layers(10),
+        "key_second_layers": layers(20),
+        "key_first_bins": 32,
+        "key_second_bins": 16,
+        "key_third_bins": 16,
+        "value_first_layers": layers(2),
+        "value_first_bins": 32,
+        "value_second_bins": 16,
+    }
+    return read_cachegen("the default config", content)
+
+
 def _read_bins(source: str, content: Mapping[str, Any], name: str) -> int:
     num_bins = read_integer(source, content, name, 4, 256)
     if num_bins % 2:
