@@ -493,12 +493,12 @@ class TestRefusals:
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
         error = refuse(run_decoding_disk.main, [*argv, "--model_id", other], 5)
-        assert "tables.cgt: model_fingerprint is " in error and "give --model_id" in error
+        assert "tables.cgt: model_fingerprint is " in error and "give the model that computed the cache" in error
 
     def test_other_weights_behind_the_same_config_and_tokenizer(self, prefilled, argv, refuse, tmp_path):
         other = copy_with_other_keys(tmp_path / "other")
         error = refuse(run_decoding_disk.main, [*argv, "--model_id", other], 5)
-        assert "tables.cgt: model_fingerprint is " in error and "give --model_id" in error
+        assert "tables.cgt: model_fingerprint is " in error and "give the model that computed the cache" in error
         # Nor is an encoding of the one model's cache reused for that of the other's.
         flags = {"--model_id": other, "--path_to_context": prefilled.context, "--dtype": "float32"}
         assert main.main([*to_argv(flags), "--save_dir", str(tmp_path / "data"), "--quiet"]) == 0

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from cachegen.errors import InputError
 from cachegen.kv_cache import KVCache
 
 
@@ -177,6 +178,63 @@ def view_kv_cache(cache: Cache, num_tokens: int) -> KVCache:
         keys.append(key_view)
         values.append(value_view)
     return KVCache(keys, values)
+
+
+def planes_of_cache(cache: Any) -> KVCache:
+    """Return the keys and values that any transformers cache holds, without copying.
+
+    Args:
+        cache: a cache of one sequence.
+
+    Returns:
+        Planes `[num_tokens, num_kv_heads, head_dim]`, views of the cache's tensors, on their devices.
+
+    Raises:
+        TypeError: it is no transformers cache.
+        InputError: it is empty, holds a batch, or a layer does not hold keys and values of every token, as where a
+            sliding window has dropped some.
+        ValueError: as `KVCache`.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"`cache` must be a transformers cache or a KVCache, got {type(cache).__name__}")
+    keys, values = [], []
+    for index, layer in enumerate(getattr(cache, "layers", ())):
+        num_tokens = int(layer.get_seq_length())
+        for kind, planes in (("keys", keys), ("values", values)):
+            states = getattr(layer, kind, None)
+            if not isinstance(states, torch.Tensor) or states.ndim != 4:
+                raise InputError(f"the cache's layer {index} ({type(layer).__name__}) holds no {kind} of every token")
+            num_sequences, _, num_held, _ = states.shape
+            if num_sequences != 1:
+                raise InputError(f"the cache holds {num_sequences} sequences, one is needed")
+            if num_held < num_tokens:
+                raise InputError(
+                    f"the cache's layer {index} ({type(layer).__name__}) holds {num_held} of {num_tokens} tokens: call "
+                    "the model with past_key_values=DynamicCache(), which keeps them all"
+                )
+            # [1, heads, tokens, dim] -> [tokens, heads, dim]; a static cache has room for more
+            planes.append(states.detach()[0, :, :num_tokens].permute(1, 0, 2))
+    if not keys or keys[0].shape[0] == 0:
+        raise InputError("the cache is empty")
+    return KVCache(keys, values)
+
+
+def to_dynamic_cache(cache: Cache) -> DynamicCache:
+    """Return transformers' own kind of cache over the same memory: it grows without bound, at the price of copies.
+
+    Args:
+        cache: of preallocated layers; what it holds now is what the new one holds, as views of its buffers. All layers
+            keep all tokens, whatever windows the model has: its mask does the rest.
+    """
+    dynamic = DynamicCache()
+    for layer in preallocated_layers(cache):
+        if layer.keys is None or layer.values is None:
+            raise ValueError("`cache` must have buffers in every layer")
+        grown = DynamicLayer()
+        grown.lazy_initialization(layer.keys, layer.values)
+        grown.keys, grown.values = layer.keys, layer.values
+        dynamic.layers.append(grown)
+    return dynamic
 
 
 def set_length(cache: Cache, num_tokens: int) -> None:
