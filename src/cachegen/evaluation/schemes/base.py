@@ -148,7 +148,8 @@ class SymbolCoder:
         """Write integers `[num_channels, num_tokens]` and read them again; returns them and the bytes."""
         shifted = integers - self.low
         clipped = np.clip(shifted, 0, self.num_symbols - 1)
-        content, num_words, status = _native.encode_symbols(clipped.astype(np.uint16), self.tables, self.low_bits)
+        symbols = np.ascontiguousarray(clipped, np.uint16)
+        content, num_words, status = _native.encode_symbols(symbols, self.tables, self.low_bits)
         if status != _native.Status.OK.value:
             raise ValueError(f"symbols cannot be encoded: {_native.Status(status).name}")
         symbols, status = _native.decode_symbols(
