@@ -39,6 +39,10 @@ def not_finite_error(plane: int, token: int) -> InputError:
     )
 
 
+class MissingInputError(InputError):
+    """Report an input that is not there, as the system said when it was to be opened."""
+
+
 class StoreError(InputError):
     """Report a store that cannot be reached, lacks an object, or answers otherwise than it must.
 

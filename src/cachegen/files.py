@@ -22,7 +22,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from cachegen.errors import InputError, OutputError, OutputExistsError
+from cachegen.errors import InputError, MissingInputError, OutputError, OutputExistsError
 
 _TEMPORARY_PREFIX = ".tmp-"
 # Exactly what `atomic_write` makes: someone else's ".tmp-notes" is not ours to remove.
@@ -60,13 +60,14 @@ def open_file(path: str | os.PathLike[str], *, kind: str = "file", hint: str = "
     """Open a file for reading; a pipe or a device, which could be read without end, is refused at once.
 
     Raises:
+        MissingInputError: there is no such file.
         InputError: as `read_file`.
     """
     try:
         # Without O_NONBLOCK, opening a pipe waits for someone to write into it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such {kind}{f' ({hint})' if hint else ''}") from None
+        raise MissingInputError(f"{path}: no such {kind}{f' ({hint})' if hint else ''}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # a name with a NUL

@@ -8,7 +8,7 @@ from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 
-from cachegen.errors import InputError, OutputExistsError, StoreError
+from cachegen.errors import InputError, MissingInputError, OutputExistsError, StoreError
 from cachegen.files import is_temporary, open_file, remove_stale_temporaries, write_file
 from cachegen.manifest import is_object_name
 from cachegen.objects import PIECE_BYTES, Answer
@@ -89,9 +89,9 @@ class FolderObjects:
             raise StoreError(f"{place}: not a name that an object can have")
         try:
             return open_file(path)
+        except MissingInputError:  # not by looking again: another publisher may have written it meanwhile
+            raise StoreError(f"{place}: no such object", is_missing=True) from None
         except InputError as error:
-            if not path.exists():
-                raise StoreError(f"{place}: no such object", is_missing=True) from None
             raise StoreError(f"{place}: {str(error).removeprefix(f'{path}: ')}") from None
 
     def _read(self, name: str, stream: BufferedReader, start: int, stop: int) -> Iterator[bytes]:
