@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Self
 
+from cachegen.errors import BitstreamError
 from cachegen.format.framing import Buffer, known, require, unpack_record
 
 _DECLARED = "cachegen.format.layout"
@@ -132,9 +133,9 @@ class Placed:
         if declared.code == "f":
             is_size = math.isfinite(value) and value >= 0
             require(is_size, f"must be finite and not negative, got {value}", at, self.name)
-        least = declared.least if declared.least is not None else value
-        most = declared.most if declared.most is not None else value
-        require(least <= value <= most, f"must be {_bounds(declared)}, got {value}", at, self.name)
+        is_low = declared.least is not None and value < declared.least
+        if is_low or (declared.most is not None and value > declared.most):
+            raise BitstreamError(f"must be {_bounds(declared)}, got {value}", offset=at, field=self.name)
         return value
 
 
