@@ -84,12 +84,16 @@ def damage(folder: Path, kind: str) -> Path:
         path.write_bytes(content)
     elif kind == "missing":
         path.unlink()
-    else:
+    elif kind == "another":
         shutil.copy(folder / "chunk_00002.L1.cgc", path)
+    else:  # the same place in a document of other values
+        cache, metadata = make_cache([(2, 16)] * 4, 60, torch.float16, seed=1), make_metadata(60)
+        config = load_config(ROOT / "config" / "uniform_4bit.json")
+        path.write_bytes(b"".join(make_encoder(config, cache, metadata, (20, 20, 20)).encode_chunk(1)))
     return path
 
 
-@pytest.mark.parametrize("kind", ["flipped", "missing", "another"])
+@pytest.mark.parametrize("kind", ["flipped", "missing", "another", "another document's"])
 def test_damage_is_named_and_verify_refuses_it(folder, capsys, kind: str) -> None:
     assert command.main(["verify", str(folder)]) == 0
     path = damage(folder, kind)

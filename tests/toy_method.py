@@ -90,10 +90,6 @@ class ToyDocument(Document):
     def prepare(self) -> None:
         pass
 
-    @classmethod
-    def chunk_header(cls) -> type[ToyChunkHeader]:
-        return ToyChunkHeader
-
     def gates(self, header: ToyChunkHeader) -> list[tuple[str, object, object]]:
         return []
 

@@ -6,23 +6,24 @@ checksums hold. Hashes are in hex, sizes in bytes.
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cachegen.errors import BitstreamError, InputError, StoreError
+from cachegen.errors import BitstreamError, InputError, MismatchError, StoreError
 from cachegen.files import open_file
-from cachegen.format.constants import CHUNK_MAGIC, TABLES_MAGIC, Dtype
+from cachegen.format.constants import CHUNK_MAGIC, TABLES_MAGIC
 from cachegen.format.files import TABLES_NAME, chunk_name, read_whole
 from cachegen.format.headers import ChunkHeader, DocumentHeader
 from cachegen.kv_cache import check_planes, load_kv_cache
 from cachegen.manifest import Manifest
 from cachegen.methods import method_of, parse_chunk, parse_document
+from cachegen.methods.base import Document
+from cachegen.pipeline.decode import EncodedFolder
 from cachegen.store import Store, open_store
 from cachegen.store_index import STORE_INFO_NAME, read_info, read_manifest
 
-_DTYPE_NAMES = {Dtype.FLOAT16: "float16", Dtype.BFLOAT16: "bfloat16", Dtype.FLOAT32: "float32"}
 _BITS_OF_FP16 = 16
 
 
@@ -76,7 +77,7 @@ def _describe(header: DocumentHeader | ChunkHeader) -> dict[str, Any]:
     return {
         "method": method_of(header).name,
         "coder": header.coder.name.lower(),
-        "dtype": _DTYPE_NAMES[header.dtype],
+        "dtype": header.dtype.name.lower(),
         "num_layers": header.num_layers,
         "model_fingerprint": header.model_fingerprint.hex(),
         "profile_hash": header.profile_hash.hex() if any(header.profile_hash) else None,
@@ -113,19 +114,16 @@ def _errors(header: ChunkHeader) -> dict[str, float | None]:
 
 
 def _inspect_folder(folder: Path) -> dict[str, Any]:
-    tables_file = read_whole(folder / TABLES_NAME)
-    try:
-        header = parse_document(tables_file)
-    except BitstreamError as error:
-        raise error.at(folder / TABLES_NAME) from error
+    document = EncodedFolder(folder, num_threads=1).document
+    header = document.header
     problems: list[str] = []
-    levels, num_bytes = [], len(tables_file)
+    levels, num_bytes = [], header.header_bytes + header.tables_bytes
     parts = {"header": header.header_bytes, "tables": header.tables_bytes}
     refined: dict[int, ChunkHeader] = {}
     num_values = sum(header.chunk_tokens) * header.values_per_token
     for level in header.levels:
         found: dict[int, ChunkHeader] = {}
-        for index, chunk in _whole_chunks(folder, header, level, refined, problems):
+        for index, chunk in _whole_chunks(folder, document, level, refined, problems):
             found[index] = chunk
             for name, size in _parts(chunk).items():
                 parts[name] = parts.get(name, 0) + size
@@ -156,32 +154,27 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
 
 
 def _whole_chunks(
-    folder: Path, document: DocumentHeader, level: int, refined: dict[int, ChunkHeader], problems: list[str]
+    folder: Path, document: Document, level: int, refined: dict[int, ChunkHeader], problems: list[str]
 ) -> Iterator[tuple[int, ChunkHeader]]:
     """Yield the chunks of a level that are whole and the document's; add a line to `problems` for each other."""
     first_token = 0
-    for index, num_tokens in enumerate(document.chunk_tokens):
+    for index, num_tokens in enumerate(document.header.chunk_tokens):
         path = folder / chunk_name(index, level)
+        check = functools.partial(
+            document.check_place,
+            level=level,
+            first_token=first_token,
+            num_tokens=num_tokens,
+            refined=refined.get(index),
+        )
         try:
-            header = parse_chunk(read_whole(path)).header
-        except (BitstreamError, InputError) as error:
-            problems.append(str(error.at(path) if isinstance(error, BitstreamError) else error))
-        else:
-            before = refined.get(index)
-            wanted = {
-                "model_fingerprint": document.model_fingerprint,
-                "method": document.method,
-                "profile_hash": document.profile_hash,
-                "level": level,
-                "first_token": first_token,
-                "num_tokens": num_tokens,
-                "refines": before.header_crc if before is not None else header.refines,
-            }
-            other = next((name for name, value in wanted.items() if getattr(header, name) != value), None)
-            if other is None:
-                yield index, header
-            else:
-                problems.append(f"{path}: {other} is not that of the document: the chunk is of another one")
+            yield index, parse_chunk(read_whole(path), check=check).header
+        except BitstreamError as error:
+            problems.append(str(error.at(path)))
+        except MismatchError as error:
+            problems.append(f"{path}: {error}")
+        except InputError as error:
+            problems.append(str(error))
         first_token += num_tokens
 
 
@@ -198,7 +191,7 @@ def _inspect_kv_file(path: Path) -> dict[str, Any]:
         "dtype": str(cache.dtype).removeprefix("torch."),
         "num_layers": cache.num_layers,
         "num_tokens": cache.num_tokens,
-        "model_id": os.path.basename(metadata.model_id.rstrip("/")),
+        "model_id": metadata.model_id,
         "model_fingerprint": metadata.model_fingerprint,
         "cache_hash": cache_hash,
         "bytes": path.stat().st_size,

@@ -1,4 +1,4 @@
-"""Objects in a cloud's store, a folder or memory, by obstore (bindings of Rust's object_store).
+"""Objects in a cloud's store or in memory, by obstore (bindings of Rust's object_store).
 
 Its own retries are off: `store.Store` counts them, and goes on where a body broke off. It follows redirects when
 reading and cannot be told not to: those of the cloud that was asked, and no signature goes with them.

@@ -40,7 +40,6 @@ FOLDERS = sorted(path.parent for path in GOLDEN.glob(f"*/{TABLES_NAME}"))
 KEEP_CHECKSUMS, KEEP_FILE_BYTES, KEEP_STREAM_BYTES, KEEP_WORDS = 1, 2, 4, 8  # flags: what is not made right again
 MAX_VALUES = 1 << 16  # a header of a few bytes may claim millions
 MAX_TOKENS = 1 << 31  # where a chunk begins is what the reader expects: a place in a context
-TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in cpu.DTYPES.items()}
 PREFIX_BYTES, METHOD_AT, OWN_FIELDS_AT, PLANES_AT, PLANE_BYTES, STREAM_BYTES = 24, 38, 208, 212, 12, 12
 GROUPS_AT, EXACT_AT, LENGTHS_AT = 212, 224, 236  # in a chunk of method transform
 
@@ -216,7 +215,7 @@ def check_chunk(content: bytes, golden: AbsmaxDocument | TransformDocument) -> N
 def decode(content: bytes, header: AbsmaxChunkHeader, document: AbsmaxDocument, path: str) -> str | bytes:
     """Decode on one path; returns what it refuses the chunk for, or the values."""
     planes = [
-        torch.zeros(header.num_tokens, plane.num_kv_heads, plane.head_dim, dtype=TORCH_DTYPES[header.dtype])
+        torch.zeros(header.num_tokens, plane.num_kv_heads, plane.head_dim, dtype=cpu.TORCH_DTYPES[header.dtype])
         for plane in header.planes
     ]
     try:
@@ -250,7 +249,7 @@ def check_component_chunk(content: bytes, header: TransformChunkHeader) -> None:
         names = ("model_fingerprint", "rope_hash", "dtype", "step_log", "profile_hash")
         expected = dataclasses.replace(document.header, **{name: getattr(header, name) for name in names})
         document = TransformDocument(expected, header.tables_hash, document.profile)
-    dtype = TORCH_DTYPES[header.dtype]
+    dtype = cpu.TORCH_DTYPES[header.dtype]
     planes = [torch.zeros(header.num_tokens, shape.num_kv_heads, shape.head_dim, dtype=dtype) for shape in shapes]
     document.decode(
         contents,

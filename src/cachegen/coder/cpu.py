@@ -37,6 +37,7 @@ except ImportError as error:
     ) from error
 
 DTYPES = {torch.float16: Dtype.FLOAT16, torch.bfloat16: Dtype.BFLOAT16, torch.float32: Dtype.FLOAT32}
+TORCH_DTYPES = {number: dtype for dtype, number in DTYPES.items()}
 Tables: TypeAlias = _native.TableSet
 
 # Of the kernels: all give the same bytes and values, so only tests and benchmarks name one.

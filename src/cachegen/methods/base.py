@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import torch
 
 from cachegen import _native
-from cachegen.coder.cpu import DTYPES
+from cachegen.coder.cpu import DTYPES, TORCH_DTYPES
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
 from cachegen.errors import BitstreamError, ConfigError, MismatchError, UnsupportedVersionError
@@ -63,7 +63,7 @@ class Document(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The cache's dtype."""
-        return next(dtype for dtype, number in DTYPES.items() if number == self.header.dtype)
+        return TORCH_DTYPES[self.header.dtype]
 
     @abstractmethod
     def prepare(self) -> None:
@@ -138,35 +138,62 @@ class Document(ABC):
         """Take a file apart, refusing one that does not belong here before its size in memory is taken."""
 
         def check(header: ChunkHeader) -> None:
-            expected = self.header
-            gates = [
+            self.check_place(
+                header,
+                level=level,
+                first_token=first_token,
+                num_tokens=output.num_tokens,
+                token_hash=token_hash,
+                refined=before[-1].header if before else None,
+                own_gates=self.gates(header) if header.method == self.header.method else (),
+            )
+
+        method = method_of_file(content, CHUNK_MAGIC, "chunk")
+        return split_chunk(content, method.chunk_header, num_threads, check=check)
+
+    def check_place(
+        self,
+        header: ChunkHeader,
+        *,
+        level: int,
+        first_token: int,
+        num_tokens: int,
+        token_hash: bytes | None = None,
+        refined: ChunkHeader | None = None,
+        own_gates: Iterable[tuple[str, object, object]] = (),
+    ) -> None:
+        """Refuse a chunk that is not the document's at some place.
+
+        Args:
+            token_hash: None compares no context.
+            refined: of the chunk's file of the level before, where there is one.
+            own_gates: the method's.
+
+        Raises:
+            MismatchError: naming the field that differs.
+        """
+        expected = self.header
+        check_gates(
+            [
                 ("method", method_of(header).name, method_of(expected).name),
                 ("model_fingerprint", header.model_fingerprint, expected.model_fingerprint),
                 ("rope_hash", header.rope_hash, expected.rope_hash),
                 ("first_token", header.first_token, first_token),
-                ("num_tokens", header.num_tokens, output.num_tokens),
+                ("num_tokens", header.num_tokens, num_tokens),
                 *([("token_hash", header.token_hash, token_hash)] if token_hash is not None else []),
                 ("coder", header.coder, expected.coder),
                 ("dtype", header.dtype, expected.dtype),
                 ("num_layers", header.num_layers, expected.num_layers),
                 ("level", header.level, level),
-                *(self.gates(header) if header.method == expected.method else ()),
+                *own_gates,
                 ("profile_hash", header.profile_hash, expected.profile_hash),
                 ("tables_hash", header.tables_hash, self.tables_hash),
             ]
-            check_gates(gates)
-            if before and header.refines != before[-1].header.header_crc:
-                raise MismatchError(
-                    f"refines a file of level {level - 1} that is not the one beside it: encode the chunk again"
-                )
-
-        method = method_of_file(content, CHUNK_MAGIC, "chunk")
-        return split_chunk(content, method.chunk_header, num_threads, check=check)
-
-    @classmethod
-    @abstractmethod
-    def chunk_header(cls) -> type[ChunkHeader]:
-        """Return the class of the document's chunks' headers."""
+        )
+        if refined is not None and header.refines != refined.header_crc:
+            raise MismatchError(
+                f"refines a file of level {level - 1} that is not the one beside it: encode the chunk again"
+            )
 
     @abstractmethod
     def gates(self, header: Any) -> list[tuple[str, object, object]]:
@@ -263,10 +290,10 @@ class Encoder(ABC):
         Args:
             contents: the files of level 1, of level 2, ... to the last.
         """
-        refines = 0
+        refines, chunk_header = 0, method_of(self.document.header).chunk_header
         for level, content in zip(self.levels, contents, strict=True):
             try:
-                header = split_chunk(content, self.document.chunk_header(), self._num_threads).header
+                header = split_chunk(content, chunk_header, self._num_threads).header
             except BitstreamError:
                 return False
             if header.refines != refines or header.without_encoding() != self.expected_header(index, level):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cachegen import _native
-from cachegen.coder.cpu import DTYPES
+from cachegen.coder.cpu import TORCH_DTYPES
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
 from cachegen.format import ALIGNMENT, LANES, NO_HASH, TABLE_SIZE, Coder, PlaneLayout, StreamEntry, round_up
@@ -29,8 +29,6 @@ from cachegen.methods.base import Document, Encoder, ErrorMeasure, cut_streams
 # that is a quarter of a percent; longer lanes would leave a GPU, one warp per stream, too few streams. A code of coder
 # `ac` costs as much, its length and its end, and has as many symbols.
 SYMBOLS_PER_LANE = 4096
-
-_TORCH_DTYPES = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
 
 
 class AbsmaxDocument(Document):
@@ -69,11 +67,6 @@ class AbsmaxDocument(Document):
     def prepare(self) -> None:
         """See `Document.prepare`."""
         _ = self.tables
-
-    @classmethod
-    def chunk_header(cls) -> type[AbsmaxChunkHeader]:
-        """See `Document.chunk_header`."""
-        return AbsmaxChunkHeader
 
     def gates(self, header: AbsmaxChunkHeader) -> list[tuple[str, object, object]]:
         """See `Document.gates`."""
@@ -188,7 +181,7 @@ def read_scales(chunk: Chunk[AbsmaxChunkHeader]) -> torch.Tensor:
     header = chunk.header
     # A copy: torch wants writable memory, and scales are few.
     scale_bytes = torch.frombuffer(bytearray(chunk.before[: header.scales_bytes]), dtype=torch.uint8)
-    return scale_bytes.view(_TORCH_DTYPES[header.dtype]).reshape(len(header.planes), header.num_tokens)
+    return scale_bytes.view(TORCH_DTYPES[header.dtype]).reshape(len(header.planes), header.num_tokens)
 
 
 def build_chunk(

@@ -114,11 +114,6 @@ class TransformDocument(Document):
         coarse = step_log + LEVEL_RATIO_LOG if level > 1 else None
         return [plan_level(t.group.scale_logs.numpy(), step_log, coarse) for t in self.transforms]
 
-    @classmethod
-    def chunk_header(cls) -> type[TransformChunkHeader]:
-        """See `Document.chunk_header`."""
-        return TransformChunkHeader
-
     def gates(self, header: TransformChunkHeader) -> list[tuple[str, object, object]]:
         """See `Document.gates`."""
         codings = self.codings(header.level)
