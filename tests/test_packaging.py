@@ -33,6 +33,7 @@ LAYERS = {
     "__init__": 0,
     "_native": 0,
     "errors": 0,
+    "fields": 0,
     "files": 0,
     "config": 0,
     "kv_archive": 0,

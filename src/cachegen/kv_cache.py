@@ -15,12 +15,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cachegen import _native
 from cachegen.errors import BitstreamError, InputError, UnsupportedVersionError
+from cachegen.fields import read_hash, read_list, read_name, read_number, read_text
 from cachegen.files import atomic_write
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.kv_archive import check_archive
@@ -30,9 +30,7 @@ FILE_VERSION = 2
 MAX_ROTARY_EMBEDDINGS = 1 << 10
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HASHED_TOKENS = 1024
-_MAX_TEXT = 1 << 12
 _SHORTAGE = re.compile("|".join(os.strerror(n) for n in (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO)))
-_HASH = re.compile(r"[0-9a-f]{64}")
 _FIELDS = frozenset(
     "format version model_id model_fingerprint token_ids token_hash rope_hash rotary_embeddings block_size "
     "load_in_8bit cache_hash keys values".split()
@@ -339,16 +337,16 @@ def read_rotary_embeddings(records: object) -> tuple[RotaryEmbedding, ...]:
         BitstreamError: naming the field.
     """
     embeddings = []
-    for record in _read_list(records, "rotary_embeddings", 0, MAX_ROTARY_EMBEDDINGS):
+    for record in read_list(records, "rotary_embeddings", 0, MAX_ROTARY_EMBEDDINGS):
         if type(record) is not dict or set(record) != {"name", "rope_type", "inv_freq", "attention_scaling"}:
             raise BitstreamError("must have name, rope_type, inv_freq, attention_scaling", field="rotary_embeddings")
-        frequencies = _read_list(record["inv_freq"], "inv_freq", 0, MAX_CHANNELS)
+        frequencies = read_list(record["inv_freq"], "inv_freq", 0, MAX_CHANNELS)
         embeddings.append(
             RotaryEmbedding(
-                name=_read_name(record["name"], "name"),
-                rope_type=_read_name(record["rope_type"], "rope_type"),
-                inv_freq=tuple(_read_number(frequency, "inv_freq") for frequency in frequencies),
-                attention_scaling=_read_number(record["attention_scaling"], "attention_scaling"),
+                name=read_name(record["name"], "name"),
+                rope_type=read_name(record["rope_type"], "rope_type"),
+                inv_freq=tuple(read_number(frequency, "inv_freq") for frequency in frequencies),
+                attention_scaling=read_number(record["attention_scaling"], "attention_scaling"),
             )
         )
     return tuple(embeddings)
@@ -370,7 +368,7 @@ def _parse(content: object, file_bytes: int) -> tuple[KVCache, ContextMetadata]:
     missing = sorted(_FIELDS - set(content))
     if missing:
         raise BitstreamError("is missing", field=missing[0])
-    keys, values = (_read_list(content[name], name, 1, MAX_LAYERS) for name in ("keys", "values"))
+    keys, values = (read_list(content[name], name, 1, MAX_LAYERS) for name in ("keys", "values"))
     token_ids = content["token_ids"]
     for field, tensors in (("token_ids", [token_ids]), ("keys", keys), ("values", values)):
         for tensor in tensors:
@@ -393,17 +391,17 @@ def _parse(content: object, file_bytes: int) -> tuple[KVCache, ContextMetadata]:
     if type(load_in_8bit) is not bool:
         raise BitstreamError("must be true or false", field="load_in_8bit")
     metadata = ContextMetadata(
-        model_id=_read_text(content["model_id"], "model_id"),
-        model_fingerprint=_read_hash(content["model_fingerprint"], "model_fingerprint"),
+        model_id=read_text(content["model_id"], "model_id"),
+        model_fingerprint=read_hash(content["model_fingerprint"], "model_fingerprint"),
         token_ids=token_ids,
         rotary_embeddings=read_rotary_embeddings(content["rotary_embeddings"]),
         block_size=block_size,
-        cache_hash=_read_hash(content["cache_hash"], "cache_hash"),
+        cache_hash=read_hash(content["cache_hash"], "cache_hash"),
         load_in_8bit=load_in_8bit,
     )
-    if hash_token_prefixes(token_ids, [cache.num_tokens]) != [_read_hash(content["token_hash"], "token_hash")]:
+    if hash_token_prefixes(token_ids, [cache.num_tokens]) != [read_hash(content["token_hash"], "token_hash")]:
         raise BitstreamError("does not match the token ids", field="token_hash")
-    if metadata.rope_hash != _read_hash(content["rope_hash"], "rope_hash"):
+    if metadata.rope_hash != read_hash(content["rope_hash"], "rope_hash"):
         raise BitstreamError("does not match the rotary embeddings", field="rope_hash")
     return cache, metadata
 
@@ -425,37 +423,6 @@ def _check_tensor(tensor: object, field: str) -> None:
         raise BitstreamError("a plane is empty or larger than its storage", field=field)
     if tensor.data_ptr() % tensor.element_size():
         raise BitstreamError("a plane does not begin at a multiple of its element's size", field=field)
-
-
-def _read_list(value: object, field: str, low: int, high: int) -> list[Any]:
-    if type(value) is not list or not low <= len(value) <= high:
-        raise BitstreamError(f"must be a list of {low} to {high}", field=field)
-    return value
-
-
-def _read_text(value: object, field: str) -> str:
-    if type(value) is not str or len(value) > _MAX_TEXT:
-        raise BitstreamError(f"must be a text of at most {_MAX_TEXT} characters", field=field)
-    return value
-
-
-def _read_name(value: object, field: str) -> str:
-    name = _read_text(value, field)
-    if not name.isprintable():  # nor can the rest be hashed: half a character has no UTF-8
-        raise BitstreamError("must be printable characters", field=field)
-    return name
-
-
-def _read_hash(value: object, field: str) -> str:
-    if type(value) is not str or _HASH.fullmatch(value) is None:
-        raise BitstreamError("must be a SHA-256 in hex", field=field)
-    return value
-
-
-def _read_number(value: object, field: str) -> float:
-    if type(value) not in (int, float) or not abs(value) < 1e300:  # type: ignore[arg-type, operator]
-        raise BitstreamError("must be a finite number", field=field)
-    return float(value)  # type: ignore[arg-type]
 
 
 def _with_contiguous_heads(plane: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from cachegen.errors import BitstreamError, InputError, MismatchError, UnsupportedVersionError
+from cachegen.fields import read_hash, read_integer, read_list, read_number, read_record
 from cachegen.files import read_file, write_file
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.kv_cache import RotaryEmbedding, hash_rotary_embeddings, read_rotary_embeddings
@@ -242,7 +242,7 @@ def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) 
     try:
         profile = _parse(record)
         layers = _parse_layers(record["groups"], profile)
-        hashes = _record(record["sha256"], "sha256", SYNTHESIS_NAME, ANALYSIS_NAME)
+        hashes = read_record(record["sha256"], "sha256", SYNTHESIS_NAME, ANALYSIS_NAME)
         num_values = [
             profile.channels_of(first, count) * (num_components + 4) for first, count, num_components in layers
         ]
@@ -285,10 +285,10 @@ def check_profile(profile: Profile, model_fingerprint: str, rope_hash: str, sour
 def _parse(record: dict[str, Any]) -> Profile:
     """Check the JSON's own fields; the groups' tensors come later."""
     fields = "model_fingerprint rotary_embeddings plane_shapes groups curve calibration sha256".split()
-    _record(record, ", ".join(sorted(set(fields) - set(record))) or "record", *fields)
+    read_record(record, ", ".join(sorted(set(fields) - set(record))) or "record", *fields)
     shapes = []
-    for shape in _items(record["plane_shapes"], "plane_shapes", 2 * MAX_LAYERS):
-        sizes = [_integer(size, 1, MAX_HEADS, "plane_shapes") for size in _items(shape, "plane_shapes", 2)]
+    for shape in read_list(record["plane_shapes"], "plane_shapes", 0, 2 * MAX_LAYERS):
+        sizes = [read_integer(size, "plane_shapes", 1, MAX_HEADS) for size in read_list(shape, "plane_shapes", 0, 2)]
         if len(sizes) != 2:
             raise BitstreamError("must be pairs of heads and dims", field="plane_shapes")
         shapes.append((sizes[0], sizes[1]))
@@ -302,30 +302,28 @@ def _parse(record: dict[str, Any]) -> Profile:
             raise BitstreamError("must not be 0", field="attention_scaling")
         if any(2 * len(rotary.inv_freq) > dim for _, dim in shapes[0::2]):
             raise BitstreamError("more frequencies than a head has pairs", field="inv_freq")
-    fingerprint = record["model_fingerprint"]
-    if type(fingerprint) is not str or re.fullmatch("[0-9a-f]{64}", fingerprint) is None:
-        raise BitstreamError("must be a SHA-256 in hex", field="model_fingerprint")
+    fingerprint = read_hash(record["model_fingerprint"], "model_fingerprint")
     curve = []
-    for item in _items(record["curve"], "curve", _MAX_CURVE_POINTS):
-        point = _record(item, "curve", "step_log", "bits_per_value", "kl")
-        step_log = _integer(point["step_log"], -_MAX_SCALE_LOG, _MAX_SCALE_LOG, "step_log")
-        bits_per_value = _number(point["bits_per_value"], "bits_per_value")
-        curve.append(CurvePoint(step_log, bits_per_value, _number(point["kl"], "kl")))
-    calibration = _record(record["calibration"], "calibration")
+    for item in read_list(record["curve"], "curve", 0, _MAX_CURVE_POINTS):
+        point = read_record(item, "curve", "step_log", "bits_per_value", "kl")
+        step_log = read_integer(point["step_log"], "step_log", -_MAX_SCALE_LOG, _MAX_SCALE_LOG)
+        bits_per_value = read_number(point["bits_per_value"], "bits_per_value")
+        curve.append(CurvePoint(step_log, bits_per_value, read_number(point["kl"], "kl")))
+    calibration = read_record(record["calibration"], "calibration")
     return Profile(fingerprint, rotary_embeddings, tuple(shapes), (), tuple(curve), calibration)
 
 
 def _parse_layers(records: object, profile: Profile) -> list[tuple[int, int, int]]:
     """Return first layer, number of layers and of components of each group; they cover all layers in order."""
     layers, next_layer = [], 0
-    for item in _items(records, "groups", MAX_LAYERS):
-        group = _record(item, "groups", "first_layer", "num_layers", "num_components")
+    for item in read_list(records, "groups", 0, MAX_LAYERS):
+        group = read_record(item, "groups", "first_layer", "num_layers", "num_components")
         left = profile.num_layers - next_layer
-        if not left or _integer(group["first_layer"], 0, MAX_LAYERS, "first_layer") != next_layer:
+        if not left or read_integer(group["first_layer"], "first_layer", 0, MAX_LAYERS) != next_layer:
             raise BitstreamError("the groups do not cover the layers, each once and in order", field="groups")
-        num_layers = _integer(group["num_layers"], 1, left, "num_layers")
+        num_layers = read_integer(group["num_layers"], "num_layers", 1, left)
         limit = min(profile.channels_of(next_layer, num_layers), _MAX_COMPONENTS)
-        layers.append((next_layer, num_layers, _integer(group["num_components"], 1, limit, "num_components")))
+        layers.append((next_layer, num_layers, read_integer(group["num_components"], "num_components", 1, limit)))
         next_layer += num_layers
     if next_layer != profile.num_layers:
         raise BitstreamError("the groups do not cover the layers, each once and in order", field="groups")
@@ -377,30 +375,6 @@ def _load_tensors(path: Path, expected_hash: object, max_bytes: int) -> tuple[di
         return load_tensors(content), len(content)
     except Exception as error:  # a library's own errors over a dtype or a shape that it does not know
         raise BitstreamError(f"not a safetensors file ({str(error)[:120]})", path=path) from error
-
-
-def _integer(value: object, low: int, high: int, field: str) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise BitstreamError(f"must be an integer, {low} to {high}, got {value!r:.60}", field=field)
-    return value
-
-
-def _number(value: object, field: str) -> float:
-    if type(value) not in (int, float) or not abs(value) < 1e300:  # type: ignore[arg-type, operator]
-        raise BitstreamError(f"must be a finite number, got {value!r:.60}", field=field)
-    return float(value)  # type: ignore[arg-type]
-
-
-def _record(value: object, field: str, *names: str) -> dict[str, Any]:
-    if type(value) is not dict or not set(names) <= set(value):
-        raise BitstreamError(f"must be an object with {', '.join(names)}", field=field)
-    return value
-
-
-def _items(value: object, field: str, limit: int) -> list[Any]:
-    if type(value) is not list or len(value) > limit:
-        raise BitstreamError(f"must be a list of at most {limit}", field=field)
-    return value
 
 
 def _interpolate(x: float, xs: Sequence[float], ys: Sequence[int]) -> float:
