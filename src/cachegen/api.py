@@ -17,6 +17,7 @@ from cachegen.config import parse_coder
 from cachegen.device import choose_kernels
 from cachegen.errors import InputError, MismatchError
 from cachegen.format import Coder
+from cachegen.format.headers import DocumentHeader
 from cachegen.kv_cache import ContextMetadata, KVCache, describe_difference, from_planes
 from cachegen.methods import default_config, load_config, make_encoder, method_of, read_config
 from cachegen.methods.base import MethodConfig
@@ -41,7 +42,33 @@ _CLONE = Path(__file__).resolve().parents[2]
 _MAX_TOKEN_ID = (1 << 31) - 1
 
 
-class CompressedCache:
+class _Measured:
+    """What the files of a document are compared with.
+
+    Attributes:
+        num_tokens: of the cache.
+        num_values: numbers in the cache: keys and values of all layers.
+        num_bytes: of the files.
+    """
+
+    def __init__(self, header: DocumentHeader, num_bytes: int) -> None:
+        self.num_tokens: int = sum(header.chunk_tokens)
+        self.num_values: int = self.num_tokens * header.values_per_token
+        self.num_bytes: int = num_bytes
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of the files per number of the cache, everything counted; the cache itself has 16 or 32."""
+        return 8 * self.num_bytes / self.num_values
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__}: {self.num_tokens:,} tokens, {self.num_bytes:,} bytes, "
+            f"{self.bits_per_value:.3f} bits per value>"
+        )
+
+
+class CompressedCache(_Measured):
     """A compressed cache in memory, from `compress`; the cache it was made from is not needed any more.
 
     Attributes:
@@ -51,16 +78,8 @@ class CompressedCache:
     """
 
     def __init__(self, encoding: KeptEncoding) -> None:
-        header = encoding.document.header
+        super().__init__(encoding.document.header, encoding.num_bytes)
         self._encoding = encoding
-        self.num_tokens: int = sum(header.chunk_tokens)
-        self.num_values: int = self.num_tokens * header.values_per_token
-        self.num_bytes: int = encoding.num_bytes
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits of the files per number of the cache, everything counted; the cache itself has 16 or 32."""
-        return 8 * self.num_bytes / self.num_values
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the files, each whole or not at all; those of this very cache that are there already stay.
@@ -74,11 +93,8 @@ class CompressedCache:
         """
         encode_document(self._encoding, folder, overwrite=overwrite)
 
-    def __repr__(self) -> str:
-        return _describe(self)
 
-
-class StoredCache:
+class StoredCache(_Measured):
     """A compressed cache on disk, from `load`.
 
     Attributes:
@@ -89,17 +105,9 @@ class StoredCache:
     """
 
     def __init__(self, folder: EncodedFolder) -> None:
-        header = folder.document.header
+        super().__init__(folder.document.header, folder.num_bytes)
         self._folder = folder
-        self.num_tokens: int = sum(header.chunk_tokens)
-        self.num_values: int = self.num_tokens * header.values_per_token
-        self.num_bytes: int = folder.num_bytes
         self.dtype: torch.dtype = folder.dtype
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits of the files per number of the cache, everything counted; the cache itself has 16 or 32."""
-        return 8 * self.num_bytes / self.num_values
 
     def to_cache(
         self, model: PreTrainedModel | LoadedModel, token_ids: torch.Tensor | Sequence[int] | None = None
@@ -146,9 +154,6 @@ class StoredCache:
         if ids is not None:
             recompute_first_tokens(loaded, cache, ids, num_sinks, self.num_tokens)
         return to_dynamic_cache(cache)
-
-    def __repr__(self) -> str:
-        return _describe(self)
 
 
 def compress(
@@ -284,13 +289,6 @@ def load(
     kernels = choose_kernels(device).kernels
     threads = num_threads or default_num_threads()
     return StoredCache(EncodedFolder(folder, threads, kernels, find_profile=find_profile, level=level))
-
-
-def _describe(cache: CompressedCache | StoredCache) -> str:
-    return (
-        f"<{type(cache).__name__}: {cache.num_tokens:,} tokens, {cache.num_bytes:,} bytes, "
-        f"{cache.bits_per_value:.3f} bits per value>"
-    )
 
 
 def _read_cache(cache: Any) -> KVCache:
