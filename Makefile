@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What running needs, and what tests and checks need beside it.
 RUNNABLE := $(VENV)/.installed-run
 INSTALLED := $(VENV)/.installed-dev
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c tools/constraints.txt
 NATIVE_SOURCES := $(shell find src/csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 # The scripts call `python`: let it be the one in .venv.
@@ -20,7 +20,7 @@ help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
 # The first time pip shows what it does; later it has little to do.
-$(RUNNABLE): pyproject.toml constraints.txt setup.py $(NATIVE_SOURCES)
+$(RUNNABLE): pyproject.toml tools/constraints.txt setup.py $(NATIVE_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "make: Python 3.11 or newer is needed; name yours: make PYTHON=python3.11" >&2; exit 1; }
 	@echo "make: installing what running needs into $(VENV) (torch is large), and compiling the kernels"

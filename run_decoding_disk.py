@@ -19,8 +19,7 @@ from cachegen import startup  # noqa: E402
 startup.guard_imports(__name__)
 
 from cachegen import command_line  # noqa: E402
-from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
-from cachegen.pipeline.answers import (  # noqa: E402
+from cachegen.answer_scripts import (  # noqa: E402
     add_answer_flags,
     append_questions,
     check_profile_flag,
@@ -28,6 +27,7 @@ from cachegen.pipeline.answers import (  # noqa: E402
     report_answers,
     verify_answers,
 )
+from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.pipeline.context import read_context  # noqa: E402
 
 
@@ -59,7 +59,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     num_threads = args.threads or default_num_threads()
     device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
     chosen = choose_kernels(args.device)
-    find_profile = profile_finder(args.profile, SCRIPT_FOLDER / "profiles")
+    find_profile = profile_finder(args.profile, (args.model_id, SCRIPT_FOLDER / "models"))
     folder = EncodedFolder(
         args.path_to_encoded_kv, num_threads, chosen.kernels, find_profile=find_profile, level=args.level
     )

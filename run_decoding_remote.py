@@ -24,9 +24,7 @@ from cachegen import startup  # noqa: E402
 startup.guard_imports(__name__)
 
 from cachegen import command_line  # noqa: E402
-from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
-from cachegen.errors import ConfigError, StoreError  # noqa: E402
-from cachegen.pipeline.answers import (  # noqa: E402
+from cachegen.answer_scripts import (  # noqa: E402
     add_answer_flags,
     append_questions,
     check_profile_flag,
@@ -34,6 +32,8 @@ from cachegen.pipeline.answers import (  # noqa: E402
     report_answers,
     verify_answers,
 )
+from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
+from cachegen.errors import ConfigError, StoreError  # noqa: E402
 from cachegen.pipeline.context import read_context  # noqa: E402
 from cachegen.streaming.policies import POLICIES  # noqa: E402
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load_and_answer(args: argparse.Namespace) -> None:
     from cachegen.coder.cpu import default_num_threads
     from cachegen.pipeline.profiles import profile_finder
-    from cachegen.store import RetryRule, open_store
+    from cachegen.store.store import RetryRule, open_store
 
     report = command_line.Reporter(args)
     # Everything that needs no model comes first: a wrong path or flag shows at once.
@@ -124,7 +124,9 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     token_ids = tokenize(loaded, text)
     questions = args.question or [None]
     prompts = append_questions(loaded, token_ids, questions, args.max_new_tokens)
-    find_profile = profile_finder(args.profile, SCRIPT_FOLDER / "profiles", model_fingerprint=loaded.fingerprint)
+    find_profile = profile_finder(
+        args.profile, (args.model_id, SCRIPT_FOLDER / "models"), model_fingerprint=loaded.fingerprint
+    )
     lookup_start = time.perf_counter()
     try:
         document = find_for_model(

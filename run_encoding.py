@@ -181,7 +181,7 @@ def _load_config(args: argparse.Namespace) -> MethodConfig:
 
 
 def _describe_levels(encoder: Encoder, result: EncodeResult, num_values: int) -> dict[str, Any]:
-    """Return what run_adaptation.py reads: the size of every file, and what each level is expected to lose."""
+    """Return the size of every file and each level's expected loss, as scripts/simulate_adaptation.py reads them."""
     shared_bytes = result.sizes.total - sum(map(sum, result.chunk_bytes.values()))
     levels, num_bytes = [], shared_bytes
     for level, sizes in result.chunk_bytes.items():

@@ -21,7 +21,7 @@ startup.guard_imports(__name__)
 from cachegen import command_line  # noqa: E402
 
 if TYPE_CHECKING:
-    from cachegen.catalog import Published
+    from cachegen.store.catalog import Published
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _publish(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from cachegen.catalog import publish_document
     from cachegen.kv_cache import load_kv_cache
     from cachegen.pipeline.encode import read_encoded_levels
-    from cachegen.store import WRITING, open_store
+    from cachegen.store.catalog import publish_document
+    from cachegen.store.store import WRITING, open_store
 
     report = command_line.Reporter(args)
     levels = read_encoded_levels(args.path_to_encoded_kv, args.kl)

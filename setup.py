@@ -29,6 +29,7 @@ from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 # Portable and exact: no -march=native, and no flag that lets the compiler contract or reorder floating point,
 # because the bytes of a chunk must not depend on the machine that wrote it.
@@ -375,9 +376,25 @@ def wheel_options() -> dict[str, dict[str, str]]:
     return {}
 
 
+class ShipSources(sdist):
+    """Put into the sdist all that `pip install` and the scripts need; the model, the prompts and tests stay in git."""
+
+    def make_distribution(self) -> None:
+        for pattern in ("*.py", "NOTICE", "CHANGELOG.md", "env.yml", "tools/constraints.txt"):
+            self.filelist.include(pattern)
+        for folder in ("src/csrc", "config", "docs", "models/tiny-mistral/profile"):
+            self.filelist.graft(folder)
+        for pattern in ("*.pyi", "py.typed"):
+            self.filelist.recursive_include("src/cachegen", pattern)
+        self.filelist.prune("tests")
+        for pattern in ("*.so", "*.o", "*.py[co]"):
+            self.filelist.global_exclude(pattern)
+        super().make_distribution()
+
+
 if __name__ == "__main__":
     setup(
         ext_modules=[cpu_extension(), cuda_extension()],
-        cmdclass={"build_ext": BuildNative},
+        cmdclass={"build_ext": BuildNative, "sdist": ShipSources},
         options=wheel_options(),
     )

@@ -28,7 +28,7 @@ from cachegen import _native  # noqa: E402
 
 TORCHAC = "torchac==0.9.3"
 LMCACHE = "lmcache==0.5.6"
-# What the two import, LMCache's kernels being loaded by path; torch and numpy are those of constraints.txt. ninja
+# What the two import, LMCache's kernels being loaded by path; torch and numpy are those of tools/constraints.txt. ninja
 # compiles torchac's C++ when it is first imported.
 REQUIREMENTS = [TORCHAC, "numba==0.68.1", "ninja==1.13.2", "numpy", "torch", "setuptools"]
 KERNELS = "lmcache/v1/platform/torch_ops/cachegen_kernels.py"
@@ -125,7 +125,7 @@ def install_peers(folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     venv.create(folder / "venv", with_pip=True, clear=True)
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "-qq", "-c", ROOT / "constraints.txt", *REQUIREMENTS], check=True)
+    subprocess.run([*pip, "install", "-qq", "-c", ROOT / "tools/constraints.txt", *REQUIREMENTS], check=True)
     # Its dependencies are those of a server with a GPU; one file of it is used.
     subprocess.run([*pip, "download", "-qq", "--no-deps", "--only-binary", ":all:", "-d", folder, LMCACHE], check=True)
     with zipfile.ZipFile(next(folder.glob("lmcache-*.whl"))) as wheel:

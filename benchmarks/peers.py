@@ -26,7 +26,7 @@ def make_environment(folder: Path) -> Path:
         print(f"installing the peers into {folder} (the first time takes minutes: torch is large)", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-        constraints = ["-c", str(_REPOSITORY / "constraints.txt")]
+        constraints = ["-c", str(_REPOSITORY / "tools/constraints.txt")]
         subprocess.run([*pip, *constraints, TORCH, *PACKAGES], check=True)
         subprocess.run([*pip, "--no-deps", "--no-build-isolation", TORCHAC], check=True)
         # torchac compiles itself at import. This compiler's own -O3 comes last, so it wins.

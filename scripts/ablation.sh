@@ -23,7 +23,7 @@ measure() {
         return
     fi
     rm -f "$output/$name.inputs"
-    python "$root/run_profiling.py" --path_to_kv "$caches" --model_id "$model" \
+    python "$root/run_calibration.py" --path_to_kv "$caches" --model_id "$model" \
         --output_path "$output/$name" --overwrite --quiet --json "$output/$name.json" "$@"
     echo "$wanted" >"$output/$name.inputs"
 }

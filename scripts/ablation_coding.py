@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from cachegen import command_line
+from cachegen.calibration.calibrate import CalibrationContext, open_contexts, split_contexts
+from cachegen.calibration.curve import measure_document
 from cachegen.coder.component_tables import component_frequencies, plan_level, scale_indices
-from cachegen.evaluation.curve import measure_document
-from cachegen.evaluation.profiling import CalibrationContext, open_contexts, split_contexts
 from cachegen.methods.transform.profile import Profile, load_profile
 from cachegen.methods.transform.transform import GroupTransform, quantize_components, step_of_level
 from cachegen.pipeline.model import load_model
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--path_to_kv", type=Path, required=True, help="the folder of KV caches that the profile was made from")
     add("--model_id", default=str(ROOT / "models/tiny-mistral"), help="Hugging Face id or local folder of the model")
-    add("--profile", default=str(ROOT / "profiles/tiny-mistral"), help="the model's profile")
+    add("--profile", default=str(ROOT / "models/tiny-mistral/profile"), help="the model's profile")
     add("--step_logs", type=int, nargs="+", default=[8, -24], help="16 log2 of the steps")
     command_line.add_common_flags(parser)
     return parser

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cachegen import command_line
+from cachegen.comparison.rate_distortion import Study, measure, read_contexts
+from cachegen.comparison.report import format_table, summarize, write_csv, write_per_context_csv, write_plot
+from cachegen.comparison.schemes import make_schemes
 from cachegen.device import DTYPES, resolve_device, resolve_dtype
 from cachegen.errors import ConfigError
-from cachegen.evaluation.rate_distortion import Study, measure, read_contexts
-from cachegen.evaluation.report import format_table, summarize, write_csv, write_per_context_csv, write_plot
-from cachegen.evaluation.schemes import make_schemes
 from cachegen.files import write_file
 from cachegen.methods.transform.profile import load_profile
 from cachegen.pipeline.model import load_model
@@ -32,10 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model_id", default=str(ROOT / "models/tiny-mistral"), help="Hugging Face id or local folder of the model")
     add("--path_to_context", type=Path, default=ROOT / "9k_prompts", help="a folder of N.txt and questions.json")
-    add("--path_to_calibration", type=Path, default=ROOT / "calibration_prompts", help="the same, to fit methods on")
+    add("--path_to_calibration", type=Path, default=ROOT / "9k_prompts/calibration", help="the same, to fit methods on")
     add(
         "--profile",
-        default=str(ROOT / "profiles/tiny-mistral"),
+        default=str(ROOT / "models/tiny-mistral/profile"),
         help="the model's profile, for method transform; none leaves that method out",
     )
     add("--output_path", type=Path, required=True, help="folder of the results")

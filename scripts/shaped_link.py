@@ -234,14 +234,14 @@ def _compare_with_simulator(
     args: argparse.Namespace, link: ShapedLink, record: dict[str, Any], mbps: float
 ) -> dict[str, float]:
     """Simulate the same request with the speeds that were measured in it, the first token's included."""
-    from cachegen.catalog import FoundDocument
-    from cachegen.manifest import MAX_MANIFEST_BYTES, unpack_manifest
-    from cachegen.store import open_store
-    from cachegen.streaming import traces
+    from cachegen.simulation import traces
+    from cachegen.simulation.simulator import simulate_request
+    from cachegen.store.catalog import FoundDocument
+    from cachegen.store.manifest import MAX_MANIFEST_BYTES, unpack_manifest
+    from cachegen.store.store import open_store
     from cachegen.streaming.policies import POLICIES
     from cachegen.streaming.policy import DecodeSpeed, Objective, PrefillSpeed, Speeds
     from cachegen.streaming.remote import RemoteDocument
-    from cachegen.streaming.simulator import simulate_request
 
     store = open_store(args.path_to_store)
     address = record["manifest"]

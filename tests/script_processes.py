@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SCRIPTS = ("main", "run_encoding", "run_decoding_disk", "run_publishing", "run_decoding_remote", "run_profiling")
+SCRIPTS = ("main", "run_encoding", "run_decoding_disk", "run_publishing", "run_decoding_remote", "run_calibration")
 
 
 @dataclass
@@ -143,7 +143,7 @@ def serve() -> None:
     for name in SCRIPTS:
         importlib.import_module(name)
     # What the scripts import late, for their --help to be quick.
-    for name in ("answers", "decode", "encode", "generate", "model", "prefill", "profiles", "verify"):
+    for name in ("decode", "encode", "generate", "model", "prefill", "profiles", "verify"):
         importlib.import_module(f"cachegen.pipeline.{name}")
     importlib.import_module("obstore.store")
     importlib.import_module("transformers.models.mistral.modeling_mistral")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from conftest import make_cache, make_encoder, make_metadata, write_config
 
-from cachegen.catalog import EncodedLevel, Published, publish_document
 from cachegen.kv_cache import ContextMetadata, KVCache
-from cachegen.store import RetryRule, Store, open_store
+from cachegen.store.catalog import EncodedLevel, Published, publish_document
+from cachegen.store.store import RetryRule, Store, open_store
 
 CHUNK_TOKENS = (300, 200, 100, 40)
 NUM_TOKENS = 640

@@ -89,7 +89,7 @@ def test_answers_are_those_of_the_decoded_folder(tmp_path, config):
     cached_ids = PROMPT[0, :NUM_TOKENS]
     api.compress(run(loaded.model, cached_ids), cached_ids, loaded, config).save(path)
 
-    encoded = EncodedFolder(path, 1, find_profile=profile_finder(None, REPOSITORY / "profiles"))
+    encoded = EncodedFolder(path, 1, find_profile=profile_finder(None, [REPOSITORY / "models"]))
     cache = allocate_cache(encoded.plane_shapes, PROMPT.shape[1] + 8, encoded.dtype, loaded.layer_devices)
     encoded.decode_into(view_kv_cache(cache, NUM_TOKENS), cached_ids, encoded.select_chunks(None))
     set_length(cache, NUM_TOKENS)

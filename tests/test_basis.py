@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cachegen.calibration.basis import RIDGE, fit_basis, weigh
 from cachegen.errors import InputError
-from cachegen.evaluation.basis import RIDGE, fit_basis, weigh
 
 NUM_CHANNELS = 48
 

@@ -1,4 +1,4 @@
-"""profiles/tiny-mistral is the bundled model's, whole, and was made of calibration_prompts only."""
+"""models/tiny-mistral/profile is the bundled model's, whole, and was made of 9k_prompts/calibration only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cachegen.kv_cache import hash_token_prefixes
 from cachegen.methods.transform.profile import Profile, load_profile
 from cachegen.pipeline.fingerprint import compute_fingerprint
 
-FOLDER = REPOSITORY / "profiles" / "tiny-mistral"
+FOLDER = REPOSITORY / "models" / "tiny-mistral" / "profile"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_along_its_curve_bits_rise_and_divergence_falls(profile):
 
 def test_it_was_made_and_measured_on_calibration_prompts_only(profile):
     hashes = set()
-    for path in (REPOSITORY / "calibration_prompts").glob("*.txt"):
+    for path in (REPOSITORY / "9k_prompts/calibration").glob("*.txt"):
         ids = torch.tensor(load_tokenizer()(path.read_text("utf-8"), verbose=False)["input_ids"], dtype=torch.int32)
         hashes |= set(hash_token_prefixes(ids[:-1], [len(ids) - 1]))
     fitted_on = profile.calibration["token_hashes"]

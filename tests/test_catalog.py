@@ -13,7 +13,6 @@ import torch
 from conftest import make_metadata, read_folder
 from stores import CHUNK_TOKENS, NUM_TOKENS, make_document, publish, serve
 
-from cachegen.catalog import EncodedLevel, FoundDocument, find_document, publish_document
 from cachegen.errors import (
     BitstreamError,
     CacheGenError,
@@ -23,8 +22,9 @@ from cachegen.errors import (
     UnsupportedVersionError,
 )
 from cachegen.files import atomic_write
-from cachegen.store import Store, open_store
-from cachegen.store_index import read_manifest
+from cachegen.store.catalog import EncodedLevel, FoundDocument, find_document, publish_document
+from cachegen.store.index import read_manifest
+from cachegen.store.store import Store, open_store
 
 
 @pytest.fixture(scope="module")

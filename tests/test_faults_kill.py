@@ -14,9 +14,9 @@ import pytest
 import torch
 from fault_documents import Documents, make_documents, snapshot, start_server, without_temporaries  # noqa: F401
 
-from cachegen.catalog import find_document
 from cachegen.kv_cache import load_kv_cache
-from cachegen.store import open_store
+from cachegen.store.catalog import find_document
+from cachegen.store.store import open_store
 
 pytestmark = pytest.mark.faults
 

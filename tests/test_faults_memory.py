@@ -128,7 +128,7 @@ def prepare_encoded(name: str) -> Callable[[Documents, Path], tuple[Path, Sequen
 
 def prepare_profile(name: str) -> Callable[[Documents, Path], tuple[Path, Sequence[object]]]:
     def prepare(documents: Documents, folder: Path) -> tuple[Path, Sequence[object]]:
-        profile = copy(Path("profiles/tiny-mistral"), folder / "profile")
+        profile = copy(Path("models/tiny-mistral/profile"), folder / "profile")
         flags = [*documents.decode_flags(documents.encoded("transform")), "--profile", profile]
         return profile / name, flags
 

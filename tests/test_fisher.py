@@ -9,7 +9,7 @@ import torch
 import transformers
 from random_models import _SHARED, make_loaded, make_named, make_token_ids, one_thread  # noqa: F401
 
-from cachegen.evaluation.fisher import accumulate_fisher, plan_windows
+from cachegen.calibration.fisher import accumulate_fisher, plan_windows
 from cachegen.kv_cache import KVCache, from_planes
 from cachegen.methods.transform.transform import apply_rotation, join_planes, rotation_of
 from cachegen.pipeline.model import LoadedModel

@@ -10,7 +10,7 @@ import pytest
 from stores import make_document, publish
 
 from cachegen.errors import BitstreamError, UnsupportedVersionError
-from cachegen.manifest import (
+from cachegen.store.manifest import (
     MAX_MANIFEST_BYTES,
     Manifest,
     is_object_name,

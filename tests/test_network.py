@@ -16,7 +16,6 @@ import torch
 from conftest import write_config
 from random_models import make_named, make_token_ids
 
-from cachegen.catalog import EncodedLevel, publish_document
 from cachegen.errors import StoreError
 from cachegen.kv_cache import KVCache, from_planes
 from cachegen.methods import load_config
@@ -24,7 +23,8 @@ from cachegen.methods.absmax.codec import AbsmaxEncoder
 from cachegen.methods.absmax.quantization import dequantize, quantize
 from cachegen.pipeline.model_cache import view_kv_cache
 from cachegen.pipeline.prefill import prefill, prefill_context
-from cachegen.store import RetryRule, open_store
+from cachegen.store.catalog import EncodedLevel, publish_document
+from cachegen.store.store import RetryRule, open_store
 from cachegen.streaming.client import find_for_model, make_loader
 from cachegen.streaming.load_report import LoadResult
 from cachegen.streaming.loader import Loader

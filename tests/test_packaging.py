@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "cachegen"
 SCRIPTS = (
     "main.py",
-    "run_profiling.py",
+    "run_calibration.py",
     "run_encoding.py",
     "run_decoding_disk.py",
     "run_publishing.py",
     "run_decoding_remote.py",
-    "run_adaptation.py",
+    "scripts/simulate_adaptation.py",
 )
 
 LAYERS = {
@@ -41,29 +41,23 @@ LAYERS = {
     "format": 0,
     "coder": 1,
     "methods": 2,
-    "objects": 3,
-    "folder_objects": 3,
-    "http_objects": 3,
-    "obstore_objects": 3,
-    "manifest": 3,
     "store": 3,
-    "store_index": 3,
-    "store_writer": 3,
-    "catalog": 3,
+    "device": 3,
     "pipeline": 4,
-    "streaming": 4,
-    "evaluation": 4,
-    "integrations": 4,
-    "command_line": 4,
-    "startup": 4,
-    "device": 4,
-    "inspection": 4,
-    "__main__": 4,
-    "api": 4,
+    "streaming": 5,
+    "calibration": 5,
+    "simulation": 6,
+    "comparison": 6,
+    "inspection": 6,
+    "api": 6,
+    "command_line": 7,
+    "answer_scripts": 7,
+    "startup": 7,
+    "__main__": 7,
 }
 """The layer of each file or folder of src/cachegen; docs in CONTRIBUTING.md."""
 
-MAY_IMPORT_TRANSFORMERS = {"pipeline", "evaluation", "integrations"}
+MAY_IMPORT_TRANSFORMERS = {"pipeline", "calibration", "comparison"}
 
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 SCRIPT_SOURCES = {name: ROOT / name for name in SCRIPTS if (ROOT / name).exists()}
@@ -166,7 +160,7 @@ def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:
 
 
 @pytest.mark.parametrize("name", [*SOURCES, *SCRIPT_SOURCES])
-def test_only_pipeline_evaluation_and_integrations_import_transformers(name: str) -> None:
+def test_only_pipeline_calibration_and_comparison_import_transformers(name: str) -> None:
     source = (SOURCES | SCRIPT_SOURCES)[name].read_text("utf-8")
     imports = [imported for imported in imported_names(name, source) if imported.split(".")[0] == "transformers"]
     assert not imports or layer_name(name) in MAY_IMPORT_TRANSFORMERS
@@ -245,7 +239,7 @@ def read_requirements(lines: list[str]) -> dict[str, Requirement]:
 
 
 def read_constraints() -> dict[str, Requirement]:
-    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines())
+    lines = (line.split("#")[0].strip() for line in (ROOT / "tools/constraints.txt").read_text("utf-8").splitlines())
     return read_requirements([line for line in lines if line])
 
 
@@ -261,7 +255,7 @@ def test_constraints_pin_every_requirement_within_its_range() -> None:
     for name, requirement in read_requirements(
         project["dependencies"] + project["optional-dependencies"]["dev"] + read_pyproject()["build-system"]["requires"]
     ).items():
-        assert name in constraints, f"constraints.txt does not pin {name}"
+        assert name in constraints, f"tools/constraints.txt does not pin {name}"
         (pin,) = constraints[name].specifier
         assert requirement.specifier.contains(pin.version), f"{pin.version} is outside {requirement}"
 
@@ -291,7 +285,7 @@ def test_sdist_holds_the_native_sources_and_neither_model_nor_prompts_nor_builds
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, tree)
-    for folder in ("src", "config", "docs", "profiles"):
+    for folder in ("src", "config", "docs", "models", "tools"):
         shutil.copytree(
             ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__", "*.so")
         )
@@ -315,7 +309,8 @@ def test_sdist_holds_the_native_sources_and_neither_model_nor_prompts_nor_builds
         shipped = {member.name.split("/", 1)[-1] for member in archive if member.isfile()}
     native = {path.relative_to(ROOT).as_posix() for path in (ROOT / "src" / "csrc").rglob("*") if path.is_file()}
     modules = {f"src/cachegen/{name}" for name in SOURCES}
-    profiles = {path.relative_to(ROOT).as_posix() for path in (ROOT / "profiles").rglob("*") if path.is_file()}
-    others = {"setup.py", "pyproject.toml", "constraints.txt", "env.yml", "LICENSE"}
+    profile = ROOT / "models/tiny-mistral/profile"
+    profiles = {path.relative_to(ROOT).as_posix() for path in profile.rglob("*") if path.is_file()}
+    others = {"setup.py", "pyproject.toml", "tools/constraints.txt", "env.yml", "LICENSE"}
     assert native | modules | profiles | others <= shipped
     assert shipped.isdisjoint(unwanted)

@@ -169,7 +169,7 @@ class TestSteps:
         ):
             with pytest.raises(ValueError):
                 profile.choose_step(**targets)
-        with pytest.raises(InputError, match="run_profiling"):
+        with pytest.raises(InputError, match="run_calibration"):
             dataclasses.replace(profile, curve=()).choose_step(kl=1.0)
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import read_folder
 
-from cachegen.evaluation import rate_distortion
-from cachegen.evaluation.report import COLUMNS
-from cachegen.evaluation.retrieval import Question, expect_answers, score_retrieval
+from cachegen.comparison import rate_distortion
+from cachegen.comparison.report import COLUMNS
+from cachegen.comparison.retrieval import Question, expect_answers, score_retrieval
 from cachegen.kv_cache import from_planes, load_kv_cache, save_kv_cache
 from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model import load_model
@@ -53,7 +53,7 @@ def write_prompts(folder: Path, *sources: str) -> Path:
 def inputs(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("inputs")
     prompts = write_prompts(folder / "prompts", "9k_prompts/8.txt", "9k_prompts/12.txt")
-    calibration = write_prompts(folder / "calibration", "calibration_prompts/5.txt")
+    calibration = write_prompts(folder / "calibration", "9k_prompts/calibration/5.txt")
     return ["--path_to_context", str(prompts), "--path_to_calibration", str(calibration), "--quiet"]
 
 

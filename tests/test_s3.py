@@ -35,9 +35,9 @@ from test_run_decoding_remote import (
 
 import run_decoding_remote
 import run_publishing
-from cachegen.catalog import find_document, publish_document
 from cachegen.errors import OutputError, StoreError
-from cachegen.store import WRITING, Store, open_store
+from cachegen.store.catalog import find_document, publish_document
+from cachegen.store.store import WRITING, Store, open_store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,14 +9,14 @@ from conftest import are_equal, make_cache, make_metadata, quantize_and_dequanti
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import run_encoding
+from cachegen.comparison.schemes import SavedCache, make_schemes
+from cachegen.comparison.schemes.absmax import CacheGenScheme, UniformScheme
+from cachegen.comparison.schemes.anchor_delta import GROUP_BINS, GROUP_TOKENS, AnchorDeltaScheme
+from cachegen.comparison.schemes.base import SymbolCoder, pack_bits, unpack_bits
+from cachegen.comparison.schemes.grouped import GroupedScheme
+from cachegen.comparison.schemes.pca import PcaScheme, _allocate, _group_bits, _measure_groups
+from cachegen.comparison.schemes.rotary import rotate_keys
 from cachegen.errors import ConfigError
-from cachegen.evaluation.schemes import SavedCache, make_schemes
-from cachegen.evaluation.schemes.absmax import CacheGenScheme, UniformScheme
-from cachegen.evaluation.schemes.anchor_delta import GROUP_BINS, GROUP_TOKENS, AnchorDeltaScheme
-from cachegen.evaluation.schemes.base import SymbolCoder, pack_bits, unpack_bits
-from cachegen.evaluation.schemes.grouped import GroupedScheme
-from cachegen.evaluation.schemes.pca import PcaScheme, _allocate, _group_bits, _measure_groups
-from cachegen.evaluation.schemes.rotary import rotate_keys
 from cachegen.kv_cache import KVCache, RotaryEmbedding, save_kv_cache
 from cachegen.methods import load_config
 

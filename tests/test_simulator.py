@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from cachegen.streaming import traces
-from cachegen.streaming.bound import clairvoyant_bound
+from cachegen.simulation import traces
+from cachegen.simulation.bound import clairvoyant_bound
+from cachegen.simulation.scenario import LevelCurve
+from cachegen.simulation.simulator import simulate_request
+from cachegen.simulation.traces import BYTES_PER_GIGABIT, SEEDED_TRACES, BandwidthTrace
 from cachegen.streaming.policies import POLICIES
 from cachegen.streaming.policy import TEXT, ChunkLevels, Decision, DecodeSpeed, Objective, PrefillSpeed, Speeds
 from cachegen.streaming.policy_front_to_back import decide_fixed_level
-from cachegen.streaming.scenario import LevelCurve
-from cachegen.streaming.simulator import simulate_request
-from cachegen.streaming.traces import BYTES_PER_GIGABIT, SEEDED_TRACES, BandwidthTrace
 
 A40 = Speeds(PrefillSpeed(7175, 3.75e-9, 1.1), DecodeSpeed(tokens_per_second=95e3, compute_slowdown=1.0), 0.021)
 H100 = Speeds(PrefillSpeed(53493, 0.408e-9, 1.1), DecodeSpeed(tokens_per_second=460e3, compute_slowdown=1.0), 0.0043)

@@ -12,8 +12,8 @@ import pytest
 from stores import QUICK, Misbehaviour, serve
 
 from cachegen.errors import BackendUnavailableError, ConfigError, OutputError, StoreError
-from cachegen.objects import MIN_BYTES_PER_SECOND, Pace
-from cachegen.store import MAX_COMPARED_BYTES, Ensured, RetryRule, open_store
+from cachegen.store.objects import MIN_BYTES_PER_SECOND, Pace
+from cachegen.store.store import MAX_COMPARED_BYTES, Ensured, RetryRule, open_store
 
 CONTENT = bytes(range(256)) * 1024  # 256 KiB: several pieces
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cachegen.errors import InputError
-from cachegen.streaming import traces
-from cachegen.streaming.traces import BYTES_PER_GIGABIT, SEEDED_TRACES, BandwidthTrace, load_trace, save_trace
+from cachegen.simulation import traces
+from cachegen.simulation.traces import BYTES_PER_GIGABIT, SEEDED_TRACES, BandwidthTrace, load_trace, save_trace
 
 
 def write(tmp_path, *lines: str):

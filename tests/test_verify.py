@@ -8,8 +8,8 @@ from random_models import make_named, make_token_ids, one_thread  # noqa: F401
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from cachegen.answer_scripts import verify_answers
 from cachegen.pipeline import verify
-from cachegen.pipeline.answers import verify_answers
 from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model_cache import PreallocatedLayer, allocate_cache, set_length, view_kv_cache
 from cachegen.pipeline.prefill import prefill

@@ -1,4 +1,4 @@
-"""Make calibration_prompts: twelve long contexts that share no chapter and no record with 9k_prompts.
+"""Make 9k_prompts/calibration: twelve long contexts that share no chapter and no record with 9k_prompts.
 
     python tools/fetch_packages.py prompts PACKAGES
     python tools/make_calibration.py PACKAGES
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the command line."""
     parser = argparse.ArgumentParser(description="Make contexts to calibrate a model's profile on.")
     parser.add_argument("packages", type=Path, help="folder of the unpacked Debian packages")
-    parser.add_argument("--output", type=Path, default=ROOT / "calibration_prompts")
+    parser.add_argument("--output", type=Path, default=ROOT / "9k_prompts/calibration")
     parser.add_argument("--held_out", type=Path, default=ROOT / "9k_prompts")
     parser.add_argument("--model", type=Path, default=ROOT / "models/tiny-mistral")
     parser.add_argument("--words", type=Path, default=ROOT / "tools/model/words.txt")

@@ -256,8 +256,8 @@ def load(
     Args:
         folder: with a tables file and chunk files.
         level: decode levels 1 to this one; None is all that there are.
-        profile: the profile's folder, for method `transform`; None finds the one that the files name in a clone's
-            `profiles` folder.
+        profile: the profile's folder, for method `transform`; None finds the one that the files name, beside a
+            clone's models.
         device: where to decode: "cpu", "cuda", or "auto" for CUDA where it can.
         num_threads: of the CPU; None takes all processors.
 
@@ -285,7 +285,7 @@ def load(
         torch.Size([1, 108])
         >>> folder.cleanup()
     """
-    find_profile = profile_finder(profile, _CLONE / "profiles")
+    find_profile = profile_finder(profile, (_CLONE / "models",))
     kernels = choose_kernels(device).kernels
     threads = num_threads or default_num_threads()
     return StoredCache(EncodedFolder(folder, threads, kernels, find_profile=find_profile, level=level))

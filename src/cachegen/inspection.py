@@ -17,12 +17,12 @@ from cachegen.format.constants import CHUNK_MAGIC, TABLES_MAGIC
 from cachegen.format.files import TABLES_NAME, chunk_name, read_whole
 from cachegen.format.headers import ChunkHeader, DocumentHeader
 from cachegen.kv_cache import check_planes, load_kv_cache
-from cachegen.manifest import Manifest
 from cachegen.methods import method_of, parse_chunk, parse_document
 from cachegen.methods.base import Document
 from cachegen.pipeline.decode import EncodedFolder
-from cachegen.store import Store, open_store
-from cachegen.store_index import STORE_INFO_NAME, read_info, read_manifest
+from cachegen.store.index import STORE_INFO_NAME, read_info, read_manifest
+from cachegen.store.manifest import Manifest
+from cachegen.store.store import Store, open_store
 
 _BITS_OF_FP16 = 16
 

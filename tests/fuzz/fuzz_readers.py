@@ -24,14 +24,15 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["cachegen"]):
-    from cachegen import kv_archive, kv_cache, manifest
-    from cachegen.catalog import find_document
+    from cachegen import kv_archive, kv_cache
     from cachegen.config import load_model_config
     from cachegen.errors import CacheGenError, StoreError
     from cachegen.format.files import MAX_FILE_BYTES
     from cachegen.methods import load_config
     from cachegen.methods.transform import profile
-    from cachegen.streaming import scenario, traces
+    from cachegen.simulation import scenario, traces
+    from cachegen.store import manifest
+    from cachegen.store.catalog import find_document
 
 import torch
 from harness import fuzz, json_of, json_seeds

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachegen.catalog import EncodedLevel
 from cachegen.errors import BitstreamError, ConfigError, OutputError, UnsupportedVersionError
 from cachegen.files import is_temporary, lock_folder, remove_stale_temporaries, write_file
 from cachegen.format.files import CHUNK_SUFFIX, TABLES_NAME, chunk_name, read_whole
 from cachegen.format.headers import DocumentHeader
 from cachegen.methods import parse_chunk, parse_chunk_header, parse_document
 from cachegen.methods.base import Encoder, ErrorMeasure
+from cachegen.store.catalog import EncodedLevel
 
 _CHUNK_NAME = re.compile(r"chunk_\d{5,}\.L\d" + re.escape(CHUNK_SUFFIX))
 

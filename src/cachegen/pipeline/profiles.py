@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cachegen.errors import CacheGenError, InputError
@@ -14,19 +14,23 @@ from cachegen.methods.transform.profile import MAX_PROFILE_BYTES, PROFILE_NAME, 
 
 
 def profile_finder(
-    named: str | os.PathLike[str] | None, shelf: str | os.PathLike[str], *, model_fingerprint: str | None = None
+    named: str | os.PathLike[str] | None,
+    places: Sequence[str | os.PathLike[str]],
+    *,
+    model_fingerprint: str | None = None,
 ) -> Callable[[bytes], Profile]:
     """Return a function from a profile's hash (32 bytes) to the profile.
 
     Args:
-        named: a profile's folder that the user gave; None searches the shelf.
-        shelf: a folder of profiles.
+        named: a profile's folder that the user gave; None searches the places.
+        places: folders that may hold profiles: a model's folder, which has its own in `profile`, a folder of models, or
+            a folder of profiles. A place that does not exist holds none.
         model_fingerprint: load the profiles of this model, 64 hex digits, at once, as a server that has the model in
             memory would; those that cannot be read are reported when they are asked for.
     """
     in_memory: dict[bytes, Profile] = {}
     if model_fingerprint is not None and named is None:
-        for path in sorted(Path(shelf).glob(f"*/{PROFILE_NAME}")):
+        for path in _list_profiles(places):
             with contextlib.suppress(CacheGenError):
                 content = read_file(path, MAX_PROFILE_BYTES)
                 if model_fingerprint.encode() in content:
@@ -42,15 +46,22 @@ def profile_finder(
             return load_profile(named)
         if profile_hash in in_memory:
             return in_memory[profile_hash]
-        for path in sorted(Path(shelf).glob(f"*/{PROFILE_NAME}")):
+        for path in _list_profiles(places):
             content = b""
-            with contextlib.suppress(CacheGenError):  # another profile of the shelf, or a pipe there
+            with contextlib.suppress(CacheGenError):  # another model's profile, or a pipe there
                 content = read_file(path, MAX_PROFILE_BYTES)
             if hashlib.sha256(content).digest() == profile_hash:
                 return load_profile(path.parent)
         raise InputError(
-            f"{shelf}: no profile there is {profile_hash.hex()[:12]}, which the document was encoded with: "
-            "give its folder with --profile"
+            f"{', '.join(map(str, places))}: no profile there is {profile_hash.hex()[:12]}, which the document was "
+            "encoded with: give its folder with --profile"
         )
 
     return find
+
+
+def _list_profiles(places: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+    """Yield the paths of the profiles' records below some places."""
+    for place in places:
+        for pattern in ("profile", "*", "*/profile"):
+            yield from sorted(Path(place).glob(f"{pattern}/{PROFILE_NAME}"))

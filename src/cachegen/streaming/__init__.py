@@ -1,1 +1,1 @@
-"""Get an encoded context to the model in time: what to fetch, what to compute, and a simulator of both."""
+"""Get an encoded context from a store to the model in time: what to fetch, and what to compute instead."""

@@ -16,7 +16,7 @@ from cachegen.kv_cache import hash_rotary_embeddings
 from cachegen.methods import method_named
 from cachegen.methods.base import FindProfile
 from cachegen.pipeline.decode import copy_cache, empty_on
-from cachegen.store import Store
+from cachegen.store.store import Store
 from cachegen.streaming.loader import SILENCE_SECONDS, Loader
 from cachegen.streaming.policy import DecodeSpeed, Objective, Policy, PrefillSpeed, Speeds
 from cachegen.streaming.remote import FetchedFile, RemoteDocument

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
-from cachegen.catalog import FoundDocument, find_document
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
 from cachegen.errors import BitstreamError, ConfigError, MismatchError, StoreError
 from cachegen.kv_cache import KVCache, describe_difference
-from cachegen.manifest import Manifest, StoredObject
 from cachegen.methods import open_document
 from cachegen.methods.base import Document, FindProfile
-from cachegen.store import Store
+from cachegen.store.catalog import FoundDocument, find_document
+from cachegen.store.manifest import Manifest, StoredObject
+from cachegen.store.store import Store
 from cachegen.streaming.policy import ChunkLevels
 
 

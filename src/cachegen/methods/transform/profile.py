@@ -40,7 +40,7 @@ MAX_PROFILE_BYTES = 1 << 22  # of profile.json
 _MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: the names and shapes of its tensors
 _MAX_CURVE_POINTS = 1 << 10
 _MAX_COMPONENTS = (1 << 16) - 1
-_HINT = "--profile takes a folder of run_profiling.py"
+_HINT = "--profile takes a folder of run_calibration.py"
 _MAX_SCALE_LOG = 1 << 14
 
 
@@ -145,7 +145,7 @@ class Profile:
         if (bits_per_value is None) == (kl is None):
             raise ValueError("exactly one of `bits_per_value` and `kl` must be given")
         if len(self.curve) < 2:
-            raise InputError("the profile has no measured curve to choose a step from; make it with run_profiling.py")
+            raise InputError("the profile has no measured curve to choose a step from; make it with run_calibration.py")
         target = bits_per_value if bits_per_value is not None else kl
         if target is None or not target > 0:
             raise ValueError(f"the target must be positive, got {target}")
@@ -233,7 +233,7 @@ def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) 
     except (ValueError, RecursionError) as error:
         raise BitstreamError(f"not JSON ({str(error)[:120]})", path=path) from error
     if not isinstance(record, dict) or record.get("format") != FILE_FORMAT:
-        raise BitstreamError("not a profile of run_profiling.py", path=path, field="format")
+        raise BitstreamError("not a profile of run_calibration.py", path=path, field="format")
     version = record.get("version")
     if type(version) is not int or version != FILE_VERSION:
         raise UnsupportedVersionError(

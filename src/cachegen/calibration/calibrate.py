@@ -1,0 +1,361 @@
+"""From a few saved caches of a model to its profile: Fisher information, covariance, basis."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+
+import cachegen
+from cachegen.calibration.basis import Weights, fit_basis, weigh
+from cachegen.calibration.fisher import accumulate_fisher, add_outer_products
+from cachegen.errors import BitstreamError, InputError, MismatchError
+from cachegen.files import open_file, write_file
+from cachegen.kv_cache import ContextMetadata, KVCache, hash_planes, hash_token_prefixes, load_kv_cache
+from cachegen.methods.transform.profile import Profile, TransformGroup
+from cachegen.methods.transform.transform import BLOCK_TOKENS, join_planes
+from cachegen.pipeline.model import LoadedModel
+
+MAX_GROUP_CHANNELS = 4096
+"""Of a group of layers, unless told otherwise: its two matrices then take at most 67 MB in fp16."""
+FISHER_NAME = "fisher.safetensors"
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What decides a profile, beside the caches and the model.
+
+    Attributes:
+        layers_per_group: None for as many as have 4096 channels together, at least one.
+        weights: see `weigh`; "none" needs no model.
+        fisher_tokens: tokens of each context whose predictions are differentiated.
+        fisher_samples: label samples for each of them.
+        seed: of the samples.
+        finest_step: components too small to be coded at this step are left out.
+        max_components: of each group; None for no further limit.
+    """
+
+    layers_per_group: int | None = None
+    weights: Weights = "fisher"
+    fisher_tokens: int = 1024
+    fisher_samples: int = 2
+    seed: int = 0
+    finest_step: float = 0.0625
+    max_components: int | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationContext:
+    """One saved cache, its tensors memory-mapped."""
+
+    path: Path
+    cache: KVCache
+    metadata: ContextMetadata
+
+    @property
+    def token_hash(self) -> str:
+        """SHA-256 in hex of the tokens."""
+        return hash_token_prefixes(self.metadata.token_ids, [self.cache.num_tokens])[0]
+
+    def check_values(self) -> None:
+        """Read all values and see that they are those that were saved.
+
+        Raises:
+            BitstreamError: they are not.
+        """
+        if hash_planes(self.cache) != self.metadata.cache_hash:
+            problem = "its values are not what was saved, the file is damaged: run main.py again"
+            raise BitstreamError(problem, path=self.path, field="cache_hash")
+
+
+def open_contexts(path: Path) -> list[CalibrationContext]:
+    """Open the caches of one model: a KV cache file, or a folder's test_kv_N.pkl in numeric order.
+
+    Raises:
+        InputError: there are none.
+        BitstreamError: one is corrupt.
+        MismatchError: they are of different models, shapes or dtypes, or two hold the same tokens.
+    """
+    if path.is_dir():
+        numbers = {file: file.stem.removeprefix("test_kv_") for file in path.glob("test_kv_*.pkl")}
+        files = sorted(
+            (file for file, number in numbers.items() if number.isascii() and number.isdigit()),
+            key=lambda file: (int(numbers[file]), file.name),
+        )
+        if not files:
+            raise InputError(f"{path}: no KV cache files test_kv_N.pkl in this folder; write some with main.py")
+    else:
+        files = [path]
+    contexts = [CalibrationContext(file, *load_kv_cache(file)) for file in files]
+    first, paths_of_tokens = contexts[0], {}
+    for context in contexts:
+        for field, found, expected in (
+            ("model_fingerprint", context.metadata.model_fingerprint[:12], first.metadata.model_fingerprint[:12]),
+            ("rope_hash", context.metadata.rope_hash[:12], first.metadata.rope_hash[:12]),
+            ("shapes", plane_shapes_of(context.cache), plane_shapes_of(first.cache)),
+            ("dtype", context.cache.dtype, first.cache.dtype),
+        ):
+            if found != expected:
+                raise MismatchError(
+                    f"{context.path}: its {field} differs from that of {first.path} ({found}, {expected}): "
+                    "give caches of one model"
+                )
+        twin = paths_of_tokens.setdefault(context.token_hash, context.path)
+        if twin is not context.path:
+            raise MismatchError(f"{context.path}: the same context as {twin}; remove one of them")
+    return contexts
+
+
+def split_contexts(contexts: Sequence[CalibrationContext]) -> tuple[list[CalibrationContext], list[CalibrationContext]]:
+    """Split contexts into those to fit on and those to measure the curve on: every fourth, or the last of fewer.
+
+    Raises:
+        InputError: there are fewer than two.
+    """
+    if len(contexts) < 2:
+        raise InputError("the curve needs a context that nothing was fitted on: give two KV files, or --no_curve")
+    held_out = set(range(3, len(contexts), 4)) or {len(contexts) - 1}
+    fitted_on = [context for index, context in enumerate(contexts) if index not in held_out]
+    return fitted_on, [contexts[index] for index in sorted(held_out)]
+
+
+def check_model(contexts: Sequence[CalibrationContext], fingerprint: str, model_id: str) -> None:
+    """Refuse caches of another model.
+
+    Raises:
+        MismatchError: their fingerprint is not the model's.
+    """
+    found = contexts[0].metadata.model_fingerprint
+    if found != fingerprint:
+        raise MismatchError(
+            f"{contexts[0].path}: its model_fingerprint is {found[:12]}, but {model_id} has {fingerprint[:12]}: "
+            "give --model_id the model that made the caches"
+        )
+
+
+def check_tokens(contexts: Sequence[CalibrationContext], settings: CalibrationSettings) -> int:
+    """Return how many tokens there are to fit on.
+
+    Raises:
+        InputError: there are fewer than channels in a group of layers, or a context has a single one.
+    """
+    shapes = plane_shapes_of(contexts[0].cache)
+    outline = Profile("", (), shapes, (), (), {})
+    num_channels = max(outline.channels_of(*group) for group in plan_groups(shapes, settings.layers_per_group))
+    num_tokens = sum(context.cache.num_tokens for context in contexts)
+    if num_tokens < num_channels:
+        raise InputError(
+            f"{contexts[0].path}: the {num_tokens} tokens to fit on are fewer than the {num_channels} channels of a "
+            "group of layers: give more KV files, or fewer --layers_per_group"
+        )
+    for context in contexts:
+        if context.cache.num_tokens < 2:
+            raise InputError(f"{context.path}: a context needs at least two tokens to be calibrated on")
+    return num_tokens
+
+
+def plane_shapes_of(cache: KVCache) -> tuple[tuple[int, int], ...]:
+    """Return (num_kv_heads, head_dim) of each plane."""
+    return tuple((plane.shape[1], plane.shape[2]) for plane in cache.planes)
+
+
+def plan_groups(plane_shapes: Sequence[tuple[int, int]], layers_per_group: int | None = None) -> list[tuple[int, int]]:
+    """Return (first layer, number of layers) of each group, in order; see `CalibrationSettings.layers_per_group`."""
+    widths = [heads * dim for heads, dim in plane_shapes]
+    channels = [key + value for key, value in zip(widths[0::2], widths[1::2], strict=True)]
+    groups: list[tuple[int, int]] = []
+    first, total = 0, 0
+    for layer, width in enumerate(channels):
+        is_full = total + width > MAX_GROUP_CHANNELS if layers_per_group is None else layer - first >= layers_per_group
+        if layer > first and is_full:
+            groups.append((first, layer - first))
+            first, total = layer, 0
+        total += width
+    return [*groups, (first, len(channels) - first)]
+
+
+def calibrate(
+    contexts: Sequence[CalibrationContext],
+    loaded: LoadedModel | None,
+    settings: CalibrationSettings,
+    *,
+    device: torch.device,
+    work_folder: Path,
+    progress: Progress = lambda _: None,
+) -> Profile:
+    """Make a profile without a curve.
+
+    Args:
+        contexts: those to fit on.
+        loaded: the model; may be None where the weights are "none".
+        device: of sums and eigenvectors.
+        work_folder: keeps the Fisher information between runs, should this one be interrupted.
+        progress: called with 1 for each context whose gradients or covariance are done.
+
+    Raises:
+        InputError: as `check_tokens`, or the caches or gradients are not finite.
+    """
+    metadata, shapes = contexts[0].metadata, plane_shapes_of(contexts[0].cache)
+    rotary = metadata.rotary_embeddings
+    layer_groups = plan_groups(shapes, settings.layers_per_group)
+    outline = Profile(metadata.model_fingerprint, rotary, shapes, (), (), {})
+    num_channels = [outline.channels_of(*group) for group in layer_groups]
+    num_tokens = check_tokens(contexts, settings)
+    fisher: list[torch.Tensor] | None = None
+    if settings.weights != "none":
+        if loaded is None:
+            raise ValueError(f"`loaded` is needed for weights {settings.weights!r}")
+        fisher = _measure_fisher(loaded, contexts, layer_groups, num_channels, settings, device, work_folder, progress)
+        # One unit for all groups, so that one step costs all of them the same. It keeps matrices well within fp16.
+        unit = sum(total.trace().item() for total in fisher) / sum(num_channels)
+        if not unit > 0:
+            raise InputError("the model's predictions do not depend on its cache: the gradients are zero or NaN")
+        for total in fisher:
+            total /= unit
+    if fisher is None:
+        for context in contexts:
+            context.check_values()
+    means, covariances = _measure_covariances(contexts, layer_groups, num_channels, device, progress)
+    groups = []
+    for index, (first_layer, num_layers) in enumerate(layer_groups):
+        basis = fit_basis(
+            covariances[index],
+            None if fisher is None else weigh(fisher[index], settings.weights),
+            finest_step=settings.finest_step,
+            max_components=settings.max_components,
+        )
+        mean = means[index].float().cpu()
+        groups.append(TransformGroup(first_layer, num_layers, mean, basis.synthesis, basis.scale_logs, basis.analysis))
+    calibration = {
+        "cachegen": cachegen.__version__,
+        "model_id": metadata.model_id,
+        "num_contexts": len(contexts),
+        "num_tokens": num_tokens,
+        "token_hashes": [context.token_hash for context in contexts],
+        "settings": asdict(settings),
+    }
+    return Profile(metadata.model_fingerprint, rotary, shapes, tuple(groups), (), calibration)
+
+
+def _measure_fisher(
+    loaded: LoadedModel,
+    contexts: Sequence[CalibrationContext],
+    layer_groups: Sequence[tuple[int, int]],
+    num_channels: Sequence[int],
+    settings: CalibrationSettings,
+    device: torch.device,
+    work_folder: Path,
+    progress: Progress,
+) -> list[torch.Tensor]:
+    """Return the sum of outer products per group, going on where an interrupted run stopped."""
+    path = work_folder / FISHER_NAME
+    for context in contexts:
+        context.check_values()  # before an hour is spent on them
+    identities = [f"{context.token_hash} {context.metadata.cache_hash}" for context in contexts]
+    key = {
+        "model_fingerprint": loaded.fingerprint,
+        "layer_groups": [list(group) for group in layer_groups],
+        "dtype": str(loaded.dtype),
+        "device": device.type,
+        "settings": [settings.fisher_tokens, settings.fisher_samples, settings.seed],
+    }
+    totals, done = _load_fisher(path, key, num_channels, device)
+    if done != identities[: len(done)]:
+        totals, done = None, []
+    if totals is None:
+        totals = [torch.zeros(n, n, dtype=torch.float64, device=device) for n in num_channels]
+    progress(len(done))
+    for context in contexts[len(done) :]:
+        try:
+            accumulate_fisher(
+                loaded,
+                context.cache,
+                context.metadata,
+                layer_groups,
+                totals,
+                num_forced=settings.fisher_tokens,
+                num_samples=settings.fisher_samples,
+                seed=settings.seed,
+            )
+        except InputError as error:
+            raise InputError(f"{context.path}: {error}") from error
+        if not all(torch.isfinite(total).all() for total in totals):
+            raise InputError(f"{context.path}: its gradients hold NaN or infinity; the cache or the model is damaged")
+        done.append(identities[len(done)])
+        tensors = {f"fisher.{index}": total.cpu() for index, total in enumerate(totals)}
+        metadata = {"key": json.dumps(key), "done": json.dumps(done), "sha256": _hash_totals(totals)}
+        write_file(path, save_tensors(tensors, metadata))
+        progress(1)
+    return totals
+
+
+def _load_fisher(
+    path: Path, key: dict[str, Any], num_channels: Sequence[int], device: torch.device
+) -> tuple[list[torch.Tensor] | None, list[str]]:
+    """Return what an interrupted run has summed up and the contexts it has done.
+
+    Nothing is taken from a file of other settings, or one that is not whole.
+    """
+    try:
+        open_file(path).close()  # not a pipe, which the library would wait at
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != json.dumps(key):
+                return None, []
+            totals = [file.get_tensor(f"fisher.{index}").to(device) for index in range(len(num_channels))]
+            done = json.loads(metadata["done"])
+    except (InputError, OSError, SafetensorError, KeyError, ValueError):
+        return None, []
+    if metadata.get("sha256") != _hash_totals(totals):
+        return None, []
+    shapes = [(list(total.shape), total.dtype) for total in totals]
+    if shapes != [([n, n], torch.float64) for n in num_channels]:
+        return None, []
+    return totals, done
+
+
+def _hash_totals(totals: Sequence[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for total in totals:
+        digest.update(total.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _measure_covariances(
+    contexts: Sequence[CalibrationContext],
+    layer_groups: Sequence[tuple[int, int]],
+    num_channels: Sequence[int],
+    device: torch.device,
+    progress: Progress,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return mean and covariance per group, fp64, over all tokens."""
+    sums = [torch.zeros(n, dtype=torch.float64, device=device) for n in num_channels]
+    products = [torch.zeros(n, n, dtype=torch.float64, device=device) for n in num_channels]
+    num_tokens = 0
+    for context in contexts:
+        rotary = context.metadata.rotary_embeddings[0] if context.metadata.rotary_embeddings else None
+        for start in range(0, context.cache.num_tokens, BLOCK_TOKENS):
+            block = context.cache.slice(start, min(start + BLOCK_TOKENS, context.cache.num_tokens))
+            for (first_layer, num_layers), total, product in zip(layer_groups, sums, products, strict=True):
+                planes = block.planes[2 * first_layer : 2 * (first_layer + num_layers)]
+                vectors = join_planes(planes, rotary, start, device)
+                total += vectors.sum(0, dtype=torch.float64)
+                add_outer_products(product, vectors)
+        if not all(torch.isfinite(total).all() for total in sums):
+            raise InputError(f"{context.path}: the cache holds NaN or infinity")
+        num_tokens += context.cache.num_tokens
+        progress(1)
+    means = [total / num_tokens for total in sums]
+    covariances = [
+        product / num_tokens - torch.outer(mean, mean) for product, mean in zip(products, means, strict=True)
+    ]
+    return means, covariances
