@@ -124,7 +124,7 @@ def test_what_is_not_an_integer_is_refused(write, name: str, value: object) -> N
 
 @pytest.mark.parametrize("name", CACHEGEN)
 def test_missing_field_is_named(write, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"field {name} is missing"):
+    with pytest.raises(ConfigError, match=rf"config\.json: {name} is missing"):
         load_config(write({field: value for field, value in CACHEGEN.items() if field != name}))
 
 
@@ -155,7 +155,7 @@ def test_unknown_fields_are_refused(write, content: dict) -> None:
 
 @pytest.mark.parametrize("method", ["CACHEGEN", "", None, 1, ["cachegen"], "cachegen-delta"])
 def test_unknown_methods_are_refused(write, method: object) -> None:
-    with pytest.raises(ConfigError, match='method must be one of "cachegen", "uniform", "transform", got'):
+    with pytest.raises(ConfigError, match="method must be one of cachegen, uniform, transform, got"):
         load_config(write(CACHEGEN | {"method": method}))
 
 
@@ -250,23 +250,22 @@ def test_the_profile_is_found_from_the_configs_folder(write, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"profile": None}, "field profile must name a profile's folder"),
-        ({"profile": ""}, "field profile must name a profile's folder"),
-        ({"profile": 3}, "field profile must name a profile's folder"),
+        ({"profile": None}, "profile must be a profile's folder, got"),
+        ({"profile": ""}, "profile must be a profile's folder, got"),
+        ({"profile": 3}, "profile must be a profile's folder, got"),
         ({"step_log": None}, "give exactly one of step_log, target_bits and target_kl"),
         ({"target_bits": 1.0}, "give exactly one of step_log, target_bits and target_kl"),
         ({"step_log": None, "target_bits": 1.0, "target_kl": 0.1}, "give exactly one of"),
-        ({"step_log": "16"}, 'step_log must be an integer, got "16"'),
         ({"step_log": True}, "step_log must be an integer, got true"),
         ({"step_log": 0.5}, "step_log must be an integer, got 0.5"),
-        ({"step_log": 1025}, "step_log must be within 1024 of 0, got 1025"),
-        ({"step_log": -1025}, "step_log must be within 1024 of 0, got -1025"),
+        ({"step_log": 1025}, "step_log must be -1024 to 1024, got 1025"),
+        ({"step_log": -1025}, "step_log must be -1024 to 1024, got -1025"),
         ({"step_log": None, "target_bits": 0}, "target_bits must be a number above 0, got 0"),
         ({"step_log": None, "target_bits": -1.5}, "target_bits must be a number above 0, got -1.5"),
         ({"step_log": None, "target_kl": "0.1"}, 'target_kl must be a number above 0, got "0.1"'),
         ({"step_log": None, "target_kl": True}, "target_kl must be a number above 0, got true"),
-        ({"step_log": None, "target_kl": float("nan")}, "target_kl must be a number above 0, got NaN"),
-        ({"step_log": None, "target_kl": float("inf")}, "target_kl must be a number above 0, got Infinity"),
+        ({"step_log": None, "target_kl": float("nan")}, "not JSON"),
+        ({"step_log": None, "target_kl": float("inf")}, "not JSON"),
         ({"levels": 0}, "levels must be 1 to 4, got 0"),
         ({"levels": 5}, "levels must be 1 to 4, got 5"),
         ({"levels": 1.5}, "levels must be an integer, got 1.5"),
@@ -352,7 +351,7 @@ def test_fields_that_a_model_config_leaves_out_are_not_compared(write) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "field layers is missing"),
+        ({}, "layers is missing"),
         ({"layers": 0}, "layers must be 1 to 32768, got 0"),
         ({"layers": True}, "layers must be an integer, got true"),
         ({"layers": 2, "channels": 1.5}, "channels must be an integer, got 1.5"),

@@ -135,8 +135,8 @@ def test_every_bundled_machine_is_read_and_states_its_source():
 @pytest.mark.parametrize(
     ("flags", "exit_code", "says"),
     [
-        (["--model", "gpt"], 2, "no model gpt"),
-        (["--gpu", "tpu"], 2, "no speed of mistral-7b on tpu"),
+        (["--model", "gpt"], 2, "models has no gpt"),
+        (["--gpu", "tpu"], 2, "models.mistral-7b.prefill has no tpu"),
         (["--gpu_share", "2"], 2, "--gpu_share"),
         (["--gbps", "3", "1"], 2, "--gbps"),
         (["--slo", "0"], 2, "--slo"),

@@ -14,8 +14,8 @@ import torch
 
 from cachegen import _native
 from cachegen.coder.kernels import Kernels
-from cachegen.config import refuse_unknown
 from cachegen.errors import BitstreamError
+from cachegen.fields import Fields
 from cachegen.format import ALIGNMENT, NO_HASH, Coder, StreamEntry, round_up
 from cachegen.format.files import Chunk, join_chunk
 from cachegen.format.framing import Buffer
@@ -171,8 +171,8 @@ class ToyMethod(Method):
     document_header = ToyDocumentHeader
     chunk_header = ToyChunkHeader
 
-    def read_config(self, source: str, content: Mapping[str, Any]) -> ToyConfig:
-        refuse_unknown(source, content, {"method"})
+    def read_config(self, fields: Fields, source: str) -> ToyConfig:
+        fields.refuse_unknown({"method"})
         return ToyConfig(source)
 
     def open_document(

@@ -6,17 +6,17 @@ the schema. Numbers may be given as JSON numbers or as strings.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from cachegen.errors import ConfigError, MismatchError
+from cachegen.fields import Fields, parse_fields, refuse_config, shown
 from cachegen.files import read_file
 from cachegen.format import Coder
 
 MAX_CONFIG_BYTES = 1 << 20
+CODER_NAMES = tuple(coder.name.lower() for coder in Coder)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class ModelConfig:
                 raise MismatchError(f"{path}: {name} is {actual}, but {self.source} says {expected}")
 
 
-_MODEL_FIELDS = {"description", "model_id", "layers", "channels", "kv_heads", "head_dim"}
+_MODEL_SIZES = ("channels", "kv_heads", "head_dim")
+_MODEL_FIELDS = {"description", "model_id", "layers", *_MODEL_SIZES}
 
 
 def load_model_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -61,22 +62,13 @@ def load_model_config(path: str | os.PathLike[str]) -> ModelConfig:
         InputError: there is no such file.
         ConfigError: the file is not such a config, naming the field.
     """
-    content = load_object(path)
-    refuse_unknown(path, content, _MODEL_FIELDS)
-    optional = {
-        name: read_integer(path, content, name, 1, 1 << 16)
-        for name in ("channels", "kv_heads", "head_dim")
-        if name in content
-    }
-    return ModelConfig(layers=read_integer(path, content, "layers", 1, 1 << 15), source=str(path), **optional)
+    fields = load_config_fields(path)
+    fields.refuse_unknown(_MODEL_FIELDS)
+    optional = {name: fields.integer(name, 1, 1 << 16) for name in _MODEL_SIZES if name in fields}
+    return ModelConfig(layers=fields.integer("layers", 1, 1 << 15), source=str(path), **optional)
 
 
-def shown(value: Any) -> str:
-    """Return a value for a message, of one line's length."""
-    return json.dumps(value)[:80]
-
-
-def load_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_config_fields(path: str | os.PathLike[str]) -> Fields:
     """Read a config file's JSON object.
 
     Raises:
@@ -84,63 +76,27 @@ def load_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         ConfigError: it holds something else.
     """
     hint = "config/README.md lists those that come with cachegen"
-    text = read_file(path, MAX_CONFIG_BYTES, kind="config file", hint=hint)
-    try:
-        content = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a JSON object")
-    return content
+    content = read_file(path, MAX_CONFIG_BYTES, kind="config file", hint=hint)
+    return parse_fields(content, refuse_config(path), reads_digits=True)
 
 
-def refuse_unknown(path: object, content: Mapping[str, Any], known: set[str]) -> None:
-    """Refuse a config with a field that is none of `known`.
-
-    Raises:
-        ConfigError: naming the field.
-    """
-    unknown = sorted(set(content) - known)
-    if unknown:
-        raise ConfigError(f"{path}: unknown field {shown(unknown[0])[1:-1]} (known: {', '.join(sorted(known))})")
-
-
-def read_integer(path: object, content: Mapping[str, Any], name: str, low: int, high: int) -> int:
-    """Return an integer field, given as a number or as its digits.
-
-    Raises:
-        ConfigError: it is missing, something else, or not within `low` to `high`.
-    """
-    if name not in content:
-        raise ConfigError(f"{path}: field {name} is missing")
-    value = content[name]
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    # No field has more digits; Python refuses to convert thousands of them.
-    is_digits = isinstance(value, str) and len(value) <= 20 and value.strip().isdecimal()
-    if not is_number and not is_digits:
-        raise ConfigError(f"{path}: {name} must be an integer, got {shown(value)}")
-    if not low <= int(value) <= high:
-        raise ConfigError(f"{path}: {name} must be {low} to {high}, got {value}")
-    return int(value)
-
-
-def read_coder(path: object, content: Mapping[str, Any], default: Coder) -> Coder:
+def read_coder(fields: Fields, default: Coder) -> Coder:
     """Return the coder that a config names, or the default.
 
     Raises:
         ConfigError: there is no such coder.
     """
-    name = content.get("coder", default.name.lower())
-    return parse_coder(name, f"{path}: coder")
+    if "coder" not in fields:
+        return default
+    return Coder[fields.choice("coder", CODER_NAMES).upper()]
 
 
-def parse_coder(name: Any, what: str) -> Coder:
+def parse_coder(name: str, what: str) -> Coder:
     """Return the coder of that name.
 
     Raises:
         ConfigError: there is none; the message begins with `what`.
     """
-    for coder in Coder:
-        if name == coder.name.lower():
-            return coder
-    raise ConfigError(f"{what} must be one of {', '.join(c.name.lower() for c in Coder)}, got {shown(name)}")
+    if name not in CODER_NAMES:
+        raise ConfigError(f"{what} must be one of {', '.join(CODER_NAMES)}, got {shown(name)}")
+    return Coder[name.upper()]

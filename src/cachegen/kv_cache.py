@@ -20,7 +20,7 @@ import torch
 
 from cachegen import _native
 from cachegen.errors import BitstreamError, InputError, UnsupportedVersionError
-from cachegen.fields import read_hash, read_list, read_name, read_number, read_text
+from cachegen.fields import Fields, refuse_file
 from cachegen.files import atomic_write
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.kv_archive import check_archive
@@ -31,10 +31,6 @@ MAX_ROTARY_EMBEDDINGS = 1 << 10
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HASHED_TOKENS = 1024
 _SHORTAGE = re.compile("|".join(os.strerror(n) for n in (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO)))
-_FIELDS = frozenset(
-    "format version model_id model_fingerprint token_ids token_hash rope_hash rotary_embeddings block_size "
-    "load_in_8bit cache_hash keys values".split()
-)
 
 
 @dataclass(frozen=True)
@@ -330,23 +326,21 @@ def _load(path: Path, descriptor: int) -> object:
         raise BitstreamError(f"not a KV cache file of main.py, nothing of it was run ({reason})", path=path) from error
 
 
-def read_rotary_embeddings(records: object) -> tuple[RotaryEmbedding, ...]:
-    """Check rotary embeddings as files hold them: a list of objects with the fields of `RotaryEmbedding`.
+def read_rotary_embeddings(fields: Fields) -> tuple[RotaryEmbedding, ...]:
+    """Read the field `rotary_embeddings` of a file: a list of objects with the fields of `RotaryEmbedding`.
 
     Raises:
         BitstreamError: naming the field.
     """
     embeddings = []
-    for record in read_list(records, "rotary_embeddings", 0, MAX_ROTARY_EMBEDDINGS):
-        if type(record) is not dict or set(record) != {"name", "rope_type", "inv_freq", "attention_scaling"}:
-            raise BitstreamError("must have name, rope_type, inv_freq, attention_scaling", field="rotary_embeddings")
-        frequencies = read_list(record["inv_freq"], "inv_freq", 0, MAX_CHANNELS)
+    for record in fields.objects("rotary_embeddings", 0, MAX_ROTARY_EMBEDDINGS):
+        record.require(("name", "rope_type", "inv_freq", "attention_scaling"))
         embeddings.append(
             RotaryEmbedding(
-                name=read_name(record["name"], "name"),
-                rope_type=read_name(record["rope_type"], "rope_type"),
-                inv_freq=tuple(read_number(frequency, "inv_freq") for frequency in frequencies),
-                attention_scaling=read_number(record["attention_scaling"], "attention_scaling"),
+                name=record.label("name"),
+                rope_type=record.label("rope_type"),
+                inv_freq=record.numbers("inv_freq", 0, MAX_CHANNELS),
+                attention_scaling=record.number("attention_scaling"),
             )
         )
     return tuple(embeddings)
@@ -365,11 +359,9 @@ def _parse(content: object, file_bytes: int) -> tuple[KVCache, ContextMetadata]:
             f"version {number} is not supported, this release reads {FILE_VERSION}: prefill again with main.py",
             field="version",
         )
-    missing = sorted(_FIELDS - set(content))
-    if missing:
-        raise BitstreamError("is missing", field=missing[0])
-    keys, values = (read_list(content[name], name, 1, MAX_LAYERS) for name in ("keys", "values"))
-    token_ids = content["token_ids"]
+    fields = Fields(content, refuse_file())
+    keys, values = (fields.items(name, 1, MAX_LAYERS) for name in ("keys", "values"))
+    token_ids = fields.value("token_ids")
     for field, tensors in (("token_ids", [token_ids]), ("keys", keys), ("values", values)):
         for tensor in tensors:
             _check_tensor(tensor, field)
@@ -384,24 +376,18 @@ def _parse(content: object, file_bytes: int) -> tuple[KVCache, ContextMetadata]:
         raise BitstreamError(str(error), field="keys, values") from error
     if token_ids.dtype != torch.int32 or list(token_ids.shape) != [cache.num_tokens]:
         raise BitstreamError("one int32 per token of the cache is expected", field="token_ids")
-    block_size = content["block_size"]
-    if type(block_size) is not int or not 0 < block_size < 1 << 32:
-        raise BitstreamError("must be an integer, 1 to 2^32 - 1", field="block_size")
-    load_in_8bit = content["load_in_8bit"]
-    if type(load_in_8bit) is not bool:
-        raise BitstreamError("must be true or false", field="load_in_8bit")
     metadata = ContextMetadata(
-        model_id=read_text(content["model_id"], "model_id"),
-        model_fingerprint=read_hash(content["model_fingerprint"], "model_fingerprint"),
+        model_id=fields.text("model_id"),
+        model_fingerprint=fields.hash("model_fingerprint"),
         token_ids=token_ids,
-        rotary_embeddings=read_rotary_embeddings(content["rotary_embeddings"]),
-        block_size=block_size,
-        cache_hash=read_hash(content["cache_hash"], "cache_hash"),
-        load_in_8bit=load_in_8bit,
+        rotary_embeddings=read_rotary_embeddings(fields),
+        block_size=fields.integer("block_size", 1, (1 << 32) - 1),
+        cache_hash=fields.hash("cache_hash"),
+        load_in_8bit=fields.flag("load_in_8bit"),
     )
-    if hash_token_prefixes(token_ids, [cache.num_tokens]) != [read_hash(content["token_hash"], "token_hash")]:
+    if hash_token_prefixes(token_ids, [cache.num_tokens]) != [fields.hash("token_hash")]:
         raise BitstreamError("does not match the token ids", field="token_hash")
-    if metadata.rope_hash != read_hash(content["rope_hash"], "rope_hash"):
+    if metadata.rope_hash != fields.hash("rope_hash"):
         raise BitstreamError("does not match the rotary embeddings", field="rope_hash")
     return cache, metadata
 

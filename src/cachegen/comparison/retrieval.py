@@ -8,7 +8,6 @@ would write the answer. That is some twenty times less work than generating one 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from cachegen.errors import InputError
+from cachegen.fields import Fields, parse_json, refuse_input
 from cachegen.files import read_file
 from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model import LoadedModel
@@ -24,6 +24,7 @@ from cachegen.pipeline.model_cache import get_capacity, set_length
 from cachegen.pipeline.prefill import tokenize
 
 MAX_QUESTIONS_BYTES = 16 << 20
+_MAX_QUESTIONS = 100_000
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,17 @@ def read_prompts(folder: Path) -> list[PromptContext]:
     """
     path = folder / "questions.json"
     text = read_file(path, MAX_QUESTIONS_BYTES, hint="a prompts folder like 9k_prompts has one")
-    try:
-        entries = json.loads(text.decode("utf-8"))
-        return [
-            PromptContext(
-                folder / entry["file"],
-                (Question("", entry["answer"]), *(Question(q["question"], q["answer"]) for q in entry["questions"])),
-            )
-            for entry in entries
-        ]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not a list of contexts with questions ({error!r})") from None
+    entries = parse_json(text, refuse_input(path))
+    if not isinstance(entries, list):
+        raise InputError(f"{path}: must be a list of contexts with questions")
+    return [_read_prompt(Fields(entry, refuse_input(path), f"[{i}]"), folder) for i, entry in enumerate(entries)]
+
+
+def _read_prompt(fields: Fields, folder: Path) -> PromptContext:
+    questions = [Question("", fields.text("answer"))]
+    for question in fields.objects("questions", 0, _MAX_QUESTIONS):
+        questions.append(Question(question.text("question"), question.text("answer")))
+    return PromptContext(folder / fields.text("file"), tuple(questions))
 
 
 def expect_answers(

@@ -12,8 +12,9 @@ from typing import Any
 
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
-from cachegen.config import load_object, shown
-from cachegen.errors import ConfigError, MismatchError
+from cachegen.config import load_config_fields
+from cachegen.errors import MismatchError
+from cachegen.fields import Fields, refuse_config
 from cachegen.format.constants import CHUNK_MAGIC, TABLES_MAGIC
 from cachegen.format.files import Chunk, split_chunk, split_document
 from cachegen.format.framing import Buffer
@@ -32,6 +33,7 @@ from cachegen.methods.base import (
 )
 
 METHODS.extend([*absmax.METHODS, *transform.METHODS])
+DEFAULT_METHOD = "cachegen"
 
 
 def method_named(name: object) -> Method | None:
@@ -46,7 +48,7 @@ def load_config(path: str | os.PathLike[str]) -> MethodConfig:
         InputError: there is no such file.
         ConfigError: the file is not such a config, naming the field.
     """
-    return read_config(load_object(path), str(path))
+    return _read_config(load_config_fields(path), str(path))
 
 
 def read_config(content: Mapping[str, Any], source: str) -> MethodConfig:
@@ -58,12 +60,12 @@ def read_config(content: Mapping[str, Any], source: str) -> MethodConfig:
     Raises:
         ConfigError: it is not such a config, naming the field.
     """
-    name = content.get("method", "cachegen")
-    method = method_named(name)
-    if method is None:
-        known = ", ".join(f'"{method.name}"' for method in METHODS)
-        raise ConfigError(f"{source}: method must be one of {known}, got {shown(name)}")
-    return method.read_config(source, content)
+    return _read_config(Fields(dict(content), refuse_config(source), reads_digits=True), source)
+
+
+def _read_config(fields: Fields, source: str) -> MethodConfig:
+    name = fields.choice("method", [method.name for method in METHODS]) if "method" in fields else DEFAULT_METHOD
+    return next(method for method in METHODS if method.name == name).read_config(fields, source)
 
 
 def default_config(num_layers: int) -> MethodConfig:

@@ -25,6 +25,7 @@ from cachegen.coder.cpu import DTYPES, TORCH_DTYPES
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
 from cachegen.errors import BitstreamError, ConfigError, MismatchError, UnsupportedVersionError
+from cachegen.fields import Fields
 from cachegen.format.constants import CHUNK_MAGIC, LANES, Coder
 from cachegen.format.files import Chunk, split_chunk
 from cachegen.format.framing import Buffer, open_header
@@ -396,12 +397,12 @@ class Method(ABC):
     def chunk_header(self) -> type[ChunkHeader]: ...
 
     @abstractmethod
-    def read_config(self, source: str, content: Mapping[str, Any]) -> MethodConfig:
+    def read_config(self, fields: Fields, source: str) -> MethodConfig:
         """Return what a config file says.
 
         Args:
+            fields: of the file's JSON object.
             source: the file.
-            content: its JSON object.
 
         Raises:
             ConfigError: it is not a config of this method, naming the field.

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cachegen.errors import ConfigError, MismatchError
+from cachegen.fields import Fields, parse_fields, refuse_config
 from cachegen.files import read_file
+from cachegen.format import MAX_CHUNKS
 from cachegen.streaming.policy import ChunkLevels, DecodeSpeed, PrefillSpeed, Speeds
 
 BYTES_PER_FP16 = 2
 MAX_JSON_BYTES = 16 << 20
+_MAX_LEVELS = 1000
+_MAX_COUNT = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,19 @@ def load_level_curves(path: str | os.PathLike[str]) -> tuple[dict[str, LevelCurv
         InputError: there is no such file.
         ConfigError: it is not such a file, naming the field.
     """
-    content = _load_object(path)
+    fields = _load_fields(path)
     curves = {}
-    for name, codec in _field(path, content, "codecs", dict).items():
-        where = f"codecs.{name}."
-        levels = _field(path, codec, "levels", list, where)
+    for name, codec in fields.members("codecs"):
+        levels = codec.objects("levels", 1, _MAX_LEVELS)
         curves[name] = LevelCurve(
-            bits_per_value=tuple(_number(path, level, "bits_per_value", where) for level in levels),
-            expected_kl=tuple(_number(path, level, "expected_kl", where, minimum=0) for level in levels),
-            is_embedded=_field(path, codec, "levels_are_embedded", bool, where),
-            source=_field(path, codec, "source", str, where),
-            chunk_bits=_number(path, codec, "bits_per_channel_and_chunk", where, minimum=0)
-            if "bits_per_channel_and_chunk" in codec
-            else 0.0,
+            bits_per_value=tuple(level.number("bits_per_value", 0, above=True) for level in levels),
+            expected_kl=tuple(level.number("expected_kl", 0) for level in levels),
+            is_embedded=codec.flag("levels_are_embedded"),
+            source=codec.text("source"),
+            chunk_bits=codec.number("bits_per_channel_and_chunk", 0) if "bits_per_channel_and_chunk" in codec else 0.0,
         )
-        _check_curve(path, where, curves[name])
-    return curves, _field(path, content, "source", str)
+        _check_curve(codec, curves[name])
+    return curves, fields.text("source")
 
 
 def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: float = 1.0) -> Machine:
@@ -114,72 +113,68 @@ def load_machine(path: str | os.PathLike[str], model: str, gpu: str, gpu_share: 
         InputError: there is no such file.
         ConfigError: it is not such a file, or has no such model or GPU.
     """
-    content = _load_object(path)
+    fields = _load_fields(path)
     try:
-        return _read_machine(path, content, model, gpu, gpu_share)
+        return _read_machine(fields, model, gpu, gpu_share)
     except (ValueError, ArithmeticError) as error:  # numbers that no machine can have, or that leave the floats' range
         raise ConfigError(f"{path}: {model} on {gpu}: {error}") from error
 
 
-def _read_machine(path: object, content: dict[str, Any], model: str, gpu: str, gpu_share: float) -> Machine:
-    models = _field(path, content, "models", dict)
+def _read_machine(fields: Fields, model: str, gpu: str, gpu_share: float) -> Machine:
+    models = fields.object("models")
     if model not in models:
-        raise ConfigError(f"{path}: no model {model} (there are {', '.join(models)})")
-    where = f"models.{model}."
-    prefills = _field(path, models[model], "prefill", dict, where)
+        raise fields.error("models", f"has no {model} (there are {', '.join(models.names)})")
+    described = models.object(model)
+    prefills = described.object("prefill")
     if gpu not in prefills:
-        raise ConfigError(f"{path}: no speed of {model} on {gpu} (there are {', '.join(prefills)})")
-    prefill = prefills[gpu]
-    place = f"{where}prefill.{gpu}."
-    values = int(_number(path, models[model], "values_per_token", where))
-    num_layers = int(_number(path, models[model], "num_layers", where))
-    num_gpus = int(_number(path, prefill, "num_gpus", place))
+        raise described.error("prefill", f"has no {gpu} (there are {', '.join(prefills.names)})")
+    prefill = prefills.object(gpu)
+    values = described.integer("values_per_token", 1, _MAX_COUNT)
+    num_layers = described.integer("num_layers", 1, _MAX_COUNT)
+    num_gpus = prefill.integer("num_gpus", 1, _MAX_COUNT)
     if "decode_tokens_per_second" in prefill:
-        speeds, source = _measured_speeds(path, prefill, place, gpu_share), _field(path, prefill, "source", str, place)
+        speeds, source = _measured_speeds(prefill, gpu_share), prefill.text("source")
     else:
-        speeds, source = _stated_speeds(path, content, models[model], where, gpu, gpu_share)
+        speeds, source = _stated_speeds(fields, described, gpu, gpu_share)
     return Machine(f"{model} on {num_gpus} x {gpu}", values, num_layers, speeds, source)
 
 
-def _measured_speeds(path: object, prefill: dict, place: str, gpu_share: float) -> Speeds:
+def _measured_speeds(prefill: Fields, gpu_share: float) -> Speeds:
     """Return the speeds of an entry that was measured as a whole."""
     return Speeds(
         prefill=PrefillSpeed(
-            gpu_share * _number(path, prefill, "tokens_per_second", place),
-            _number(path, prefill, "attention_nanoseconds", place, minimum=0) * 1e-9 / gpu_share,
+            gpu_share * prefill.number("tokens_per_second", 0, above=True),
+            prefill.number("attention_nanoseconds", 0) * 1e-9 / gpu_share,
         ),
         decode=DecodeSpeed(
-            tokens_per_second=gpu_share * _number(path, prefill, "decode_tokens_per_second", place),
-            compute_slowdown=_number(path, prefill, "compute_slowdown", place, minimum=0),
+            tokens_per_second=gpu_share * prefill.number("decode_tokens_per_second", 0, above=True),
+            compute_slowdown=prefill.number("compute_slowdown", 0),
         ),
-        first_token_seconds=_number(path, prefill, "first_token_seconds", place, minimum=0) / gpu_share,
+        first_token_seconds=prefill.number("first_token_seconds", 0) / gpu_share,
     )
 
 
-def _stated_speeds(
-    path: object, content: dict, model: dict, where: str, gpu: str, gpu_share: float
-) -> tuple[Speeds, str]:
+def _stated_speeds(fields: Fields, model: Fields, gpu: str, gpu_share: float) -> tuple[Speeds, str]:
     """Return the speeds that follow from a GPU's memory bandwidth and the prefill's fit, and their source."""
-    prefill, place = model["prefill"][gpu], f"{where}prefill.{gpu}."
-    gpus = _field(path, _field(path, content, "gpus", dict), gpu, dict)
-    bandwidth = 1e12 * _number(path, gpus, "memory_terabytes_per_second", f"gpus.{gpu}.")
-    bandwidth *= gpu_share * _number(path, prefill, "num_gpus", place)
-    decode = _field(path, content, "decode", dict)
-    per_bandwidth = _number(path, decode, "fp16_gigabytes_per_second_per_memory_terabyte_per_second", "decode.") / 1000
-    fp16_bytes = BYTES_PER_FP16 * _number(path, model, "values_per_token", where)
+    prefill = model.object("prefill").object(gpu)
+    bandwidth = 1e12 * fields.object("gpus").object(gpu).number("memory_terabytes_per_second", 0, above=True)
+    bandwidth *= gpu_share * prefill.number("num_gpus", 0, above=True)
+    decode = fields.object("decode")
+    per_bandwidth = decode.number("fp16_gigabytes_per_second_per_memory_terabyte_per_second", 0, above=True) / 1000
+    fp16_bytes = BYTES_PER_FP16 * model.number("values_per_token", 0, above=True)
     speeds = Speeds(
         prefill=PrefillSpeed(
-            gpu_share * _number(path, prefill, "tokens_per_second", place),
-            _number(path, prefill, "attention_nanoseconds", place, minimum=0) * 1e-9 / gpu_share,
-            _number(path, content, "overhead", ""),
+            gpu_share * prefill.number("tokens_per_second", 0, above=True),
+            prefill.number("attention_nanoseconds", 0) * 1e-9 / gpu_share,
+            fields.number("overhead", 0, above=True),
         ),
         decode=DecodeSpeed(
             tokens_per_second=bandwidth * per_bandwidth / fp16_bytes,
-            compute_slowdown=_number(path, decode, "compute_slowdown", "decode.", minimum=0),
+            compute_slowdown=decode.number("compute_slowdown", 0),
         ),
-        first_token_seconds=BYTES_PER_FP16 * _number(path, model, "parameters", where) / bandwidth,
+        first_token_seconds=BYTES_PER_FP16 * model.number("parameters", 0, above=True) / bandwidth,
     )
-    return speeds, f"{_field(path, content, 'source', str)} Decoding: {_field(path, decode, 'source', str, 'decode.')}."
+    return speeds, f"{fields.text('source')} Decoding: {decode.text('source')}."
 
 
 def load_encodings(
@@ -200,7 +195,7 @@ def load_encodings(
         ConfigError: a file is not such a record, or no KL is known.
         MismatchError: the files are not of the same document in the same chunks.
     """
-    records = [_load_object(path) for path in paths]
+    records = [_load_fields(path) for path in paths]
     for path, record in zip(paths, records, strict=True):
         if "chunks" not in record:
             raise ConfigError(f"{path}: has no field chunks: not from run_encoding.py --json, or from an older one")
@@ -231,31 +226,27 @@ def load_encodings(
     )
 
 
-def _chunks_of_record(path: object, record: dict, expected_kl: Sequence[float] | None) -> tuple[ChunkLevels, ...]:
-    levels = _field(path, record, "levels", list)
-    is_embedded = _field(path, record, "levels_are_embedded", bool)
+def _chunks_of_record(path: object, record: Fields, expected_kl: Sequence[float] | None) -> tuple[ChunkLevels, ...]:
+    levels = record.objects("levels", 1, _MAX_LEVELS)
+    is_embedded = record.flag("levels_are_embedded")
     if expected_kl is None:
-        if any(not isinstance(level, dict) or level.get("expected_kl") is None for level in levels):
+        if not all(level.has_value("expected_kl") for level in levels):
             raise ConfigError(f"{path}: no KL is known of its levels: give --expected_kl")
-        expected_kl = [_number(path, level, "expected_kl", "levels.", minimum=0) for level in levels]
+        expected_kl = [level.number("expected_kl", 0) for level in levels]
     if len(expected_kl) != len(levels):
         raise ConfigError(f"--expected_kl: {path} has {len(levels)} levels, got {len(expected_kl)} values")
-    names = [str(int(_number(path, level, "level", "levels.", minimum=0))) for level in levels]
-    entries = _field(path, record, "chunks", list)
+    names = [str(level.integer("level", 1, _MAX_LEVELS)) for level in levels]
+    entries = record.objects("chunks", 1, MAX_CHUNKS)
     spans = [
-        (
-            int(_number(path, entry, "first_token", "chunks.", minimum=0)),
-            int(_number(path, entry, "num_tokens", "chunks.")),
-        )
-        for entry in entries
+        (entry.integer("first_token", 0, _MAX_COUNT), entry.integer("num_tokens", 1, _MAX_COUNT)) for entry in entries
     ]
-    num_uncovered = int(_number(path, record, "num_uncovered_tokens", "", minimum=0))
+    num_uncovered = record.integer("num_uncovered_tokens", 0, _MAX_COUNT)
     num_tokens = sum(span[1] for span in spans) + num_uncovered
-    shared_bytes = _number(path, record, "shared_bytes", "", minimum=0) / max(1, num_tokens - num_uncovered)
+    shared_bytes = record.number("shared_bytes", 0) / max(1, num_tokens - num_uncovered)
     chunks = []
     for (first, tokens), entry in zip(spans, entries, strict=True):
-        sizes = _field(path, entry, "bytes", dict, "chunks.")
-        files = [int(_number(path, sizes, name, "chunks.bytes.")) for name in names]
+        sizes = entry.object("bytes")
+        files = [sizes.integer(name, 1, _MAX_COUNT) for name in names]
         shared = math.ceil(shared_bytes * tokens)
         files = tuple(size + shared * (i == 0 or not is_embedded) for i, size in enumerate(files))
         loss = tuple(kl * tokens / num_tokens for kl in expected_kl)
@@ -274,38 +265,13 @@ def _chunk(
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _check_curve(path: object, where: str, curve: LevelCurve) -> None:
+def _check_curve(codec: Fields, curve: LevelCurve) -> None:
     bits, kl = curve.bits_per_value, curve.expected_kl
-    if not bits:
-        raise ConfigError(f"{path}: {where}levels is empty")
     if any(not before < after for before, after in itertools.pairwise(bits)):
-        raise ConfigError(f"{path}: {where}levels must have increasing bits_per_value")
+        raise codec.error("levels", "must have increasing bits_per_value")
     if any(after > before for before, after in itertools.pairwise(kl)):
-        raise ConfigError(f"{path}: {where}levels must not have increasing expected_kl")
+        raise codec.error("levels", "must not have increasing expected_kl")
 
 
-def _load_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    text = read_file(path, MAX_JSON_BYTES)
-    try:
-        content = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a JSON object")
-    return content
-
-
-def _field(path: object, content: object, name: str, kind: type, where: str = "") -> Any:
-    value = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(value, kind):
-        raise ConfigError(f"{path}: {where}{name} is missing or not a {kind.__name__}")
-    return value
-
-
-def _number(path: object, content: object, name: str, where: str, *, minimum: float | None = None) -> float:
-    """Return a finite number: above 0, or of at least `minimum`."""
-    value = content.get(name) if isinstance(content, dict) else None
-    lowest = math.ulp(0.0) if minimum is None else minimum
-    if isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value < math.inf:
-        return value
-    raise ConfigError(f"{path}: {where}{name} must be a number {'above 0' if minimum is None else f'from {minimum}'}")
+def _load_fields(path: str | os.PathLike[str]) -> Fields:
+    return parse_fields(read_file(path, MAX_JSON_BYTES), refuse_config(path))

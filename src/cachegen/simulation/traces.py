@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from cachegen.errors import InputError
+from cachegen.fields import Fields, parse_fields, refuse_input
 from cachegen.files import read_file, write_file
 
 BYTES_PER_GIGABIT = 1e9 / 8
-_HEADER_FIELDS = {"name", "indexed_by", "first_byte_seconds", "connection_gbps"}
 _MAX_PIECES = 1_000_000
+_MAX_NUMBER = 1e12
 MAX_TRACE_BYTES = 128 << 20  # a million pieces, and more than a hundred bytes for each
 
 
@@ -100,36 +101,35 @@ def load_trace(path: str | os.PathLike[str]) -> BandwidthTrace:
         lines = text.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a trace of JSON lines: byte {error.start} is not UTF-8") from error
-    header: dict = {}
+    header = _Header(path.stem)
     rates: list[float] = []
     durations: list[float] = []
+    is_first = True
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
         if len(rates) == _MAX_PIECES:
             raise InputError(f"{where}: a trace has at most {_MAX_PIECES:,} pieces")
-        content = _parse_line(where, line)
-        if not rates and not header and "gbps" not in content:
-            header = _check_header(where, content)
-            continue
-        per_chunk = header.get("indexed_by") == "chunk"
-        fields = {"gbps"} if per_chunk else {"gbps", "seconds"}
-        if set(content) != fields:
-            raise InputError(f"{where}: a piece has the fields {', '.join(sorted(fields))}, got {', '.join(content)}")
-        rates.append(_number(where, "gbps", content["gbps"]) * BYTES_PER_GIGABIT)
-        if not per_chunk:
-            durations.append(_number(where, "seconds", content["seconds"], positive=True))
+        fields = parse_fields(line, refuse_input(where))
+        if is_first and "gbps" not in fields:
+            header = _read_header(fields, header)
+        else:
+            fields.require(("gbps",) if header.is_per_chunk else ("gbps", "seconds"))
+            rates.append(fields.number("gbps", 0, _MAX_NUMBER) * BYTES_PER_GIGABIT)
+            if not header.is_per_chunk:
+                durations.append(fields.number("seconds", 0, _MAX_NUMBER, above=True))
+        is_first = False
     if not rates:
         raise InputError(f'{path}: holds no piece such as {{"seconds": 1, "gbps": 2.5}}')
     starts = () if not durations else (0.0, *np.cumsum(durations[:-1]).tolist())
     try:
         return BandwidthTrace(
-            name=header.get("name", path.stem),
+            name=header.name,
             rates=tuple(rates),
             starts=starts,
-            first_byte_seconds=tuple(header.get("first_byte_seconds", (0.0,))),
-            connection_rate=header.get("connection_gbps", math.inf) * BYTES_PER_GIGABIT,
+            first_byte_seconds=header.first_byte_seconds,
+            connection_rate=header.connection_rate,
         )
     except ValueError as error:  # durations too small to add up
         raise InputError(f"{path}: {error}") from error
@@ -156,39 +156,28 @@ def save_trace(path: str | os.PathLike[str], trace: BandwidthTrace) -> None:
     write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def _parse_line(where: str, line: str) -> dict:
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: must be a JSON object")
-    return content
+@dataclass(frozen=True)
+class _Header:
+    """What the first line of a trace file may say."""
+
+    name: str
+    is_per_chunk: bool = False
+    first_byte_seconds: tuple[float, ...] = (0.0,)
+    connection_rate: float = math.inf
 
 
-def _check_header(where: str, header: dict) -> dict:
-    unknown = sorted(set(header) - _HEADER_FIELDS)
-    if unknown:
-        raise InputError(f"{where}: unknown field {unknown[0]} (known: {', '.join(sorted(_HEADER_FIELDS))}, gbps)")
-    if not isinstance(header.get("name", ""), str):
-        raise InputError(f"{where}: name must be a string")
-    if header.get("indexed_by", "time") not in ("time", "chunk"):
-        raise InputError(f'{where}: indexed_by must be "time" or "chunk", got {json.dumps(header["indexed_by"])}')
-    latencies = header.get("first_byte_seconds", [0.0])
-    if not isinstance(latencies, list) or not latencies:
-        raise InputError(f"{where}: first_byte_seconds must be a list of numbers")
-    for latency in latencies:
-        _number(where, "first_byte_seconds", latency)
-    if "connection_gbps" in header:
-        _number(where, "connection_gbps", header["connection_gbps"], positive=True)
-    return header
-
-
-def _number(where: str, name: str, value: object, *, positive: bool = False) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12 and (value or not positive):
-        return float(value)
-    kind = "above 0" if positive else "of at least 0"
-    raise InputError(f"{where}: {name} must be a number {kind} and below 1e12, got {json.dumps(value)}")
+def _read_header(fields: Fields, default: _Header) -> _Header:
+    fields.refuse_unknown({"name", "indexed_by", "first_byte_seconds", "connection_gbps", "gbps"})
+    return _Header(
+        name=fields.text("name") if "name" in fields else default.name,
+        is_per_chunk="indexed_by" in fields and fields.choice("indexed_by", ("time", "chunk")) == "chunk",
+        first_byte_seconds=fields.numbers("first_byte_seconds", 1, _MAX_PIECES, 0, _MAX_NUMBER)
+        if "first_byte_seconds" in fields
+        else default.first_byte_seconds,
+        connection_rate=fields.number("connection_gbps", 0, _MAX_NUMBER, above=True) * BYTES_PER_GIGABIT
+        if "connection_gbps" in fields
+        else default.connection_rate,
+    )
 
 
 # --- generators -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from cachegen.kv_cache import ContextMetadata, hash_token_prefixes
 from cachegen.methods import method_of, parse_chunk, parse_document
 from cachegen.store.index import pointer_name, read_info, read_manifest, read_pointer
 from cachegen.store.manifest import (
-    MAX_LEVELS,
+    MAX_STORED_LEVELS,
     ChunkEntry,
     Level,
     Manifest,
@@ -270,8 +270,8 @@ def _sum_bits(levels: Sequence[Level]) -> list[Level]:
 
 def _check_together(headers: Sequence[DocumentHeader], metadata: ContextMetadata) -> None:
     """Refuse levels of different contexts, models, cache shapes or chunk plans, and tokens that are not theirs."""
-    if not 0 < len(headers) <= MAX_LEVELS:
-        raise MismatchError(f"a document has 1 to {MAX_LEVELS} levels, got {len(headers)}")
+    if not 0 < len(headers) <= MAX_STORED_LEVELS:
+        raise MismatchError(f"a document has 1 to {MAX_STORED_LEVELS} levels, got {len(headers)}")
     tokens = hash_token_prefixes(metadata.token_ids, [len(metadata.token_ids)])[0]
     first = headers[0]
     for number, header in enumerate(headers, 1):

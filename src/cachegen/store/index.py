@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from cachegen.errors import BitstreamError, StoreError, UnsupportedVersionError
+from cachegen.errors import BitstreamError, StoreError
+from cachegen.fields import Fields, parse_fields, refuse_file
 from cachegen.store.manifest import MAX_MANIFEST_BYTES, Manifest, is_object_name, unpack_manifest
 from cachegen.store.store import Store
 
@@ -32,15 +33,10 @@ def pack_small(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content) + "\n").encode()
 
 
-def _load_small(store: Store, name: str, fields: set[str]) -> dict[str, Any]:
-    content = store.get(name, MAX_SMALL_BYTES)
-    try:
-        loaded = json.loads(content)
-    except (ValueError, RecursionError):
-        loaded = None
-    if not isinstance(loaded, dict) or set(loaded) != fields:
-        raise BitstreamError(f"must be a JSON object of {', '.join(sorted(fields))}", path=store.describe(name))
-    return loaded
+def _load_small(store: Store, name: str, names: Sequence[str]) -> Fields:
+    fields = parse_fields(store.get(name, MAX_SMALL_BYTES), refuse_file(store.describe(name)))
+    fields.require(names)
+    return fields
 
 
 def read_info(store: Store) -> int:
@@ -53,21 +49,15 @@ def read_info(store: Store) -> int:
     """
     address = store.describe(STORE_INFO_NAME)
     try:
-        info = _load_small(store, STORE_INFO_NAME, {"format", "version", "tokens_per_block"})
+        info = _load_small(store, STORE_INFO_NAME, ("format", "version", "tokens_per_block"))
     except StoreError as error:
         if not error.is_missing:
             raise
         message = f"{address}: no such object: not a store of cachegen (fill one with run_publishing.py)"
         raise StoreError(message, is_missing=True) from None
-    if info["format"] != STORE_FORMAT:
-        raise BitstreamError(f"must be {STORE_FORMAT}", path=address, field="format")
-    if info["version"] != STORE_VERSION:
-        problem = f"{str(info['version'])[:20]} is not supported, this release reads {STORE_VERSION}"
-        raise UnsupportedVersionError(problem, path=address, field="version")
-    tokens_per_block = info["tokens_per_block"]
-    if type(tokens_per_block) is not int or not 16 <= tokens_per_block <= 1 << 20:
-        raise BitstreamError("must be an integer, 16 to 1048576", path=address, field="tokens_per_block")
-    return tokens_per_block
+    info.check_format("format", STORE_FORMAT, "a store of cachegen")
+    info.check_version("version", STORE_VERSION)
+    return info.integer("tokens_per_block", 16, 1 << 20)
 
 
 def read_pointer(store: Store, name: str) -> str:
@@ -77,10 +67,11 @@ def read_pointer(store: Store, name: str) -> str:
         StoreError: it is not there (`is_missing`) or cannot be read.
         BitstreamError: it is damaged.
     """
-    target = _load_small(store, name, {"manifest"})["manifest"]
-    if not is_object_name(target) or not target.startswith("documents/"):
-        raise BitstreamError("must name a manifest", path=store.describe(name), field="manifest")
-    return target
+
+    def is_manifest_name(value: object) -> bool:
+        return isinstance(value, str) and is_object_name(value) and value.startswith("documents/")
+
+    return _load_small(store, name, ("manifest",)).check("manifest", is_manifest_name, "the name of a manifest")
 
 
 def read_manifest(store: Store, name: str) -> Manifest:

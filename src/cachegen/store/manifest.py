@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from cachegen.errors import BitstreamError, UnsupportedVersionError
+from cachegen.fields import Fields, parse_fields, refuse_file
 from cachegen.format import MAX_CHUNK_TOKENS, MAX_CHUNKS, Coder
 from cachegen.format.files import MAX_FILE_BYTES, MAX_TABLES_BYTES
 from cachegen.methods import METHODS
@@ -21,11 +19,13 @@ from cachegen.methods import METHODS
 MANIFEST_FORMAT = "cachegen-manifest"
 MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 32 << 20
-MAX_LEVELS = 16
+MAX_STORED_LEVELS = 16
+"""Of one document; those that refine each other are at most `format.MAX_LEVELS`, those that stand alone more."""
 
-_HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"(?!.*(?:^|/)\.{1,2}(?:/|$))[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+){0,7}")
 _MAX_NAME_CHARACTERS = 512
+_MAX_LABEL_CHARACTERS = 1024
+_MAX_MEASURE = 1e6
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,13 @@ def unpack_manifest(content: bytes, address: object = None) -> Manifest:
         BitstreamError: it is not a manifest, or a field is not what it must be.
         UnsupportedVersionError: it was written by a later release.
     """
-    try:
-        return _read_manifest(_load_json(content))
-    except BitstreamError as error:
-        raise error if address is None else error.at(address) from None
+    refuse = refuse_file(address)
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise refuse(f"has {len(content)} bytes, more than the {MAX_MANIFEST_BYTES} of a manifest", "")
+    fields = parse_fields(content, refuse)
+    fields.check_format("format", MANIFEST_FORMAT, "a manifest of cachegen")
+    fields.check_version("version", MANIFEST_VERSION)
+    return _read_manifest(fields)
 
 
 def chunk_object(
@@ -164,99 +167,26 @@ def is_object_name(name: object) -> bool:
     return isinstance(name, str) and len(name) <= _MAX_NAME_CHARACTERS and _NAME.fullmatch(name) is not None
 
 
-def _load_json(content: bytes) -> dict[str, Any]:
-    if len(content) > MAX_MANIFEST_BYTES:
-        raise BitstreamError(f"has {len(content)} bytes, more than the {MAX_MANIFEST_BYTES} of a manifest")
-
-    def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a field appears twice")
-        return found
-
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        loaded = json.loads(content.decode("utf-8"), object_pairs_hook=refuse_twins, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
-        raise BitstreamError(f"not the JSON of a manifest ({str(error)[:100]})") from None
-    if not isinstance(loaded, dict) or loaded.get("format") != MANIFEST_FORMAT:
-        raise BitstreamError(f"must be {MANIFEST_FORMAT}: not a manifest of cachegen", field="format")
-    if loaded.get("version") != MANIFEST_VERSION:
-        raise UnsupportedVersionError(
-            f"{str(loaded.get('version'))[:20]} is not supported, this release reads {MANIFEST_VERSION}",
-            field="version",
-        )
-    return {name: value for name, value in loaded.items() if name not in ("format", "version")}
-
-
-class _Fields:
-    """The fields of one JSON object, each to be taken once, none to be left."""
-
-    def __init__(self, content: Any, place: str, names: Sequence[str]) -> None:
-        self._place = place
-        if not isinstance(content, dict) or set(content) != set(names):
-            raise BitstreamError(f"must be an object of {', '.join(names)}", field=place or "the manifest")
-        self._content: dict[str, Any] = content
-
-    def where(self, name: str) -> str:
-        return f"{self._place}.{name}" if self._place else name
-
-    def take(self, name: str, is_right: Callable[[Any], bool], wanted: str) -> Any:
-        value = self._content[name]
-        if not is_right(value):
-            raise BitstreamError(f"must be {wanted}, got {json.dumps(value)[:80]}", field=self.where(name))
-        return value
-
-    def integer(self, name: str, low: int, high: int) -> int:
-        return self.take(name, lambda v: type(v) is int and low <= v <= high, f"an integer, {low} to {high}")
-
-    def number(self, name: str) -> float:
-        return float(self.take(name, lambda v: type(v) in (int, float) and 0 <= v <= 1e6, "a number, 0 to 1e6"))
-
-    def text(self, name: str, choices: Sequence[str] | None = None) -> str:
-        if choices is not None:
-            return self.take(name, lambda v: v in choices, f"one of {', '.join(choices)}")
-        return self.take(name, lambda v: isinstance(v, str) and len(v) <= 1024 and v.isprintable(), "a short text")
-
-    def hash(self, name: str) -> str:
-        return self.take(name, lambda v: isinstance(v, str) and _HASH.fullmatch(v) is not None, "a SHA-256 in hex")
-
-    def items(self, name: str, limit: int) -> list[Any]:
-        return self.take(name, lambda v: isinstance(v, list) and 0 < len(v) <= limit, f"a list of 1 to {limit}")
-
-    def stored(self, name: str, limit: int) -> StoredObject:
-        return _read_object(self._content[name], self.where(name), limit)
-
-    def is_null(self, name: str) -> bool:
-        return self._content[name] is None
-
-
-def _read_object(content: Any, place: str, max_bytes: int) -> StoredObject:
-    fields = _Fields(content, place, ("name", "bytes", "sha256"))
-    name = fields.take("name", is_object_name, "a relative path of letters, digits, dots, dashes and underscores")
-    return StoredObject(name, fields.integer("bytes", 1, max_bytes), fields.hash("sha256"))
-
-
-def _read_manifest(content: dict[str, Any]) -> Manifest:
-    fields = _Fields(content, "", tuple(Manifest.__dataclass_fields__))
-    levels = tuple(_read_level(item, i) for i, item in enumerate(fields.items("levels", MAX_LEVELS)))
+def _read_manifest(fields: Fields) -> Manifest:
+    fields.require(("format", "version", *Manifest.__dataclass_fields__))
+    levels = tuple(
+        _read_level(level, number) for number, level in enumerate(fields.objects("levels", 1, MAX_STORED_LEVELS), 1)
+    )
     if len({level.refines is None for level in levels[1:]}) > 1:
-        raise BitstreamError("must be null for all levels, or the level below for all but the first", field="refines")
+        raise fields.error("refines", "must be null for all levels, or the level below for all but the first")
     values_per_token = fields.integer("values_per_token", 1, 1 << 30)
     num_cache_tokens = fields.integer("num_cache_tokens", 1, 1 << 40)
     chunks: list[ChunkEntry] = []
-    for item in fields.items("chunks", MAX_CHUNKS):
+    for chunk in fields.objects("chunks", 1, MAX_CHUNKS):
         first_token = chunks[-1].end_token if chunks else 0
-        chunks.append(_read_chunk(item, f"chunks[{len(chunks)}]", first_token, len(levels), values_per_token))
+        chunks.append(_read_chunk(chunk, first_token, len(levels), values_per_token))
     if chunks[-1].end_token > num_cache_tokens:
-        raise BitstreamError(f"cover more than {num_cache_tokens} tokens", field="chunks")
+        raise fields.error("chunks", f"cover more than {num_cache_tokens} tokens")
     return Manifest(
-        model_id=fields.text("model_id"),
+        model_id=_read_label(fields, "model_id"),
         model_fingerprint=fields.hash("model_fingerprint"),
         rope_hash=fields.hash("rope_hash"),
-        dtype=fields.text("dtype", ("float16", "bfloat16", "float32")),
+        dtype=fields.choice("dtype", ("float16", "bfloat16", "float32")),
         num_cache_tokens=num_cache_tokens,
         token_hash=fields.hash("token_hash"),
         prefill_block_size=fields.integer("prefill_block_size", 1, (1 << 32) - 1),
@@ -266,32 +196,41 @@ def _read_manifest(content: dict[str, Any]) -> Manifest:
     )
 
 
-def _read_level(content: Any, index: int) -> Level:
-    fields = _Fields(content, f"levels[{index}]", tuple(Level.__dataclass_fields__))
-    number = fields.integer("level", index + 1, index + 1)
+def _read_label(fields: Fields, name: str) -> str:
+    is_label = lambda value: type(value) is str and len(value) <= _MAX_LABEL_CHARACTERS and value.isprintable()  # noqa: E731
+    return fields.check(name, is_label, "a short text")
+
+
+def _read_level(fields: Fields, number: int) -> Level:
+    fields.require(tuple(Level.__dataclass_fields__))
     return Level(
-        level=number,
-        refines=fields.take("refines", lambda v: v is None or (type(v) is int and v == index > 0), "null or level - 1"),
-        method=fields.text("method", [method.name for method in METHODS]),
-        coder=fields.text("coder", [coder.name.lower() for coder in Coder]),
-        tables=fields.stored("tables", MAX_TABLES_BYTES),
-        bits_per_value=fields.number("bits_per_value"),
-        kl=None if fields.is_null("kl") else fields.number("kl"),
+        level=fields.integer("level", number, number),
+        refines=fields.integer("refines", max(1, number - 1), number - 1) if fields.has_value("refines") else None,
+        method=fields.choice("method", [method.name for method in METHODS]),
+        coder=fields.choice("coder", [coder.name.lower() for coder in Coder]),
+        tables=_read_object(fields.object("tables"), MAX_TABLES_BYTES),
+        bits_per_value=fields.number("bits_per_value", 0, _MAX_MEASURE),
+        kl=fields.number("kl", 0, _MAX_MEASURE) if fields.has_value("kl") else None,
     )
 
 
-def _read_chunk(content: Any, place: str, first_token: int, num_levels: int, values_per_token: int) -> ChunkEntry:
-    fields = _Fields(content, place, tuple(ChunkEntry.__dataclass_fields__))
-    fields.integer("first_token", first_token, first_token)
+def _read_chunk(fields: Fields, first_token: int, num_levels: int, values_per_token: int) -> ChunkEntry:
+    fields.require(tuple(ChunkEntry.__dataclass_fields__))
     num_tokens = fields.integer("num_tokens", 1, MAX_CHUNK_TOKENS)
-    files = fields.items("files", num_levels)
+    files = fields.objects("files", 0, num_levels)
     if len(files) != num_levels:
-        raise BitstreamError(f"must have {num_levels} files, one per level", field=fields.where("files"))
+        raise fields.error("files", f"must have {num_levels} files, one per level")
     # No coder needs more than raw fp32 values, a scale per token and plane, and a header with its index.
     limit = min(MAX_FILE_BYTES, 8 * num_tokens * values_per_token + (1 << 20))
     return ChunkEntry(
-        first_token=first_token,
+        first_token=fields.integer("first_token", first_token, first_token),
         num_tokens=num_tokens,
         token_hash=fields.hash("token_hash"),
-        files=tuple(_read_object(item, f"{place}.files[{i}]", limit) for i, item in enumerate(files)),
+        files=tuple(_read_object(file, limit) for file in files),
     )
+
+
+def _read_object(fields: Fields, max_bytes: int) -> StoredObject:
+    fields.require(tuple(StoredObject.__dataclass_fields__))
+    name = fields.check("name", is_object_name, "a relative path of letters, digits, dots, dashes and underscores")
+    return StoredObject(name, fields.integer("bytes", 1, max_bytes), fields.hash("sha256"))

@@ -12,11 +12,11 @@ Source: Liu et al., CacheGen, SIGCOMM 2024, section 5.2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cachegen.coder.kernels import Kernels
+from cachegen.fields import Fields
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.absmax.codec import AbsmaxDocument, AbsmaxEncoder
 from cachegen.methods.absmax.config import NUMBERS, AbsmaxConfig, default_config, read_cachegen, read_uniform
@@ -41,8 +41,8 @@ class AbsmaxMethod(Method):
     def chunk_header(self) -> type[AbsmaxChunkHeader]:
         return AbsmaxChunkHeader
 
-    def read_config(self, source: str, content: Mapping[str, Any]) -> AbsmaxConfig:
-        return (read_cachegen if self.name == "cachegen" else read_uniform)(source, content)
+    def read_config(self, fields: Fields, source: str) -> AbsmaxConfig:
+        return (read_cachegen if self.name == "cachegen" else read_uniform)(fields, source)
 
     def open_document(
         self,

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachegen.config import read_coder, read_integer, refuse_unknown
+from cachegen.config import read_coder
 from cachegen.errors import ConfigError, MismatchError
+from cachegen.fields import Fields, refuse_config
 from cachegen.format import Coder
 from cachegen.methods.absmax.headers import AbsmaxDocumentHeader
 from cachegen.methods.base import MethodConfig
@@ -99,20 +100,20 @@ class AbsmaxConfig(MethodConfig):
                 )
 
 
-def read_cachegen(source: str, content: Mapping[str, Any]) -> AbsmaxConfig:
+def read_cachegen(fields: Fields, source: str) -> AbsmaxConfig:
     """Read a config of method `cachegen`; see `Method.read_config`."""
-    refuse_unknown(source, content, _COMMON_FIELDS | _CACHEGEN_FIELDS)
-    key_groups = _read_groups(source, content, "key", ("first", "second", "third"))
-    value_groups = _read_groups(source, content, "value", ("first", "second"))
-    return AbsmaxConfig("cachegen", key_groups, value_groups, read_coder(source, content, Coder.RANS), source)
+    fields.refuse_unknown(_COMMON_FIELDS | _CACHEGEN_FIELDS)
+    key_groups = _read_groups(fields, "key", ("first", "second", "third"))
+    value_groups = _read_groups(fields, "value", ("first", "second"))
+    return AbsmaxConfig("cachegen", key_groups, value_groups, read_coder(fields, Coder.RANS), source)
 
 
-def read_uniform(source: str, content: Mapping[str, Any]) -> AbsmaxConfig:
+def read_uniform(fields: Fields, source: str) -> AbsmaxConfig:
     """Read a config of method `uniform`; see `Method.read_config`."""
-    refuse_unknown(source, content, _COMMON_FIELDS | {"bits"})
-    bits = read_integer(source, content, "bits", 2, 8)
+    fields.refuse_unknown(_COMMON_FIELDS | {"bits"})
+    bits = fields.integer("bits", 2, 8)
     groups = (LayerGroup(None, 1 << bits, "bits"),)
-    return AbsmaxConfig("uniform", groups, groups, read_coder(source, content, Coder.PACKED), source)
+    return AbsmaxConfig("uniform", groups, groups, read_coder(fields, Coder.PACKED), source)
 
 
 def default_config(num_layers: int) -> AbsmaxConfig:
@@ -138,17 +139,18 @@ def default_config(num_layers: int) -> AbsmaxConfig:
         "value_first_bins": 32,
         "value_second_bins": 16,
     }
-    return read_cachegen("the default config", content)
+    source = "the default config"
+    return read_cachegen(Fields(content, refuse_config(source)), source)
 
 
-def _read_bins(source: str, content: Mapping[str, Any], name: str) -> int:
-    num_bins = read_integer(source, content, name, 4, 256)
+def _read_bins(fields: Fields, name: str) -> int:
+    num_bins = fields.integer(name, 4, 256)
     if num_bins % 2:
-        raise ConfigError(f"{source}: {name} must be even, got {num_bins}")
+        raise fields.error(name, f"must be even, got {num_bins}")
     return num_bins
 
 
-def _read_groups(source: str, content: Mapping[str, Any], kind: str, places: Sequence[str]) -> tuple[LayerGroup, ...]:
+def _read_groups(fields: Fields, kind: str, places: Sequence[str]) -> tuple[LayerGroup, ...]:
     """Read the layer groups of keys or values: the boundaries of all but the last group, and everyone's bins.
 
     The last group has a boundary only where the file gives one; without it, it takes all the rest.
@@ -158,10 +160,10 @@ def _read_groups(source: str, content: Mapping[str, Any], kind: str, places: Seq
     for place in places:
         boundary, bins = f"{kind}_{place}_layers", f"{kind}_{place}_bins"
         end = None
-        if place != places[-1] or boundary in content:
-            end = read_integer(source, content, boundary, 0, 1 << 15)
+        if place != places[-1] or boundary in fields:
+            end = fields.integer(boundary, 0, 1 << 15)
             if end < previous:
-                raise ConfigError(f"{source}: {boundary} must not be below the boundary before it, got {end}")
+                raise fields.error(boundary, f"must not be below the boundary before it, got {end}")
             previous = end
-        groups.append(LayerGroup(end, _read_bins(source, content, bins), bins))
+        groups.append(LayerGroup(end, _read_bins(fields, bins), bins))
     return tuple(groups)

@@ -12,10 +12,10 @@ The components' probability tables are `cachegen.coder.component_tables`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from cachegen.coder.kernels import Kernels
+from cachegen.fields import Fields
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import FindProfile, Method
 from cachegen.methods.transform.codec import METHOD_NUMBER, SINK_TOKENS, TransformDocument, TransformEncoder
@@ -40,8 +40,8 @@ class TransformMethod(Method):
     def chunk_header(self) -> type[TransformChunkHeader]:
         return TransformChunkHeader
 
-    def read_config(self, source: str, content: Mapping[str, Any]) -> TransformConfig:
-        return read_transform(source, content)
+    def read_config(self, fields: Fields, source: str) -> TransformConfig:
+        return read_transform(fields, source)
 
     def open_document(
         self,

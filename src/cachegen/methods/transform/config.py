@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cachegen.config import read_integer, refuse_unknown, shown
 from cachegen.errors import ConfigError
+from cachegen.fields import Fields
 from cachegen.format import MAX_LEVELS, Coder
 from cachegen.methods.base import MethodConfig
 from cachegen.methods.transform.headers import MAX_STEP_LOG
@@ -81,32 +81,22 @@ class TransformConfig(MethodConfig):
         return step_log
 
 
-def read_transform(source: str, content: Mapping[str, Any]) -> TransformConfig:
+def read_transform(fields: Fields, source: str) -> TransformConfig:
     """Read a config of method `transform`; see `Method.read_config`."""
-    refuse_unknown(source, content, _FIELDS)
-    profile = content.get("profile")
-    if not isinstance(profile, str) or not profile:
-        raise ConfigError(f"{source}: field profile must name a profile's folder")
-    step_log = content.get("step_log")
-    if step_log is not None and (not isinstance(step_log, int) or isinstance(step_log, bool)):
-        raise ConfigError(f"{source}: step_log must be an integer, got {shown(step_log)}")
-    if step_log is not None and abs(step_log) > MAX_STEP_LOG:
-        raise ConfigError(f"{source}: step_log must be within {MAX_STEP_LOG} of 0, got {step_log}")
+    fields.refuse_unknown(_FIELDS)
+    targets = {
+        name: fields.number(name, 0, 1e6, above=True) if fields.has_value(name) else None
+        for name in ("target_bits", "target_kl")
+    }
     return TransformConfig(
         # As files beside the config: it may be used from any folder.
-        profile=str(Path(source).parent / profile),
-        step_log=step_log,
-        target_bits=_read_target(source, content, "target_bits"),
-        target_kl=_read_target(source, content, "target_kl"),
-        num_levels=read_integer(source, content, "levels", 1, MAX_LEVELS) if "levels" in content else 1,
+        profile=str(Path(source).parent / fields.check("profile", _is_name, "a profile's folder")),
+        step_log=fields.integer("step_log", -MAX_STEP_LOG, MAX_STEP_LOG) if fields.has_value("step_log") else None,
+        num_levels=fields.integer("levels", 1, MAX_LEVELS) if "levels" in fields else 1,
         source=source,
+        **targets,
     )
 
 
-def _read_target(source: str, content: Mapping[str, Any], name: str) -> float | None:
-    value = content.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e6:
-        raise ConfigError(f"{source}: {name} must be a number above 0, got {shown(value)}")
-    return float(value)
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)

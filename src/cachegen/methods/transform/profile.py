@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from cachegen.errors import BitstreamError, InputError, MismatchError, UnsupportedVersionError
-from cachegen.fields import read_hash, read_integer, read_list, read_number, read_record
+from cachegen.errors import BitstreamError, InputError, MismatchError
+from cachegen.fields import Fields, parse_fields, refuse_file
 from cachegen.files import read_file, write_file
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.kv_cache import RotaryEmbedding, hash_rotary_embeddings, read_rotary_embeddings
@@ -228,21 +228,13 @@ def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) 
     folder = Path(folder)
     path = folder / PROFILE_NAME
     text = read_file(path, MAX_PROFILE_BYTES, hint=_HINT)
+    fields = parse_fields(text, refuse_file(path))
+    fields.check_format("format", FILE_FORMAT, "a profile of run_calibration.py")
+    fields.check_version("version", FILE_VERSION)
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BitstreamError(f"not JSON ({str(error)[:120]})", path=path) from error
-    if not isinstance(record, dict) or record.get("format") != FILE_FORMAT:
-        raise BitstreamError("not a profile of run_calibration.py", path=path, field="format")
-    version = record.get("version")
-    if type(version) is not int or version != FILE_VERSION:
-        raise UnsupportedVersionError(
-            f"{version!r:.20} is not supported, this release reads {FILE_VERSION}", path=path, field="version"
-        )
-    try:
-        profile = _parse(record)
-        layers = _parse_layers(record["groups"], profile)
-        hashes = read_record(record["sha256"], "sha256", SYNTHESIS_NAME, ANALYSIS_NAME)
+        profile = _parse(fields)
+        layers = _parse_layers(fields, profile)
+        hashes = {name: fields.object("sha256").hash(name) for name in (SYNTHESIS_NAME, ANALYSIS_NAME)}
         num_values = [
             profile.channels_of(first, count) * (num_components + 4) for first, count, num_components in layers
         ]
@@ -282,51 +274,51 @@ def check_profile(profile: Profile, model_fingerprint: str, rope_hash: str, sour
             )
 
 
-def _parse(record: dict[str, Any]) -> Profile:
+def _parse(fields: Fields) -> Profile:
     """Check the JSON's own fields; the groups' tensors come later."""
-    fields = "model_fingerprint rotary_embeddings plane_shapes groups curve calibration sha256".split()
-    read_record(record, ", ".join(sorted(set(fields) - set(record))) or "record", *fields)
-    shapes = []
-    for shape in read_list(record["plane_shapes"], "plane_shapes", 0, 2 * MAX_LAYERS):
-        sizes = [read_integer(size, "plane_shapes", 1, MAX_HEADS) for size in read_list(shape, "plane_shapes", 0, 2)]
-        if len(sizes) != 2:
-            raise BitstreamError("must be pairs of heads and dims", field="plane_shapes")
-        shapes.append((sizes[0], sizes[1]))
-    if not shapes or len(shapes) % 2:
-        raise BitstreamError("must be two shapes per layer", field="plane_shapes")
+    shapes: list[tuple[int, int]] = []
+    for shape in fields.items("plane_shapes", 2, 2 * MAX_LAYERS):
+        if type(shape) is not list or [type(size) for size in shape] != [int, int]:
+            raise fields.error("plane_shapes", "must be pairs of heads and dims")
+        if not all(1 <= size <= MAX_HEADS for size in shape):
+            raise fields.error("plane_shapes", f"must be 1 to {MAX_HEADS}")
+        shapes.append((shape[0], shape[1]))
+    if len(shapes) % 2:
+        raise fields.error("plane_shapes", "must be two shapes per layer")
     if any(heads * dim > MAX_CHANNELS for heads, dim in shapes):
-        raise BitstreamError(f"a plane must have at most {MAX_CHANNELS} channels", field="plane_shapes")
-    rotary_embeddings = read_rotary_embeddings(record["rotary_embeddings"])
+        raise fields.error("plane_shapes", f"a plane must have at most {MAX_CHANNELS} channels")
+    rotary_embeddings = read_rotary_embeddings(fields)
     for rotary in rotary_embeddings[:1]:
         if rotary.attention_scaling == 0:
-            raise BitstreamError("must not be 0", field="attention_scaling")
+            raise fields.error("attention_scaling", "must not be 0")
         if any(2 * len(rotary.inv_freq) > dim for _, dim in shapes[0::2]):
-            raise BitstreamError("more frequencies than a head has pairs", field="inv_freq")
-    fingerprint = read_hash(record["model_fingerprint"], "model_fingerprint")
-    curve = []
-    for item in read_list(record["curve"], "curve", 0, _MAX_CURVE_POINTS):
-        point = read_record(item, "curve", "step_log", "bits_per_value", "kl")
-        step_log = read_integer(point["step_log"], "step_log", -_MAX_SCALE_LOG, _MAX_SCALE_LOG)
-        bits_per_value = read_number(point["bits_per_value"], "bits_per_value")
-        curve.append(CurvePoint(step_log, bits_per_value, read_number(point["kl"], "kl")))
-    calibration = read_record(record["calibration"], "calibration")
-    return Profile(fingerprint, rotary_embeddings, tuple(shapes), (), tuple(curve), calibration)
+            raise fields.error("inv_freq", "more frequencies than a head has pairs")
+    curve = tuple(
+        CurvePoint(
+            point.integer("step_log", -_MAX_SCALE_LOG, _MAX_SCALE_LOG),
+            point.number("bits_per_value"),
+            point.number("kl"),
+        )
+        for point in fields.objects("curve", 0, _MAX_CURVE_POINTS)
+    )
+    fingerprint, calibration = fields.hash("model_fingerprint"), fields.object("calibration").content
+    return Profile(fingerprint, rotary_embeddings, tuple(shapes), (), curve, dict(calibration))
 
 
-def _parse_layers(records: object, profile: Profile) -> list[tuple[int, int, int]]:
+def _parse_layers(fields: Fields, profile: Profile) -> list[tuple[int, int, int]]:
     """Return first layer, number of layers and of components of each group; they cover all layers in order."""
-    layers, next_layer = [], 0
-    for item in read_list(records, "groups", 0, MAX_LAYERS):
-        group = read_record(item, "groups", "first_layer", "num_layers", "num_components")
+    layers: list[tuple[int, int, int]] = []
+    next_layer = 0
+    for group in fields.objects("groups", 0, MAX_LAYERS):
         left = profile.num_layers - next_layer
-        if not left or read_integer(group["first_layer"], "first_layer", 0, MAX_LAYERS) != next_layer:
-            raise BitstreamError("the groups do not cover the layers, each once and in order", field="groups")
-        num_layers = read_integer(group["num_layers"], "num_layers", 1, left)
+        if not left or group.integer("first_layer", 0, MAX_LAYERS) != next_layer:
+            raise fields.error("groups", "do not cover the layers, each once and in order")
+        num_layers = group.integer("num_layers", 1, left)
         limit = min(profile.channels_of(next_layer, num_layers), _MAX_COMPONENTS)
-        layers.append((next_layer, num_layers, read_integer(group["num_components"], "num_components", 1, limit)))
+        layers.append((next_layer, num_layers, group.integer("num_components", 1, limit)))
         next_layer += num_layers
     if next_layer != profile.num_layers:
-        raise BitstreamError("the groups do not cover the layers, each once and in order", field="groups")
+        raise fields.error("groups", "do not cover the layers, each once and in order")
     return layers
 
 
@@ -367,7 +359,7 @@ def _tensor(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype, sha
     return tensor
 
 
-def _load_tensors(path: Path, expected_hash: object, max_bytes: int) -> tuple[dict[str, torch.Tensor], int]:
+def _load_tensors(path: Path, expected_hash: str, max_bytes: int) -> tuple[dict[str, torch.Tensor], int]:
     content = read_file(path, max_bytes, hint=_HINT)
     if hashlib.sha256(content).hexdigest() != expected_hash:
         raise BitstreamError(f"is not the file that {PROFILE_NAME} names, or has changed", path=path, field="sha256")
