@@ -149,18 +149,9 @@ def _prefill_documents(args: argparse.Namespace) -> None:
             records.append(_prefill_document(document, loaded, token_ids, args, state, bar))
     for record in records:
         _report_document(report, record)
-    if args.json is not None:
-        command_line.write_json(
-            args.json,
-            {
-                "stage": "prefill",
-                "documents": records,
-                "device": str(loaded.device),
-                "dtype": loaded.dtype,
-                "config": command_line.effective_config(args),
-                "versions": command_line.collect_versions(),
-            },
-        )
+    command_line.finish(
+        args, {"stage": "prefill", "documents": records, "device": str(loaded.device), "dtype": loaded.dtype}
+    )
 
 
 def _prefill_document(

@@ -21,11 +21,9 @@ startup.guard_imports(__name__)
 from cachegen import command_line  # noqa: E402
 from cachegen.answer_scripts import (  # noqa: E402
     add_answer_flags,
-    append_questions,
     check_profile_flag,
-    list_answers,
+    open_session,
     report_answers,
-    verify_answers,
 )
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.pipeline.context import read_context  # noqa: E402
@@ -57,7 +55,8 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     report = command_line.Reporter(args)
     # Everything that needs no model comes first: a wrong path or config shows at once.
     num_threads = args.threads or default_num_threads()
-    device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
+    resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype)
     chosen = choose_kernels(args.device)
     find_profile = profile_finder(args.profile, (args.model_id, SCRIPT_FOLDER / "models"))
     folder = EncodedFolder(
@@ -76,27 +75,15 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     # transformers takes seconds to import, more than it takes to say that a file is missing.
     from tqdm import tqdm
 
-    from cachegen.pipeline.generate import generate_answer
-    from cachegen.pipeline.model import load_model
     from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
-    from cachegen.pipeline.prefill import recompute_first_tokens, tokenize
+    from cachegen.pipeline.prefill import recompute_first_tokens
 
-    loaded = load_model(
-        args.model_id,
-        device=device,
-        dtype=folder.dtype if dtype == "auto" else dtype,
-        load_in_8bit=args.load_in_8bit,
-        num_gpus=args.num_gpus,
-        max_gpu_memory=args.max_gpu_memory,
-    )
+    session = open_session(args, text, folder.dtype if dtype == "auto" else dtype)
+    loaded, token_ids = session.loaded, session.token_ids
     folder.check_model(loaded)
-    token_ids = tokenize(loaded, text)
     num_cached = sum(chunk_tokens)
     folder.check_context(token_ids, num_cached, args.path_to_context)
-    questions = args.question or [None]
-    prompts = append_questions(loaded, token_ids, questions, args.max_new_tokens)
-    capacity = max(map(len, prompts)) + args.max_new_tokens
-    cache = allocate_cache(folder.plane_shapes, capacity, folder.dtype, loaded.layer_devices)
+    cache = allocate_cache(folder.plane_shapes, session.capacity, folder.dtype, loaded.layer_devices)
 
     # From here on the clock runs: what a server with the model in memory would do.
     start = time.perf_counter()
@@ -105,9 +92,9 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     set_length(cache, num_cached)
     recompute_first_tokens(loaded, cache, token_ids, method.num_sink_tokens, num_cached)
     block_size = header.prefill_block_size
-    answers = [
-        generate_answer(loaded, cache, num_cached, prompt, args.max_new_tokens, block_size) for prompt in prompts
-    ]
+    answers = session.answer(cache, num_cached, block_size)
+    ttft_seconds = answers[0].first_token_at - start
+    fidelity = session.verify(answers, cache, num_cached, block_size) if args.verify else None
     record = {
         "stage": "decode",
         "num_cached_tokens": num_cached,
@@ -118,30 +105,14 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
         "load_seconds": decoded.load_seconds,
         "decode_seconds": decoded.decode_seconds,
         "prefill_seconds": answers[0].prefill_seconds,
-        "ttft_seconds": answers[0].first_token_at - start,
-        "text": answers[0].text,
-        "token_ids": answers[0].token_ids,
+        "ttft_seconds": ttft_seconds,
+        **session.describe(answers, fidelity),
+        "device": str(loaded.device),
+        "decoding_device": str(chosen.device),
     }
-    if args.verify:
-        record |= verify_answers(
-            loaded,
-            token_ids,
-            prompts,
-            answers,
-            cache,
-            num_cached=num_cached,
-            max_new_tokens=args.max_new_tokens,
-            block_size=block_size,
-        )
-    record["answers"] = list_answers(questions, answers)
-    record["device"] = str(loaded.device)
-    record["decoding_device"] = str(chosen.device)
-    record["config"] = command_line.effective_config(args)
-    record["versions"] = command_line.collect_versions()
     report.row("decoding on", chosen)
     _report(report, record)
-    if args.json is not None:
-        command_line.write_json(args.json, record)
+    command_line.finish(args, record)
 
 
 def _report(report: command_line.Reporter, record: dict[str, Any]) -> None:

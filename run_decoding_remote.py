@@ -7,6 +7,7 @@ Each chunk is fetched at the level that the policy chooses, or computed from its
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 import time
@@ -26,11 +27,10 @@ startup.guard_imports(__name__)
 from cachegen import command_line  # noqa: E402
 from cachegen.answer_scripts import (  # noqa: E402
     add_answer_flags,
-    append_questions,
     check_profile_flag,
-    list_answers,
+    load_model_of,
+    open_session,
     report_answers,
-    verify_answers,
 )
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.errors import ConfigError, StoreError  # noqa: E402
@@ -40,9 +40,8 @@ from cachegen.streaming.policies import POLICIES  # noqa: E402
 SILENT_STALLS = 2.5  # in a row, after which a request is given up for good
 
 if TYPE_CHECKING:
-    import torch
-
     from cachegen.pipeline.model import LoadedModel
+    from cachegen.pipeline.session import Session
     from cachegen.streaming.load_report import LoadResult
     from cachegen.streaming.policy import Policy
     from cachegen.streaming.remote import RemoteDocument
@@ -95,7 +94,8 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     report = command_line.Reporter(args)
     # Everything that needs no model comes first: a wrong path or flag shows at once.
     num_threads = args.threads or default_num_threads()
-    device, dtype = resolve_device(args.device), resolve_dtype(args.dtype)
+    resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype)
     chosen = choose_kernels(args.device)
     store = open_store(
         args.path_to_encoded_kv,
@@ -105,25 +105,12 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     text = read_context(Path(args.path_to_context))
 
     # transformers takes seconds to import, more than it takes to say that a file is missing.
-    from cachegen.pipeline.generate import generate_answer
-    from cachegen.pipeline.model import load_model
     from cachegen.pipeline.model_cache import empty_cache, set_length
-    from cachegen.pipeline.prefill import tokenize
     from cachegen.streaming.client import find_for_model, make_loader, measure_speeds
     from cachegen.streaming.policy import Objective
 
-    load = functools.partial(
-        load_model,
-        args.model_id,
-        device=device,
-        load_in_8bit=args.load_in_8bit,
-        num_gpus=args.num_gpus,
-        max_gpu_memory=args.max_gpu_memory,
-    )
-    loaded = load(dtype=dtype)
-    token_ids = tokenize(loaded, text)
-    questions = args.question or [None]
-    prompts = append_questions(loaded, token_ids, questions, args.max_new_tokens)
+    session = open_session(args, text, dtype)
+    loaded, token_ids = session.loaded, session.token_ids
     find_profile = profile_finder(
         args.profile, (args.model_id, SCRIPT_FOLDER / "models"), model_fingerprint=loaded.fingerprint
     )
@@ -143,15 +130,16 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     except StoreError as error:
         if not error.is_too_slow:
             raise
-        _answer_from_text(args, report, loaded, token_ids, questions, prompts, lookup_start, str(error))
+        _answer_from_text(args, report, session, lookup_start, str(error))
         return
     if dtype == "auto" and loaded.dtype != document.dtype:
-        loaded = load(dtype=document.dtype)
+        session = dataclasses.replace(session, loaded=load_model_of(args, document.dtype))
+        loaded = session.loaded
     policy = _choose_policy(args, document)
     num_cached, block_size = document.num_tokens, document.manifest.prefill_block_size
-    cache = empty_cache(loaded.num_layers, max(map(len, prompts)) + args.max_new_tokens)
+    cache = empty_cache(loaded.num_layers, session.capacity)
     speeds = measure_speeds(
-        loaded, cache, num_cached, token_ids, block_size, chosen.device, num_prompt_tokens=len(prompts[0])
+        loaded, cache, num_cached, token_ids, block_size, chosen.device, num_prompt_tokens=len(session.prompts[0])
     )
 
     # From here on the clock runs: what a server with the model in memory would do, finding the document included.
@@ -172,10 +160,9 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     with loader:
         loading = loader.run()
         set_length(cache, num_cached)
-        answers = [
-            generate_answer(loaded, cache, num_cached, prompt, args.max_new_tokens, block_size) for prompt in prompts
-        ]
+        answers = session.answer(cache, num_cached, block_size)
     ttft_seconds = answers[0].first_token_at - start
+    fidelity = session.verify(answers, cache, num_cached, block_size) if args.verify else None
     record = {
         "stage": "decode_remote",
         "policy": f"level {args.level}" if args.level is not None else args.policy,
@@ -186,51 +173,31 @@ def _load_and_answer(args: argparse.Namespace) -> None:
         "ready_seconds": loading.ready_seconds,
         "prefill_seconds": answers[0].prefill_seconds,
         **_describe_loading(loading, len(token_ids)),
-        "text": answers[0].text,
-        "token_ids": answers[0].token_ids,
+        **session.describe(answers, fidelity),
+        **_describe_run(document, loaded, str(chosen.device), loading),
     }
-    if args.verify:
-        record |= verify_answers(
-            loaded,
-            token_ids,
-            prompts,
-            answers,
-            cache,
-            num_cached=num_cached,
-            max_new_tokens=args.max_new_tokens,
-            block_size=block_size,
-        )
-    record["answers"] = list_answers(questions, answers)
-    record |= _describe_run(args, document, loaded, str(chosen.device), loading)
     for problem in loading.problems:
         report.warn(problem)
     report.row("decoding on", chosen)
     _report(report, record)
-    if args.json is not None:
-        command_line.write_json(args.json, record)
+    command_line.finish(args, record)
 
 
 def _answer_from_text(
-    args: argparse.Namespace,
-    report: command_line.Reporter,
-    loaded: LoadedModel,
-    token_ids: torch.Tensor,
-    questions: Sequence[str | None],
-    prompts: Sequence[torch.Tensor],
-    lookup_start: float,
-    problem: str,
+    args: argparse.Namespace, report: command_line.Reporter, session: Session, lookup_start: float, problem: str
 ) -> None:
     """Answer without a document, since the store is too slow to say what it has."""
-    from cachegen.pipeline.generate import generate_answer
-    from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE, prefill
+    from cachegen.pipeline.prefill import prefill
 
+    loaded = session.loaded
     report.warn(f"{problem}; computed from the text")
     begin = time.perf_counter()
-    num_prefilled = len(token_ids) - 1
-    cache = prefill(loaded, token_ids[:num_prefilled], capacity=max(map(len, prompts)) + args.max_new_tokens)
+    num_prefilled = len(session.token_ids) - 1
+    cache = prefill(loaded, session.token_ids[:num_prefilled], capacity=session.capacity)
     ready = time.perf_counter()
-    answers = [generate_answer(loaded, cache, num_prefilled, prompt, args.max_new_tokens) for prompt in prompts]
+    answers = session.answer(cache, num_prefilled)
     ttft_seconds = answers[0].first_token_at - lookup_start
+    fidelity = session.verify(answers, cache, num_prefilled) if args.verify else None
     record = {
         "stage": "decode_remote",
         "policy": "text",
@@ -249,22 +216,7 @@ def _answer_from_text(
         "copy_seconds": 0.0,
         "compute_seconds": ready - begin,
         "expected_kl": 0.0,
-        "text": answers[0].text,
-        "token_ids": answers[0].token_ids,
-    }
-    if args.verify:
-        record |= verify_answers(
-            loaded,
-            token_ids,
-            prompts,
-            answers,
-            cache,
-            num_cached=num_prefilled,
-            max_new_tokens=args.max_new_tokens,
-            block_size=DEFAULT_BLOCK_SIZE,
-        )
-    record |= {
-        "answers": list_answers(questions, answers),
+        **session.describe(answers, fidelity),
         "manifest": None,
         "chunks": [],
         "timeline": [],
@@ -274,12 +226,9 @@ def _answer_from_text(
         "num_layers": loaded.num_layers,
         "device": str(loaded.device),
         "decoding_device": None,
-        "config": command_line.effective_config(args),
-        "versions": command_line.collect_versions(),
     }
     _report(report, record)
-    if args.json is not None:
-        command_line.write_json(args.json, record)
+    command_line.finish(args, record)
 
 
 def _check_configs(args: argparse.Namespace, document: RemoteDocument) -> None:
@@ -336,7 +285,7 @@ def _describe_loading(loading: LoadResult, num_prompt_tokens: int) -> dict[str, 
 
 
 def _describe_run(
-    args: argparse.Namespace, document: RemoteDocument, loaded: LoadedModel, decoding_device: str, loading: LoadResult
+    document: RemoteDocument, loaded: LoadedModel, decoding_device: str, loading: LoadResult
 ) -> dict[str, Any]:
     return {
         "manifest": document.address,
@@ -348,8 +297,6 @@ def _describe_run(
         "num_layers": loaded.num_layers,
         "device": str(loaded.device),
         "decoding_device": decoding_device,
-        "config": command_line.effective_config(args),
-        "versions": command_line.collect_versions(),
     }
 
 

@@ -162,13 +162,10 @@ def _encode(args: argparse.Namespace) -> None:
         "device": str(chosen.device),
         "threads": num_threads,
         "output_path": args.output_path,
-        "config": command_line.effective_config(args),
-        "versions": command_line.collect_versions(),
     }
     report.row("encoding on", chosen)
     _report(report, record, args)
-    if args.json is not None:
-        command_line.write_json(args.json, record)
+    command_line.finish(args, record)
 
 
 def _load_config(args: argparse.Namespace) -> MethodConfig:

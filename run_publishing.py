@@ -94,8 +94,6 @@ def _publish(args: argparse.Namespace) -> None:
         "num_written": published.num_written,
         "bytes_written": published.bytes_written,
         "seconds": time.perf_counter() - start,
-        "config": command_line.effective_config(args),
-        "versions": command_line.collect_versions(),
     }
     report.row("document", f"{record['num_tokens']:,} tokens in {record['num_chunks']} chunks")
     for level in record["levels"]:
@@ -107,8 +105,7 @@ def _publish(args: argparse.Namespace) -> None:
         report.row("repaired", f"{name}, which was damaged")
     report.row("manifest", published.name)
     report.row("clients find", _describe_found(published, store.describe(published.name)))
-    if args.json is not None:
-        command_line.write_json(args.json, record)
+    command_line.finish(args, record)
 
 
 def _describe_found(published: Published, address: str) -> str:

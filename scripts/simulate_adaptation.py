@@ -112,8 +112,6 @@ def _simulate(args: argparse.Namespace) -> None:
         "decode_tokens_per_second": machine.speeds.decode.tokens_per_second,
         "sources": sources,
         "summaries": summaries,
-        "config": command_line.effective_config(args),
-        "versions": command_line.collect_versions(),
     }
     _report(report, record, args)
     if args.csv is not None:
@@ -123,8 +121,7 @@ def _simulate(args: argparse.Namespace) -> None:
             f"{machine.name}, text {text_seconds:.2f} s, SLO {args.slo:g} s, target KL {args.target_kl:g}: simulated"
         )
         plots.draw(args.plot, outcomes, args.slo, title)
-    if args.json is not None:
-        command_line.write_json(args.json, record)
+    command_line.finish(args, record)
 
 
 def _check_flags(args: argparse.Namespace) -> None:

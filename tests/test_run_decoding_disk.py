@@ -24,7 +24,7 @@ import run_encoding
 from cachegen.kv_cache import load_kv_cache
 from cachegen.methods import load_config, parse_document
 from cachegen.methods.transform.profile import save_profile
-from cachegen.pipeline import generate, model
+from cachegen.pipeline import model, session
 from cachegen.pipeline.model_cache import view_kv_cache
 from tests.small_documents import make_profile
 
@@ -178,14 +178,14 @@ class TestAnswers:
     @pytest.mark.parametrize("config", ["quantization_tiny", "uniform_8bit"])
     def test_generation_is_given_exactly_the_quantized_cache(self, prefilled, argv, capsys, monkeypatch, config):
         given = []
-        generate_answer = generate.generate_answer
+        generate_answer = session.generate_answer
 
         def note_and_generate(loaded, cache, num_cached_tokens, *rest):
             planes = view_kv_cache(cache, num_cached_tokens).planes
             given.append(from_planes([plane.clone(memory_format=torch.contiguous_format) for plane in planes]))
             return generate_answer(loaded, cache, num_cached_tokens, *rest)
 
-        monkeypatch.setattr(generate, "generate_answer", note_and_generate)
+        monkeypatch.setattr(session, "generate_answer", note_and_generate)
         argv[1] = str(prefilled.encoded(config))
         decode_to_json(argv, capsys, "--question", FIRST, "--question", SECOND)
         saved, _ = load_kv_cache(prefilled.kv_path)

@@ -8,11 +8,10 @@ from random_models import make_named, make_token_ids, one_thread  # noqa: F401
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from cachegen.answer_scripts import verify_answers
 from cachegen.pipeline import verify
-from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model_cache import PreallocatedLayer, allocate_cache, set_length, view_kv_cache
 from cachegen.pipeline.prefill import prefill
+from cachegen.pipeline.session import Session
 from cachegen.pipeline.verify import Fidelity, compare_caches, compare_with_text, count_verified_tokens
 
 LOADED = make_named("llama")
@@ -100,10 +99,8 @@ def test_a_mistake_in_our_own_prefilling_shows_against_the_text(monkeypatch):
     token_ids = make_token_ids(60)
     wrong = prefill(LOADED, token_ids[:-1], 16, capacity=70)
     assert compare_with_text(LOADED, token_ids, wrong, num_decoded_tokens=59).kl > 0.01
-    answer = generate_answer(LOADED, wrong, 59, token_ids, 8)
-    record = verify_answers(
-        LOADED, token_ids, [token_ids], [answer], wrong, num_cached=59, max_new_tokens=8, block_size=16
-    )
+    session = Session(LOADED, token_ids, (None,), (token_ids,), max_new_tokens=8)
+    record = session.verify(session.answer(wrong, 59, 16), wrong, 59, 16)
     assert record["greedy_match"] is False and record["kl"] > 0.01
 
 

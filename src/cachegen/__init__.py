@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cachegen.api import CompressedCache, StoredCache, compress, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["CompressedCache", "StoredCache", "__version__", "compress", "load"]
 

@@ -1,24 +1,22 @@
-"""What the scripts that answer from a decoded cache share: their flags, the prompts, the comparison with --verify."""
+"""What the scripts that answer from a decoded cache share: their flags, the model, the report of the answers."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from cachegen import command_line
-from cachegen.device import DEVICE_NAMES, DTYPE_NAMES
+from cachegen.device import DEVICE_NAMES, DTYPE_NAMES, resolve_device
 from cachegen.errors import ConfigError
 from cachegen.methods.base import Method
 
 if TYPE_CHECKING:
     # transformers takes seconds to import, more than it takes to say that a flag is wrong.
-    from cachegen.pipeline.generate import Answer
     from cachegen.pipeline.model import LoadedModel
-    from cachegen.pipeline.model_cache import Cache
+    from cachegen.pipeline.session import Session
 
 
 def add_answer_flags(parser: argparse.ArgumentParser, script_folder: str | os.PathLike[str]) -> None:
@@ -72,72 +70,25 @@ def check_profile_flag(args: argparse.Namespace, method: Method) -> None:
         raise ConfigError(f"--profile is not for method {method.name}, which the document is of")
 
 
-def append_questions(
-    loaded: LoadedModel, token_ids: torch.Tensor, questions: Sequence[str | None], max_new_tokens: int
-) -> list[torch.Tensor]:
-    """Return one prompt per question: the context's tokens, followed by the question's; None is the context itself.
+def open_session(args: argparse.Namespace, text: str, dtype: torch.dtype | Literal["auto"]) -> Session:
+    """Load the model that the flags name, and tokenize the context and the questions."""
+    from cachegen.pipeline.session import Session
 
-    Raises:
-        ConfigError: a question is empty.
-        InputError: a prompt and its answer are too long for the model.
-    """
-    from cachegen.pipeline.limits import check_prompts
-    from cachegen.pipeline.prefill import tokenize
-
-    prompts = []
-    for question in questions:
-        if question is None:
-            prompts.append(token_ids)
-            continue
-        question_ids = tokenize(loaded, question, add_special_tokens=False)
-        if len(question_ids) == 0:
-            raise ConfigError("--question must not be empty")
-        prompts.append(torch.cat([token_ids, question_ids]))
-    check_prompts(loaded, len(token_ids), prompts, max_new_tokens)
-    return prompts
+    return Session.open(load_model_of(args, dtype), text, args.question, args.max_new_tokens)
 
 
-def list_answers(questions: Sequence[str | None], answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Return the answers with their questions, for the JSON."""
-    return [
-        {"question": question, "text": answer.text, "token_ids": answer.token_ids}
-        for question, answer in zip(questions, answers, strict=True)
-    ]
+def load_model_of(args: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> LoadedModel:
+    """Load the model that the flags name."""
+    from cachegen.pipeline.model import load_model
 
-
-def verify_answers(
-    loaded: LoadedModel,
-    token_ids: torch.Tensor,
-    prompts: Sequence[torch.Tensor],
-    answers: Sequence[Answer],
-    decoded_cache: Cache,
-    *,
-    num_cached: int,
-    max_new_tokens: int,
-    block_size: int,
-) -> dict[str, Any]:
-    """Answer from the text, as transformers does without this project, and compare predictions and answers.
-
-    Costs a prefill of the whole context per question, and one more, with memory for the scores of a pass in one piece.
-
-    Returns:
-        What --verify adds to the JSON.
-    """
-    from cachegen.pipeline.generate import generate_from_text
-    from cachegen.pipeline.verify import compare_with_text
-
-    references = [generate_from_text(loaded, prompt, max_new_tokens) for prompt in prompts]
-    fidelity = compare_with_text(loaded, token_ids, decoded_cache, num_decoded_tokens=num_cached, block_size=block_size)
-    return {
-        "kl": fidelity.kl,
-        "next_token_agreement": fidelity.next_token_agreement,
-        "nll_delta": fidelity.nll_delta,
-        "verified_tokens": fidelity.verified_tokens,
-        "greedy_match": all(a.token_ids == r.token_ids for a, r in zip(answers, references, strict=True)),
-        "text_uncompressed": references[0].text,
-        "texts_uncompressed": [reference.text for reference in references],
-        "text_prefill_seconds": references[0].prefill_seconds,
-    }
+    return load_model(
+        args.model_id,
+        device=resolve_device(args.device),
+        dtype=dtype,
+        load_in_8bit=args.load_in_8bit,
+        num_gpus=args.num_gpus,
+        max_gpu_memory=args.max_gpu_memory,
+    )
 
 
 def report_answers(report: command_line.Reporter, record: dict[str, Any]) -> None:

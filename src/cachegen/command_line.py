@@ -206,6 +206,16 @@ def collect_versions() -> dict[str, str | None]:
     return versions
 
 
+def finish(args: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    """Write what --json asks for: the results, then all flags and the versions.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    if args.json is not None:
+        write_json(args.json, {**record, "config": effective_config(args), "versions": collect_versions()})
+
+
 def write_json(destination: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write one JSON object, whole or not at all, its keys in the order given.
 
