@@ -41,6 +41,7 @@ from cachegen.kv_cache import (  # noqa: E402
     load_kv_cache,
     save_kv_cache,
 )
+from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE  # noqa: E402
 from cachegen.pipeline.context import read_context  # noqa: E402
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--load_in_8bit", action="store_true", help="keep the weights in 8 bits (needs bitsandbytes)")
     add("--num_gpus", type=command_line.positive_int, help="spread the layers over so many GPUs (needs accelerate)")
     add("--max_gpu_memory", type=command_line.positive_int, help="GiB of weights on each GPU at most")
-    add("--block_size", type=command_line.positive_int, default=512, help="tokens per prefill step")
+    add("--block_size", type=command_line.positive_int, default=DEFAULT_BLOCK_SIZE, help="tokens per prefill step")
     add(
         "--overwrite",
         action="store_true",

@@ -35,9 +35,9 @@ from cachegen.answer_scripts import (  # noqa: E402
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.errors import ConfigError, StoreError  # noqa: E402
 from cachegen.pipeline.context import read_context  # noqa: E402
+from cachegen.store.store import RetryRule, open_store  # noqa: E402
+from cachegen.streaming.loader import SILENT_STALLS  # noqa: E402
 from cachegen.streaming.policies import POLICIES  # noqa: E402
-
-SILENT_STALLS = 2.5  # in a row, after which a request is given up for good
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import LoadedModel
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--stall_seconds",
         type=command_line.positive_float,
-        default=2.0,
+        default=RetryRule.stall_seconds,
         help="a connection that is silent for so long is given up and tried again",
     )
     add(
@@ -89,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load_and_answer(args: argparse.Namespace) -> None:
     from cachegen.coder.cpu import default_num_threads
     from cachegen.pipeline.profiles import profile_finder
-    from cachegen.store.store import RetryRule, open_store
 
     report = command_line.Reporter(args)
     # Everything that needs no model comes first: a wrong path or flag shows at once.

@@ -23,6 +23,7 @@ from cachegen import command_line  # noqa: E402
 from cachegen.device import DEVICE_NAMES, choose_kernels  # noqa: E402
 from cachegen.errors import ConfigError  # noqa: E402
 from cachegen.format import MAX_LEVELS, Coder  # noqa: E402
+from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks  # noqa: E402
 
 if TYPE_CHECKING:
     from cachegen.methods.base import Encoder, MethodConfig
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--chunk_size",
         type=command_line.positive_int,
-        help="tokens per chunk, 1500 where --num_chunks is not given either; "
+        help=f"tokens per chunk, {DEFAULT_CHUNK_SIZE} where --num_chunks is not given either; "
         "with --num_chunks, tokens beyond their product stay uncovered and are recomputed from text at decoding",
     )
     add("--profile", help="a profile's folder, for method transform; None takes the config's")
@@ -110,7 +111,6 @@ def _encode(args: argparse.Namespace) -> None:
     from cachegen.coder.cpu import default_num_threads
     from cachegen.kv_cache import load_kv_cache
     from cachegen.methods import make_encoder
-    from cachegen.pipeline.chunking import plan_chunks
     from cachegen.pipeline.encode import encode_document
 
     report = command_line.Reporter(args)

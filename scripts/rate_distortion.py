@@ -21,8 +21,8 @@ from cachegen.device import DTYPES, resolve_device, resolve_dtype
 from cachegen.errors import ConfigError
 from cachegen.files import write_file
 from cachegen.methods.transform.profile import load_profile
+from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.model import load_model
-from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE
 
 ROOT = Path(__file__).resolve().parent.parent
 

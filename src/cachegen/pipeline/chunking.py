@@ -1,10 +1,11 @@
-"""Where a context is cut into chunks."""
+"""Where a context is cut: into chunks, and into the steps of a prefill."""
 
 from __future__ import annotations
 
 from cachegen.errors import ConfigError
 
 DEFAULT_CHUNK_SIZE = 1500  # tokens; the chunk length of the CacheGen paper
+DEFAULT_BLOCK_SIZE = 512  # tokens that pass through the model in one step of a prefill
 
 
 def plan_chunks(num_tokens: int, num_chunks: int | None, chunk_size: int | None) -> tuple[int, ...]:

@@ -10,10 +10,11 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
+from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.limits import check_length
 from cachegen.pipeline.model import LoadedModel, quiet_transformers
 from cachegen.pipeline.model_cache import get_capacity, set_length
-from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE, extend_cache
+from cachegen.pipeline.prefill import extend_cache
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from transformers.cache_utils import Cache
 
 from cachegen.errors import InputError
 from cachegen.kv_cache import ContextMetadata, KVCache
+from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.limits import check_context, check_length
 from cachegen.pipeline.model import LoadedModel, read_rotary_embeddings
 from cachegen.pipeline.model_cache import empty_cache, preallocated_layers, set_length, view_kv_cache
-
-DEFAULT_BLOCK_SIZE = 512
 
 
 def tokenize(loaded: LoadedModel, text: str, *, add_special_tokens: bool = True) -> torch.Tensor:

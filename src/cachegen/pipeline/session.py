@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from cachegen.errors import ConfigError
+from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.generate import Answer, generate_answer, generate_from_text
 from cachegen.pipeline.limits import check_prompts
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import Cache
-from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE, tokenize
+from cachegen.pipeline.prefill import tokenize
 from cachegen.pipeline.verify import compare_with_text
 
 

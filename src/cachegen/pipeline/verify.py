@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache
 
+from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import get_capacity, preserve_tokens, set_length
-from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE, extend_cache, run_model
+from cachegen.pipeline.prefill import extend_cache, run_model
 
 MAX_VERIFIED_TOKENS = 256
 _TOKENS_PER_PIECE = 64  # bounds the fp32 logits: 64 x 256,000 x 4 bytes = 66 MB

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from cachegen.errors import CacheGenError
+from cachegen.store.store import RetryRule
 from cachegen.streaming.estimator import conservative_throughput
 from cachegen.streaming.load_report import ChunkReport, LoadResult, Span
 from cachegen.streaming.policy import (
@@ -38,7 +39,8 @@ from cachegen.streaming.policy import (
 from cachegen.streaming.remote import FetchedFile
 
 SAMPLE_SECONDS = 0.1
-SILENCE_SECONDS = 5.0
+SILENT_STALLS = 2.5  # in a row, after which a request is given up for good
+SILENCE_SECONDS = SILENT_STALLS * RetryRule.stall_seconds
 """Without a piece of a body, after which a request is given up: the store's own retries have had their chance."""
 
 _SHORT_SAMPLE_SECONDS = 0.01
