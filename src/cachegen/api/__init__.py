@@ -1,0 +1,11 @@
+"""The door for Python: a transformers cache into small files, and back into a cache to generate from.
+
+It does what the scripts do, with the same functions and into the same files.
+"""
+
+from __future__ import annotations
+
+from cachegen.api.compressing import CompressedCache, compress
+from cachegen.api.loading import StoredCache, load
+
+__all__ = ["CompressedCache", "StoredCache", "compress", "load"]

@@ -1,0 +1,158 @@
+"""A cache into small files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cachegen.api.arguments import choose_config, read_cache, read_token_ids
+from cachegen.api.measured import Measured
+from cachegen.coder.cpu import default_num_threads
+from cachegen.config import parse_coder
+from cachegen.device import choose_kernels
+from cachegen.errors import MismatchError
+from cachegen.format import Coder
+from cachegen.kv_cache import ContextMetadata, KVCache, describe_difference
+from cachegen.methods import make_encoder
+from cachegen.methods.base import MethodConfig
+from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
+from cachegen.pipeline.encode import encode_document
+from cachegen.pipeline.kept import KeptEncoding
+from cachegen.pipeline.limits import check_length
+from cachegen.pipeline.model import LoadedModel, identify_model
+from cachegen.pipeline.prefill import measure_plane_shapes
+
+if TYPE_CHECKING:
+    from cachegen.pipeline.model import PreTrainedModel
+
+
+class CompressedCache(Measured):
+    """A compressed cache in memory, from `compress`; the cache it was made from is not needed any more.
+
+    Attributes:
+        num_tokens: of the cache.
+        num_values: numbers in the cache: keys and values of all layers.
+        num_bytes: of all files that `save` writes.
+    """
+
+    def __init__(self, encoding: KeptEncoding) -> None:
+        super().__init__(encoding.document.header, encoding.num_bytes)
+        self._encoding = encoding
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the files, each whole or not at all; those of this very cache that are there already stay.
+
+        Args:
+            folder: is made if need be. `load` reads it; so do the scripts where `compress` was given a `LoadedModel`.
+            overwrite: replace the files of another cache or configuration.
+
+        Raises:
+            OutputError: the folder holds something else, another process writes into it, or it cannot be written.
+        """
+        encode_document(self._encoding, folder, overwrite=overwrite)
+
+
+def compress(
+    cache: Any,
+    token_ids: torch.Tensor | Sequence[int],
+    model: PreTrainedModel | LoadedModel,
+    config: str | os.PathLike[str] | Mapping[str, Any] | MethodConfig | None = None,
+    *,
+    chunk_tokens: int = DEFAULT_CHUNK_SIZE,
+    coder: str | Coder | None = None,
+    block_size: int | None = None,
+    device: str = "auto",
+    num_threads: int | None = None,
+) -> CompressedCache:
+    """Compress the cache of a context.
+
+    The files keep a hash of the tokens and of the model, so that no other context and no other model is ever answered
+    from them.
+
+    Args:
+        cache: keys and values of one sequence: a transformers cache such as `DynamicCache`, what `model(...)` or
+            `model.generate(..., return_dict_in_generate=True)` returned, or a `cachegen.kv_cache.KVCache`. In fp16,
+            bf16 or fp32, on any device; it is not changed.
+        token_ids: integers `[num_tokens]` or `[1, num_tokens]`: exactly the tokens whose keys and values the cache
+            holds. (`generate` caches all but the last token of its result.)
+        model: the transformers model that computed the cache, in evaluation mode; or a `LoadedModel` of
+            `cachegen.pipeline.model.load_model`, which makes the files those of the scripts.
+        config: how finely. A path of a quantization config, the name of one in a clone's `config` folder
+            ("quantization_7b"), its content as a dictionary (`{"method": "uniform", "bits": 8}`), or what
+            `cachegen.methods.load_config` returned. None is method `cachegen` with 32 and 16 bins, as for 7B models.
+        chunk_tokens: tokens per file, at least 1.
+        coder: "rans", "packed" or "ac"; None takes the config's.
+        block_size: tokens per prefill step that the cache was computed with, 1 to 2^32 - 1; kept in the files. None
+            is one step for all.
+        device: where to encode: "cpu", "cuda", or "auto" for CUDA where it can.
+        num_threads: of the CPU; None takes all processors.
+
+    Returns:
+        The compressed cache, in memory.
+
+    Raises:
+        MismatchError: cache, tokens and model do not belong together: another number of tokens, another dtype, other
+            shapes; or a profile is of another model.
+        InputError: a file is missing; the cache is empty, is a batch, holds NaN or infinity or lacks tokens (a sliding
+            window has dropped them); or the model's state is more than keys and values of every token.
+        ConfigError: the config or a name in it is wrong.
+        BackendUnavailableError: CUDA was asked for and is not there.
+        TypeError, ValueError: an argument is of another type or shape, or the model is in training mode.
+
+    Example:
+        >>> import tempfile, torch, cachegen
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+        >>> context = torch.randint(256, (1, 600))
+        >>> compressed = cachegen.compress(model(context), context, model)
+        >>> compressed.num_tokens, compressed.bits_per_value < 8
+        (600, True)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> compressed.save(folder.name)
+        >>> cachegen.load(folder.name).num_bytes == compressed.num_bytes
+        True
+        >>> folder.cleanup()
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"`chunk_tokens` must be at least 1, got {chunk_tokens}")
+    kernels = choose_kernels(device).kernels
+    planes = read_cache(cache)
+    ids = read_token_ids(token_ids)
+    if len(ids) != planes.num_tokens:
+        raise MismatchError(
+            f"the cache holds {planes.num_tokens} tokens, `token_ids` has {len(ids)}: give the ids of those it holds"
+        )
+    block_size = planes.num_tokens if block_size is None else block_size
+    if not 0 < block_size < 1 << 32:
+        raise ValueError(f"`block_size` must be 1 to 2^32 - 1, got {block_size}")
+    loaded = identify_model(model)
+    _check_cache(planes, loaded)
+    chosen = choose_config(config, planes.num_layers)
+    if coder is not None:
+        name = coder.name.lower() if isinstance(coder, Coder) else coder
+        chosen = chosen.with_flags({"coder": parse_coder(name, "coder")})
+    metadata = ContextMetadata(loaded.model_id, loaded.fingerprint, ids, loaded.rotary_embeddings, block_size)
+    threads = num_threads or default_num_threads()
+    chunks = plan_chunks(planes.num_tokens, None, chunk_tokens)
+    encoder = make_encoder(chosen, planes, metadata, chunks, num_threads=threads, kernels=kernels)
+    return CompressedCache(KeptEncoding(encoder, threads))
+
+
+def _check_cache(cache: KVCache, loaded: LoadedModel) -> None:
+    """Refuse a cache that the model cannot have computed, or could not go on from.
+
+    Raises:
+        MismatchError: it has another dtype or other shapes.
+        InputError: it has more tokens than may pass through the model.
+    """
+    if cache.dtype != loaded.dtype:
+        raise MismatchError(f"the cache is {cache.dtype}, but {loaded.model_id} computes in {loaded.dtype}")
+    shapes = [(plane.shape[1], plane.shape[2]) for plane in cache.planes]
+    difference = describe_difference(measure_plane_shapes(loaded), shapes)
+    if difference is not None:
+        raise MismatchError(f"the cache is not of {loaded.model_id}: {difference}")
+    check_length(loaded, cache.num_tokens, "the cache")

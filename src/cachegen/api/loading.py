@@ -1,0 +1,135 @@
+"""Small files back into a cache to generate from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from cachegen.api.arguments import CLONE, read_token_ids
+from cachegen.api.measured import Measured
+from cachegen.coder.cpu import default_num_threads
+from cachegen.device import choose_kernels
+from cachegen.errors import MismatchError
+from cachegen.methods import method_of
+from cachegen.pipeline.decode import EncodedFolder
+from cachegen.pipeline.model import LoadedModel, identify_model
+from cachegen.pipeline.model_cache import allocate_cache, set_length, to_dynamic_cache, view_kv_cache
+from cachegen.pipeline.prefill import recompute_first_tokens
+from cachegen.pipeline.profiles import profile_finder
+
+if TYPE_CHECKING:
+    from cachegen.pipeline.model import PreTrainedModel
+    from cachegen.pipeline.model_cache import DynamicCache
+
+
+class StoredCache(Measured):
+    """A compressed cache on disk, from `load`.
+
+    Attributes:
+        num_tokens: of the cache that `to_cache` returns.
+        num_values: numbers in it: keys and values of all layers.
+        num_bytes: of the files that are decoded.
+        dtype: of the cache.
+    """
+
+    def __init__(self, folder: EncodedFolder) -> None:
+        super().__init__(folder.document.header, folder.num_bytes)
+        self._folder = folder
+        self.dtype: torch.dtype = folder.dtype
+
+    def to_cache(
+        self, model: PreTrainedModel | LoadedModel, token_ids: torch.Tensor | Sequence[int] | None = None
+    ) -> DynamicCache:
+        """Decode into a new cache, which `model.generate` takes as `past_key_values`.
+
+        `generate` wants the ids of all tokens, those of the context first, and at least one more than the cache holds.
+        Without that one more, transformers gives a wrong answer and no error: to continue the context itself, let the
+        cache end before its last token (`cache.crop(-1)`). It appends to the cache: call `to_cache` for each answer, or
+        give it a `copy.deepcopy`.
+
+        Args:
+            model: the one that computed the cache, with the same weights in the same dtype. For files of the scripts it
+                must come from `cachegen.pipeline.model.load_model`: they name a model by its checkpoint's files, and
+                `compress` one that it is given as a transformers model by what is in memory.
+            token_ids: integers `[num_tokens]` or `[1, num_tokens]` that begin with those of the context, such as the
+                whole prompt; they are compared with what was compressed. None compares nothing: then the caller knows
+                that it is the right context. With method `transform` they must be given, since the first tokens are
+                computed from them.
+
+        Returns:
+            A cache of one sequence of exactly `num_tokens` tokens, each layer on its layer's device.
+
+        Raises:
+            MismatchError: the model is another one, or the tokens are.
+            InputError: a file is missing, or the model cannot be used; see `compress`.
+            BitstreamError: a file is truncated or corrupt.
+            ValueError: `token_ids` are needed and not given, or have another shape; `model` is in training mode.
+        """
+        loaded = identify_model(model)
+        folder = self._folder
+        num_sinks = method_of(folder.document.header).num_sink_tokens
+        ids = None if token_ids is None else read_token_ids(token_ids)
+        if ids is None and num_sinks:
+            raise ValueError(f"`token_ids` must be given: the first {num_sinks} tokens are computed from them")
+        if ids is not None and len(ids) < self.num_tokens:
+            raise MismatchError(
+                f"{folder.path}: caches {self.num_tokens} tokens, `token_ids` has {len(ids)}: it is another context"
+            )
+        folder.check_model(loaded)
+        cache = allocate_cache(folder.plane_shapes, self.num_tokens, folder.dtype, loaded.layer_devices)
+        folder.decode_into(view_kv_cache(cache, self.num_tokens), ids, folder.select_chunks(None))
+        set_length(cache, self.num_tokens)
+        if ids is not None:
+            recompute_first_tokens(loaded, cache, ids, num_sinks, self.num_tokens)
+        return to_dynamic_cache(cache)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    level: int | None = None,
+    profile: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    num_threads: int | None = None,
+) -> StoredCache:
+    """Open a folder of `CompressedCache.save` or of `run_encoding.py`; `to_cache` decodes it.
+
+    Args:
+        folder: with a tables file and chunk files.
+        level: decode levels 1 to this one; None is all that there are.
+        profile: the profile's folder, for method `transform`; None finds the one that the files name, beside a
+            clone's models.
+        device: where to decode: "cpu", "cuda", or "auto" for CUDA where it can.
+        num_threads: of the CPU; None takes all processors.
+
+    Raises:
+        InputError: a file or the profile is missing.
+        BitstreamError: the tables file is truncated or corrupt. (Of the chunk files `to_cache` says it.)
+        ConfigError: there is no such level.
+        MismatchError: the profile is not the one that the files name.
+        BackendUnavailableError: CUDA was asked for and is not there.
+
+    Example:
+        >>> import tempfile, torch, cachegen
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+        >>> context, question = torch.randint(256, (1, 100)), torch.randint(256, (1, 5))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> cachegen.compress(model(context), context, model).save(folder.name)
+        >>> prompt = torch.cat([context, question], dim=1)
+        >>> cache = cachegen.load(folder.name).to_cache(model, prompt)
+        >>> cache.get_seq_length()
+        100
+        >>> answer = model.generate(prompt, past_key_values=cache, max_new_tokens=3, min_new_tokens=3)
+        >>> answer.shape
+        torch.Size([1, 108])
+        >>> folder.cleanup()
+    """
+    find_profile = profile_finder(profile, (CLONE / "models",))
+    kernels = choose_kernels(device).kernels
+    threads = num_threads or default_num_threads()
+    return StoredCache(EncodedFolder(folder, threads, kernels, find_profile=find_profile, level=level))
