@@ -23,6 +23,7 @@ from cachegen.errors import BitstreamError, ConfigError, InputError, MismatchErr
 from cachegen.format import Coder
 from cachegen.kv_cache import KVCache
 from cachegen.methods import default_config, load_config, make_encoder, method_of
+from cachegen.methods.transform.profile import load_profile
 from cachegen.pipeline.chunking import plan_chunks
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
@@ -104,14 +105,53 @@ def test_answers_are_those_of_the_decoded_folder(tmp_path, config):
     assert generate(loaded.model, decoded) == list(answer.token_ids)
 
 
-def test_files_of_the_scripts_are_read_with_a_model_of_the_scripts(tmp_path):
+@functools.cache
+def plain() -> Any:
+    """The bundled model as transformers gives it."""
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype="auto").eval()
+
+
+def test_files_of_the_scripts_are_read_with_a_model_of_the_scripts_or_of_that_checkpoint(tmp_path):
     cache, metadata = prefill_context(bundled(), PROMPT[0])
     config = load_config(CONFIG_FOLDER / "quantization_tiny.json")
     encode_document(make_encoder(config, cache, metadata, (cache.num_tokens,)), tmp_path)
     stored = api.load(tmp_path)
     assert stored.to_cache(bundled(), PROMPT).get_seq_length() == stored.num_tokens == PROMPT.shape[1] - 1
+    assert generate(plain(), stored.to_cache(plain(), PROMPT)) == generate(plain(), stored.to_cache(bundled(), PROMPT))
     with pytest.raises(MismatchError, match="model_fingerprint"):
-        stored.to_cache(bundled().model, PROMPT)
+        stored.to_cache(change(plain()), PROMPT)
+
+
+def test_transform_takes_a_model_of_transformers_by_its_checkpoints_profile(tmp_path):
+    output = run(plain())
+    for name, model in {"plain": plain(), "scripts": bundled()}.items():
+        api.compress(output, IDS, model, "transform_tiny").save(tmp_path / name)
+    assert read_folder(tmp_path / "plain") == read_folder(tmp_path / "scripts")
+    assert api.load(tmp_path / "plain").to_cache(plain(), PROMPT).get_seq_length() == NUM_TOKENS
+    with pytest.raises(MismatchError, match="the profile's model_fingerprint"):
+        api.compress(output, IDS, change(plain()), "transform_tiny")
+
+
+def test_a_profile_may_be_given_beside_the_config(tmp_path):
+    folder = Path(BUNDLED_MODEL) / "profile"
+    given = {
+        "folder": folder,
+        "path": str(folder),
+        "profile": load_profile(folder, for_encoding=True),
+    }
+    config = {"method": "transform", "target_kl": 0.002}
+    api.compress(run(plain()), IDS, plain(), "transform_tiny").save(tmp_path / "expected")
+    for name, profile in given.items():
+        api.compress(run(plain()), IDS, plain(), config, profile=profile).save(tmp_path / name)
+        assert read_folder(tmp_path / name) == read_folder(tmp_path / "expected"), name
+        assert api.load(tmp_path / name, profile=profile).to_cache(plain(), IDS).get_seq_length() == NUM_TOKENS
+    with pytest.raises(ConfigError, match="has no field profile"):
+        api.compress(run(plain()), IDS, plain(), config)
+    with pytest.raises(ConfigError, match="profile is not for method cachegen"):
+        api.compress(run(plain()), IDS, plain(), profile=folder)
+    with pytest.raises(ValueError, match="without its analysis"):
+        api.compress(run(plain()), IDS, plain(), config, profile=load_profile(folder))
 
 
 @pytest.mark.parametrize("num_layers, name", [(32, "quantization_7b"), (6, "quantization_tiny")])
@@ -385,9 +425,9 @@ def test_models_that_cannot_be_used_are_refused():
     [
         ({"chunk_tokens": 0}, ValueError, "`chunk_tokens` must be at least 1"),
         ({"block_size": 0}, ValueError, "`block_size` must be"),
-        ({"coder": "zip"}, ConfigError, "coder must be one of"),
+        ({"coder": "zip"}, ConfigError, "`coder` must be one of"),
         ({"device": "gpu"}, ConfigError, "gpu"),
-        ({"config": "no-such-config"}, InputError, "no such config file"),
+        ({"config": "no-such-config"}, InputError, r"no such config: names are .*uniform_4bit, uniform_8bit\)"),
         ({"config": {"method": "zip"}}, ConfigError, "config: method must be one of"),
         ({"config": {"method": "uniform", "bits": 9}}, ConfigError, "config: bits must be 2 to 8"),
         ({"token_ids": IDS.float()}, TypeError, "`token_ids` must be integers"),
@@ -398,6 +438,12 @@ def test_models_that_cannot_be_used_are_refused():
 def test_wrong_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         api.compress(run(llama()), **{"token_ids": IDS, "model": llama(), **arguments})
+
+
+def test_without_a_clone_names_of_configs_are_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr("cachegen.api.arguments.CLONE", tmp_path)
+    with pytest.raises(InputError, match=r"uniform_8bit: no such config: .* installed without them; give a path, or"):
+        api.compress(run(llama()), IDS, llama(), "uniform_8bit")
 
 
 # --- what people read -------------------------------------------------------------------------------------------------

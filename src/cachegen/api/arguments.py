@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import torch
 
-from cachegen.errors import InputError
+from cachegen.errors import CacheGenError, InputError
 from cachegen.kv_cache import KVCache, from_planes
 from cachegen.methods import default_config, load_config, read_config
 from cachegen.methods.base import MethodConfig
+from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.model_cache import planes_of_cache
 
 CLONE = Path(__file__).resolve().parents[3]
@@ -47,15 +49,49 @@ def read_token_ids(token_ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
 
 
 def choose_config(
-    config: str | os.PathLike[str] | Mapping[str, Any] | MethodConfig | None, num_layers: int
+    config: str | os.PathLike[str] | Mapping[str, Any] | MethodConfig | None,
+    num_layers: int,
+    profile: str | os.PathLike[str] | Profile | None = None,
 ) -> MethodConfig:
-    """Return the config that `compress` was asked for."""
+    """Return the config that `compress` was asked for, with the profile that it was given."""
     if config is None:
-        return default_config(num_layers)
-    if isinstance(config, MethodConfig):
-        return config
-    if isinstance(config, Mapping):
-        return read_config(config, "config")
+        chosen = default_config(num_layers)
+    elif isinstance(config, MethodConfig):
+        chosen = config
+    elif isinstance(config, Mapping):
+        chosen = read_config(config, "config")
+    else:
+        chosen = load_config(_find_config(config))
+    if profile is None:
+        return chosen
+    return chosen.with_flags({"profile": profile if isinstance(profile, Profile) else os.fspath(profile)})
+
+
+def _find_config(config: str | os.PathLike[str]) -> Path:
+    """Return the path of a config that is given by its path, or by its name in a clone.
+
+    Raises:
+        InputError: there is none of that name.
+    """
     path = Path(config)
-    is_name = path.parent == Path() and not path.suffix and not path.exists()
-    return load_config(CLONE / "config" / f"{path}.json" if is_name else path)
+    if path.parent != Path() or path.suffix or path.exists():
+        return path
+    folder = CLONE / "config"
+    found = folder / f"{path}.json"
+    if found.is_file():
+        return found
+    if not folder.is_dir():
+        known = "names stand for the configs of a clone of this project, and this package is installed without them"
+    else:
+        known = f"names are those of the files in {folder} ({', '.join(_list_names(folder))})"
+    raise InputError(f"{path}: no such config: {known}; give a path, or the content as a dictionary")
+
+
+def _list_names(folder: Path) -> list[str]:
+    """Return the names of a folder's quantization configs."""
+    names: list[str] = []
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(CacheGenError):  # a model's config
+            load_config(path)
+            names.append(path.stem)
+    return names

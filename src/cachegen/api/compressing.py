@@ -18,6 +18,7 @@ from cachegen.format import Coder
 from cachegen.kv_cache import ContextMetadata, KVCache, describe_difference
 from cachegen.methods import make_encoder
 from cachegen.methods.base import MethodConfig
+from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
 from cachegen.pipeline.encode import encode_document
 from cachegen.pipeline.kept import KeptEncoding
@@ -61,6 +62,7 @@ def compress(
     model: PreTrainedModel | LoadedModel,
     config: str | os.PathLike[str] | Mapping[str, Any] | MethodConfig | None = None,
     *,
+    profile: str | os.PathLike[str] | Profile | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_SIZE,
     coder: str | Coder | None = None,
     block_size: int | None = None,
@@ -79,10 +81,14 @@ def compress(
         token_ids: integers `[num_tokens]` or `[1, num_tokens]`: exactly the tokens whose keys and values the cache
             holds. (`generate` caches all but the last token of its result.)
         model: the transformers model that computed the cache, in evaluation mode; or a `LoadedModel` of
-            `cachegen.pipeline.model.load_model`, which makes the files those of the scripts.
+            `cachegen.pipeline.model.load_model`, which makes the files those of the scripts. The files name a
+            transformers model by its weights and config as they are in memory; with a profile of its checkpoint, by
+            that: then it must be loaded from there and not changed since.
         config: how finely. A path of a quantization config, the name of one in a clone's `config` folder
             ("quantization_7b"), its content as a dictionary (`{"method": "uniform", "bits": 8}`), or what
             `cachegen.methods.load_config` returned. None is method `cachegen` with 32 and 16 bins, as for 7B models.
+        profile: for method `transform`: what `calibrate` returned, or the folder that it was saved in. None takes the
+            one that the config names.
         chunk_tokens: tokens per file, at least 1.
         coder: "rans", "packed" or "ac"; None takes the config's.
         block_size: tokens per prefill step that the cache was computed with, 1 to 2^32 - 1; kept in the files. None
@@ -129,12 +135,13 @@ def compress(
     block_size = planes.num_tokens if block_size is None else block_size
     if not 0 < block_size < 1 << 32:
         raise ValueError(f"`block_size` must be 1 to 2^32 - 1, got {block_size}")
-    loaded = identify_model(model)
-    _check_cache(planes, loaded)
-    chosen = choose_config(config, planes.num_layers)
+    chosen = choose_config(config, planes.num_layers, profile)
     if coder is not None:
         name = coder.name.lower() if isinstance(coder, Coder) else coder
-        chosen = chosen.with_flags({"coder": parse_coder(name, "coder")})
+        chosen = chosen.with_flags({"coder": parse_coder(name, "`coder`")})
+    chosen = chosen.read_files()
+    loaded = identify_model(model, chosen.model_fingerprint)
+    _check_cache(planes, loaded)
     metadata = ContextMetadata(loaded.model_id, loaded.fingerprint, ids, loaded.rotary_embeddings, block_size)
     threads = num_threads or default_num_threads()
     chunks = plan_chunks(planes.num_tokens, None, chunk_tokens)

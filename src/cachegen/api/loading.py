@@ -14,6 +14,7 @@ from cachegen.coder.cpu import default_num_threads
 from cachegen.device import choose_kernels
 from cachegen.errors import MismatchError
 from cachegen.methods import method_of
+from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.model import LoadedModel, identify_model
 from cachegen.pipeline.model_cache import allocate_cache, set_length, to_dynamic_cache, view_kv_cache
@@ -51,9 +52,10 @@ class StoredCache(Measured):
         give it a `copy.deepcopy`.
 
         Args:
-            model: the one that computed the cache, with the same weights in the same dtype. For files of the scripts it
-                must come from `cachegen.pipeline.model.load_model`: they name a model by its checkpoint's files, and
-                `compress` one that it is given as a transformers model by what is in memory.
+            model: the one that computed the cache, with the same weights in the same dtype. Files of the scripts name a
+                model by its checkpoint: it must be loaded from there and not changed since. What transformers names
+                otherwise than the checkpoint's files do (some mixtures of experts) is only recognized as what
+                `cachegen.pipeline.model.load_model` returned.
             token_ids: integers `[num_tokens]` or `[1, num_tokens]` that begin with those of the context, such as the
                 whole prompt; they are compared with what was compressed. None compares nothing: then the caller knows
                 that it is the right context. With method `transform` they must be given, since the first tokens are
@@ -68,8 +70,8 @@ class StoredCache(Measured):
             BitstreamError: a file is truncated or corrupt.
             ValueError: `token_ids` are needed and not given, or have another shape; `model` is in training mode.
         """
-        loaded = identify_model(model)
         folder = self._folder
+        loaded = identify_model(model, folder.document.header.model_fingerprint.hex())
         num_sinks = method_of(folder.document.header).num_sink_tokens
         ids = None if token_ids is None else read_token_ids(token_ids)
         if ids is None and num_sinks:
@@ -91,7 +93,7 @@ def load(
     folder: str | os.PathLike[str],
     *,
     level: int | None = None,
-    profile: str | os.PathLike[str] | None = None,
+    profile: str | os.PathLike[str] | Profile | None = None,
     device: str = "auto",
     num_threads: int | None = None,
 ) -> StoredCache:
@@ -100,8 +102,8 @@ def load(
     Args:
         folder: with a tables file and chunk files.
         level: decode levels 1 to this one; None is all that there are.
-        profile: the profile's folder, for method `transform`; None finds the one that the files name, beside a
-            clone's models.
+        profile: for method `transform`: what `calibrate` returned, or the folder that it was saved in. None finds the
+            one that the files name, beside a clone's models.
         device: where to decode: "cpu", "cuda", or "auto" for CUDA where it can.
         num_threads: of the CPU; None takes all processors.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -34,7 +35,7 @@ from transformers.utils.hub import cached_file
 
 from cachegen.errors import BackendUnavailableError, ConfigError, InputError
 from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
-from cachegen.pipeline.fingerprint import compute_fingerprint, compute_memory_fingerprint
+from cachegen.pipeline.fingerprint import compute_fingerprint, compute_memory_fingerprint, find_checkpoint_fingerprint
 from cachegen.pipeline.limits import LengthLimit, read_length_limit
 from cachegen.pipeline.model_files import first_line, read_config
 
@@ -177,15 +178,17 @@ def load_model(
     return LoadedModel(model, tokenizer, model_id, fingerprint, read_rotary_embeddings(model))
 
 
-def identify_model(model: Any) -> LoadedModel:
+def identify_model(model: Any, fingerprint: str | None = None) -> LoadedModel:
     """Say what a model in memory is; the model itself is neither copied nor changed.
 
     Args:
         model: a transformers causal language model in evaluation mode, from anywhere; a `LoadedModel` is returned as
             it is.
+        fingerprint: that files say theirs is; see `identify_checkpoint`.
 
     Returns:
-        The model with the fingerprint of what it is now, and without a tokenizer.
+        The model with the fingerprint of what it is now, and without a tokenizer; with that of its checkpoint, if that
+        is `fingerprint`.
 
     Raises:
         TypeError: it is no transformers model.
@@ -205,7 +208,26 @@ def identify_model(model: Any) -> LoadedModel:
         raise InputError(f"{name}: {type(model).__name__} has no head that predicts tokens")
     if model.dtype not in SUPPORTED_DTYPES:
         raise InputError(f"{name}: computes in {model.dtype}; use float16, bfloat16 or float32")
-    return LoadedModel(model, None, name, compute_memory_fingerprint(model), read_rotary_embeddings(model))
+    loaded = LoadedModel(model, None, name, compute_memory_fingerprint(model), read_rotary_embeddings(model))
+    if fingerprint is None or fingerprint == loaded.fingerprint:
+        return loaded
+    known = identify_checkpoint(loaded)
+    return known if known is not None and known.fingerprint == fingerprint else loaded
+
+
+def identify_checkpoint(loaded: LoadedModel) -> LoadedModel | None:
+    """Return a model of `identify_model` by the name and the fingerprint of the checkpoint that it was loaded from.
+
+    Returns:
+        What `load_model` calls it, still without a tokenizer; None where the checkpoint is not at hand, or the model
+        is not what it says any more. A model that `load_model` returned is returned as it is.
+    """
+    if loaded.tokenizer is not None:
+        return loaded
+    fingerprint = find_checkpoint_fingerprint(loaded.model)
+    if fingerprint is None:
+        return None
+    return dataclasses.replace(loaded, model_id=loaded.model.name_or_path, fingerprint=fingerprint)
 
 
 def read_rotary_embeddings(model: Any) -> tuple[RotaryEmbedding, ...]:
