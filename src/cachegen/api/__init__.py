@@ -5,7 +5,8 @@ It does what the scripts do, with the same functions and into the same files.
 
 from __future__ import annotations
 
-from cachegen.api.compressing import CompressedCache, compress
+from cachegen.api.compressing import CompressedCache, compress, publish
 from cachegen.api.loading import StoredCache, load
+from cachegen.api.streaming import CacheStore
 
-__all__ = ["CompressedCache", "StoredCache", "compress", "load"]
+__all__ = ["CacheStore", "CompressedCache", "StoredCache", "compress", "load", "publish"]

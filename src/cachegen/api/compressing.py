@@ -20,11 +20,13 @@ from cachegen.methods import make_encoder
 from cachegen.methods.base import MethodConfig
 from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
-from cachegen.pipeline.encode import encode_document
+from cachegen.pipeline.encode import encode_document, order_levels
 from cachegen.pipeline.kept import KeptEncoding
 from cachegen.pipeline.limits import check_length
 from cachegen.pipeline.model import LoadedModel, identify_model
 from cachegen.pipeline.prefill import measure_plane_shapes
+from cachegen.store.catalog import publish_document
+from cachegen.store.store import WRITING, Store, open_store
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import PreTrainedModel
@@ -39,9 +41,9 @@ class CompressedCache(Measured):
         num_bytes: of all files that `save` writes.
     """
 
-    def __init__(self, encoding: KeptEncoding) -> None:
+    def __init__(self, encoding: KeptEncoding, metadata: ContextMetadata) -> None:
         super().__init__(encoding.document.header, encoding.num_bytes)
-        self._encoding = encoding
+        self._encoding, self._metadata = encoding, metadata
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the files, each whole or not at all; those of this very cache that are there already stay.
@@ -146,7 +148,56 @@ def compress(
     threads = num_threads or default_num_threads()
     chunks = plan_chunks(planes.num_tokens, None, chunk_tokens)
     encoder = make_encoder(chosen, planes, metadata, chunks, num_threads=threads, kernels=kernels)
-    return CompressedCache(KeptEncoding(encoder, threads))
+    return CompressedCache(KeptEncoding(encoder, threads), metadata)
+
+
+def publish(
+    place: str | os.PathLike[str] | Store,
+    compressed: CompressedCache | Sequence[CompressedCache],
+    *,
+    kl: Sequence[float] | None = None,
+) -> None:
+    """Put a compressed cache into a store, for `load` to stream from.
+
+    Whoever reads meanwhile sees the whole document or none of it. One that was published before of the same model and
+    context is superseded.
+
+    Args:
+        place: a folder, which is made if need be and which any web server can serve, a URL that takes writes
+            (`s3://bucket/path`, `gs://...`, `az://...`), or what `cachegen.store.store.open_store` returned, best with
+            that module's `WRITING` as `retry`.
+        compressed: several of one cache, in the same chunks, become levels, among which `load` chooses by the link. One
+            of method `transform` may have several by itself, each refining the one before.
+        kl: the loss to expect of each level, in nats per token. None takes what the profile says of method
+            `transform`; levels of other methods are then weighed by their bits.
+
+    Raises:
+        MismatchError: the levels are of different caches or in different chunks.
+        ConfigError: `kl` does not fit the levels, or the URL is not a store's.
+        OutputError: the store cannot be written.
+        BackendUnavailableError: the package obstore, which URLs need, is not there.
+
+    Example:
+        >>> import tempfile, torch, cachegen
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+        >>> context, question = torch.randint(256, (1, 300)), torch.randint(256, (1, 5))
+        >>> cache = model(context).past_key_values
+        >>> levels = [cachegen.compress(cache, context, model, {"method": "uniform", "bits": n}) for n in (4, 8)]
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> cachegen.publish(folder.name, levels)
+        >>> prompt = torch.cat([context, question], dim=1)
+        >>> cachegen.load(folder.name).to_cache(model, prompt).get_seq_length()
+        300
+        >>> folder.cleanup()
+    """
+    several = [compressed] if isinstance(compressed, CompressedCache) else list(compressed)
+    if not several:
+        raise ValueError("`compressed` must have at least one compressed cache")
+    levels = order_levels([one._encoding.list_levels() for one in several], kl)
+    store = place if isinstance(place, Store) else open_store(place, retry=WRITING, create=True)
+    publish_document(store, levels, several[0]._metadata)
 
 
 def _check_cache(cache: KVCache, loaded: LoadedModel) -> None:

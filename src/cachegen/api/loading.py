@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from cachegen.api.arguments import CLONE, read_token_ids
 from cachegen.api.measured import Measured
+from cachegen.api.streaming import DEFAULT_SLO, CacheStore
 from cachegen.coder.cpu import default_num_threads
 from cachegen.device import choose_kernels
-from cachegen.errors import MismatchError
+from cachegen.errors import InputError, MismatchError
+from cachegen.format.files import TABLES_NAME
 from cachegen.methods import method_of
-from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile import Profile, load_profile
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.model import LoadedModel, identify_model
 from cachegen.pipeline.model_cache import allocate_cache, set_length, to_dynamic_cache, view_kv_cache
 from cachegen.pipeline.prefill import recompute_first_tokens
 from cachegen.pipeline.profiles import profile_finder
+from cachegen.store.index import STORE_INFO_NAME
+from cachegen.store.store import Store, open_store
+from cachegen.streaming.load_report import LoadResult
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import PreTrainedModel
@@ -90,22 +96,38 @@ class StoredCache(Measured):
 
 
 def load(
-    folder: str | os.PathLike[str],
+    place: str | os.PathLike[str] | Store,
     *,
     level: int | None = None,
     profile: str | os.PathLike[str] | Profile | None = None,
+    slo: float | None = None,
+    target_kl: float | None = None,
+    report: Callable[[LoadResult], object] | None = None,
     device: str = "auto",
     num_threads: int | None = None,
-) -> StoredCache:
-    """Open a folder of `CompressedCache.save` or of `run_encoding.py`; `to_cache` decodes it.
+) -> StoredCache | CacheStore:
+    """Open a folder of compressed files, or a store of many; `to_cache` gives a cache to generate from.
 
     Args:
-        folder: with a tables file and chunk files.
-        level: decode levels 1 to this one; None is all that there are.
+        place: a folder of `CompressedCache.save` or of `run_encoding.py`; or a store of `publish` or of
+            `run_publishing.py`: its folder or URL (`http://host:port/path`, `https://`, `s3://bucket/path`, `gs://`,
+            `az://`), or what `cachegen.store.store.open_store` returned, to which timeouts and redirects are told.
+        level: decode levels 1 to this one; None is all that there are. Of a store: take every chunk at this level,
+            whatever the objective.
         profile: for method `transform`: what `calibrate` returned, or the folder that it was saved in. None finds the
             one that the files name, beside a clone's models.
+        slo: of a store: the objective for the time to the first token, in seconds from the call of `to_cache`, with
+            which the loader chooses levels and what to compute instead; None is 1.
+        target_kl: of a store: expected loss that is good enough, in nats per token, so that nothing waits to get below
+            it; None is 0, as good as the objective allows.
+        report: of a store: called after each load with what it took and gave, a
+            `cachegen.streaming.load_report.LoadResult`.
         device: where to decode: "cpu", "cuda", or "auto" for CUDA where it can.
         num_threads: of the CPU; None takes all processors.
+
+    Returns:
+        A `StoredCache` of a folder of files, which knows its sizes; a `CacheStore` of a store, of which nothing is read
+        before `to_cache` is told model and prompt. Both have `to_cache(model, prompt)`.
 
     Raises:
         InputError: a file or the profile is missing.
@@ -131,7 +153,32 @@ def load(
         torch.Size([1, 108])
         >>> folder.cleanup()
     """
-    find_profile = profile_finder(profile, (CLONE / "models",))
-    kernels = choose_kernels(device).kernels
+    choice = choose_kernels(device)
     threads = num_threads or default_num_threads()
-    return StoredCache(EncodedFolder(folder, threads, kernels, find_profile=find_profile, level=level))
+    if isinstance(place, Store) or _is_store(place):
+        named = profile if profile is None or isinstance(profile, Profile) else load_profile(profile)
+        return CacheStore(
+            place if isinstance(place, Store) else open_store(place),
+            choice,
+            threads,
+            level=level,
+            profile=named,
+            slo=DEFAULT_SLO if slo is None else slo,
+            target_kl=0.0 if target_kl is None else target_kl,
+            report=report,
+        )
+    for name, value in (("slo", slo), ("target_kl", target_kl), ("report", report)):
+        if value is not None:
+            raise ValueError(f"`{name}` is for stores, and {os.fspath(place)} is none")
+    if not (Path(place) / TABLES_NAME).exists():
+        raise InputError(f"{os.fspath(place)}: holds neither compressed files ({TABLES_NAME}) nor a store")
+    find_profile = profile_finder(profile, (CLONE / "models",))
+    return StoredCache(EncodedFolder(place, threads, choice.kernels, find_profile=find_profile, level=level))
+
+
+def _is_store(place: str | os.PathLike[str]) -> bool:
+    """Tell whether a place is a URL, or a folder with a store in it."""
+    if "://" in os.fspath(place):
+        return True
+    folder = Path(place)
+    return (folder / STORE_INFO_NAME).is_file() and not (folder / TABLES_NAME).exists()
