@@ -449,7 +449,7 @@ def test_without_a_clone_names_of_configs_are_explained(tmp_path, monkeypatch):
 # --- what people read -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["compress", "load", "publish"])
+@pytest.mark.parametrize("name", ["compress", "load", "publish", "calibrate"])
 def test_the_examples_of_the_docstrings_run(name):
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(cachegen, name), name)
     assert len(test.examples) > 5

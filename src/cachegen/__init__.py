@@ -4,6 +4,7 @@
     publish(store, compressed)          what was compressed, into a store that others stream from
     load(folder or url)                 either of them, opened: `.to_cache(model, prompt)` is what
                                         `model.generate(..., past_key_values=...)` takes
+    calibrate(model, contexts)          the model's profile, which method `transform` needs: `.save(folder)`
 
 Each has an example in its docstring. Errors that a user can meet are of `cachegen.errors`: one line, with the remedy.
 """
@@ -13,11 +14,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cachegen.api import CacheStore, CompressedCache, StoredCache, compress, load, publish
+    from cachegen.api import CacheStore, CompressedCache, Profile, StoredCache, calibrate, compress, load, publish
 
 __version__ = "0.1.0"
 
-__all__ = ["CacheStore", "CompressedCache", "StoredCache", "__version__", "compress", "load", "publish"]
+__all__ = [
+    "CacheStore",
+    "CompressedCache",
+    "Profile",
+    "StoredCache",
+    "__version__",
+    "calibrate",
+    "compress",
+    "load",
+    "publish",
+]
 
 _IN_API = frozenset(__all__) - {"__version__"}
 

@@ -5,8 +5,10 @@ It does what the scripts do, with the same functions and into the same files.
 
 from __future__ import annotations
 
+from cachegen.api.calibrating import calibrate
 from cachegen.api.compressing import CompressedCache, compress, publish
 from cachegen.api.loading import StoredCache, load
 from cachegen.api.streaming import CacheStore
+from cachegen.methods.transform.profile import Profile
 
-__all__ = ["CacheStore", "CompressedCache", "StoredCache", "compress", "load", "publish"]
+__all__ = ["CacheStore", "CompressedCache", "Profile", "StoredCache", "calibrate", "compress", "load", "publish"]

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
-from cachegen.errors import CacheGenError, InputError
-from cachegen.kv_cache import KVCache, from_planes
+from cachegen.errors import CacheGenError, InputError, MismatchError
+from cachegen.kv_cache import KVCache, describe_difference, from_planes
 from cachegen.methods import default_config, load_config, read_config
 from cachegen.methods.base import MethodConfig
 from cachegen.methods.transform.profile import Profile
+from cachegen.pipeline.limits import check_length
+from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import planes_of_cache
+from cachegen.pipeline.prefill import measure_plane_shapes
 
 CLONE = Path(__file__).resolve().parents[3]
 """Of an installed package this is no clone: then there are neither its configs nor its models."""
@@ -46,6 +49,22 @@ def read_token_ids(token_ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
     if ids.min() < 0 or ids.max() > _MAX_TOKEN_ID:
         raise ValueError(f"`token_ids` must be 0 to {_MAX_TOKEN_ID}, got {int(ids.min())} to {int(ids.max())}")
     return ids.detach().to(device="cpu", dtype=torch.int32)
+
+
+def check_cache(cache: KVCache, loaded: LoadedModel) -> None:
+    """Refuse a cache that the model cannot have computed, or could not go on from.
+
+    Raises:
+        MismatchError: it has another dtype or other shapes.
+        InputError: it has more tokens than may pass through the model.
+    """
+    if cache.dtype != loaded.dtype:
+        raise MismatchError(f"the cache is {cache.dtype}, but {loaded.model_id} computes in {loaded.dtype}")
+    shapes = [(plane.shape[1], plane.shape[2]) for plane in cache.planes]
+    difference = describe_difference(measure_plane_shapes(loaded), shapes)
+    if difference is not None:
+        raise MismatchError(f"the cache is not of {loaded.model_id}: {difference}")
+    check_length(loaded, cache.num_tokens, "the cache")
 
 
 def choose_config(

@@ -8,23 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cachegen.api.arguments import choose_config, read_cache, read_token_ids
+from cachegen.api.arguments import check_cache, choose_config, read_cache, read_token_ids
 from cachegen.api.measured import Measured
 from cachegen.coder.cpu import default_num_threads
 from cachegen.config import parse_coder
 from cachegen.device import choose_kernels
 from cachegen.errors import MismatchError
 from cachegen.format import Coder
-from cachegen.kv_cache import ContextMetadata, KVCache, describe_difference
+from cachegen.kv_cache import ContextMetadata
 from cachegen.methods import make_encoder
 from cachegen.methods.base import MethodConfig
 from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
 from cachegen.pipeline.encode import encode_document, order_levels
 from cachegen.pipeline.kept import KeptEncoding
-from cachegen.pipeline.limits import check_length
 from cachegen.pipeline.model import LoadedModel, identify_model
-from cachegen.pipeline.prefill import measure_plane_shapes
 from cachegen.store.catalog import publish_document
 from cachegen.store.store import WRITING, Store, open_store
 
@@ -143,7 +141,7 @@ def compress(
         chosen = chosen.with_flags({"coder": parse_coder(name, "`coder`")})
     chosen = chosen.read_files()
     loaded = identify_model(model, chosen.model_fingerprint)
-    _check_cache(planes, loaded)
+    check_cache(planes, loaded)
     metadata = ContextMetadata(loaded.model_id, loaded.fingerprint, ids, loaded.rotary_embeddings, block_size)
     threads = num_threads or default_num_threads()
     chunks = plan_chunks(planes.num_tokens, None, chunk_tokens)
@@ -198,19 +196,3 @@ def publish(
     levels = order_levels([one._encoding.list_levels() for one in several], kl)
     store = place if isinstance(place, Store) else open_store(place, retry=WRITING, create=True)
     publish_document(store, levels, several[0]._metadata)
-
-
-def _check_cache(cache: KVCache, loaded: LoadedModel) -> None:
-    """Refuse a cache that the model cannot have computed, or could not go on from.
-
-    Raises:
-        MismatchError: it has another dtype or other shapes.
-        InputError: it has more tokens than may pass through the model.
-    """
-    if cache.dtype != loaded.dtype:
-        raise MismatchError(f"the cache is {cache.dtype}, but {loaded.model_id} computes in {loaded.dtype}")
-    shapes = [(plane.shape[1], plane.shape[2]) for plane in cache.planes]
-    difference = describe_difference(measure_plane_shapes(loaded), shapes)
-    if difference is not None:
-        raise MismatchError(f"the cache is not of {loaded.model_id}: {difference}")
-    check_length(loaded, cache.num_tokens, "the cache")

@@ -55,9 +55,14 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class CalibrationContext:
-    """One saved cache, its tensors memory-mapped."""
+    """One cache to calibrate on, if it is a saved one with its tensors memory-mapped.
 
-    path: Path
+    Attributes:
+        path: its file, or what it is called in messages.
+        metadata: with `cache_hash`.
+    """
+
+    path: Path | str
     cache: KVCache
     metadata: ContextMetadata
 
@@ -96,7 +101,18 @@ def open_contexts(path: Path) -> list[CalibrationContext]:
     else:
         files = [path]
     contexts = [CalibrationContext(file, *load_kv_cache(file)) for file in files]
-    first, paths_of_tokens = contexts[0], {}
+    check_together(contexts)
+    return contexts
+
+
+def check_together(contexts: Sequence[CalibrationContext]) -> None:
+    """Refuse caches that no one profile could be made of.
+
+    Raises:
+        MismatchError: they are of different models, shapes or dtypes, or two hold the same tokens.
+    """
+    first = contexts[0]
+    paths_of_tokens: dict[str, Path | str] = {}
     for context in contexts:
         for field, found, expected in (
             ("model_fingerprint", context.metadata.model_fingerprint[:12], first.metadata.model_fingerprint[:12]),
@@ -112,7 +128,6 @@ def open_contexts(path: Path) -> list[CalibrationContext]:
         twin = paths_of_tokens.setdefault(context.token_hash, context.path)
         if twin is not context.path:
             raise MismatchError(f"{context.path}: the same context as {twin}; remove one of them")
-    return contexts
 
 
 def split_contexts(contexts: Sequence[CalibrationContext]) -> tuple[list[CalibrationContext], list[CalibrationContext]]:
