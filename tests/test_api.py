@@ -466,20 +466,55 @@ def test_help_shows_both_functions_with_their_docstrings():
         _ = cachegen.decompress
 
 
+def run_example(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    runpy.run_path(str(REPOSITORY / "examples" / f"{name}.py"))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_every_example_has_a_test():
+    names = {path.stem for path in (REPOSITORY / "examples").iterdir()}
+    assert names == {"compress_and_answer", "many_questions", "stream_from_store"}
+
+
 def test_the_example_answers_as_from_the_text(capsys):
-    runpy.run_path(str(REPOSITORY / "examples" / "compress_and_answer.py"))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("register")]
+    lines = [line for line in run_example("compress_and_answer", capsys) if line.startswith("register")]
     assert len(lines) == 2
     for line, value in zip(lines, ("91115", "18950"), strict=True):
         assert line.count(value) == 2, line
 
 
-def test_the_python_of_the_readme_answers_the_question(tmp_path, monkeypatch, capsys):
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    code = readme.split("<!-- tested: python -->\n\n```python\n", 1)[1].split("```\n", 1)[0]
+def test_the_example_of_many_questions_answers_all_of_them(capsys):
+    lines = run_example("many_questions", capsys)
+    assert {"from the files: 7 of 7 right", "from the text: 7 of 7 right"} <= set(lines)
+
+
+def test_the_example_of_streaming_answers_and_misses(capsys):
+    lines = run_example("stream_from_store", capsys)
+    assert len([line for line in lines if line.startswith("  register already-together: 18950")]) == 2
+    assert len([line for line in lines if re.fullmatch(r"  tokens \d+ to \d+: level 1, [0-9,]+ bytes", line)]) >= 8
+    assert lines[-1] == "nothing of this prompt there: True"
+
+
+def run_blocks(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a page's Python, one block after the other, as in the root of a clone; what it prints."""
     for name in ("models", "9k_prompts"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
-    sizes, answer = capsys.readouterr().out.splitlines()[:2]
+        (folder / name).symlink_to(REPOSITORY / name)
+    monkeypatch.chdir(folder)
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert blocks
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+    return capsys.readouterr().out
+
+
+def test_the_python_of_the_readme_answers_the_question(tmp_path, monkeypatch, capsys):
+    sizes, answer = run_blocks(REPOSITORY / "README.md", tmp_path, monkeypatch, capsys).splitlines()[:2]
     assert float(sizes.split()[1]) < 4 and answer.split()[0].startswith("91115")
+
+
+def test_the_python_of_its_page_answers_the_question_every_way(tmp_path, monkeypatch, capsys):
+    printed = run_blocks(REPOSITORY / "docs" / "python.md", tmp_path, monkeypatch, capsys)
+    assert printed.count("91115") == 3 and "for this model: True" in printed
+    bits = [float(line.split()[1]) for line in printed.splitlines() if re.fullmatch(r"\d+ \d\.\d+", line)]
+    assert len(bits) == 2 and bits[1] < 1 < 4 < bits[0]

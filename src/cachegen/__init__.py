@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cachegen import errors
+
 if TYPE_CHECKING:
     from cachegen.api import CacheStore, CompressedCache, Profile, StoredCache, calibrate, compress, load, publish
 
@@ -26,11 +28,12 @@ __all__ = [
     "__version__",
     "calibrate",
     "compress",
+    "errors",
     "load",
     "publish",
 ]
 
-_IN_API = frozenset(__all__) - {"__version__"}
+_IN_API = frozenset(__all__) - {"__version__", "errors"}
 
 
 def __getattr__(name: str) -> Any:
