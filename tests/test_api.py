@@ -148,7 +148,7 @@ def test_a_profile_may_be_given_beside_the_config(tmp_path):
         assert api.load(tmp_path / name, profile=profile).to_cache(plain(), IDS).get_seq_length() == NUM_TOKENS
     with pytest.raises(ConfigError, match="has no field profile"):
         api.compress(run(plain()), IDS, plain(), config)
-    with pytest.raises(ConfigError, match="profile is not for method cachegen"):
+    with pytest.raises(ConfigError, match="`profile` is not for method cachegen"):
         api.compress(run(plain()), IDS, plain(), profile=folder)
     with pytest.raises(ValueError, match="without its analysis"):
         api.compress(run(plain()), IDS, plain(), config, profile=load_profile(folder))
@@ -270,7 +270,7 @@ def test_levels_decode_from_the_first_to_the_one_that_is_named(tmp_path):
     sizes = [api.load(tmp_path, level=level).num_bytes for level in (1, 2)]
     assert sizes[0] < sizes[1] <= compressed.num_bytes == api.load(tmp_path).num_bytes
     assert api.load(tmp_path, level=1).to_cache(loaded, IDS).get_seq_length() == NUM_TOKENS
-    with pytest.raises(ConfigError, match="level 9"):
+    with pytest.raises(ConfigError, match="`level` 9 asked for"):
         api.load(tmp_path, level=9)
 
 

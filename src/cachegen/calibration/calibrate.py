@@ -137,7 +137,7 @@ def split_contexts(contexts: Sequence[CalibrationContext]) -> tuple[list[Calibra
         InputError: there are fewer than two.
     """
     if len(contexts) < 2:
-        raise InputError("the curve needs a context that nothing was fitted on: give two KV files, or --no_curve")
+        raise InputError("the curve needs a context that nothing was fitted on: give two contexts, or `no_curve`")
     held_out = set(range(3, len(contexts), 4)) or {len(contexts) - 1}
     fitted_on = [context for index, context in enumerate(contexts) if index not in held_out]
     return fitted_on, [contexts[index] for index in sorted(held_out)]
@@ -153,7 +153,7 @@ def check_model(contexts: Sequence[CalibrationContext], fingerprint: str, model_
     if found != fingerprint:
         raise MismatchError(
             f"{contexts[0].path}: its model_fingerprint is {found[:12]}, but {model_id} has {fingerprint[:12]}: "
-            "give --model_id the model that made the caches"
+            "give the model that made the caches (`model_id`)"
         )
 
 
@@ -170,7 +170,7 @@ def check_tokens(contexts: Sequence[CalibrationContext], settings: CalibrationSe
     if num_tokens < num_channels:
         raise InputError(
             f"{contexts[0].path}: the {num_tokens} tokens to fit on are fewer than the {num_channels} channels of a "
-            "group of layers: give more KV files, or fewer --layers_per_group"
+            "group of layers: give more contexts, or fewer `layers_per_group`"
         )
     for context in contexts:
         if context.cache.num_tokens < 2:

@@ -383,7 +383,7 @@ class MethodConfig(ABC):
             ConfigError: there are some.
         """
         for flag in flags:
-            raise ConfigError(f"--{flag} is not for method {self.method} ({self.source})")
+            raise ConfigError(f"`{flag}` is not for method {self.method} ({self.source})")
 
 
 class Method(ABC):

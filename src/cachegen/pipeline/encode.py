@@ -153,7 +153,7 @@ class _ChunkWriter:
         ]
         if max_error is not None and errors[-1].largest > max_error:
             raise ConfigError(
-                f"{paths[-1]}: a value decodes {errors[-1].largest:.6g} from the cache's, more than --max_error "
+                f"{paths[-1]}: a value decodes {errors[-1].largest:.6g} from the cache's, more than `max_error` "
                 f"{max_error:.6g}: choose a configuration with more bits"
             )
         if is_there:
@@ -255,10 +255,10 @@ def order_levels(
     if kl is None:
         return [sized[i][1] for i in order]
     if len(kl) != len(sized):
-        raise ConfigError(f"--kl must have one value per level, got {len(kl)} for {len(sized)}")
+        raise ConfigError(f"`kl` must have one value per level, got {len(kl)} for {len(sized)}")
     losses = [kl[i] for i in order]
     if losses != sorted(losses, reverse=True):
-        raise ConfigError("--kl must not be larger for a larger encoding: leave the worse one out")
+        raise ConfigError("`kl` must not be larger for a larger encoding: leave the worse one out")
     return [dataclasses.replace(sized[i][1], kl=loss) for i, loss in zip(order, losses, strict=True)]
 
 
@@ -266,7 +266,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be made: {error.strerror} (--output_path)") from error
+        raise OutputError(f"{folder}: cannot be made: {error.strerror} (`output_path`)") from error
 
 
 def _claim_folder(folder: Path, encoder: Encoder, overwrite: bool) -> _Claim:
@@ -275,11 +275,11 @@ def _claim_folder(folder: Path, encoder: Encoder, overwrite: bool) -> _Claim:
     Raises:
         OutputError: the folder holds something else; it stays as it was.
     """
-    remedy = "give another --output_path, or --overwrite to replace it"
+    remedy = "give another folder, or `overwrite` to replace it"
     try:
         names = sorted(path.name for path in folder.iterdir() if not is_temporary(path))
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be read: {error.strerror} (--output_path)") from error
+        raise OutputError(f"{folder}: cannot be read: {error.strerror}") from error
     chunks = [folder / name for name in names if _CHUNK_NAME.fullmatch(name)]
     tables_path = folder / TABLES_NAME
     has_tables, is_damaged = TABLES_NAME in names, False

@@ -172,7 +172,7 @@ def load_model(
     if missing:
         raise InputError(f"{model_id}: the weights lack {len(missing)} tensors of the model, e.g. {missing[0]}")
     if model.dtype not in SUPPORTED_DTYPES:
-        raise InputError(f"{model_id}: computes in {model.dtype}; give --dtype float16, bfloat16 or float32")
+        raise InputError(f"{model_id}: computes in {model.dtype}; give `dtype` float16, bfloat16 or float32")
     model.eval()
     _keep_special_tokens_only(model)
     return LoadedModel(model, tokenizer, model_id, fingerprint, read_rotary_embeddings(model))
@@ -284,18 +284,18 @@ def _plan_placement(
     """Return the arguments of from_pretrained that place and quantize the weights."""
     placement: dict[str, Any] = {}
     if load_in_8bit:
-        _require_package("bitsandbytes", "--load_in_8bit")
-        _require_package("accelerate", "--load_in_8bit")
+        _require_package("bitsandbytes", "`load_in_8bit`")
+        _require_package("accelerate", "`load_in_8bit`")
         placement["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         placement["device_map"] = {"": device}
     if num_gpus is None and max_gpu_memory is None:
         return placement
     if device.type != "cuda":
-        raise ConfigError(f"--num_gpus and --max_gpu_memory need --device cuda, got {device.type}")
+        raise ConfigError(f"`num_gpus` and `max_gpu_memory` need `device` cuda, got {device.type}")
     num_present = torch.cuda.device_count()
     if num_gpus is not None and num_gpus > num_present:
-        raise BackendUnavailableError(f"--num_gpus {num_gpus}: torch sees {num_present}")
-    _require_package("accelerate", "--num_gpus and --max_gpu_memory")
+        raise BackendUnavailableError(f"`num_gpus` {num_gpus}: torch sees {num_present}")
+    _require_package("accelerate", "`num_gpus` and `max_gpu_memory`")
     gpus = range(num_gpus if num_gpus is not None else num_present)
     placement["device_map"] = "auto"
     placement["max_memory"] = {

@@ -56,7 +56,7 @@ def profile_finder(
                 return load_profile(path.parent)
         raise InputError(
             f"{', '.join(map(str, places))}: no profile there is {profile_hash.hex()[:12]}, which the document was "
-            "encoded with: give its folder with --profile"
+            "encoded with: give its folder with `profile`"
         )
 
     return find

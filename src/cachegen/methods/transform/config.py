@@ -61,7 +61,7 @@ class TransformConfig(MethodConfig):
             InputError, BitstreamError: as `profile.load_profile`.
         """
         if self.profile is None:
-            raise ConfigError(f"{self.source}: has no field profile: give a profile's folder (--profile)")
+            raise ConfigError(f"{self.source}: has no field profile: give a profile's folder (`profile`)")
         return self.profile if isinstance(self.profile, Profile) else load_profile(self.profile, for_encoding=True)
 
     def with_flags(self, flags: Mapping[str, Any]) -> TransformConfig:
@@ -69,10 +69,10 @@ class TransformConfig(MethodConfig):
         own = dict(flags)
         coder = own.pop("coder", Coder.RANS)
         if coder is not Coder.RANS:
-            raise ConfigError(f"--coder {coder.name.lower()}: method transform is coded with rans")
+            raise ConfigError(f"`coder` {coder.name.lower()}: method transform is coded with rans")
         self.refuse_flags({name: value for name, value in own.items() if name not in _FLAGS})
         if {"target_bits", "target_kl"} <= set(own):
-            raise ConfigError("--target_bits and --target_kl exclude each other")
+            raise ConfigError("`target_bits` and `target_kl` exclude each other")
         config = self
         if "target_bits" in own or "target_kl" in own:
             config = dataclasses.replace(

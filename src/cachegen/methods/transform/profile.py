@@ -40,7 +40,7 @@ MAX_PROFILE_BYTES = 1 << 22  # of profile.json
 _MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: the names and shapes of its tensors
 _MAX_CURVE_POINTS = 1 << 10
 _MAX_COMPONENTS = (1 << 16) - 1
-_HINT = "--profile takes a folder of run_calibration.py"
+_HINT = "`profile` takes a folder of run_calibration.py"
 _MAX_SCALE_LOG = 1 << 14
 
 
@@ -315,7 +315,7 @@ def check_profile(profile: Profile, model_fingerprint: str, rope_hash: str, sour
         if found != expected:
             raise MismatchError(
                 f"the profile's {field} is {found[:12]}, but {source} has {expected[:12]}: it is another model's, "
-                "give --profile the one made for this model"
+                "give `profile` the one made for this model"
             )
 
 
