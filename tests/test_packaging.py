@@ -242,9 +242,7 @@ def test_the_call_check_sees_each_forbidden_call(source: str) -> None:
     assert len(forbidden_calls(source)) == 1
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SOURCES if LAYERS.get(layer_name(name), 0) < 7 and layer_name(name) != "simulation"]
-)
+@pytest.mark.parametrize("name", [name for name in SOURCES if LAYERS.get(layer_name(name), 0) < 7])
 def test_messages_of_the_library_name_no_flags(name: str) -> None:
     """They name parameters in backticks; where there is a flag of that name, the scripts say it instead."""
     assert named_flags(SOURCES[name].read_text("utf-8")) == []
