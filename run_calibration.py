@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 SCRIPT_FOLDER = Path(__file__).resolve().parent
 # In a clone that is not installed, the package is beside the script; an installed one comes first.
@@ -33,10 +33,6 @@ from cachegen.methods.transform.profile import (  # noqa: E402
     load_profile,
     save_profile,
 )
-
-if TYPE_CHECKING:
-    from cachegen.calibration.calibrate import CalibrationContext
-    from cachegen.pipeline.model import LoadedModel
 
 WORK_FOLDER = ".work"
 
@@ -105,12 +101,13 @@ def _profile_into(output: Path, args: argparse.Namespace, report: command_line.R
 
     from cachegen.calibration.calibrate import (
         CalibrationSettings,
-        calibrate,
         check_model,
         check_tokens,
         open_contexts,
         split_contexts,
     )
+    from cachegen.calibration.complete import make_profile
+    from cachegen.coder.cpu import default_num_threads
     from cachegen.pipeline.fingerprint import compute_fingerprint
     from cachegen.pipeline.model import load_model
 
@@ -133,56 +130,25 @@ def _profile_into(output: Path, args: argparse.Namespace, report: command_line.R
     else:
         loaded = load_model(args.model_id, device=device, dtype=resolve_dtype(args.dtype))
         check_model(contexts, loaded.fingerprint, args.model_id)
-    num_passes = 1 if settings.weights == "none" else 2
-    with _bar(tqdm, report, num_passes * len(fitted_on), "calibrating") as bar:
-        profile = calibrate(
-            fitted_on, loaded, settings, device=device, work_folder=output / WORK_FOLDER, progress=bar.update
-        )
-    calibration = {
-        **profile.calibration,
-        "dtype": args.dtype,
-        "num_held_out_contexts": len(held_out),
-        "held_out_token_hashes": [context.token_hash for context in held_out],
-        "versions": command_line.collect_versions(),
-    }
-    profile = dataclasses.replace(profile, calibration=calibration)
-    if loaded is not None and held_out:
-        profile = _add_curve(args, report, loaded, profile, held_out, output / WORK_FOLDER / "profile")
-    profile = save_profile(output, profile)
+    profile = make_profile(
+        fitted_on,
+        held_out,
+        loaded,
+        settings,
+        device=device,
+        work_folder=output / WORK_FOLDER,
+        num_threads=args.threads or default_num_threads(),
+        # Without a curve nothing is coded, and no GPU's kernels are needed.
+        kernels=choose_kernels(args.device if held_out else "cpu").kernels,
+        notes={"dtype": args.dtype, "versions": command_line.collect_versions()},
+        make_bar=lambda label, total: _bar(tqdm, report, total, label),
+    )
+    save_profile(output, profile)
     shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
     record = _make_record(args, profile, str(device), time.perf_counter() - start)
     _report(report, record)
     if args.json is not None:
         command_line.write_json(args.json, record)
-
-
-def _add_curve(
-    args: argparse.Namespace,
-    report: command_line.Reporter,
-    loaded: LoadedModel,
-    profile: Profile,
-    held_out: Sequence[CalibrationContext],
-    folder: Path,
-) -> Profile:
-    """Measure the curve with the profile as it is saved and loaded again."""
-    from tqdm import tqdm
-
-    from cachegen.calibration.curve import measure_curve, plan_steps
-    from cachegen.coder.cpu import default_num_threads
-
-    save_profile(folder, profile)
-    step_logs = plan_steps(args.finest_step)
-    with _bar(tqdm, report, len(step_logs) * len(held_out), "measuring") as bar:
-        curve = measure_curve(
-            loaded,
-            load_profile(folder, for_encoding=True),
-            held_out,
-            step_logs,
-            num_threads=args.threads or default_num_threads(),
-            kernels=choose_kernels(args.device).kernels,
-            progress=bar.update,
-        )
-    return dataclasses.replace(profile, curve=curve)
 
 
 def _bar(tqdm: Any, report: command_line.Reporter, total: int, label: str) -> Any:
@@ -254,9 +220,8 @@ def _prepare_output(output: Path, overwrite: bool, report: command_line.Reporter
         report.warn(f"{output}: the profile there was damaged: it is made again")
     try:
         (output / WORK_FOLDER).mkdir(exist_ok=True)
-        for folder in (output, output / WORK_FOLDER, output / WORK_FOLDER / "profile"):
-            if folder.is_dir():
-                remove_stale_temporaries(folder)
+        for folder in (output, output / WORK_FOLDER):
+            remove_stale_temporaries(folder)
     except OSError as error:
         raise OutputError(f"{output}: cannot be written: {error.strerror} (--output_path)") from error
 

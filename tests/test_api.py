@@ -23,6 +23,7 @@ from cachegen.errors import BitstreamError, ConfigError, InputError, MismatchErr
 from cachegen.format import Coder
 from cachegen.kv_cache import KVCache
 from cachegen.methods import default_config, load_config, make_encoder, method_of
+from cachegen.methods.transform.profile import load_profile
 from cachegen.pipeline.chunking import plan_chunks
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
@@ -104,14 +105,53 @@ def test_answers_are_those_of_the_decoded_folder(tmp_path, config):
     assert generate(loaded.model, decoded) == list(answer.token_ids)
 
 
-def test_files_of_the_scripts_are_read_with_a_model_of_the_scripts(tmp_path):
+@functools.cache
+def plain() -> Any:
+    """The bundled model as transformers gives it."""
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype="auto").eval()
+
+
+def test_files_of_the_scripts_are_read_with_a_model_of_the_scripts_or_of_that_checkpoint(tmp_path):
     cache, metadata = prefill_context(bundled(), PROMPT[0])
     config = load_config(CONFIG_FOLDER / "quantization_tiny.json")
     encode_document(make_encoder(config, cache, metadata, (cache.num_tokens,)), tmp_path)
     stored = api.load(tmp_path)
     assert stored.to_cache(bundled(), PROMPT).get_seq_length() == stored.num_tokens == PROMPT.shape[1] - 1
+    assert generate(plain(), stored.to_cache(plain(), PROMPT)) == generate(plain(), stored.to_cache(bundled(), PROMPT))
     with pytest.raises(MismatchError, match="model_fingerprint"):
-        stored.to_cache(bundled().model, PROMPT)
+        stored.to_cache(change(plain()), PROMPT)
+
+
+def test_transform_takes_a_model_of_transformers_by_its_checkpoints_profile(tmp_path):
+    output = run(plain())
+    for name, model in {"plain": plain(), "scripts": bundled()}.items():
+        api.compress(output, IDS, model, "transform_tiny").save(tmp_path / name)
+    assert read_folder(tmp_path / "plain") == read_folder(tmp_path / "scripts")
+    assert api.load(tmp_path / "plain").to_cache(plain(), PROMPT).get_seq_length() == NUM_TOKENS
+    with pytest.raises(MismatchError, match="the profile's model_fingerprint"):
+        api.compress(output, IDS, change(plain()), "transform_tiny")
+
+
+def test_a_profile_may_be_given_beside_the_config(tmp_path):
+    folder = Path(BUNDLED_MODEL) / "profile"
+    given = {
+        "folder": folder,
+        "path": str(folder),
+        "profile": load_profile(folder, for_encoding=True),
+    }
+    config = {"method": "transform", "target_kl": 0.002}
+    api.compress(run(plain()), IDS, plain(), "transform_tiny").save(tmp_path / "expected")
+    for name, profile in given.items():
+        api.compress(run(plain()), IDS, plain(), config, profile=profile).save(tmp_path / name)
+        assert read_folder(tmp_path / name) == read_folder(tmp_path / "expected"), name
+        assert api.load(tmp_path / name, profile=profile).to_cache(plain(), IDS).get_seq_length() == NUM_TOKENS
+    with pytest.raises(ConfigError, match="has no field profile"):
+        api.compress(run(plain()), IDS, plain(), config)
+    with pytest.raises(ConfigError, match="`profile` is not for method cachegen"):
+        api.compress(run(plain()), IDS, plain(), profile=folder)
+    with pytest.raises(ValueError, match="without its analysis"):
+        api.compress(run(plain()), IDS, plain(), config, profile=load_profile(folder))
 
 
 @pytest.mark.parametrize("num_layers, name", [(32, "quantization_7b"), (6, "quantization_tiny")])
@@ -230,7 +270,7 @@ def test_levels_decode_from_the_first_to_the_one_that_is_named(tmp_path):
     sizes = [api.load(tmp_path, level=level).num_bytes for level in (1, 2)]
     assert sizes[0] < sizes[1] <= compressed.num_bytes == api.load(tmp_path).num_bytes
     assert api.load(tmp_path, level=1).to_cache(loaded, IDS).get_seq_length() == NUM_TOKENS
-    with pytest.raises(ConfigError, match="level 9"):
+    with pytest.raises(ConfigError, match="`level` 9 asked for"):
         api.load(tmp_path, level=9)
 
 
@@ -279,7 +319,7 @@ def test_damage_and_absence_are_named(folder, tmp_path):
         stored.to_cache(llama())
     with pytest.raises(InputError, match=re.escape(chunk.name)):
         api.load(folder)
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match=r"nowhere: holds neither compressed files \(tables.cgt\) nor a store"):
         api.load(tmp_path / "nowhere")
 
 
@@ -385,9 +425,9 @@ def test_models_that_cannot_be_used_are_refused():
     [
         ({"chunk_tokens": 0}, ValueError, "`chunk_tokens` must be at least 1"),
         ({"block_size": 0}, ValueError, "`block_size` must be"),
-        ({"coder": "zip"}, ConfigError, "coder must be one of"),
+        ({"coder": "zip"}, ConfigError, "`coder` must be one of"),
         ({"device": "gpu"}, ConfigError, "gpu"),
-        ({"config": "no-such-config"}, InputError, "no such config file"),
+        ({"config": "no-such-config"}, InputError, r"no such config: names are .*uniform_4bit, uniform_8bit\)"),
         ({"config": {"method": "zip"}}, ConfigError, "config: method must be one of"),
         ({"config": {"method": "uniform", "bits": 9}}, ConfigError, "config: bits must be 2 to 8"),
         ({"token_ids": IDS.float()}, TypeError, "`token_ids` must be integers"),
@@ -400,10 +440,16 @@ def test_wrong_arguments_are_named(arguments, error, message):
         api.compress(run(llama()), **{"token_ids": IDS, "model": llama(), **arguments})
 
 
+def test_without_a_clone_names_of_configs_are_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr("cachegen.api.arguments.CLONE", tmp_path)
+    with pytest.raises(InputError, match=r"uniform_8bit: no such config: .* installed without them; give a path, or"):
+        api.compress(run(llama()), IDS, llama(), "uniform_8bit")
+
+
 # --- what people read -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["compress", "load"])
+@pytest.mark.parametrize("name", ["compress", "load", "publish", "calibrate"])
 def test_the_examples_of_the_docstrings_run(name):
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(cachegen, name), name)
     assert len(test.examples) > 5
@@ -414,25 +460,61 @@ def test_the_examples_of_the_docstrings_run(name):
 def test_help_shows_both_functions_with_their_docstrings():
     text = pydoc.plain(pydoc.render_doc(cachegen))
     assert "Compress the cache of a context." in text and "Open a folder of" in text
+    assert "Put a compressed cache into a store" in text and "class CacheStore" in text
     assert set(cachegen.__all__) <= set(dir(cachegen))
     with pytest.raises(AttributeError, match="no attribute 'decompress'"):
         _ = cachegen.decompress
 
 
+def run_example(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    runpy.run_path(str(REPOSITORY / "examples" / f"{name}.py"))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_every_example_has_a_test():
+    names = {path.stem for path in (REPOSITORY / "examples").iterdir()}
+    assert names == {"compress_and_answer", "many_questions", "stream_from_store"}
+
+
 def test_the_example_answers_as_from_the_text(capsys):
-    runpy.run_path(str(REPOSITORY / "examples" / "compress_and_answer.py"))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("register")]
+    lines = [line for line in run_example("compress_and_answer", capsys) if line.startswith("register")]
     assert len(lines) == 2
     for line, value in zip(lines, ("91115", "18950"), strict=True):
         assert line.count(value) == 2, line
 
 
-def test_the_python_of_the_readme_answers_the_question(tmp_path, monkeypatch, capsys):
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    code = readme.split("<!-- tested: python -->\n\n```python\n", 1)[1].split("```\n", 1)[0]
+def test_the_example_of_many_questions_answers_all_of_them(capsys):
+    lines = run_example("many_questions", capsys)
+    assert {"from the files: 7 of 7 right", "from the text: 7 of 7 right"} <= set(lines)
+
+
+def test_the_example_of_streaming_answers_and_misses(capsys):
+    lines = run_example("stream_from_store", capsys)
+    assert len([line for line in lines if line.startswith("  register already-together: 18950")]) == 2
+    assert len([line for line in lines if re.fullmatch(r"  tokens \d+ to \d+: level 1, [0-9,]+ bytes", line)]) >= 8
+    assert lines[-1] == "nothing of this prompt there: True"
+
+
+def run_blocks(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a page's Python, one block after the other, as in the root of a clone; what it prints."""
     for name in ("models", "9k_prompts"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
-    sizes, answer = capsys.readouterr().out.splitlines()[:2]
+        (folder / name).symlink_to(REPOSITORY / name)
+    monkeypatch.chdir(folder)
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert blocks
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+    return capsys.readouterr().out
+
+
+def test_the_python_of_the_readme_answers_the_question(tmp_path, monkeypatch, capsys):
+    sizes, answer = run_blocks(REPOSITORY / "README.md", tmp_path, monkeypatch, capsys).splitlines()[:2]
     assert float(sizes.split()[1]) < 4 and answer.split()[0].startswith("91115")
+
+
+def test_the_python_of_its_page_answers_the_question_every_way(tmp_path, monkeypatch, capsys):
+    printed = run_blocks(REPOSITORY / "docs" / "python.md", tmp_path, monkeypatch, capsys)
+    assert printed.count("91115") == 3 and "for this model: True" in printed
+    bits = [float(line.split()[1]) for line in printed.splitlines() if re.fullmatch(r"\d+ \d\.\d+", line)]
+    assert len(bits) == 2 and bits[1] < 1 < 4 < bits[0]

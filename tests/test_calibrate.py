@@ -115,13 +115,13 @@ class TestContexts:
 
     def test_caches_of_another_model_are_refused(self, contexts):
         check_model(contexts, "0" * 64, "random")
-        with pytest.raises(MismatchError, match="--model_id"):
+        with pytest.raises(MismatchError, match="`model_id`"):
             check_model(contexts, "1" * 64, "random")
 
     def test_fewer_tokens_than_channels_are_refused(self, contexts, tmp_path):
         with pytest.raises(InputError, match="150 tokens to fit on are fewer than the 192 channels"):
             check_tokens(contexts[:1], SETTINGS)
-        with pytest.raises(InputError, match="more KV files"):
+        with pytest.raises(InputError, match="more contexts"):
             run(contexts[:1], tmp_path)
         assert check_tokens(contexts[:1], dataclasses.replace(SETTINGS, layers_per_group=2)) == 150
 
@@ -133,7 +133,7 @@ class TestContexts:
         assert len(fitted) + len(rest) == count
 
     def test_nothing_can_be_held_out_of_one(self, contexts):
-        with pytest.raises(InputError, match="--no_curve"):
+        with pytest.raises(InputError, match="`no_curve`"):
             split_contexts(contexts[:1])
 
 

@@ -129,7 +129,7 @@ class TestPublish:
             levels[1] = make_document(tmp_path, chunk_tokens=(320, 320)).levels[1]
         else:
             levels[1] = make_document(tmp_path, num_layers=3).levels[1]
-        with pytest.raises(MismatchError, match="encode the same cache with the same --num_chunks"):
+        with pytest.raises(MismatchError, match="encode the same cache in the same chunks"):
             publish_document(open_store(tmp_path / "s", create=True), levels, metadata)
 
     def test_chunks_of_another_level_are_refused(self, tmp_path, document):

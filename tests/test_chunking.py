@@ -52,8 +52,8 @@ def test_default_is_the_papers_chunk_length():
 @pytest.mark.parametrize(
     ("num_chunks", "chunk_size", "message"),
     [
-        (11, None, r"--num_chunks 11 is more than the cache has tokens \(10\)"),
-        (4, 4, r"--num_chunks 4 of --chunk_size 4 begin beyond the cache's 10 tokens: there is room for 3"),
+        (11, None, r"`num_chunks` 11 is more than the cache has tokens \(10\)"),
+        (4, 4, r"`num_chunks` 4 of `chunk_size` 4 begin beyond the cache's 10 tokens: there is room for 3"),
         (2, 10, "there is room for 1"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_module_that_cannot_run_says_why(with_gpu, monkeypatch) -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--device"):
+    with pytest.raises(ConfigError, match="`device`"):
         device.choose_kernels("tpu")
 
 

@@ -41,6 +41,28 @@ def test_a_project_error_is_one_line_and_its_exit_code(error_class, capsys):
     assert capsys.readouterr() == ("", "error: x.bin: is broken\n")
 
 
+def test_a_librarys_message_names_flags_where_it_names_parameters(capsys):
+    message = "`count` 3 is more than `quiet` allows; `counts`, `help` and `pip install x` are no flags"
+    assert run_raising(ConfigError(message)) == ConfigError.exit_code
+    assert capsys.readouterr().err == (
+        "error: --count 3 is more than --quiet allows; `counts`, `help` and `pip install x` are no flags\n"
+    )
+
+
+def test_flags_of_commands_and_of_other_spellings_are_named_in_warnings_too(capsys):
+    parser = command_line.CommandLineParser(description="A test.")
+    command = parser.add_subparsers(dest="command").add_parser("look", description="A look.")
+    command.add_argument("path")
+    command.add_argument("--follow-redirects", "--follow_redirects", action="store_true")
+    command_line.add_common_flags(command)
+
+    def warn(args: argparse.Namespace) -> None:
+        command_line.Reporter(args).warn("`follow_redirects` allows `path`")
+
+    assert command_line.run(warn, parser, ["look", "here"]) == 0
+    assert capsys.readouterr().err == "warning: --follow-redirects allows `path`\n"
+
+
 def test_success_returns_zero_and_a_body_can_return_its_own_code():
     assert command_line.run(lambda args: None, make_parser(), []) == 0
     assert command_line.run(lambda args: 9, make_parser(), []) == 9

@@ -97,7 +97,7 @@ def test_the_first_chunks_decode_without_the_others(folder, config_path):
 def test_more_chunks_than_there_are_are_refused(folder):
     encoded = EncodedFolder(folder, 1)
     assert encoded.select_chunks(None) == (20, 20, 20) and encoded.select_chunks(1) == (20,)
-    with pytest.raises(ConfigError, match="--num_chunks 4 asked for, 3 are there"):
+    with pytest.raises(ConfigError, match="`num_chunks` 4 asked for, 3 are there"):
         encoded.select_chunks(4)
 
 

@@ -20,7 +20,7 @@ def test_auto_is_the_cpu_where_torch_has_no_cuda(monkeypatch):
 
 def test_cuda_by_name_without_cuda_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendUnavailableError, match=r"--device cuda: .*--device cpu"):
+    with pytest.raises(BackendUnavailableError, match=r"`device` cuda: .*`device` cpu"):
         resolve_device("cuda")
 
 
@@ -38,7 +38,7 @@ def test_dtypes_go_by_their_torch_names_and_auto_stays_open():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ConfigError, match="--device"):
+    with pytest.raises(ConfigError, match="`device`"):
         resolve_device("tpu")
-    with pytest.raises(ConfigError, match="--dtype"):
+    with pytest.raises(ConfigError, match="`dtype`"):
         resolve_dtype("int8")

@@ -123,7 +123,7 @@ def test_a_folder_is_written_by_one_process_at_a_time(encoder, folder, encoded):
 def test_an_error_beyond_the_bound_is_refused_and_leaves_nothing(encoder, folder):
     bound = encode_document(encoder, folder).errors[1].largest
     shutil.rmtree(folder)
-    with pytest.raises(ConfigError, match=r"decodes .* from the cache's, more than --max_error"):
+    with pytest.raises(ConfigError, match=r"decodes .* from the cache's, more than `max_error`"):
         encode_document(encoder, folder, max_error=0.99 * bound)
     assert read_folder(folder) == {}
     assert encode_document(encoder, folder, max_error=bound).errors[1].largest == bound
@@ -214,7 +214,7 @@ def test_a_damaged_tables_file_is_written_again(encoder, folder, encoded, damage
 def test_files_of_a_later_release_are_not_taken_for_damaged(encoder, folder, encoded, name):
     (folder / name).write_bytes(encoded[name][:8] + b"\x09" + encoded[name][9:])
     before = read_folder(folder)
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="`overwrite`"):
         encode_document(encoder, folder)
     assert read_folder(folder) == before
 
@@ -222,7 +222,7 @@ def test_files_of_a_later_release_are_not_taken_for_damaged(encoder, folder, enc
 @pytest.mark.parametrize("below", ["", "below"])
 def test_a_file_in_the_folders_place_is_refused(encoder, tmp_path, below):
     (tmp_path / "file").write_bytes(b"mine")
-    with pytest.raises(OutputError, match=r"cannot be made: .*--output_path"):
+    with pytest.raises(OutputError, match=r"cannot be made: .*`output_path`"):
         encode_document(encoder, tmp_path / "file" / below)
     assert (tmp_path / "file").read_bytes() == b"mine"
 

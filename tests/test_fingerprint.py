@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -12,13 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import BUNDLED_MODEL, copy_with_other_keys, make_named, one_thread  # noqa: F401
+from random_models import BUNDLED_MODEL, CONFIGS, copy_with_other_keys, make_named, one_thread, save_model  # noqa: F401
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cachegen.errors import BackendUnavailableError, InputError
 from cachegen.pipeline import fingerprint as fingerprint_module
-from cachegen.pipeline.fingerprint import choose_rows, compute_fingerprint, compute_memory_fingerprint
+from cachegen.pipeline.fingerprint import (
+    choose_rows,
+    compute_fingerprint,
+    compute_memory_fingerprint,
+    find_checkpoint_fingerprint,
+)
 from cachegen.pipeline.model import identify_model, load_model, quiet_transformers
 
 CPU = torch.device("cpu")
@@ -155,7 +161,8 @@ def test_rows_are_evenly_spaced_from_the_first_to_the_last(num_rows, row_values,
 def test_tensors_of_every_rank_are_sampled_alike_whole_or_in_slices(tmp_path, shape):
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     save_file({"x": tensor}, tmp_path / "x.safetensors")
-    ((description, sample),) = fingerprint_module._sample_file(tmp_path / "x.safetensors")
+    ((name, found, rows),) = fingerprint_module._read_samples(tmp_path / "x.safetensors")
+    description, sample = fingerprint_module._describe_sample(name, found, rows)
     flat = tensor.reshape(-1)
     if flat.numel() > 65536:
         row_values = shape[-1] if len(shape) > 1 else 1
@@ -320,3 +327,69 @@ def test_a_model_in_memory_is_not_known_by_the_files_of_its_checkpoint():
     loaded = load_model(BUNDLED_MODEL, device=CPU)
     assert compute_memory_fingerprint(loaded.model) != loaded.fingerprint
     assert identify_model(loaded) is loaded
+
+
+@functools.cache
+def load_plainly(folder: str = BUNDLED_MODEL, dtype: str = "auto"):
+    """A model as transformers gives it; tests must not change it."""
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
+def test_a_model_in_memory_is_found_to_be_its_checkpoint_in_any_dtype(dtype):
+    model, expected = load_plainly(dtype=dtype), compute_fingerprint(BUNDLED_MODEL)
+    assert find_checkpoint_fingerprint(model) == expected
+    assert identify_model(model, expected).fingerprint == expected
+    assert identify_model(model, expected).model_id == BUNDLED_MODEL
+    for other in (None, "0" * 64):
+        assert identify_model(model, other).fingerprint == compute_memory_fingerprint(model)
+
+
+def test_a_model_in_memory_with_tied_weights_and_one_from_a_pickle_are_found_to_be_their_checkpoints(tmp_path):
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.tie_word_embeddings = True
+    save_model(config, tmp_path)
+    model = load_plainly(str(tmp_path))
+    assert "lm_head.weight" not in read_weights(tmp_path) and "lm_head.weight" in model.state_dict()
+    assert find_checkpoint_fingerprint(model) == fingerprint_of(tmp_path)
+    torch.save(read_weights(tmp_path), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    assert find_checkpoint_fingerprint(model) == fingerprint_of(tmp_path)
+
+
+def change_weight(model) -> None:
+    with torch.no_grad():
+        model.model.layers[2].self_attn.k_proj.weight *= 1.25
+
+
+def add_tensor(model) -> None:
+    model.model.layers[0].register_buffer("more", torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_weight,
+        add_tensor,
+        lambda model: setattr(model.config, "rms_norm_eps", 1e-3),
+        lambda model: setattr(model.config, "_name_or_path", "no/such-model"),
+        lambda model: setattr(model, "name_or_path", ""),
+    ],
+    ids=["weights", "a tensor more", "config", "no files", "no name"],
+)
+def test_a_model_that_was_changed_in_memory_is_not_its_checkpoint(change):
+    model = copy.deepcopy(load_plainly())
+    assert find_checkpoint_fingerprint(model) is not None
+    change(model)
+    if model.config._name_or_path != BUNDLED_MODEL:
+        model.name_or_path = model.config._name_or_path
+    assert find_checkpoint_fingerprint(model) is None
+
+
+@pytest.mark.parametrize("damage", ["adapter_config.json", "model.safetensors", "config.json"])
+def test_files_that_have_changed_since_are_not_the_models_any_more(model_folder, damage):
+    model = load_plainly(str(model_folder))
+    assert find_checkpoint_fingerprint(model) is not None
+    (model_folder / damage).write_bytes(b"{}")
+    assert find_checkpoint_fingerprint(model) is None

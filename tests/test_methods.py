@@ -105,7 +105,7 @@ class TestToy:
         header = parse_document((encoded / "tables.cgt").read_bytes())
         with pytest.raises(MismatchError, match=r"method is toy, but .* says uniform"):
             check_config(load_config(Path("config/uniform_8bit.json")), header, "tables.cgt")
-        with pytest.raises(ConfigError, match="--levels is not for method toy"):
+        with pytest.raises(ConfigError, match="`levels` is not for method toy"):
             load_config(tmp_path / "toy.json").with_flags({"levels": (1, 2)})
 
 

@@ -183,13 +183,13 @@ def test_layer_devices_has_one_entry_per_layer_whatever_the_architecture():
 
 
 def test_gpu_placement_without_a_gpu_is_a_contradiction():
-    with pytest.raises(ConfigError, match="need --device cuda"):
+    with pytest.raises(ConfigError, match="need `device` cuda"):
         load_model(BUNDLED_MODEL, device=CPU, num_gpus=1)
 
 
 def test_more_gpus_than_there_are_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(BackendUnavailableError, match="--num_gpus 2: torch sees 1"):
+    with pytest.raises(BackendUnavailableError, match="`num_gpus` 2: torch sees 1"):
         load_model(BUNDLED_MODEL, device=torch.device("cuda", 0), num_gpus=2)
 
 

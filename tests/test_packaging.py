@@ -1,6 +1,7 @@
 """The rules that no single module can keep: versions, layers, forbidden calls, and what the sdist holds."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,24 @@ def forbidden_calls(source: str) -> list[str]:
     return wrong
 
 
+def named_flags(source: str) -> list[str]:
+    """List the strings of a module, docstrings apart, that name a flag of a command line."""
+    tree = ast.parse(source)
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    before_values = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    return [
+        f"line {node.lineno}: {node.value!r}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in alone
+        and (
+            re.search(r"--[a-z]", node.value.replace("build_ext --inplace", ""))
+            or (id(node) in before_values and node.value.endswith("--"))
+        )
+    ]
+
+
 # --- layers and forbidden calls ---------------------------------------------------------------------------------------
 
 
@@ -221,6 +240,26 @@ def test_the_layer_check_allows_imports_from_below() -> None:
 )
 def test_the_call_check_sees_each_forbidden_call(source: str) -> None:
     assert len(forbidden_calls(source)) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if LAYERS.get(layer_name(name), 0) < 7])
+def test_messages_of_the_library_name_no_flags(name: str) -> None:
+    """They name parameters in backticks; where there is a flag of that name, the scripts say it instead."""
+    assert named_flags(SOURCES[name].read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source", ['raise E("give --profile")', 'raise E(f"--{name} is unknown")', 'f(hint="--a, --b")']
+)
+def test_the_flag_check_sees_flags(source: str) -> None:
+    assert len(named_flags(source)) == 1
+
+
+def test_the_flag_check_allows_docstrings_and_other_programs_flags() -> None:
+    assert (
+        named_flags('def f():\n    """The value of --json."""\n    g("python setup.py build_ext --inplace", "a -- b")')
+        == []
+    )
 
 
 def test_the_call_check_allows_safe_calls() -> None:

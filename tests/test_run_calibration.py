@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 import cachegen.calibration.calibrate as calibration
 import run_calibration
-from cachegen.calibration import curve
+from cachegen.calibration import complete, curve
 from cachegen.files import lock_folder
 from cachegen.kv_cache import save_kv_cache
 from cachegen.methods.transform.profile import load_profile
@@ -126,7 +126,7 @@ class TestInterruption:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(curve, "measure_curve", stop)
+            patch.setattr(complete, "measure_curve", stop)
             assert run_calibration.main([*argv, "--quiet"]) == 130
         assert capsys.readouterr().err == "error: interrupted\n"
         assert not (output / "profile.json").exists()

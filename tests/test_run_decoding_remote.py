@@ -245,9 +245,12 @@ class TestLyingServer:
                 Misbehaviour(str(name), "redirect", body=f"302 {elsewhere.url}/{name}".encode()) for name in names
             ]
             flags = ["--level", "3", "--question", FIRST]
-            record = run_to_json(argv, capsys, *flags)
+            assert run_decoding_remote.main([*argv, "--json", "-", *flags]) == 0
+            output = capsys.readouterr()
+            record = json.loads(output.out)
             assert {chunk["level"] for chunk in record["chunks"]} == {2} and elsewhere.requests == []
-            assert "--follow-redirects allows it" in record["problems"][0]
+            assert "`follow_redirects` allows it" in record["problems"][0]
+            assert "--follow-redirects allows it" in output.err
             record = run_to_json(argv, capsys, *flags, "--follow-redirects")
             assert {chunk["level"] for chunk in record["chunks"]} == {3} and record["problems"] == []
 

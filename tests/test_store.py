@@ -335,7 +335,7 @@ class TestRedirects:
             lambda store: store.get_range("a/b.bin", 0, 10),
             lambda store: store.exists("a/b.bin"),
         ):
-            with pytest.raises(StoreError, match=r"another host, port or scheme \(--follow-redirects allows it\)"):
+            with pytest.raises(StoreError, match=r"another host, port or scheme \(`follow_redirects` allows it\)"):
                 ask(server.open())
         assert elsewhere.requests == []
         store = open_store(server.url, retry=QUICK, follow_redirects=True)

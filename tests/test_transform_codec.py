@@ -553,7 +553,7 @@ def test_streams_of_more_tokens_than_escapes_can_name_are_refused() -> None:
 def test_a_profile_that_the_document_does_not_name_is_refused() -> None:
     encoder, profile, files = small_document()
     other = dataclasses.replace(profile, profile_hash="77" * 32)
-    with pytest.raises(MismatchError, match=r"^profile_hash is 777777777777, but .*give --profile its folder"):
+    with pytest.raises(MismatchError, match=r"^profile_hash is 777777777777, but .*give `profile` its folder"):
         decode_with(files, profile=other)
     header = dataclasses.replace(encoder.document.header, planes=encoder.document.header.planes[::-1])
     tables_file = header.pack()
@@ -565,7 +565,7 @@ def test_without_a_profile_a_document_is_opened_but_not_decoded() -> None:
     encoder, profile, files = small_document()
     document = open_document(encoder.tables_file)
     assert isinstance(document.header, TransformDocumentHeader)
-    with pytest.raises(InputError, match=r"needs the profile .* \(--profile\)"):
+    with pytest.raises(InputError, match=r"needs the profile .* \(`profile`\)"):
         document.decode(files, allocate_for(profile, 34, torch.float32), first_token=0, token_hash=bytes(32))
 
 

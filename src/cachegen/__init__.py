@@ -1,21 +1,39 @@
 """CacheGen: compress, store and stream the KV caches of language models.
 
-`compress` turns the cache of a transformers model into small files, `load` opens them again. The classes that they
-return, and all errors (`cachegen.errors`), have docstrings, too.
+    compress(cache, token_ids, model)   a transformers cache, small: `.save(folder)`, `.num_bytes`, `.bits_per_value`
+    publish(store, compressed)          what was compressed, into a store that others stream from
+    load(folder or url)                 either of them, opened: `.to_cache(model, prompt)` is what
+                                        `model.generate(..., past_key_values=...)` takes
+    calibrate(model, contexts)          the model's profile, which method `transform` needs: `.save(folder)`
+
+Each has an example in its docstring. Errors that a user can meet are of `cachegen.errors`: one line, with the remedy.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cachegen import errors
+
 if TYPE_CHECKING:
-    from cachegen.api import CompressedCache, StoredCache, compress, load
+    from cachegen.api import CacheStore, CompressedCache, Profile, StoredCache, calibrate, compress, load, publish
 
 __version__ = "0.2.0"
 
-__all__ = ["CompressedCache", "StoredCache", "__version__", "compress", "load"]
+__all__ = [
+    "CacheStore",
+    "CompressedCache",
+    "Profile",
+    "StoredCache",
+    "__version__",
+    "calibrate",
+    "compress",
+    "errors",
+    "load",
+    "publish",
+]
 
-_IN_API = frozenset({"CompressedCache", "StoredCache", "compress", "load"})
+_IN_API = frozenset(__all__) - {"__version__", "errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -88,7 +89,7 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         """Print a one-line warning on stderr."""
-        print(f"warning: {_one_line(text)}", file=sys.stderr, flush=True)
+        print(f"warning: {_one_line(_name_flags(text))}", file=sys.stderr, flush=True)
 
 
 def run(
@@ -108,6 +109,8 @@ def run(
     """
     end_guard()
     _prepare_streams()
+    _FLAGS.clear()
+    _FLAGS.update(_list_flags(parser))
     try:
         with _unwinding_at_signals():
             try:
@@ -302,8 +305,27 @@ def _one_line(text: str) -> str:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"error: {_one_line(message)}", file=sys.stderr, flush=True)
+    print(f"error: {_one_line(_name_flags(message))}", file=sys.stderr, flush=True)
     return exit_code
+
+
+_FLAGS: dict[str, str] = {}
+"""The running script's flags, by the names that libraries' messages have for them."""
+
+
+def _list_flags(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+    """Yield name and flag of every option of a parser and of its commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _list_flags(command)
+        else:
+            yield from ((action.dest, flag) for flag in action.option_strings[:1] if flag.startswith("--"))
+
+
+def _name_flags(text: str) -> str:
+    """Return a library's message as a script says it: names in backticks that are flags become flags."""
+    return re.sub(r"`(\w+)`", lambda match: _FLAGS.get(match[1], match[0]), text)
 
 
 class _Ended(KeyboardInterrupt):

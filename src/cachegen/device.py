@@ -25,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
         ConfigError: there is no such name.
     """
     if name not in DEVICE_NAMES:
-        raise ConfigError(f"--device must be one of {', '.join(DEVICE_NAMES)}, got {name!r}")
+        raise ConfigError(f"`device` must be one of {', '.join(DEVICE_NAMES)}, got {name!r}")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -34,7 +34,7 @@ def resolve_device(name: str) -> torch.device:
         remedy = "this torch is built without CUDA: install a CUDA build (see pytorch.org)"
     else:
         remedy = "torch sees no GPU: check nvidia-smi and the driver"
-    raise BackendUnavailableError(f"--device cuda: {remedy}, or use --device cpu")
+    raise BackendUnavailableError(f"`device` cuda: {remedy}, or use `device` cpu")
 
 
 def resolve_dtype(name: str) -> torch.dtype | Literal["auto"]:
@@ -46,7 +46,7 @@ def resolve_dtype(name: str) -> torch.dtype | Literal["auto"]:
     if name == "auto":
         return "auto"
     if name not in DTYPES:
-        raise ConfigError(f"--dtype must be one of {', '.join(DTYPE_NAMES)}, got {name!r}")
+        raise ConfigError(f"`dtype` must be one of {', '.join(DTYPE_NAMES)}, got {name!r}")
     return DTYPES[name]
 
 
@@ -86,5 +86,5 @@ def choose_kernels(name: str) -> KernelChoice:
         return KernelChoice(load_kernels(device), device)
     except BackendUnavailableError as error:
         if name == "cuda":
-            raise BackendUnavailableError(f"--device cuda: {error}, or use --device cpu") from error
+            raise BackendUnavailableError(f"`device` cuda: {error}, or use `device` cpu") from error
         return KernelChoice(CPU, torch.device("cpu"), str(error))

@@ -35,7 +35,7 @@ def not_finite_error(plane: int, token: int) -> InputError:
     kind = "values" if plane % 2 else "keys"
     return InputError(
         f"the KV cache holds NaN or infinity (layer {plane // 2}, {kind}, token {token}): "
-        "prefill it again, with --dtype bfloat16 or float32 if it was float16"
+        "prefill it again, in bfloat16 or float32 if it was in float16"
     )
 
 

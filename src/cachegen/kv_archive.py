@@ -56,7 +56,7 @@ def check_archive(path: Path) -> Iterator[BinaryIO]:
         InputError: there is no such file, or it is no regular one.
         BitstreamError: it is not a KV file, or not whole.
     """
-    with open_file(path, kind="KV cache file", hint="write one with main.py, or name it with --path_to_kv") as stream:
+    with open_file(path, kind="KV cache file", hint="write one with main.py, or name another one") as stream:
         try:
             pickle = _read_pickle(stream)
         except BitstreamError as error:

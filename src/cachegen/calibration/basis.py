@@ -102,6 +102,6 @@ def _check_inverse(basis: Basis) -> None:
     error = (product - torch.eye(len(product), dtype=product.dtype)).abs().max().item()
     if not error < 0.1:  # NaN, too
         raise InputError(
-            f"the transform does not fit fp16 (its inverse is off by {error:.2g}): these caches need --weights none, "
+            f"the transform does not fit fp16 (its inverse is off by {error:.2g}): these caches need `weights` none, "
             "or more calibration tokens"
         )

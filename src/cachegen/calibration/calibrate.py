@@ -55,9 +55,14 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class CalibrationContext:
-    """One saved cache, its tensors memory-mapped."""
+    """One cache to calibrate on, if it is a saved one with its tensors memory-mapped.
 
-    path: Path
+    Attributes:
+        path: its file, or what it is called in messages.
+        metadata: with `cache_hash`.
+    """
+
+    path: Path | str
     cache: KVCache
     metadata: ContextMetadata
 
@@ -96,7 +101,18 @@ def open_contexts(path: Path) -> list[CalibrationContext]:
     else:
         files = [path]
     contexts = [CalibrationContext(file, *load_kv_cache(file)) for file in files]
-    first, paths_of_tokens = contexts[0], {}
+    check_together(contexts)
+    return contexts
+
+
+def check_together(contexts: Sequence[CalibrationContext]) -> None:
+    """Refuse caches that no one profile could be made of.
+
+    Raises:
+        MismatchError: they are of different models, shapes or dtypes, or two hold the same tokens.
+    """
+    first = contexts[0]
+    paths_of_tokens: dict[str, Path | str] = {}
     for context in contexts:
         for field, found, expected in (
             ("model_fingerprint", context.metadata.model_fingerprint[:12], first.metadata.model_fingerprint[:12]),
@@ -112,7 +128,6 @@ def open_contexts(path: Path) -> list[CalibrationContext]:
         twin = paths_of_tokens.setdefault(context.token_hash, context.path)
         if twin is not context.path:
             raise MismatchError(f"{context.path}: the same context as {twin}; remove one of them")
-    return contexts
 
 
 def split_contexts(contexts: Sequence[CalibrationContext]) -> tuple[list[CalibrationContext], list[CalibrationContext]]:
@@ -122,7 +137,7 @@ def split_contexts(contexts: Sequence[CalibrationContext]) -> tuple[list[Calibra
         InputError: there are fewer than two.
     """
     if len(contexts) < 2:
-        raise InputError("the curve needs a context that nothing was fitted on: give two KV files, or --no_curve")
+        raise InputError("the curve needs a context that nothing was fitted on: give two contexts, or `no_curve`")
     held_out = set(range(3, len(contexts), 4)) or {len(contexts) - 1}
     fitted_on = [context for index, context in enumerate(contexts) if index not in held_out]
     return fitted_on, [contexts[index] for index in sorted(held_out)]
@@ -138,7 +153,7 @@ def check_model(contexts: Sequence[CalibrationContext], fingerprint: str, model_
     if found != fingerprint:
         raise MismatchError(
             f"{contexts[0].path}: its model_fingerprint is {found[:12]}, but {model_id} has {fingerprint[:12]}: "
-            "give --model_id the model that made the caches"
+            "give the model that made the caches (`model_id`)"
         )
 
 
@@ -155,7 +170,7 @@ def check_tokens(contexts: Sequence[CalibrationContext], settings: CalibrationSe
     if num_tokens < num_channels:
         raise InputError(
             f"{contexts[0].path}: the {num_tokens} tokens to fit on are fewer than the {num_channels} channels of a "
-            "group of layers: give more KV files, or fewer --layers_per_group"
+            "group of layers: give more contexts, or fewer `layers_per_group`"
         )
     for context in contexts:
         if context.cache.num_tokens < 2:

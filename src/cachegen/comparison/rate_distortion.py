@@ -238,12 +238,12 @@ def load_caches(study: Study, contexts: Sequence[PromptContext], kind: str) -> I
             save_kv_cache(path, *prefill_context(study.load_for_prefill(), token_ids, study.block_size))
         saved = SavedCache(*load_kv_cache(path))
         if saved.metadata.model_fingerprint != study.loaded.fingerprint:
-            raise MismatchError(f"{path}: is of another model than {study.loaded.model_id}; choose another --kv_folder")
+            raise MismatchError(f"{path}: is of another model than {study.loaded.model_id}; choose another `kv_folder`")
         if not torch.equal(saved.metadata.token_ids, token_ids[:-1]):
-            raise MismatchError(f"{path}: is of another text than {context.path}; choose another --kv_folder")
+            raise MismatchError(f"{path}: is of another text than {context.path}; choose another `kv_folder`")
         if saved.metadata.block_size != study.block_size:
             blocks = f"blocks of {saved.metadata.block_size} tokens, not {study.block_size}"
-            raise MismatchError(f"{path}: was prefilled in {blocks}; choose another --kv_folder")
+            raise MismatchError(f"{path}: was prefilled in {blocks}; choose another `kv_folder`")
         yield saved
 
 

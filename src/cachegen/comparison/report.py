@@ -142,7 +142,7 @@ def write_plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise BackendUnavailableError(
-            'the plot needs matplotlib: pip install "cachegen[plots]", or leave it out with --no_plot'
+            'the plot needs matplotlib: pip install "cachegen[plots]", or leave it out with `no_plot`'
         ) from None
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)

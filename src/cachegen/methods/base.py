@@ -333,11 +333,25 @@ class MethodConfig(ABC):
         method: the method's name.
         coder: the default of this config.
         source: the file, for messages.
+        model_fingerprint: of the only model that the config is for, 64 hex digits; None where any will do, or nobody
+            knows before `read_files`.
     """
 
     method: str
     coder: Coder
     source: str
+
+    @property
+    def model_fingerprint(self) -> str | None:
+        return None
+
+    def read_files(self) -> MethodConfig:
+        """Return the config with the files that it names in memory; encoding reads those that are not.
+
+        Raises:
+            InputError, BitstreamError: one is missing or corrupt.
+        """
+        return self
 
     @abstractmethod
     def with_flags(self, flags: Mapping[str, Any]) -> MethodConfig:
@@ -369,7 +383,7 @@ class MethodConfig(ABC):
             ConfigError: there are some.
         """
         for flag in flags:
-            raise ConfigError(f"--{flag} is not for method {self.method} ({self.source})")
+            raise ConfigError(f"`{flag}` is not for method {self.method} ({self.source})")
 
 
 class Method(ABC):

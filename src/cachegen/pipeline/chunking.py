@@ -29,7 +29,7 @@ def plan_chunks(num_tokens: int, num_chunks: int | None, chunk_size: int | None)
         starts = range(0, num_tokens, size)
     elif chunk_size is None:
         if num_chunks > num_tokens:
-            raise ConfigError(f"--num_chunks {num_chunks} is more than the cache has tokens ({num_tokens})")
+            raise ConfigError(f"`num_chunks` {num_chunks} is more than the cache has tokens ({num_tokens})")
         size, rest = divmod(num_tokens, num_chunks)
         return (size + 1,) * rest + (size,) * (num_chunks - rest)
     else:
@@ -37,7 +37,7 @@ def plan_chunks(num_tokens: int, num_chunks: int | None, chunk_size: int | None)
         starts = range(0, min(num_tokens, num_chunks * size), size)
         if len(starts) < num_chunks:
             raise ConfigError(
-                f"--num_chunks {num_chunks} of --chunk_size {chunk_size} begin beyond the cache's {num_tokens} tokens: "
+                f"`num_chunks` {num_chunks} of `chunk_size` {chunk_size} begin beyond the cache's {num_tokens} tokens: "
                 f"there is room for {len(starts)}"
             )
     return tuple(min(size, num_tokens - start) for start in starts)

@@ -22,7 +22,7 @@ def read_context(path: Path) -> str:
     content = (
         _read_pipe(path)
         if _is_pipe(path)
-        else read_file(path, MAX_CONTEXT_BYTES, kind="context file", hint="--path_to_context")
+        else read_file(path, MAX_CONTEXT_BYTES, kind="context file", hint="`path_to_context`")
     )
     try:
         text = content.decode("utf-8")

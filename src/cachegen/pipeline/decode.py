@@ -100,7 +100,7 @@ class EncodedFolder:
         """
         available = self.document.header.chunk_tokens
         if num_chunks is not None and num_chunks > len(available):
-            raise ConfigError(f"{self.path}: --num_chunks {num_chunks} asked for, {len(available)} are there")
+            raise ConfigError(f"{self.path}: `num_chunks` {num_chunks} asked for, {len(available)} are there")
         return available[:num_chunks]
 
     @property
@@ -112,7 +112,7 @@ class EncodedFolder:
         available = self.document.header.levels
         if level is not None and level not in available:
             levels = "1 level" if len(available) == 1 else f"{len(available)} levels"
-            raise ConfigError(f"{self.path}: --level {level} asked for, the document has {levels}")
+            raise ConfigError(f"{self.path}: `level` {level} asked for, the document has {levels}")
         return available[:level]
 
     def check_model(self, loaded: LoadedModel) -> None:
@@ -299,7 +299,7 @@ def check_model(document: Document, tables_name: object, loaded: LoadedModel) ->
         ("model_fingerprint", header.model_fingerprint.hex()[:12], loaded.fingerprint[:12]),
         ("rope_hash", header.rope_hash.hex()[:12], hash_rotary_embeddings(loaded.rotary_embeddings)[:12]),
     ]
-    remedy = "give the model that computed the cache (--model_id, --dtype, --load_in_8bit)"
+    remedy = "give the model that computed the cache (`model_id`, `dtype`, `load_in_8bit`)"
     for field, found, expected in gates:
         if found != expected:
             raise MismatchError(f"{tables_name}: {field} is {found}, but {loaded.model_id} has {expected}: {remedy}")

@@ -153,7 +153,7 @@ class _ChunkWriter:
         ]
         if max_error is not None and errors[-1].largest > max_error:
             raise ConfigError(
-                f"{paths[-1]}: a value decodes {errors[-1].largest:.6g} from the cache's, more than --max_error "
+                f"{paths[-1]}: a value decodes {errors[-1].largest:.6g} from the cache's, more than `max_error` "
                 f"{max_error:.6g}: choose a configuration with more bits"
             )
         if is_there:
@@ -217,7 +217,7 @@ def read_encoded_levels(
         BitstreamError: a tables file is corrupt.
         ConfigError: not one loss per level, losses that grow with the size, or levels that do not go together.
     """
-    sized: list[tuple[int, EncodedLevel]] = []
+    documents: list[list[tuple[int, EncodedLevel]]] = []
     for folder in map(Path, folders):
         tables_file = read_whole(folder / TABLES_NAME)
         try:
@@ -226,31 +226,47 @@ def read_encoded_levels(
             raise error.at(folder / TABLES_NAME) from error
         if header.num_levels > 1 and len(folders) > 1:
             raise ConfigError(f"{folder}: has levels that refine each other, which do not go with other folders'")
+        levels: list[tuple[int, EncodedLevel]] = []
         for level in header.levels:
             paths = [folder / chunk_name(i, level) for i in range(header.num_chunks)]
             chunks = [functools.partial(read_whole, path) for path in paths]
             num_bytes = sum(path.stat().st_size for path in paths if path.is_file())
-            sized.append((num_bytes, EncodedLevel(tables_file, chunks, refines=level - 1 if level > 1 else None)))
-    # Stable, and levels of one folder come in their order, whatever their sizes.
-    levels = [level for _, level in (sized if len(folders) == 1 else sorted(sized, key=lambda pair: pair[0]))]
+            levels.append((num_bytes, EncodedLevel(tables_file, chunks, refines=level - 1 if level > 1 else None)))
+        documents.append(levels)
+    return order_levels(documents, kl)
+
+
+def order_levels(
+    documents: Sequence[Sequence[tuple[int, EncodedLevel]]], kl: Sequence[float] | None = None
+) -> list[EncodedLevel]:
+    """Return the levels of encodings of one cache, the smallest first.
+
+    Args:
+        documents: of each encoding, the levels with the bytes of their chunks; those of one stay in their order.
+        kl: the expected loss of each level, in nats per token; None leaves what the levels say.
+
+    Raises:
+        ConfigError: not one loss per level, losses that grow with the size, or levels that do not go together.
+    """
+    if len(documents) > 1 and any(len(levels) > 1 for levels in documents):
+        raise ConfigError("levels that refine each other do not go with other encodings")
+    sized = [level for levels in documents for level in levels]
+    order = sorted(range(len(sized)), key=lambda i: sized[i][0]) if len(documents) > 1 else range(len(sized))
     if kl is None:
-        return levels
-    if len(kl) != len(levels):
-        raise ConfigError(f"--kl must have one value per level, got {len(kl)} for {len(levels)}")
-    losses = list(kl)
-    if len(folders) > 1:  # in the order of the folders
-        order = sorted(range(len(sized)), key=lambda i: sized[i][0])
-        losses = [kl[i] for i in order]
+        return [sized[i][1] for i in order]
+    if len(kl) != len(sized):
+        raise ConfigError(f"`kl` must have one value per level, got {len(kl)} for {len(sized)}")
+    losses = [kl[i] for i in order]
     if losses != sorted(losses, reverse=True):
-        raise ConfigError("--kl must not be larger for a larger encoding: leave the worse one out")
-    return [dataclasses.replace(level, kl=loss) for level, loss in zip(levels, losses, strict=True)]
+        raise ConfigError("`kl` must not be larger for a larger encoding: leave the worse one out")
+    return [dataclasses.replace(sized[i][1], kl=loss) for i, loss in zip(order, losses, strict=True)]
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be made: {error.strerror} (--output_path)") from error
+        raise OutputError(f"{folder}: cannot be made: {error.strerror} (`output_path`)") from error
 
 
 def _claim_folder(folder: Path, encoder: Encoder, overwrite: bool) -> _Claim:
@@ -259,11 +275,11 @@ def _claim_folder(folder: Path, encoder: Encoder, overwrite: bool) -> _Claim:
     Raises:
         OutputError: the folder holds something else; it stays as it was.
     """
-    remedy = "give another --output_path, or --overwrite to replace it"
+    remedy = "give another folder, or `overwrite` to replace it"
     try:
         names = sorted(path.name for path in folder.iterdir() if not is_temporary(path))
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be read: {error.strerror} (--output_path)") from error
+        raise OutputError(f"{folder}: cannot be read: {error.strerror}") from error
     chunks = [folder / name for name in names if _CHUNK_NAME.fullmatch(name)]
     tables_path = folder / TABLES_NAME
     has_tables, is_damaged = TABLES_NAME in names, False

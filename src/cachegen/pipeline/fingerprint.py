@@ -14,12 +14,13 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from cachegen.errors import BackendUnavailableError, InputError
 from cachegen.pipeline.model_files import (
@@ -94,7 +95,7 @@ def compute_fingerprint(model_id: str, *, local_files_only: bool = False, load_i
         _add(digest, _ADAPTER_CONFIG_NAME, adapter_config_path.read_bytes())
     weight_paths = find_weight_files(base_id, local_files_only, config.get("transformers_weights"))
     for kind, paths in (("tensor", weight_paths), ("adapter tensor", adapter_paths)):
-        for description, sample in sorted(entry for path in paths for entry in _sample_file(path)):
+        for description, sample in sorted(_describe_sample(*entry) for path in paths for entry in _read_samples(path)):
             _add(digest, f"{kind} {description}", sample)
     if load_in_8bit:
         _add(digest, "load_in_8bit", b"")
@@ -120,19 +121,62 @@ def compute_memory_fingerprint(model: Any) -> str:
     """
     digest = hashlib.sha256()
     _add(digest, "model in memory", type(model).__name__.encode())
-    config = json.loads(model.config.to_json_string())
-    canonical = {name: value for name, value in config.items() if name not in _CONFIG_FIELDS_OUTSIDE_MEMORY}
-    _add(digest, "config", json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode())
+    _add(digest, "config", _pack_config(model.config))
     entries = []
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        if tensor.is_meta:
-            raise InputError(f"{name} of the model is not in memory: load the model without offloading")
-        entries.append(_sample_tensor(name, tuple(tensor.shape), tensor, lambda tensor=tensor: tensor))
+    for name, tensor in _list_tensors(model):
+        entries.append(_describe_sample(name, tuple(tensor.shape), _sample_rows(tuple(tensor.shape), tensor)))
     for description, sample in sorted(entries):
         _add(digest, f"tensor {description}", sample)
     return digest.hexdigest()
+
+
+def find_checkpoint_fingerprint(model: Any) -> str | None:
+    """Return the fingerprint of the checkpoint that a model in memory was loaded from, if it still is that checkpoint.
+
+    Config and a sample of every tensor are compared with the checkpoint's files, in the dtype that the model has: what
+    the fingerprint tells apart, this does. Only local files are looked at.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        What `compute_fingerprint` says of the files; None where they are not there or not the model's: it was changed
+        or quantized, has an adapter, or is of a kind whose tensors transformers names otherwise than its files do.
+    """
+    model_id = model.name_or_path
+    try:
+        if not model_id or not _is_checkpoint(model, model_id):
+            return None
+        return compute_fingerprint(model_id, local_files_only=True)
+    except (InputError, OSError, ValueError):
+        return None
+
+
+def _is_checkpoint(model: Any, model_id: str) -> bool:
+    """Tell whether a model in memory is what a checkpoint's files say.
+
+    Raises:
+        InputError, OSError, ValueError: a file is missing or damaged.
+    """
+    if find_model_file(model_id, _ADAPTER_CONFIG_NAME, True) is not None:
+        return False
+    config = AutoConfig.from_pretrained(model_id, local_files_only=True)
+    if type(config) is not type(model.config) or _pack_config(config) != _pack_config(model.config):
+        return False
+    left = dict(_list_tensors(model))
+    found: set[int] = set()
+    for path in find_weight_files(model_id, True, read_config(model_id, True).get("transformers_weights")):
+        for name, shape, rows in _read_samples(path):
+            tensor = left.pop(name, None)
+            if tensor is None:
+                continue  # what the model does not have, it does not compute with
+            if tuple(tensor.shape) != shape:
+                return False
+            in_memory = _sample_rows(shape, tensor)
+            if not all(a.to(b.dtype).equal(b.cpu()) for a, b in zip(rows, in_memory, strict=True)):
+                return False
+            found.add(tensor.data_ptr())
+    return all(tensor.data_ptr() in found for tensor in left.values())  # tied to one that was found
 
 
 def choose_rows(num_rows: int, row_values: int) -> list[int]:
@@ -164,8 +208,29 @@ def _find_adapter(model_id: str, config_path: Path, local_files_only: bool) -> t
     return base_id, found[:1]
 
 
-def _sample_file(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield a description and a sample of every tensor of a file; the rest of the file is not read.
+def _pack_config(config: Any) -> bytes:
+    """Return the config of a model in memory as it is hashed: what differs from the class's defaults."""
+    content = json.loads(config.to_json_string())
+    canonical = {name: value for name, value in content.items() if name not in _CONFIG_FIELDS_OUTSIDE_MEMORY}
+    return json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _list_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a model's state by name.
+
+    Raises:
+        InputError: one is not in memory.
+    """
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.is_meta:
+            raise InputError(f"{name} of the model is not in memory: load the model without offloading")
+        yield name, tensor
+
+
+def _read_samples(path: Path) -> Iterator[tuple[str, tuple[int, ...], list[torch.Tensor]]]:
+    """Yield name, shape and sample of every tensor of a file; the rest of the file is not read.
 
     Raises:
         InputError: the file is damaged.
@@ -175,29 +240,35 @@ def _sample_file(path: Path) -> Iterator[tuple[str, bytes]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (no dict)
                     view = file.get_slice(name)
-                    yield _sample_tensor(name, tuple(view.get_shape()), view, lambda name=name: file.get_tensor(name))
+                    shape = tuple(view.get_shape())
+                    yield name, shape, _sample_rows(shape, view, lambda name=name: file.get_tensor(name))
         else:
             is_mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are no archives, and are read whole
             state = torch.load(path, mmap=is_mapped, weights_only=True, map_location="cpu")
             for name, tensor in state.items():
                 if isinstance(tensor, torch.Tensor):
-                    yield _sample_tensor(name, tuple(tensor.shape), tensor, lambda tensor=tensor: tensor)
+                    yield name, tuple(tensor.shape), _sample_rows(tuple(tensor.shape), tensor)
     except _READING_ERRORS as error:
         raise InputError(f"{path}: the weights cannot be read: {first_line(error)}") from error
 
 
-def _sample_tensor(name: str, shape: tuple[int, ...], view: Any, get_whole: Any) -> tuple[str, bytes]:
-    """Return a tensor's description and sample.
+def _sample_rows(
+    shape: tuple[int, ...], view: Any, get_whole: Callable[[], torch.Tensor] | None = None
+) -> list[torch.Tensor]:
+    """Return a tensor's sample: all of it, or some rows.
 
     Args:
         view: gives a row, for an index of the leading dimensions.
-        get_whole: gives the whole tensor.
+        get_whole: gives the whole tensor; None where `view` is it.
     """
     if math.prod(shape) <= WHOLE_VALUES:
-        rows = [get_whole()]
-    else:
-        leading, row_values = (shape[:-1], shape[-1]) if len(shape) > 1 else (shape, 1)
-        rows = [view[_unravel(row, leading)] for row in choose_rows(math.prod(leading), row_values)]
+        return [get_whole() if get_whole is not None else view]
+    leading, row_values = (shape[:-1], shape[-1]) if len(shape) > 1 else (shape, 1)
+    return [view[_unravel(row, leading)] for row in choose_rows(math.prod(leading), row_values)]
+
+
+def _describe_sample(name: str, shape: tuple[int, ...], rows: Sequence[torch.Tensor]) -> tuple[str, bytes]:
+    """Return a tensor's description and the bytes of its sample, as they are hashed."""
     dtype = str(rows[0].dtype).removeprefix("torch.")
     sample = b"".join(row.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes() for row in rows)
     return f"{name} {dtype} {'x'.join(map(str, shape))}", sample

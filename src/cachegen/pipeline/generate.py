@@ -23,7 +23,7 @@ class Answer:
 
     Attributes:
         token_ids: the new tokens, with the end-of-text token if it came.
-        text: the same as text, without special tokens.
+        text: the same as text, without special tokens; empty for a model without tokenizer.
         num_forward_tokens: tokens that passed through the model: those the cache lacked, and all new ones but the last.
         prefill_seconds: from the call to the first new token.
         total_seconds: from the call to the last one.
@@ -127,7 +127,7 @@ def _generate(
     end_seconds = time.perf_counter()
     return Answer(
         token_ids=new_ids,
-        text=loaded.tokenizer.decode(new_ids, skip_special_tokens=True),
+        text=loaded.tokenizer.decode(new_ids, skip_special_tokens=True) if loaded.tokenizer is not None else "",
         num_forward_tokens=len(token_ids) - num_cached_tokens + len(new_ids) - 1,
         prefill_seconds=clock.first_token_at - start_seconds,
         total_seconds=end_seconds - start_seconds,
@@ -155,5 +155,5 @@ def _choose_pad_token(loaded: LoadedModel) -> int:
     """Return a token for generate() to pad with; one sequence has no padding, but without one it warns."""
     defaults = loaded.model.generation_config
     end_token = defaults.eos_token_id[0] if isinstance(defaults.eos_token_id, list) else defaults.eos_token_id
-    candidates = (defaults.pad_token_id, loaded.tokenizer.pad_token_id, end_token)
+    candidates = (defaults.pad_token_id, getattr(loaded.tokenizer, "pad_token_id", None), end_token)
     return next((token for token in candidates if token is not None), 0)

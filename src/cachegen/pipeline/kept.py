@@ -5,6 +5,7 @@ from __future__ import annotations
 from cachegen.format.framing import Buffer
 from cachegen.format.headers import ChunkHeader
 from cachegen.methods.base import Encoder, ErrorMeasure
+from cachegen.store.catalog import EncodedLevel
 
 
 class KeptEncoding(Encoder):
@@ -33,6 +34,20 @@ class KeptEncoding(Encoder):
     @property
     def num_chunks(self) -> int:
         return self.document.header.num_chunks
+
+    def list_levels(self) -> list[tuple[int, EncodedLevel]]:
+        """Return bytes of the chunks and the level itself, to be published, with the loss that is expected of it."""
+        levels: list[tuple[int, EncodedLevel]] = []
+        for level in self.levels:
+            files = [self._files[index, level] for index in range(self.num_chunks)]
+            encoded = EncodedLevel(
+                self.tables_file,
+                [lambda file=file: file for file in files],
+                refines=level - 1 if level > 1 else None,
+                kl=self._losses[level],
+            )
+            levels.append((sum(map(len, files)), encoded))
+        return levels
 
     @property
     def num_bytes(self) -> int:

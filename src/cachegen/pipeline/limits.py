@@ -96,7 +96,7 @@ def check_prompts(loaded: LoadedModel, num_context: int, prompts: Sequence[torch
     check_length(
         loaded,
         longest + max_new_tokens - 1,
-        f"{what} {max_new_tokens} of an answer (--question, --max_new_tokens)",
+        f"{what} {max_new_tokens} of an answer (`question`, `max_new_tokens`)",
     )
 
 

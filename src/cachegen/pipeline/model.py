@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -34,7 +35,7 @@ from transformers.utils.hub import cached_file
 
 from cachegen.errors import BackendUnavailableError, ConfigError, InputError
 from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
-from cachegen.pipeline.fingerprint import compute_fingerprint, compute_memory_fingerprint
+from cachegen.pipeline.fingerprint import compute_fingerprint, compute_memory_fingerprint, find_checkpoint_fingerprint
 from cachegen.pipeline.limits import LengthLimit, read_length_limit
 from cachegen.pipeline.model_files import first_line, read_config
 
@@ -171,21 +172,23 @@ def load_model(
     if missing:
         raise InputError(f"{model_id}: the weights lack {len(missing)} tensors of the model, e.g. {missing[0]}")
     if model.dtype not in SUPPORTED_DTYPES:
-        raise InputError(f"{model_id}: computes in {model.dtype}; give --dtype float16, bfloat16 or float32")
+        raise InputError(f"{model_id}: computes in {model.dtype}; give `dtype` float16, bfloat16 or float32")
     model.eval()
     _keep_special_tokens_only(model)
     return LoadedModel(model, tokenizer, model_id, fingerprint, read_rotary_embeddings(model))
 
 
-def identify_model(model: Any) -> LoadedModel:
+def identify_model(model: Any, fingerprint: str | None = None) -> LoadedModel:
     """Say what a model in memory is; the model itself is neither copied nor changed.
 
     Args:
         model: a transformers causal language model in evaluation mode, from anywhere; a `LoadedModel` is returned as
             it is.
+        fingerprint: that files say theirs is; see `identify_checkpoint`.
 
     Returns:
-        The model with the fingerprint of what it is now, and without a tokenizer.
+        The model with the fingerprint of what it is now, and without a tokenizer; with that of its checkpoint, if that
+        is `fingerprint`.
 
     Raises:
         TypeError: it is no transformers model.
@@ -205,7 +208,26 @@ def identify_model(model: Any) -> LoadedModel:
         raise InputError(f"{name}: {type(model).__name__} has no head that predicts tokens")
     if model.dtype not in SUPPORTED_DTYPES:
         raise InputError(f"{name}: computes in {model.dtype}; use float16, bfloat16 or float32")
-    return LoadedModel(model, None, name, compute_memory_fingerprint(model), read_rotary_embeddings(model))
+    loaded = LoadedModel(model, None, name, compute_memory_fingerprint(model), read_rotary_embeddings(model))
+    if fingerprint is None or fingerprint == loaded.fingerprint:
+        return loaded
+    known = identify_checkpoint(loaded)
+    return known if known is not None and known.fingerprint == fingerprint else loaded
+
+
+def identify_checkpoint(loaded: LoadedModel) -> LoadedModel | None:
+    """Return a model of `identify_model` by the name and the fingerprint of the checkpoint that it was loaded from.
+
+    Returns:
+        What `load_model` calls it, still without a tokenizer; None where the checkpoint is not at hand, or the model
+        is not what it says any more. A model that `load_model` returned is returned as it is.
+    """
+    if loaded.tokenizer is not None:
+        return loaded
+    fingerprint = find_checkpoint_fingerprint(loaded.model)
+    if fingerprint is None:
+        return None
+    return dataclasses.replace(loaded, model_id=loaded.model.name_or_path, fingerprint=fingerprint)
 
 
 def read_rotary_embeddings(model: Any) -> tuple[RotaryEmbedding, ...]:
@@ -262,18 +284,18 @@ def _plan_placement(
     """Return the arguments of from_pretrained that place and quantize the weights."""
     placement: dict[str, Any] = {}
     if load_in_8bit:
-        _require_package("bitsandbytes", "--load_in_8bit")
-        _require_package("accelerate", "--load_in_8bit")
+        _require_package("bitsandbytes", "`load_in_8bit`")
+        _require_package("accelerate", "`load_in_8bit`")
         placement["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         placement["device_map"] = {"": device}
     if num_gpus is None and max_gpu_memory is None:
         return placement
     if device.type != "cuda":
-        raise ConfigError(f"--num_gpus and --max_gpu_memory need --device cuda, got {device.type}")
+        raise ConfigError(f"`num_gpus` and `max_gpu_memory` need `device` cuda, got {device.type}")
     num_present = torch.cuda.device_count()
     if num_gpus is not None and num_gpus > num_present:
-        raise BackendUnavailableError(f"--num_gpus {num_gpus}: torch sees {num_present}")
-    _require_package("accelerate", "--num_gpus and --max_gpu_memory")
+        raise BackendUnavailableError(f"`num_gpus` {num_gpus}: torch sees {num_present}")
+    _require_package("accelerate", "`num_gpus` and `max_gpu_memory`")
     gpus = range(num_gpus if num_gpus is not None else num_present)
     placement["device_map"] = "auto"
     placement["max_memory"] = {

@@ -14,7 +14,7 @@ from cachegen.methods.transform.profile import MAX_PROFILE_BYTES, PROFILE_NAME, 
 
 
 def profile_finder(
-    named: str | os.PathLike[str] | None,
+    named: str | os.PathLike[str] | Profile | None,
     places: Sequence[str | os.PathLike[str]],
     *,
     model_fingerprint: str | None = None,
@@ -22,7 +22,7 @@ def profile_finder(
     """Return a function from a profile's hash (32 bytes) to the profile.
 
     Args:
-        named: a profile's folder that the user gave; None searches the places.
+        named: a profile or its folder, as the user gave it; None searches the places.
         places: folders that may hold profiles: a model's folder, which has its own in `profile`, a folder of models, or
             a folder of profiles. A place that does not exist holds none.
         model_fingerprint: load the profiles of this model, 64 hex digits, at once, as a server that has the model in
@@ -42,6 +42,8 @@ def profile_finder(
         Raises:
             InputError: there is none, or as `load_profile`.
         """
+        if isinstance(named, Profile):
+            return named
         if named is not None:
             return load_profile(named)
         if profile_hash in in_memory:
@@ -54,7 +56,7 @@ def profile_finder(
                 return load_profile(path.parent)
         raise InputError(
             f"{', '.join(map(str, places))}: no profile there is {profile_hash.hex()[:12]}, which the document was "
-            "encoded with: give its folder with --profile"
+            "encoded with: give its folder with `profile`"
         )
 
     return find

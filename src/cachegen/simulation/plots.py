@@ -71,11 +71,11 @@ def check(path: str | os.PathLike[str]) -> str:
     """
     figure_format = Path(path).suffix.removeprefix(".").lower()
     if figure_format not in FORMATS:
-        raise ConfigError(f"--plot: {path} must end in .{', .'.join(FORMATS)}")
+        raise ConfigError(f"`plot`: {path} must end in .{', .'.join(FORMATS)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise BackendUnavailableError('--plot needs matplotlib: pip install "cachegen[plots]"') from None
+        raise BackendUnavailableError('`plot` needs matplotlib: pip install "cachegen[plots]"') from None
     return figure_format
 
 

@@ -198,11 +198,11 @@ def load_encodings(
     records = [_load_fields(path) for path in paths]
     for path, record in zip(paths, records, strict=True):
         if "chunks" not in record:
-            raise ConfigError(f"{path}: has no field chunks: not from run_encoding.py --json, or from an older one")
+            raise ConfigError(f"{path}: has no field chunks: not the JSON of run_encoding.py, or from an older one")
     if len(records) == 1:
         return _chunks_of_record(paths[0], records[0], expected_kl)
     if expected_kl is not None and len(expected_kl) != len(records):
-        raise ConfigError(f"--expected_kl: {len(records)} encodings need as many values, got {len(expected_kl)}")
+        raise ConfigError(f"`expected_kl`: {len(records)} encodings need as many values, got {len(expected_kl)}")
     single = [
         _chunks_of_record(path, record, None if expected_kl is None else [expected_kl[i]])
         for i, (path, record) in enumerate(zip(paths, records, strict=True))
@@ -231,10 +231,10 @@ def _chunks_of_record(path: object, record: Fields, expected_kl: Sequence[float]
     is_embedded = record.flag("levels_are_embedded")
     if expected_kl is None:
         if not all(level.has_value("expected_kl") for level in levels):
-            raise ConfigError(f"{path}: no KL is known of its levels: give --expected_kl")
+            raise ConfigError(f"{path}: no KL is known of its levels: give `expected_kl`")
         expected_kl = [level.number("expected_kl", 0) for level in levels]
     if len(expected_kl) != len(levels):
-        raise ConfigError(f"--expected_kl: {path} has {len(levels)} levels, got {len(expected_kl)} values")
+        raise ConfigError(f"`expected_kl`: {path} has {len(levels)} levels, got {len(expected_kl)} values")
     names = [str(level.integer("level", 1, _MAX_LEVELS)) for level in levels]
     entries = record.objects("chunks", 1, MAX_CHUNKS)
     spans = [

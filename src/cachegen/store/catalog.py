@@ -288,5 +288,5 @@ def _check_together(headers: Sequence[DocumentHeader], metadata: ContextMetadata
             if found != wanted:
                 raise MismatchError(
                     f"level {number}: {field} differs from that of level 1 or of the saved cache: "
-                    "encode the same cache with the same --num_chunks and --chunk_size"
+                    "encode the same cache in the same chunks"
                 )

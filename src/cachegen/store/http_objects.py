@@ -154,7 +154,7 @@ class HttpObjects:
         if target.scheme == "https" and following.scheme != "https":
             raise StoreError(f"{shown}, from https to http, which is never followed")
         if is_elsewhere and not self._follow_redirects:
-            raise StoreError(f"{shown}, another host, port or scheme (--follow-redirects allows it)")
+            raise StoreError(f"{shown}, another host, port or scheme (`follow_redirects` allows it)")
         return following
 
     def _send(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,8 +95,11 @@ class ModelWorkers:
         from cachegen.pipeline.model_cache import set_length
         from cachegen.pipeline.prefill import extend_cache
 
+        thread = threading.get_ident()
+
         def look(*_: object) -> None:
-            if should_stop():
+            # What other threads do with the same model meanwhile is not this load's.
+            if threading.get_ident() == thread and should_stop():
                 raise _Interrupted
 
         set_length(self.cache, start)
@@ -219,18 +222,32 @@ def measure_speeds(
     linear_seconds = max(first_seconds - attention_seconds * num_block**2, first_seconds / 10)
     answer = generate_answer(loaded, cache, num_tokens, token_ids[: num_tokens + 1], 1, block_size)
     prefill = PrefillSpeed(num_block / linear_seconds, attention_seconds)
-    num_behind = num_prompt_tokens - 1 - num_tokens
-    behind_seconds = prefill.seconds(num_tokens, num_behind) if num_behind > 0 else 0.0
     slowdown = 0.0
     if decoding_device.type == loaded.device.type:
         slowdown = 1.0 if decoding_device.type == "cuda" else _measure_slowdown(last_seconds, lambda: time_block(last))
-    return Speeds(
+    speeds = Speeds(
         prefill=prefill,
         decode=DecodeSpeed(compute_slowdown=slowdown),
-        first_token_seconds=answer.prefill_seconds + behind_seconds,
+        first_token_seconds=answer.prefill_seconds,
         # The model breaks off between two layers.
         stop_seconds=last_seconds / loaded.num_layers,
     )
+    return count_prompt(speeds, num_tokens, num_prompt_tokens)
+
+
+def count_prompt(speeds: Speeds, num_tokens: int, num_prompt_tokens: int) -> Speeds:
+    """Return speeds whose time to the first token counts the tokens of a prompt that are behind those loaded.
+
+    Args:
+        speeds: measured for a prompt that ends with one more token than is loaded.
+        num_tokens: that will be loaded.
+        num_prompt_tokens: of the whole prompt.
+    """
+    num_behind = num_prompt_tokens - 1 - num_tokens
+    if num_behind <= 0:
+        return speeds
+    behind_seconds = speeds.prefill.seconds(num_tokens, num_behind)
+    return replace(speeds, first_token_seconds=speeds.first_token_seconds + behind_seconds)
 
 
 def _measure_slowdown(alone_seconds: float, time_block: Callable[[], float]) -> float:

@@ -104,7 +104,7 @@ class RemoteDocument:
             ConfigError: there are not so many.
         """
         if num_chunks is not None and num_chunks > self.num_chunks:
-            raise ConfigError(f"{self.address}: --num_chunks {num_chunks} asked for, {self.num_chunks} are there")
+            raise ConfigError(f"{self.address}: `num_chunks` {num_chunks} asked for, {self.num_chunks} are there")
         self.num_chunks = num_chunks or self.num_chunks
 
     def list_levels(self) -> tuple[ChunkLevels, ...]:
@@ -219,7 +219,9 @@ class RemoteDocument:
             MismatchError: the manifest's dtype is another one.
         """
         if dtype != self.dtype:
-            raise MismatchError(f"{self.address}: dtype is {self.dtype}, but the model has {dtype}: give --dtype auto")
+            raise MismatchError(
+                f"{self.address}: dtype is {self.dtype}, but the model has {dtype}: load the model in that one"
+            )
         self._plane_shapes = list(shapes)
         names = {level.tables.sha256: self.describe(level.tables) for level in self.manifest.levels}
         for digest, document in self._documents.items():

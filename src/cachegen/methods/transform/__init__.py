@@ -21,7 +21,6 @@ from cachegen.methods.base import FindProfile, Method
 from cachegen.methods.transform.codec import METHOD_NUMBER, SINK_TOKENS, TransformDocument, TransformEncoder
 from cachegen.methods.transform.config import TransformConfig, read_transform
 from cachegen.methods.transform.headers import TransformChunkHeader, TransformDocumentHeader
-from cachegen.methods.transform.profile import load_profile
 
 
 class TransformMethod(Method):
@@ -66,7 +65,7 @@ class TransformMethod(Method):
         num_threads: int,
         kernels: Kernels,
     ) -> TransformEncoder:
-        profile = load_profile(config.profile, for_encoding=True)
+        profile = config.load_profile()
         return TransformEncoder(
             cache,
             metadata,

@@ -87,7 +87,7 @@ class TransformDocument(Document):
         if bytes.fromhex(profile.profile_hash) != header.profile_hash:
             raise MismatchError(
                 f"profile_hash is {profile.profile_hash[:12]}, but the document was encoded with the profile "
-                f"{header.profile_hash.hex()[:12]}: give --profile its folder"
+                f"{header.profile_hash.hex()[:12]}: give `profile` its folder"
             )
         if header.shapes != list(profile.plane_shapes):
             raise MismatchError("planes have other shapes than the profile's")
@@ -100,7 +100,7 @@ class TransformDocument(Document):
             InputError: the document was opened without a profile.
         """
         if self.profile is None:
-            raise InputError(f"the document needs the profile {self.header.profile_hash.hex()[:12]} (--profile)")
+            raise InputError(f"the document needs the profile {self.header.profile_hash.hex()[:12]} (`profile`)")
         return [GroupTransform(self.profile, group, self.device) for group in self.profile.groups]
 
     def prepare(self) -> None:

@@ -13,7 +13,7 @@ from cachegen.fields import Fields
 from cachegen.format import MAX_LEVELS, Coder
 from cachegen.methods.base import MethodConfig
 from cachegen.methods.transform.headers import MAX_STEP_LOG
-from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile import Profile, load_profile
 
 _FIELDS = {"method", "description", "profile", "levels", "step_log", "target_bits", "target_kl"}
 _FLAGS = ("profile", "levels", "target_bits", "target_kl")
@@ -24,14 +24,14 @@ class TransformConfig(MethodConfig):
     """How method `transform` codes a cache.
 
     Attributes:
-        profile: the profile's folder.
+        profile: the profile's folder, or the profile, loaded for encoding; None where a flag must name it.
         step_log: 16 log2 of level 1's step; None where a target chooses it.
         target_bits: bits per value that level 1 may cost, by the profile's curve.
         target_kl: nats per token that level 1 may lose, by the profile's curve.
         num_levels: 1 to 4; each divides the step of the one before by three.
     """
 
-    profile: str
+    profile: str | Profile | None
     step_log: int | None
     target_bits: float | None
     target_kl: float | None
@@ -45,15 +45,34 @@ class TransformConfig(MethodConfig):
         if [self.step_log, self.target_bits, self.target_kl].count(None) != 2:
             raise ConfigError(f"{self.source}: give exactly one of step_log, target_bits and target_kl")
 
+    @property
+    def model_fingerprint(self) -> str | None:
+        return self.profile.model_fingerprint if isinstance(self.profile, Profile) else None
+
+    def read_files(self) -> TransformConfig:
+        """See `MethodConfig.read_files`: the profile."""
+        return dataclasses.replace(self, profile=self.load_profile())
+
+    def load_profile(self) -> Profile:
+        """Return the profile, loaded for encoding.
+
+        Raises:
+            ConfigError: none is named.
+            InputError, BitstreamError: as `profile.load_profile`.
+        """
+        if self.profile is None:
+            raise ConfigError(f"{self.source}: has no field profile: give a profile's folder (`profile`)")
+        return self.profile if isinstance(self.profile, Profile) else load_profile(self.profile, for_encoding=True)
+
     def with_flags(self, flags: Mapping[str, Any]) -> TransformConfig:
         """See `MethodConfig.with_flags`: profile, levels, and target_bits or target_kl, which replace the step."""
         own = dict(flags)
         coder = own.pop("coder", Coder.RANS)
         if coder is not Coder.RANS:
-            raise ConfigError(f"--coder {coder.name.lower()}: method transform is coded with rans")
+            raise ConfigError(f"`coder` {coder.name.lower()}: method transform is coded with rans")
         self.refuse_flags({name: value for name, value in own.items() if name not in _FLAGS})
         if {"target_bits", "target_kl"} <= set(own):
-            raise ConfigError("--target_bits and --target_kl exclude each other")
+            raise ConfigError("`target_bits` and `target_kl` exclude each other")
         config = self
         if "target_bits" in own or "target_kl" in own:
             config = dataclasses.replace(
@@ -90,7 +109,11 @@ def read_transform(fields: Fields, source: str) -> TransformConfig:
     }
     return TransformConfig(
         # As files beside the config: it may be used from any folder.
-        profile=str(Path(source).parent / fields.check("profile", _is_name, "a profile's folder")),
+        profile=(
+            str(Path(source).parent / fields.check("profile", _is_name, "a profile's folder"))
+            if "profile" in fields
+            else None
+        ),
         step_log=fields.integer("step_log", -MAX_STEP_LOG, MAX_STEP_LOG) if fields.has_value("step_log") else None,
         num_levels=fields.integer("levels", 1, MAX_LEVELS) if "levels" in fields else 1,
         source=source,

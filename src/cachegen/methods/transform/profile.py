@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from cachegen.errors import BitstreamError, InputError, MismatchError
+from cachegen.errors import BitstreamError, InputError, MismatchError, OutputError
 from cachegen.fields import Fields, parse_fields, refuse_file
 from cachegen.files import read_file, write_file
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
@@ -40,7 +40,7 @@ MAX_PROFILE_BYTES = 1 << 22  # of profile.json
 _MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: the names and shapes of its tensors
 _MAX_CURVE_POINTS = 1 << 10
 _MAX_COMPONENTS = (1 << 16) - 1
-_HINT = "--profile takes a folder of run_calibration.py"
+_HINT = "`profile` takes a folder of run_calibration.py"
 _MAX_SCALE_LOG = 1 << 14
 
 
@@ -123,10 +123,37 @@ class Profile:
     def num_layers(self) -> int:
         return len(self.plane_shapes) // 2
 
+    def __repr__(self) -> str:
+        components = sum(group.num_components for group in self.groups)
+        channels = sum(group.num_channels for group in self.groups)
+        return (
+            f"<{type(self).__name__} {self.profile_hash[:12]}: {self.num_layers} layers, {components:,} components of "
+            f"{channels:,} channels, {self.num_bytes:,} bytes to decode>"
+        )
+
     def channels_of(self, first_layer: int, num_layers: int) -> int:
         """Return the channels of keys and values of consecutive layers together."""
         planes = self.plane_shapes[2 * first_layer : 2 * (first_layer + num_layers)]
         return sum(heads * dim for heads, dim in planes)
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the profile's files into a folder, each whole or not at all.
+
+        Args:
+            folder: is made if need be; `compress` and `load` take it as `profile`, the scripts as `--profile`.
+            overwrite: replace another profile that is there.
+
+        Raises:
+            OutputError: another profile is there, or the folder cannot be written.
+        """
+        path = Path(folder) / PROFILE_NAME
+        if not overwrite and os.path.lexists(path):
+            found = read_file(path, MAX_PROFILE_BYTES)
+            if hashlib.sha256(found).hexdigest() != self.profile_hash:
+                raise OutputError(
+                    f"{path}: another profile is there; give another folder, or `overwrite` to replace it"
+                )
+        save_profile(folder, self)
 
     def choose_step(self, *, bits_per_value: float | None = None, kl: float | None = None) -> int:
         """Return the largest step that keeps a target, by interpolation in the measured curve.
@@ -178,7 +205,14 @@ def save_profile(folder: str | os.PathLike[str], profile: Profile) -> Profile:
     Raises:
         OutputError: a file cannot be written.
     """
-    folder = Path(folder)
+    contents, complete = pack_profile(profile)
+    for name, content in contents.items():
+        write_file(Path(folder) / name, content)
+    return complete
+
+
+def pack_profile(profile: Profile) -> tuple[dict[str, bytes], Profile]:
+    """Return a profile's files by their names, `profile.json` last, and the profile as those who read them have it."""
     synthesis: dict[str, torch.Tensor] = {}
     analysis: dict[str, torch.Tensor] = {}
     for index, group in enumerate(profile.groups):
@@ -206,12 +240,23 @@ def save_profile(folder: str | os.PathLike[str], profile: Profile) -> Profile:
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
     text = (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()
-    for name, content in contents.items():
-        write_file(folder / name, content)
-    write_file(folder / PROFILE_NAME, text)
-    return dataclasses.replace(
-        profile, profile_hash=hashlib.sha256(text).hexdigest(), num_bytes=len(text) + len(contents[SYNTHESIS_NAME])
+    groups = tuple(
+        dataclasses.replace(
+            group,
+            mean=synthesis[f"mean.{index}"],
+            synthesis=synthesis[f"synthesis.{index}"],
+            scale_logs=synthesis[f"scale_logs.{index}"],
+            analysis=analysis[f"analysis.{index}"],
+        )
+        for index, group in enumerate(profile.groups)
     )
+    complete = dataclasses.replace(
+        profile,
+        groups=groups,
+        profile_hash=hashlib.sha256(text).hexdigest(),
+        num_bytes=len(text) + len(contents[SYNTHESIS_NAME]),
+    )
+    return {**contents, PROFILE_NAME: text}, complete
 
 
 def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) -> Profile:
@@ -270,7 +315,7 @@ def check_profile(profile: Profile, model_fingerprint: str, rope_hash: str, sour
         if found != expected:
             raise MismatchError(
                 f"the profile's {field} is {found[:12]}, but {source} has {expected[:12]}: it is another model's, "
-                "give --profile the one made for this model"
+                "give `profile` the one made for this model"
             )
 
 

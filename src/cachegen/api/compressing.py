@@ -1,0 +1,198 @@
+"""A cache into small files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cachegen.api.arguments import check_cache, choose_config, read_cache, read_token_ids
+from cachegen.api.measured import Measured
+from cachegen.coder.cpu import default_num_threads
+from cachegen.config import parse_coder
+from cachegen.device import choose_kernels
+from cachegen.errors import MismatchError
+from cachegen.format import Coder
+from cachegen.kv_cache import ContextMetadata
+from cachegen.methods import make_encoder
+from cachegen.methods.base import MethodConfig
+from cachegen.methods.transform.profile import Profile
+from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
+from cachegen.pipeline.encode import encode_document, order_levels
+from cachegen.pipeline.kept import KeptEncoding
+from cachegen.pipeline.model import LoadedModel, identify_model
+from cachegen.store.catalog import publish_document
+from cachegen.store.store import WRITING, Store, open_store
+
+if TYPE_CHECKING:
+    from cachegen.pipeline.model import PreTrainedModel
+
+
+class CompressedCache(Measured):
+    """A compressed cache in memory, from `compress`; the cache it was made from is not needed any more.
+
+    Attributes:
+        num_tokens: of the cache.
+        num_values: numbers in the cache: keys and values of all layers.
+        num_bytes: of all files that `save` writes.
+    """
+
+    def __init__(self, encoding: KeptEncoding, metadata: ContextMetadata) -> None:
+        super().__init__(encoding.document.header, encoding.num_bytes)
+        self._encoding, self._metadata = encoding, metadata
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the files, each whole or not at all; those of this very cache that are there already stay.
+
+        Args:
+            folder: is made if need be. `load` reads it; so do the scripts where `compress` was given a `LoadedModel`.
+            overwrite: replace the files of another cache or configuration.
+
+        Raises:
+            OutputError: the folder holds something else, another process writes into it, or it cannot be written.
+        """
+        encode_document(self._encoding, folder, overwrite=overwrite)
+
+
+def compress(
+    cache: Any,
+    token_ids: torch.Tensor | Sequence[int],
+    model: PreTrainedModel | LoadedModel,
+    config: str | os.PathLike[str] | Mapping[str, Any] | MethodConfig | None = None,
+    *,
+    profile: str | os.PathLike[str] | Profile | None = None,
+    chunk_tokens: int = DEFAULT_CHUNK_SIZE,
+    coder: str | Coder | None = None,
+    block_size: int | None = None,
+    device: str = "auto",
+    num_threads: int | None = None,
+) -> CompressedCache:
+    """Compress the cache of a context.
+
+    The files keep a hash of the tokens and of the model, so that no other context and no other model is ever answered
+    from them.
+
+    Args:
+        cache: keys and values of one sequence: a transformers cache such as `DynamicCache`, what `model(...)` or
+            `model.generate(..., return_dict_in_generate=True)` returned, or a `cachegen.kv_cache.KVCache`. In fp16,
+            bf16 or fp32, on any device; it is not changed.
+        token_ids: integers `[num_tokens]` or `[1, num_tokens]`: exactly the tokens whose keys and values the cache
+            holds. (`generate` caches all but the last token of its result.)
+        model: the transformers model that computed the cache, in evaluation mode; or a `LoadedModel` of
+            `cachegen.pipeline.model.load_model`, which makes the files those of the scripts. The files name a
+            transformers model by its weights and config as they are in memory; with a profile of its checkpoint, by
+            that: then it must be loaded from there and not changed since.
+        config: how finely. A path of a quantization config, the name of one in a clone's `config` folder
+            ("quantization_7b"), its content as a dictionary (`{"method": "uniform", "bits": 8}`), or what
+            `cachegen.methods.load_config` returned. None is method `cachegen` with 32 and 16 bins, as for 7B models.
+        profile: for method `transform`: what `calibrate` returned, or the folder that it was saved in. None takes the
+            one that the config names.
+        chunk_tokens: tokens per file, at least 1.
+        coder: "rans", "packed" or "ac"; None takes the config's.
+        block_size: tokens per prefill step that the cache was computed with, 1 to 2^32 - 1; kept in the files. None
+            is one step for all.
+        device: where to encode: "cpu", "cuda", or "auto" for CUDA where it can.
+        num_threads: of the CPU; None takes all processors.
+
+    Returns:
+        The compressed cache, in memory.
+
+    Raises:
+        MismatchError: cache, tokens and model do not belong together: another number of tokens, another dtype, other
+            shapes; or a profile is of another model.
+        InputError: a file is missing; the cache is empty, is a batch, holds NaN or infinity or lacks tokens (a sliding
+            window has dropped them); or the model's state is more than keys and values of every token.
+        ConfigError: the config or a name in it is wrong.
+        BackendUnavailableError: CUDA was asked for and is not there.
+        TypeError, ValueError: an argument is of another type or shape, or the model is in training mode.
+
+    Example:
+        >>> import tempfile, torch, cachegen
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+        >>> context = torch.randint(256, (1, 600))
+        >>> compressed = cachegen.compress(model(context), context, model)
+        >>> compressed.num_tokens, compressed.bits_per_value < 8
+        (600, True)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> compressed.save(folder.name)
+        >>> cachegen.load(folder.name).num_bytes == compressed.num_bytes
+        True
+        >>> folder.cleanup()
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"`chunk_tokens` must be at least 1, got {chunk_tokens}")
+    kernels = choose_kernels(device).kernels
+    planes = read_cache(cache)
+    ids = read_token_ids(token_ids)
+    if len(ids) != planes.num_tokens:
+        raise MismatchError(
+            f"the cache holds {planes.num_tokens} tokens, `token_ids` has {len(ids)}: give the ids of those it holds"
+        )
+    block_size = planes.num_tokens if block_size is None else block_size
+    if not 0 < block_size < 1 << 32:
+        raise ValueError(f"`block_size` must be 1 to 2^32 - 1, got {block_size}")
+    chosen = choose_config(config, planes.num_layers, profile)
+    if coder is not None:
+        name = coder.name.lower() if isinstance(coder, Coder) else coder
+        chosen = chosen.with_flags({"coder": parse_coder(name, "`coder`")})
+    chosen = chosen.read_files()
+    loaded = identify_model(model, chosen.model_fingerprint)
+    check_cache(planes, loaded)
+    metadata = ContextMetadata(loaded.model_id, loaded.fingerprint, ids, loaded.rotary_embeddings, block_size)
+    threads = num_threads or default_num_threads()
+    chunks = plan_chunks(planes.num_tokens, None, chunk_tokens)
+    encoder = make_encoder(chosen, planes, metadata, chunks, num_threads=threads, kernels=kernels)
+    return CompressedCache(KeptEncoding(encoder, threads), metadata)
+
+
+def publish(
+    place: str | os.PathLike[str] | Store,
+    compressed: CompressedCache | Sequence[CompressedCache],
+    *,
+    kl: Sequence[float] | None = None,
+) -> None:
+    """Put a compressed cache into a store, for `load` to stream from.
+
+    Whoever reads meanwhile sees the whole document or none of it. One that was published before of the same model and
+    context is superseded.
+
+    Args:
+        place: a folder, which is made if need be and which any web server can serve, a URL that takes writes
+            (`s3://bucket/path`, `gs://...`, `az://...`), or what `cachegen.store.store.open_store` returned, best with
+            that module's `WRITING` as `retry`.
+        compressed: several of one cache, in the same chunks, become levels, among which `load` chooses by the link. One
+            of method `transform` may have several by itself, each refining the one before.
+        kl: the loss to expect of each level, in nats per token. None takes what the profile says of method
+            `transform`; levels of other methods are then weighed by their bits.
+
+    Raises:
+        MismatchError: the levels are of different caches or in different chunks.
+        ConfigError: `kl` does not fit the levels, or the URL is not a store's.
+        OutputError: the store cannot be written.
+        BackendUnavailableError: the package obstore, which URLs need, is not there.
+
+    Example:
+        >>> import tempfile, torch, cachegen
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+        >>> context, question = torch.randint(256, (1, 300)), torch.randint(256, (1, 5))
+        >>> cache = model(context).past_key_values
+        >>> levels = [cachegen.compress(cache, context, model, {"method": "uniform", "bits": n}) for n in (4, 8)]
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> cachegen.publish(folder.name, levels)
+        >>> prompt = torch.cat([context, question], dim=1)
+        >>> cachegen.load(folder.name).to_cache(model, prompt).get_seq_length()
+        300
+        >>> folder.cleanup()
+    """
+    several = [compressed] if isinstance(compressed, CompressedCache) else list(compressed)
+    if not several:
+        raise ValueError("`compressed` must have at least one compressed cache")
+    levels = order_levels([one._encoding.list_levels() for one in several], kl)
+    store = place if isinstance(place, Store) else open_store(place, retry=WRITING, create=True)
+    publish_document(store, levels, several[0]._metadata)
