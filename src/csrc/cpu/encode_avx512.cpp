@@ -8,7 +8,7 @@
 // rounding the product come to less than 2^-22 of it together; the reciprocal is lowered by 2^-21. So the product lies
 // between x/f (1 - 2^-20) > x/f - 1 and x/f, and its integer part is that of x/f or one less.
 
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 
 #if CACHEGEN_X86
 
@@ -418,24 +418,21 @@ CACHEGEN_AVX512 void encode_streams(const StreamBatch& batch, Dtype dtype, Scrat
 }
 
 }  // namespace
-}  // namespace cachegen::avx512
 
-namespace cachegen {
-
-void encode_batch_avx512(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
+void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
     StreamBatch part = batch;
     for (int done = 0; done < batch.num_streams; done += part.num_streams) {
         const int rest = batch.num_streams - done;
         part.num_streams = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
         std::copy(batch.streams + done, batch.streams + done + part.num_streams, part.streams);
-        const auto encode = part.num_streams == 8   ? avx512::encode_streams<8>
-                            : part.num_streams == 4 ? avx512::encode_streams<4>
-                            : part.num_streams == 2 ? avx512::encode_streams<2>
-                                                    : avx512::encode_streams<1>;
+        const auto encode = part.num_streams == 8   ? encode_streams<8>
+                            : part.num_streams == 4 ? encode_streams<4>
+                            : part.num_streams == 2 ? encode_streams<2>
+                                                    : encode_streams<1>;
         encode(part, dtype, scratch, encoded + done);
     }
 }
 
-}  // namespace cachegen
+}  // namespace cachegen::avx512
 
 #endif  // CACHEGEN_X86
