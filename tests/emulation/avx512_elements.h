@@ -28,7 +28,7 @@ struct __m512 {
 using __mmask16 = uint16_t;
 using __mmask32 = uint32_t;
 
-enum { _MM_HINT_T1 = 2, _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8 };
+enum { _MM_HINT_T1 = 2, _MM_HINT_T0 = 3, _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8 };
 
 namespace emulation {
 

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "cpu/arithmetic_portable.h"
 #include "cpu/planes.h"
 #include "fuzz_input.h"
 
@@ -98,7 +99,7 @@ void run(FuzzInput input) {
     ref.shape = fuzz.shape;
     ref.num_bytes = static_cast<uint32_t>(num_bytes);
     ref.num_words = num_words;
-    FUZZ_CHECK(decode_plane_stream<Float16>(plane, ref, stream.data(), workspace) == status);
+    FUZZ_CHECK(decode_plane_stream(plane, Dtype::kFloat16, ref, stream.data(), workspace) == status);
 }
 
 }  // namespace

@@ -81,10 +81,11 @@ struct Document {
     }
 };
 
-std::vector<CpuPath> supported_paths() {
-    std::vector<CpuPath> paths;
-    for (CpuPath path : {CpuPath::kPortable, CpuPath::kAvx2, CpuPath::kAvx512})
-        if (supports(path)) paths.push_back(path);
+// The first is portable.
+std::vector<const CpuKernels*> supported_paths() {
+    std::vector<const CpuKernels*> paths;
+    for (const CpuKernels* path : cpu_paths())
+        if (path->is_supported()) paths.push_back(path);
     return paths;
 }
 
@@ -95,14 +96,13 @@ bool measure(Document& document) {
     for (size_t i = 0; i < document.planes.size(); ++i) {
         const Plane& plane = document.planes[i];
         std::vector<uint32_t> expected(plane.num_channels() * kTableSize);
-        const int64_t bad_token = measure_plane<Dtype>(plane, document.num_tokens, expected.data());
+        const auto measure_portably = cpu_paths().front()->measure_plane;
+        const int64_t bad_token = measure_portably(plane, Dtype::kDtype, document.num_tokens, expected.data());
         const std::vector<uint8_t> scales = document.scales[i];
         is_finite &= bad_token < 0;
-        for (CpuPath path : supported_paths()) {
-            if (path == CpuPath::kPortable) continue;
+        for (const CpuKernels* path : supported_paths()) {
             std::vector<uint32_t> counts(expected.size());
-            const auto measure_vectors = path == CpuPath::kAvx512 ? measure_plane_avx512 : measure_plane_avx2;
-            FUZZ_CHECK(measure_vectors(plane, Dtype::kDtype, document.num_tokens, counts.data()) == bad_token);
+            FUZZ_CHECK(path->measure_plane(plane, Dtype::kDtype, document.num_tokens, counts.data()) == bad_token);
             if (bad_token < 0) FUZZ_CHECK(counts == expected && document.scales[i] == scales);
         }
     }
@@ -113,14 +113,14 @@ template <class Dtype>
 void check_decoding(Document& document, std::vector<StreamRef>& streams, const std::vector<uint8_t>& payload) {
     std::vector<Status> expected_statuses;
     std::vector<std::vector<uint8_t>> expected;
-    for (CpuPath path : supported_paths()) {
+    for (const CpuKernels* path : supported_paths()) {
         for (auto& values : document.values) std::fill(values.begin(), values.end(), uint8_t{0});
         std::vector<Status> statuses(streams.size(), Status::kOk);
         decode_planes(document.planes, streams, Dtype::kDtype, document.num_tokens, payload.data(),
-                      static_cast<int64_t>(payload.size()), path, 1, statuses);
+                      static_cast<int64_t>(payload.size()), *path, 1, statuses);
         bool all_ok = true;
         for (Status status : statuses) all_ok &= status == Status::kOk;
-        if (path == CpuPath::kPortable) {
+        if (path == cpu_paths().front()) {
             expected_statuses = statuses;
             expected = document.values;
         }
@@ -144,14 +144,14 @@ void run(FuzzInput input) {
 
     std::vector<StreamRef> streams = list_streams(document.planes, document.num_tokens);
     std::vector<uint8_t> payload;
-    for (CpuPath path : supported_paths()) {
-        EncodedStreams encoded = encode_planes(document.planes, streams, Dtype::kDtype, path, 1);
+    for (const CpuKernels* path : supported_paths()) {
+        EncodedStreams encoded = encode_planes(document.planes, streams, Dtype::kDtype, *path, 1);
         std::vector<uint8_t> bytes;
         bool all_ok = true;
         for (size_t i = 0; i < streams.size(); ++i) {
             const EncodedStream& stream = encoded.streams[i];
             all_ok &= stream.status == Status::kOk;
-            if (path == CpuPath::kPortable) {
+            if (path == cpu_paths().front()) {
                 streams[i].offset = static_cast<int64_t>(bytes.size());
                 streams[i].num_bytes = static_cast<uint32_t>(stream.num_bytes);
                 streams[i].num_words = stream.num_words;
@@ -159,7 +159,7 @@ void run(FuzzInput input) {
             FUZZ_CHECK(stream.num_bytes == streams[i].num_bytes && stream.num_words == streams[i].num_words);
             if (stream.bytes) bytes.insert(bytes.end(), stream.bytes.get(), stream.bytes.get() + stream.padded_bytes());
         }
-        if (path == CpuPath::kPortable) payload = bytes;
+        if (path == cpu_paths().front()) payload = bytes;
         FUZZ_CHECK(bytes == payload);
         if (!all_ok && path == supported_paths().back()) return;
     }

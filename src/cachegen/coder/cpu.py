@@ -41,11 +41,7 @@ TORCH_DTYPES = {number: dtype for dtype, number in DTYPES.items()}
 Tables: TypeAlias = _native.TableSet
 
 # Of the kernels: all give the same bytes and values, so only tests and benchmarks name one.
-_PATHS = {
-    "portable": _native.CpuPath.PORTABLE,
-    "avx2": _native.CpuPath.AVX2,
-    "avx512": _native.CpuPath.AVX512,
-}
+_PATHS = {path.name.lower(): path for path in _native.CpuPath}
 
 _PROBLEMS = {
     _native.Status.TRUNCATED: "the stream is not whole",

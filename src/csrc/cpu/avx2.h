@@ -7,10 +7,17 @@
 
 #include <cstdint>
 
+#include "cpu/cpu_kernels.h"
+
 #define CACHEGEN_AVX2 __attribute__((target("avx2,bmi2,popcnt,f16c,fma")))
 #define CACHEGEN_AVX2_INLINE CACHEGEN_AVX2 __attribute__((always_inline)) inline
 
 namespace cachegen::avx2 {
+
+// What this path's files have; see CpuKernels.
+int64_t measure_plane(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts);
+void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded);
+void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
 
 // Sixteen bytes in both halves of a vector, as byte shuffles want their tables.
 CACHEGEN_AVX2_INLINE __m256i load_twice(const uint8_t bytes[16]) {

@@ -19,7 +19,7 @@
 
 #include <cstdint>
 
-#include "quantization.h"
+#include "cpu/cpu_kernels.h"
 
 #ifdef CACHEGEN_EMULATION
 #define CACHEGEN_AVX512
@@ -33,6 +33,11 @@
 #define CACHEGEN_AVX512_APART CACHEGEN_AVX512 __attribute__((noinline))
 
 namespace cachegen::avx512 {
+
+// What this path's files have; see CpuKernels.
+int64_t measure_plane(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts);
+void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded);
+void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
 
 // The first `count` <= 32 bits set.
 CACHEGEN_AVX512_INLINE __mmask32 first_lanes(int64_t count) {

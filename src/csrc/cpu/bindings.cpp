@@ -13,7 +13,7 @@
 
 #include "cpu/checksum.h"
 #include "cpu/chunk_kernels.h"
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 #include "cpu/planes.h"
 #include "cpu/python_classes.h"
 #include "cpu/python_interface.h"
@@ -83,7 +83,7 @@ Reference measure(const Arguments& arguments) {
     int dtype, num_threads;
     long long num_tokens;
     arguments.read("OiLiO:measure", kNames, &plane_list, &dtype, &num_tokens, &num_threads, &path_object);
-    const CpuPath path = to_supported_path(path_object);
+    const CpuKernels& kernels = to_kernels(path_object);
     const Reference tuple = python::to_tuple(plane_list);
     const std::vector<Plane> planes = to_planes(tuple);
     int64_t num_channels = 0;
@@ -93,7 +93,7 @@ Reference measure(const Arguments& arguments) {
     {
         const UnlockedInterpreter unlocked;
         std::memset(counts.data(), 0, sizeof(uint32_t) * num_channels * kTableSize);
-        measure_chunk(planes, static_cast<Dtype>(dtype), num_tokens, num_threads, path, counts.data(), bad_tokens);
+        measure_chunk(planes, static_cast<Dtype>(dtype), num_tokens, num_threads, kernels, counts.data(), bad_tokens);
     }
     long long bad_plane = -1;
     for (size_t i = 0; i < planes.size() && bad_plane < 0; ++i)
@@ -110,14 +110,14 @@ Reference encode(const Arguments& arguments) {
     int dtype, num_threads;
     long long num_tokens;
     arguments.read("OiLiO:encode", kNames, &plane_list, &dtype, &num_tokens, &num_threads, &path_object);
-    const CpuPath path = to_supported_path(path_object);
+    const CpuKernels& kernels = to_kernels(path_object);
     const Reference tuple = python::to_tuple(plane_list);
     const std::vector<Plane> planes = to_planes(tuple);
     const std::vector<StreamRef> streams = list_streams(planes, num_tokens);
     EncodedStreams encoded;
     {
         const UnlockedInterpreter unlocked;
-        encoded = encode_chunk(planes, static_cast<Dtype>(dtype), streams, num_threads, path);
+        encoded = encode_chunk(planes, static_cast<Dtype>(dtype), streams, num_threads, kernels);
     }
     const auto num_streams = static_cast<int64_t>(streams.size());
     const NewArray<uint32_t> index({num_streams, 3});
@@ -150,7 +150,7 @@ Reference decode(const Arguments& arguments) {
     long long num_tokens;
     arguments.read("OiLOOiO:decode", kNames, &plane_list, &dtype, &num_tokens, &payload_object, &index_object,
                    &num_threads, &path_object);
-    const CpuPath path = to_supported_path(path_object);
+    const CpuKernels& kernels = to_kernels(path_object);
     const Reference tuple = python::to_tuple(plane_list);
     const std::vector<Plane> planes = to_planes(tuple);
     const Array<uint8_t> payload(payload_object, "payload");
@@ -166,7 +166,7 @@ Reference decode(const Arguments& arguments) {
     {
         const UnlockedInterpreter unlocked;
         failure = decode_chunk(planes, static_cast<Dtype>(dtype), streams, num_tokens, payload.data(), payload.size(),
-                               num_threads, path);
+                               num_threads, kernels);
     }
     return failure_tuple(failure);
 }
@@ -379,7 +379,7 @@ struct EnumMember {
 };
 
 // Make an enum.Enum and add it to the module.
-Reference add_enum(PyObject* module, const char* name, std::initializer_list<EnumMember> members) {
+Reference add_enum(PyObject* module, const char* name, const std::vector<EnumMember>& members) {
     const Reference dict(PyDict_New());
     for (const EnumMember& member : members) {
         const Reference value(PyLong_FromLong(member.value));
@@ -398,13 +398,15 @@ Reference supports_path(const Arguments& arguments) {
     static const char* const kNames[] = {"path", nullptr};
     PyObject* path;
     arguments.read("O:supports", kNames, &path);
-    return Reference(PyBool_FromLong(supports(to_path(path))));
+    return Reference(PyBool_FromLong(to_path(path).is_supported()));
 }
 
 Reference best_path_of(const Arguments& arguments) {
     static const char* const kNames[] = {nullptr};
     arguments.read(":best_path", kNames);
-    return Reference(PyObject_CallFunction(cpu_path_type, "i", static_cast<int>(best_path())));
+    int best = static_cast<int>(cpu_paths().size()) - 1;
+    while (!cpu_paths()[best]->is_supported()) --best;
+    return Reference(PyObject_CallFunction(cpu_path_type, "i", best));
 }
 
 Reference make_module() {
@@ -438,11 +440,9 @@ Reference make_module() {
               {"NO_FREQUENCY", static_cast<int>(Status::kNoFrequency)},
               {"NOT_FINITE", static_cast<int>(Status::kNotFinite)},
               {"BAD_LOW_BITS", static_cast<int>(Status::kBadLowBits)}});
-    cpu_path_type = add_enum(module.get(), "CpuPath",
-                             {{"PORTABLE", static_cast<int>(CpuPath::kPortable)},
-                              {"AVX2", static_cast<int>(CpuPath::kAvx2)},
-                              {"AVX512", static_cast<int>(CpuPath::kAvx512)}})
-                        .release();
+    std::vector<EnumMember> paths;
+    for (const CpuKernels* kernels : cpu_paths()) paths.push_back({kernels->name, static_cast<int>(paths.size())});
+    cpu_path_type = add_enum(module.get(), "CpuPath", paths).release();
     table_set_type = make_table_set_type();
     plane_type = make_plane_type();
     if (PyModule_AddObjectRef(module.get(), "TableSet", reinterpret_cast<PyObject*>(table_set_type)) != 0 ||

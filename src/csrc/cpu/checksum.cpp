@@ -1,6 +1,6 @@
 #include "cpu/checksum.h"
 
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 #include "crc32c.h"
 
 #if CACHEGEN_X86

@@ -27,29 +27,19 @@ Failure first_failure(const std::vector<Status>& statuses) {
 }  // namespace
 
 void measure_chunk(const std::vector<Plane>& planes, Dtype dtype, int64_t num_tokens, int num_threads,
-                   [[maybe_unused]] CpuPath path, uint32_t* counts, std::vector<int64_t>& bad_tokens) {
+                   const CpuKernels& kernels, uint32_t* counts, std::vector<int64_t>& bad_tokens) {
     std::vector<int64_t> first_rows(planes.size() + 1, 0);
     for (size_t i = 0; i < planes.size(); ++i) first_rows[i + 1] = first_rows[i] + planes[i].num_channels();
     require_known(dtype);
     parallel_for(static_cast<int64_t>(planes.size()), num_threads, [&](int64_t i) {
-        uint32_t* const plane_counts = counts + first_rows[i] * kTableSize;
-#if CACHEGEN_X86
-        if (path != CpuPath::kPortable) {
-            const auto measure = path == CpuPath::kAvx512 ? measure_plane_avx512 : measure_plane_avx2;
-            bad_tokens[i] = measure(planes[i], dtype, num_tokens, plane_counts);
-            return;
-        }
-#endif
-        with_dtype(dtype, [&](auto tag) {
-            bad_tokens[i] = measure_plane<decltype(tag)>(planes[i], num_tokens, plane_counts);
-        });
+        bad_tokens[i] = kernels.measure_plane(planes[i], dtype, num_tokens, counts + first_rows[i] * kTableSize);
     });
 }
 
 EncodedStreams encode_chunk(const std::vector<Plane>& planes, Dtype dtype, const std::vector<StreamRef>& streams,
-                            int num_threads, CpuPath path) {
+                            int num_threads, const CpuKernels& kernels) {
     require_known(dtype);
-    return encode_planes(planes, streams, dtype, path, num_threads);
+    return encode_planes(planes, streams, dtype, kernels, num_threads);
 }
 
 void join_streams(EncodedStreams& encoded, const std::vector<int64_t>& offsets, int num_threads, uint8_t* payload) {
@@ -61,10 +51,11 @@ void join_streams(EncodedStreams& encoded, const std::vector<int64_t>& offsets, 
 }
 
 Failure decode_chunk(const std::vector<Plane>& planes, Dtype dtype, const std::vector<StreamRef>& streams,
-                     int64_t num_tokens, const uint8_t* payload, int64_t payload_bytes, int num_threads, CpuPath path) {
+                     int64_t num_tokens, const uint8_t* payload, int64_t payload_bytes, int num_threads,
+                     const CpuKernels& kernels) {
     std::vector<Status> statuses(streams.size(), Status::kOk);
     require_known(dtype);
-    decode_planes(planes, streams, dtype, num_tokens, payload, payload_bytes, path, num_threads, statuses);
+    decode_planes(planes, streams, dtype, num_tokens, payload, payload_bytes, kernels, num_threads, statuses);
     return first_failure(statuses);
 }
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/components.h"
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 #include "cpu/encode_planes.h"
 #include "cpu/planes.h"
 #include "quantization.h"
@@ -24,19 +24,20 @@ struct Failure {
 // Fill the planes' scales and count symbols.
 //
 // counts: zeros [sum of channels][32]. bad_tokens: per plane, the first token that is not finite, or -1.
-void measure_chunk(const std::vector<Plane>& planes, Dtype dtype, int64_t num_tokens, int num_threads, CpuPath path,
-                   uint32_t* counts, std::vector<int64_t>& bad_tokens);
+void measure_chunk(const std::vector<Plane>& planes, Dtype dtype, int64_t num_tokens, int num_threads,
+                   const CpuKernels& kernels, uint32_t* counts, std::vector<int64_t>& bad_tokens);
 
 // Quantize and encode all planes.
 EncodedStreams encode_chunk(const std::vector<Plane>& planes, Dtype dtype, const std::vector<StreamRef>& streams,
-                            int num_threads, CpuPath path);
+                            int num_threads, const CpuKernels& kernels);
 
 // Copy the streams to where they begin in a payload, and free them.
 void join_streams(EncodedStreams& encoded, const std::vector<int64_t>& offsets, int num_threads, uint8_t* payload);
 
 // Decode all planes from a payload, within which the streams must lie.
 Failure decode_chunk(const std::vector<Plane>& planes, Dtype dtype, const std::vector<StreamRef>& streams,
-                     int64_t num_tokens, const uint8_t* payload, int64_t payload_bytes, int num_threads, CpuPath path);
+                     int64_t num_tokens, const uint8_t* payload, int64_t payload_bytes, int num_threads,
+                     const CpuKernels& kernels);
 
 // The checksums of parts of a payload: part i begins at offsets[i] and ends where the next begins.
 void checksum_parts(const uint8_t* payload, const std::vector<int64_t>& offsets, int num_threads, uint32_t* checksums);

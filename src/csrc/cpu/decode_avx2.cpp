@@ -5,7 +5,7 @@
 // starts: the place of a node and its level's successor come from one 16-byte table for the first four levels and one
 // for the last, looked up for 32 lanes at once.
 
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 
 #if CACHEGEN_X86
 
@@ -294,9 +294,7 @@ class TileDecoder {
     uint32_t present_[kMaxBatch];  // the symbols of the last tile, where a stream does not share its tables
 };
 
-}  // namespace
-
-CACHEGEN_AVX2 void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses) {
+CACHEGEN_AVX2 void decode_streams(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses) {
     Dequantizer dequantizer(batch, dtype);
     const size_t tile_bytes = TileDecoder::tile_bytes(batch), table_bytes = dequantizer.table_bytes();
     uint8_t* const memory = scratch.reserve(tile_bytes + table_bytes + StreamWords::num_copied_bytes(batch));
@@ -317,14 +315,12 @@ CACHEGEN_AVX2 void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& 
     for (int s = 0; s < batch.num_streams; ++s) statuses[s] = decoder.status(s);
 }
 
-}  // namespace cachegen::avx2
+}  // namespace
 
-namespace cachegen {
-
-void decode_batch_avx2(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses) {
-    avx2::decode_batch(batch, dtype, scratch, statuses);
+void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses) {
+    decode_streams(batch, dtype, scratch, statuses);
 }
 
-}  // namespace cachegen
+}  // namespace cachegen::avx2
 
 #endif  // CACHEGEN_X86

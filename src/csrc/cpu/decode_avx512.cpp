@@ -8,7 +8,7 @@
 //        = (16 f * high) + (f * (low >> 12) + slot - start),    where the second part is below 2^16.
 // 16 f does not fit 16 bits where f = 4096, the only symbol of its table: such lanes keep their high half.
 
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 
 #if CACHEGEN_X86
 
@@ -306,24 +306,21 @@ CACHEGEN_AVX512 void decode_streams(const StreamBatch& batch, Dtype dtype, Scrat
 }
 
 }  // namespace
-}  // namespace cachegen::avx512
 
-namespace cachegen {
-
-void decode_batch_avx512(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses) {
+void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses) {
     StreamBatch part = batch;
     for (int done = 0; done < batch.num_streams; done += part.num_streams) {
         const int rest = batch.num_streams - done;
         part.num_streams = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
         std::copy(batch.streams + done, batch.streams + done + part.num_streams, part.streams);
-        const auto decode = part.num_streams == 8   ? avx512::decode_streams<8>
-                            : part.num_streams == 4 ? avx512::decode_streams<4>
-                            : part.num_streams == 2 ? avx512::decode_streams<2>
-                                                    : avx512::decode_streams<1>;
+        const auto decode = part.num_streams == 8   ? decode_streams<8>
+                            : part.num_streams == 4 ? decode_streams<4>
+                            : part.num_streams == 2 ? decode_streams<2>
+                                                    : decode_streams<1>;
         decode(part, dtype, scratch, statuses + done);
     }
 }
 
-}  // namespace cachegen
+}  // namespace cachegen::avx512
 
 #endif  // CACHEGEN_X86

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/planes.h"
 #include "cpu/stream_batch.h"
@@ -23,11 +23,11 @@ inline bool allows_bypass(const Plane& plane, Dtype dtype) {
            plane.head_stride % line == 0 && plane.head_dim % line == 0;
 }
 
-#if CACHEGEN_X86
-// Decode a batch of uniform streams with vector instructions.
-inline void decode_with_vectors(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams, Dtype dtype,
-                                const int64_t* members, int num_members, const uint8_t* payload, int64_t payload_bytes,
-                                bool bypasses_caches, CpuPath path, Scratch& scratch, std::vector<Status>& statuses) {
+// Decode a batch of uniform streams.
+inline void decode_in_step(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams, Dtype dtype,
+                           const int64_t* members, int num_members, const uint8_t* payload, int64_t payload_bytes,
+                           bool bypasses_caches, const CpuKernels& kernels, Scratch& scratch,
+                           std::vector<Status>& statuses) {
     StreamBatch batch = describe_batch(planes[streams[members[0]].plane], streams[members[0]].shape);
     batch.stores_bypass_caches = bypasses_caches;
     batch.readable_end = payload + payload_bytes;
@@ -43,20 +43,18 @@ inline void decode_with_vectors(const std::vector<Plane>& planes, const std::vec
         indices[batch.num_streams++] = members[i];
     }
     Status found[kMaxBatch];
-    const auto decode = path == CpuPath::kAvx512 ? decode_batch_avx512 : decode_batch_avx2;
-    decode(batch, dtype, scratch, found);
+    kernels.decode_batch(batch, dtype, scratch, found);
     for (int i = 0; i < batch.num_streams; ++i) statuses[indices[i]] = found[i];
 }
-#endif
 
 // Decode streams, whose offsets and sizes must lie within the payload; one status per stream.
 inline void decode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams, Dtype dtype,
-                          int64_t num_tokens, const uint8_t* payload, [[maybe_unused]] int64_t payload_bytes,
-                          CpuPath path, int num_threads, std::vector<Status>& statuses) {
-    const BatchPlan plan = plan_batches(planes, streams, num_threads, path != CpuPath::kPortable);
+                          int64_t num_tokens, const uint8_t* payload, int64_t payload_bytes, const CpuKernels& kernels,
+                          int num_threads, std::vector<Status>& statuses) {
+    const BatchPlan plan = plan_batches(planes, streams, num_threads, kernels.takes_batches());
     int64_t num_values = 0;
     for (const Plane& plane : planes) num_values += num_tokens * plane.num_channels();
-    [[maybe_unused]] const bool is_large = num_values * value_bytes_of(dtype) >= kBypassBytes;
+    const bool is_large = num_values * value_bytes_of(dtype) >= kBypassBytes;
     parallel_for(plan.num_batches(), num_threads, [&](int64_t index) {
         // Kept from call to call: fresh memory would cost a page fault per 4096 bytes.
         thread_local StreamWorkspace workspace;
@@ -64,19 +62,15 @@ inline void decode_planes(const std::vector<Plane>& planes, const std::vector<St
         const int64_t* members = &plan.order[plan.begins[index]];
         const int num_members = static_cast<int>(plan.begins[index + 1] - plan.begins[index]);
         const StreamRef& first = streams[members[0]];
-        [[maybe_unused]] const Plane& plane = planes[first.plane];
-#if CACHEGEN_X86
-        if (path != CpuPath::kPortable && BatchKey(plane, first.shape).is_uniform) {
-            decode_with_vectors(planes, streams, dtype, members, num_members, payload, payload_bytes, is_large, path,
-                                scratch, statuses);
+        if (kernels.takes_batches() && BatchKey(planes[first.plane], first.shape).is_uniform) {
+            decode_in_step(planes, streams, dtype, members, num_members, payload, payload_bytes, is_large, kernels,
+                           scratch, statuses);
             return;
         }
-#endif
-        for (int i = 0; i < num_members; ++i)
-            with_dtype(dtype, [&](auto tag) {
-                statuses[members[i]] = decode_plane_stream<decltype(tag)>(planes[streams[members[i]].plane],
-                                                                          streams[members[i]], payload, workspace);
-            });
+        for (int i = 0; i < num_members; ++i) {
+            const StreamRef& stream = streams[members[i]];
+            statuses[members[i]] = decode_plane_stream(planes[stream.plane], dtype, stream, payload, workspace);
+        }
     });
 }
 

@@ -11,7 +11,7 @@
 // to 3.5 u, which the 8 u outweigh, and all of it to less than 16 u = 2^-20. After renormalization x / f is below 2^20,
 // so the product lies between x / f - 1 and x / f.
 
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 
 #if CACHEGEN_X86
 
@@ -402,7 +402,7 @@ class TileEncoder {
     __m256i seen_[kMaxBatch];  // the or of all frequencies
 };
 
-CACHEGEN_AVX2 void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
+CACHEGEN_AVX2 void encode_streams(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
     TileEncoder encoder(batch, dtype, scratch.reserve(TileEncoder::memory_bytes(batch)));
     encoder.start();
     const int64_t num_channels = batch.shape.num_channels;
@@ -412,14 +412,11 @@ CACHEGEN_AVX2 void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& 
 }
 
 }  // namespace
-}  // namespace cachegen::avx2
 
-namespace cachegen {
-
-void encode_batch_avx2(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
-    avx2::encode_batch(batch, dtype, scratch, encoded);
+void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
+    encode_streams(batch, dtype, scratch, encoded);
 }
 
-}  // namespace cachegen
+}  // namespace cachegen::avx2
 
 #endif  // CACHEGEN_X86

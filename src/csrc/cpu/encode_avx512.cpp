@@ -8,7 +8,7 @@
 // rounding the product come to less than 2^-22 of it together; the reciprocal is lowered by 2^-21. So the product lies
 // between x/f (1 - 2^-20) > x/f - 1 and x/f, and its integer part is that of x/f or one less.
 
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 
 #if CACHEGEN_X86
 
@@ -194,6 +194,7 @@ class TileEncoder {
             memory += words_bytes(batch);
             words_end_[s] = word_[s] = reinterpret_cast<uint16_t*>(memory);
         }
+        for (int s = 0; s < kStreams; ++s) token_bytes_[s] = value_bytes_ * batch.streams[s].token_stride;
     }
 
     static size_t memory_bytes(const StreamBatch& batch) {
@@ -216,10 +217,11 @@ class TileEncoder {
             for (int pair = 0; pair < kPairs; ++pair) quantizer_.quantize(row, pair, block(row, pair));
         // The next tile, for the prefetches.
         const int64_t next = std::max<int64_t>(first_channel - kTileChannels, 0);
-        for (int s = 0; s < kStreams; ++s)
+        for (int s = 0; s < kStreams; ++s) {
+            const BatchStream& stream = batch_.streams[s];
             next_tile_[s] =
-                batch_.streams[s].values +
-                value_bytes_ * (next / batch_.head_dim * batch_.streams[s].head_stride + next % batch_.head_dim);
+                stream.values + value_bytes_ * (next / batch_.head_dim * stream.head_stride + next % batch_.head_dim);
+        }
 
         const int64_t full_rows = batch_.shape.num_tokens / kNumLanes;
         for (int i = num_channels - 1; i >= 0; --i) {
@@ -233,15 +235,17 @@ class TileEncoder {
                     continue;
                 }
                 make_table(source[channel], &tables_[s]);
+                // The next channel's.
+                const auto* next_table = reinterpret_cast<const char*>(source + std::max<int64_t>(channel - 1, 0));
+                _mm_prefetch(next_table, _MM_HINT_T0);
+                _mm_prefetch(next_table + 64, _MM_HINT_T0);
                 tables[s] = &tables_[s];
             }
             if (full_rows < num_rows_) encode_tail_row(channel, i, full_rows, tables);
-            for (int64_t row = full_rows - 1; row >= 0; --row) {
-                if (batch_.low_bits == 0)
-                    encode_row<false>(channel, i, row, tables);
-                else
-                    encode_row<true>(channel, i, row, tables);
-            }
+            if (batch_.low_bits == 0)
+                encode_full_rows<false>(channel, i, full_rows, tables);
+            else
+                encode_full_rows<true>(channel, i, full_rows, tables);
         }
     }
 
@@ -279,17 +283,22 @@ class TileEncoder {
 
     uint8_t* block(int64_t row, int pair) const { return tile_ + (row * kPairs + pair) * kBlockStride; }
 
-    // Encode one full row of all streams. Only where kHasLowBits may there be low bits, or no tables.
+    // Encode the full rows of a channel. Only where kHasLowBits may there be low bits, or no tables.
     template <bool kHasLowBits>
-    CACHEGEN_AVX512_INLINE void encode_row(int64_t channel, int channel_in_tile, int64_t row,
-                                           const EncodeTable* const tables[kStreams]) {
+    CACHEGEN_AVX512_APART void encode_full_rows(int64_t channel, int channel_in_tile, int64_t full_rows,
+                                                const EncodeTable* const tables[kStreams]) {
+        for (int64_t row = full_rows - 1; row >= 0; --row) {
+            const uint8_t* row_symbols = block(row, 0) + 64 * channel_in_tile;
+            // One register for the row, not one per stream: there are none to spare.
+            asm("" : "+r"(row_symbols));
+            const int64_t prefetched = row * kNumLanes + channel_in_tile;
 #pragma GCC unroll 8
-        for (int s = 0; s < kStreams; ++s) {
-            // As many prefetches as the next tile has rows.
-            _mm_prefetch(
-                next_tile_[s] + value_bytes_ * (row * kNumLanes + channel_in_tile) * batch_.streams[s].token_stride,
-                _MM_HINT_T1);
-            encode_stream_row<false, kHasLowBits>(s, channel, channel_in_tile, row, tables[s]);
+            for (int s = 0; s < kStreams; ++s) {
+                // As many prefetches as the next tile has rows.
+                _mm_prefetch(next_tile_[s] + prefetched * token_bytes_[s], _MM_HINT_T1);
+                const uint8_t* const symbols = row_symbols + s / 2 * kBlockStride + 32 * (s % 2);
+                encode_stream_row<false, kHasLowBits>(s, channel, row, symbols, tables[s]);
+            }
         }
     }
 
@@ -297,18 +306,19 @@ class TileEncoder {
     CACHEGEN_AVX512_APART void encode_tail_row(int64_t channel, int channel_in_tile, int64_t row,
                                                const EncodeTable* const tables[kStreams]) {
 #pragma GCC unroll 1
-        for (int s = 0; s < kStreams; ++s) encode_stream_row<true, true>(s, channel, channel_in_tile, row, tables[s]);
+        for (int s = 0; s < kStreams; ++s)
+            encode_stream_row<true, true>(s, channel, row, block(row, s / 2) + 64 * channel_in_tile + 32 * (s % 2),
+                                          tables[s]);
     }
 
     template <bool kIsTail, bool kHasLowBits>
-    CACHEGEN_AVX512_INLINE void encode_stream_row(int s, int64_t channel, int channel_in_tile, int64_t row,
+    CACHEGEN_AVX512_INLINE void encode_stream_row(int s, int64_t channel, int64_t row, const uint8_t* symbols,
                                                   const EncodeTable* table) {
         const int live = kIsTail ? batch_.shape.live_lanes(row) : kNumLanes;
-        const uint8_t* const bytes = block(row, s / 2) + 64 * channel_in_tile + 32 * (s % 2);
-        __m512i first = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
-        __m512i second = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + 16)));
+        __m512i first = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(symbols)));
+        __m512i second = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(symbols + 16)));
         if (kHasLowBits && batch_.low_bits > 0) {
-            store_low_bits(s, channel, row, live, _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes)));
+            store_low_bits(s, channel, row, live, _mm256_load_si256(reinterpret_cast<const __m256i*>(symbols)));
             first = _mm512_srl_epi32(first, _mm_cvtsi32_si128(batch_.low_bits));
             second = _mm512_srl_epi32(second, _mm_cvtsi32_si128(batch_.low_bits));
         }
@@ -389,6 +399,7 @@ class TileEncoder {
     uint8_t* low_bits_[kStreams];
     uint16_t* words_end_[kStreams];
     uint16_t* word_[kStreams];
+    int64_t token_bytes_[kStreams];  // from one token to the next in the cache
     const uint8_t* next_tile_[kStreams];
     EncodeTable tables_[kStreams];
     __m512i first_[kStreams], second_[kStreams];  // states of lanes 0 to 15 and 16 to 31
@@ -407,24 +418,21 @@ CACHEGEN_AVX512 void encode_streams(const StreamBatch& batch, Dtype dtype, Scrat
 }
 
 }  // namespace
-}  // namespace cachegen::avx512
 
-namespace cachegen {
-
-void encode_batch_avx512(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
+void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
     StreamBatch part = batch;
     for (int done = 0; done < batch.num_streams; done += part.num_streams) {
         const int rest = batch.num_streams - done;
         part.num_streams = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
         std::copy(batch.streams + done, batch.streams + done + part.num_streams, part.streams);
-        const auto encode = part.num_streams == 8   ? avx512::encode_streams<8>
-                            : part.num_streams == 4 ? avx512::encode_streams<4>
-                            : part.num_streams == 2 ? avx512::encode_streams<2>
-                                                    : avx512::encode_streams<1>;
+        const auto encode = part.num_streams == 8   ? encode_streams<8>
+                            : part.num_streams == 4 ? encode_streams<4>
+                            : part.num_streams == 2 ? encode_streams<2>
+                                                    : encode_streams<1>;
         encode(part, dtype, scratch, encoded + done);
     }
 }
 
-}  // namespace cachegen
+}  // namespace cachegen::avx512
 
 #endif  // CACHEGEN_X86

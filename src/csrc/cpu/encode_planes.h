@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/checksum.h"
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/planes.h"
 #include "cpu/stream_batch.h"
@@ -26,17 +26,15 @@ inline void encode_portably(const Plane& plane, StreamRef stream, Dtype dtype, E
     thread_local StreamWorkspace workspace;
     thread_local std::vector<uint8_t> output;
     output.clear();
-    with_dtype(dtype, [&](auto tag) {
-        encoded->status = encode_plane_stream<decltype(tag)>(plane, stream, workspace, output);
-    });
+    encoded->status = encode_plane_stream(plane, dtype, stream, workspace, output);
     if (encoded->status != Status::kOk) return;
     encoded->num_words = stream.num_words;
     std::memcpy(encoded->allocate(static_cast<int64_t>(output.size())), output.data(), output.size());
 }
 
 inline EncodedStreams encode_planes(const std::vector<Plane>& planes, const std::vector<StreamRef>& streams,
-                                    Dtype dtype, CpuPath path, int num_threads) {
-    const BatchPlan plan = plan_batches(planes, streams, num_threads, path != CpuPath::kPortable);
+                                    Dtype dtype, const CpuKernels& kernels, int num_threads) {
+    const BatchPlan plan = plan_batches(planes, streams, num_threads, kernels.takes_batches());
     EncodedStreams result;
     result.streams.resize(streams.size());
     result.checksums.resize(streams.size());
@@ -45,17 +43,14 @@ inline EncodedStreams encode_planes(const std::vector<Plane>& planes, const std:
         const int num_members = static_cast<int>(plan.begins[index + 1] - plan.begins[index]);
         EncodedStream encoded[kMaxBatch];
         const StreamRef& first = streams[members[0]];
-        if (path != CpuPath::kPortable && BatchKey(planes[first.plane], first.shape).is_uniform) {
-#if CACHEGEN_X86
+        if (kernels.takes_batches() && BatchKey(planes[first.plane], first.shape).is_uniform) {
             thread_local Scratch scratch;
             StreamBatch batch = describe_batch(planes[first.plane], first.shape);
             for (; batch.num_streams < num_members; ++batch.num_streams) {
                 const StreamRef& stream = streams[members[batch.num_streams]];
                 batch.streams[batch.num_streams] = describe_stream(planes[stream.plane], stream, value_bytes_of(dtype));
             }
-            const auto encode = path == CpuPath::kAvx512 ? encode_batch_avx512 : encode_batch_avx2;
-            encode(batch, dtype, scratch, encoded);
-#endif
+            kernels.encode_batch(batch, dtype, scratch, encoded);
         } else {
             for (int i = 0; i < num_members; ++i) {
                 const StreamRef& stream = streams[members[i]];

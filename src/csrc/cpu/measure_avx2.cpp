@@ -1,7 +1,7 @@
 // Measuring with AVX2: the scales of a plane's tokens, and how often each channel's high part takes each value, in the
 // blocks of measure_blocks.h.
 
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 
 #if CACHEGEN_X86
 
@@ -79,20 +79,16 @@ CACHEGEN_AVX2 void count_tile(const Plane& plane, const typename Dtype::Storage*
 }
 
 }  // namespace
-}  // namespace cachegen::avx2
 
-namespace cachegen {
-
-int64_t measure_plane_avx2(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts) {
+int64_t measure_plane(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts) {
     int64_t bad_token = -1;
     with_dtype(dtype, [&](auto tag) {
         using Tag = decltype(tag);
-        bad_token =
-            measure_in_blocks<Tag>(plane, num_tokens, counts, avx2::largest_magnitude<Tag>, avx2::count_tile<Tag>);
+        bad_token = measure_in_blocks<Tag>(plane, num_tokens, counts, largest_magnitude<Tag>, count_tile<Tag>);
     });
     return bad_token;
 }
 
-}  // namespace cachegen
+}  // namespace cachegen::avx2
 
 #endif  // CACHEGEN_X86

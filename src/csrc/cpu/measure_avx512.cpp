@@ -1,6 +1,6 @@
 // Measuring with AVX-512: the scales of a plane's tokens, and how often each channel's high part takes each value.
 
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 
 #if CACHEGEN_X86
 
@@ -71,20 +71,16 @@ CACHEGEN_AVX512 void count_tile(const Plane& plane, const typename Dtype::Storag
 }
 
 }  // namespace
-}  // namespace cachegen::avx512
 
-namespace cachegen {
-
-int64_t measure_plane_avx512(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts) {
+int64_t measure_plane(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts) {
     int64_t bad_token = -1;
     with_dtype(dtype, [&](auto tag) {
         using Tag = decltype(tag);
-        bad_token =
-            measure_in_blocks<Tag>(plane, num_tokens, counts, avx512::largest_magnitude<Tag>, avx512::count_tile<Tag>);
+        bad_token = measure_in_blocks<Tag>(plane, num_tokens, counts, largest_magnitude<Tag>, count_tile<Tag>);
     });
     return bad_token;
 }
 
-}  // namespace cachegen
+}  // namespace cachegen::avx512
 
 #endif  // CACHEGEN_X86

@@ -7,7 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/cpu_path.h"
+#include "arithmetic_coder.h"
+#include "cpu/cpu_kernels.h"
 #include "cpu/planes.h"
 #include "cpu/python_interface.h"
 #include "cpu/table_set.h"
@@ -78,19 +79,19 @@ inline std::vector<Plane> to_planes(const Reference& tuple) {
     return planes;
 }
 
-inline CpuPath to_path(PyObject* object) {
+inline const CpuKernels& to_path(PyObject* object) {
     if (PyObject_IsInstance(object, cpu_path_type) != 1) {
         if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_TypeError, "`path` must be a CpuPath");
         throw python::Error{};
     }
     const Reference value(PyObject_GetAttrString(object, "value"));
-    return static_cast<CpuPath>(python::to_int64(value.get()));
+    return *cpu_paths()[python::to_int64(value.get())];
 }
 
-inline CpuPath to_supported_path(PyObject* object) {
-    const CpuPath path = to_path(object);
-    if (!supports(path)) throw ValueError("this processor does not support the path");
-    return path;
+inline const CpuKernels& to_kernels(PyObject* object) {
+    const CpuKernels& kernels = to_path(object);
+    if (!kernels.is_supported()) throw ValueError("this processor does not support the path");
+    return kernels;
 }
 
 // --- TableSet --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "cpu/cpu_path.h"
+#include "cpu/cpu_kernels.h"
 
 #if CACHEGEN_X86
 

@@ -105,13 +105,4 @@ struct EncodedStream {
     }
 };
 
-// Quantize and encode a batch: the same bytes as encode_stream of rans_portable.h gives.
-void encode_batch_avx2(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded);
-void encode_batch_avx512(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded);
-
-// Decode a batch into the cache, one status per stream: the same as decode_stream of rans_portable.h gives, whose
-// checks of the parts' sizes the caller has made.
-void decode_batch_avx2(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
-void decode_batch_avx512(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
-
 }  // namespace cachegen
