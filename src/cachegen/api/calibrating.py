@@ -25,7 +25,7 @@ from cachegen.calibration.calibrate import (
 from cachegen.calibration.complete import Bar, make_no_bar, make_profile
 from cachegen.coder.cpu import default_num_threads
 from cachegen.device import choose_kernels, resolve_device
-from cachegen.errors import MismatchError
+from cachegen.errors import InputError, MismatchError
 from cachegen.kv_cache import ContextMetadata, from_planes, hash_planes, load_kv_cache, save_kv_cache
 from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.model import LoadedModel, identify_checkpoint, identify_model
@@ -164,6 +164,8 @@ def _open_context(context: Any, name: str, loaded: LoadedModel, tokenizer: Any, 
             raise ValueError("`tokenizer` must be given: a context is a string, and a transformers model has none")
         context = tokenizer(context, verbose=False)["input_ids"]
     ids = read_token_ids(cast("torch.Tensor | Sequence[int]", context))
+    if len(ids) < 2:
+        raise InputError(f"{name}: a context needs at least two tokens to be calibrated on")
     cache = view_kv_cache(prefill(loaded, ids), len(ids))
     save_kv_cache(path, cache, _describe(loaded, ids, DEFAULT_BLOCK_SIZE))
     return CalibrationContext(name, *load_kv_cache(path))

@@ -194,6 +194,9 @@ def publish(
     several = [compressed] if isinstance(compressed, CompressedCache) else list(compressed)
     if not several:
         raise ValueError("`compressed` must have at least one compressed cache")
+    for one in several:
+        if not isinstance(one, CompressedCache):  # pyright: ignore[reportUnnecessaryIsInstance]  (callers have no types)
+            raise TypeError(f"`compressed` must be what `compress` returned, got {type(one).__name__}")
     levels = order_levels([one.encoding.list_levels() for one in several], kl)
     store = place if isinstance(place, Store) else open_store(place, retry=WRITING, create=True)
     publish_document(store, levels, several[0].metadata)

@@ -106,5 +106,5 @@ def _append_question(loaded: LoadedModel, token_ids: torch.Tensor, question: str
         return token_ids
     question_ids = tokenize(loaded, question, add_special_tokens=False)
     if len(question_ids) == 0:
-        raise ConfigError("--question must not be empty")
+        raise ConfigError("`question` must not be empty")
     return torch.cat([token_ids, question_ids])
