@@ -8,6 +8,7 @@ import functools
 import pydoc
 import re
 import runpy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,14 @@ def test_where_first_tokens_are_computed_token_ids_are_needed(tmp_path):
         api.load(tmp_path).to_cache(loaded)
 
 
+def test_threads_decode_one_folder_at_once(folder):
+    stored = api.load(folder)
+    expected = planes_of_cache(stored.to_cache(llama(), IDS))
+    with ThreadPoolExecutor(4) as threads:
+        for cache in threads.map(lambda _: stored.to_cache(llama(), IDS), range(12)):
+            assert are_equal(planes_of_cache(cache), expected)
+
+
 def test_levels_decode_from_the_first_to_the_one_that_is_named(tmp_path):
     loaded = bundled()
     compressed = api.compress(run(loaded.model), IDS, loaded, "transform_tiny_levels")
@@ -431,6 +440,8 @@ def test_models_that_cannot_be_used_are_refused():
         ({"config": {"method": "zip"}}, ConfigError, "config: method must be one of"),
         ({"config": {"method": "uniform", "bits": 9}}, ConfigError, "config: bits must be 2 to 8"),
         ({"token_ids": IDS.float()}, TypeError, "`token_ids` must be integers"),
+        ({"token_ids": None}, TypeError, "`token_ids` must be a tensor or a sequence of integers, got NoneType"),
+        ({"token_ids": {"input_ids": [1]}}, TypeError, "`token_ids` must be a tensor or .* got dict"),
         ({"token_ids": IDS.repeat(2, 1)}, ValueError, "`token_ids` must be"),
         ({"token_ids": -IDS}, ValueError, "`token_ids` must be 0 to"),
     ],

@@ -252,6 +252,8 @@ def test_what_does_not_go_together_is_not_published(tmp_path):
         api.publish(tmp_path, [levels, compressed(8)])
     with pytest.raises(ValueError, match="at least one"):
         api.publish(tmp_path, [])
+    with pytest.raises(TypeError, match="must be what `compress` returned, got PosixPath"):
+        api.publish(tmp_path, [tmp_path])  # pyright: ignore[reportArgumentType]
 
 
 def test_losses_that_are_given_are_those_that_are_expected(tmp_path):

@@ -39,7 +39,11 @@ def read_cache(cache: Any) -> KVCache:
 
 def read_token_ids(token_ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
     """Return token ids as int32 `[num_tokens]` on the CPU."""
-    ids = torch.as_tensor(token_ids)
+    try:
+        ids = torch.as_tensor(token_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(token_ids).__name__
+        raise TypeError(f"`token_ids` must be a tensor or a sequence of integers, got {kind}") from error
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"`token_ids` must be integers, got {ids.dtype}")
     if ids.ndim == 2 and ids.shape[0] == 1:

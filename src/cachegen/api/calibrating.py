@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -25,7 +25,7 @@ from cachegen.calibration.calibrate import (
 from cachegen.calibration.complete import Bar, make_no_bar, make_profile
 from cachegen.coder.cpu import default_num_threads
 from cachegen.device import choose_kernels, resolve_device
-from cachegen.errors import MismatchError
+from cachegen.errors import InputError, MismatchError
 from cachegen.kv_cache import ContextMetadata, from_planes, hash_planes, load_kv_cache, save_kv_cache
 from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.model import LoadedModel, identify_checkpoint, identify_model
@@ -148,8 +148,9 @@ def calibrate(
 
 def _open_context(context: Any, name: str, loaded: LoadedModel, tokenizer: Any, path: Path) -> CalibrationContext:
     """Return a context with its cache, prefilled into a file if none was given."""
-    if isinstance(context, tuple) and len(context) == 2 and not isinstance(context[0], int):
-        given, token_ids = context
+    pair = cast("tuple[Any, ...]", context) if isinstance(context, tuple) else ()
+    if len(pair) == 2 and not isinstance(pair[0], int):
+        given, token_ids = pair
         # What a caller computed in inference mode takes no gradients; a copy does.
         cache = from_planes([plane.clone() if plane.is_inference() else plane for plane in read_cache(given).planes])
         ids = read_token_ids(token_ids)
@@ -162,7 +163,9 @@ def _open_context(context: Any, name: str, loaded: LoadedModel, tokenizer: Any, 
         if tokenizer is None:
             raise ValueError("`tokenizer` must be given: a context is a string, and a transformers model has none")
         context = tokenizer(context, verbose=False)["input_ids"]
-    ids = read_token_ids(context)
+    ids = read_token_ids(cast("torch.Tensor | Sequence[int]", context))
+    if len(ids) < 2:
+        raise InputError(f"{name}: a context needs at least two tokens to be calibrated on")
     cache = view_kv_cache(prefill(loaded, ids), len(ids))
     save_kv_cache(path, cache, _describe(loaded, ids, DEFAULT_BLOCK_SIZE))
     return CalibrationContext(name, *load_kv_cache(path))

@@ -37,11 +37,12 @@ class CompressedCache(Measured):
         num_tokens: of the cache.
         num_values: numbers in the cache: keys and values of all layers.
         num_bytes: of all files that `save` writes.
+        encoding, metadata: the files, and what they were made from.
     """
 
     def __init__(self, encoding: KeptEncoding, metadata: ContextMetadata) -> None:
         super().__init__(encoding.document.header, encoding.num_bytes)
-        self._encoding, self._metadata = encoding, metadata
+        self.encoding, self.metadata = encoding, metadata
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the files, each whole or not at all; those of this very cache that are there already stay.
@@ -53,7 +54,7 @@ class CompressedCache(Measured):
         Raises:
             OutputError: the folder holds something else, another process writes into it, or it cannot be written.
         """
-        encode_document(self._encoding, folder, overwrite=overwrite)
+        encode_document(self.encoding, folder, overwrite=overwrite)
 
 
 def compress(
@@ -193,6 +194,9 @@ def publish(
     several = [compressed] if isinstance(compressed, CompressedCache) else list(compressed)
     if not several:
         raise ValueError("`compressed` must have at least one compressed cache")
-    levels = order_levels([one._encoding.list_levels() for one in several], kl)
+    for one in several:
+        if not isinstance(one, CompressedCache):  # pyright: ignore[reportUnnecessaryIsInstance]  (callers have no types)
+            raise TypeError(f"`compressed` must be what `compress` returned, got {type(one).__name__}")
+    levels = order_levels([one.encoding.list_levels() for one in several], kl)
     store = place if isinstance(place, Store) else open_store(place, retry=WRITING, create=True)
-    publish_document(store, levels, several[0]._metadata)
+    publish_document(store, levels, several[0].metadata)

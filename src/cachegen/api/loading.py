@@ -130,11 +130,13 @@ def load(
         before `to_cache` is told model and prompt. Both have `to_cache(model, prompt)`.
 
     Raises:
-        InputError: a file or the profile is missing.
-        BitstreamError: the tables file is truncated or corrupt. (Of the chunk files `to_cache` says it.)
-        ConfigError: there is no such level.
+        InputError: a file or the profile is missing, or nothing of ours is there.
+        BitstreamError: the tables file or the profile is truncated or corrupt. (Of the chunk files and of a store
+            `to_cache` says it.)
+        ConfigError: there is no such level, or the URL is not a store's.
         MismatchError: the profile is not the one that the files name.
-        BackendUnavailableError: CUDA was asked for and is not there.
+        BackendUnavailableError: CUDA, or the package obstore, which URLs need, was asked for and is not there.
+        ValueError: an argument is out of range, or is for stores and the place is none.
 
     Example:
         >>> import tempfile, torch, cachegen

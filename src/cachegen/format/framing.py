@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cachegen.errors import BitstreamError, UnsupportedVersionError
 
@@ -56,7 +56,7 @@ def _wrong_length(expected: int, found: int) -> str:
     return f"the file is not whole: {expected} bytes expected, {found} found"
 
 
-def unpack_record(record: struct.Struct, content: Buffer, offset: int, end: int) -> tuple:
+def unpack_record(record: struct.Struct, content: Buffer, offset: int, end: int) -> tuple[Any, ...]:
     """Unpack a record that must lie before `end`."""
     if offset + record.size > min(end, len(content)):
         raise BitstreamError(

@@ -158,7 +158,8 @@ class Record:
     @functools.cache
     def placed(cls) -> tuple[Placed, ...]:
         """Return the declared fields in the order of their bytes."""
-        found, offset = [], 0
+        found: list[Placed] = []
+        offset = 0
         for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]  (its children are dataclasses)
             if (declared := field.metadata.get(_DECLARED)) is not None:
                 found.append(Placed(field.name, offset, declared))

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -86,8 +86,10 @@ class Document(ABC):
         kernels: Kernels = CPU,
     ) -> None:
         """Decode one chunk: `start_decoding`, waited for."""
-        where = {"first_token": first_token, "token_hash": token_hash, "num_threads": num_threads}
-        self.start_decoding(contents, output, kernels=kernels, **where)()
+        finish = self.start_decoding(
+            contents, output, first_token=first_token, token_hash=token_hash, num_threads=num_threads, kernels=kernels
+        )
+        finish()
 
     def start_decoding(
         self,
@@ -528,5 +530,6 @@ def _show(value: object) -> str:
     if isinstance(value, bytes):
         return value.hex()[:12]
     if isinstance(value, tuple):
-        return f"{len(value)} planes of {value[0]}" if value else "none"
+        planes = cast("tuple[object, ...]", value)
+        return f"{len(planes)} planes of {planes[0]}" if planes else "none"
     return value.name.lower() if isinstance(value, Enum) else str(value)

@@ -34,7 +34,7 @@ SYMBOLS_PER_LANE = 4096
 class AbsmaxDocument(Document):
     """See `Document`."""
 
-    header: AbsmaxDocumentHeader
+    header: AbsmaxDocumentHeader  # pyright: ignore[reportIncompatibleVariableOverride]  (only `__init__` sets it)
 
     def __init__(
         self,
@@ -134,7 +134,8 @@ class AbsmaxEncoder(Encoder):
             plane_table_bytes=tuple(map(len, plane_tables)) or (0,) * len(planes),
         )
         self.tables_file = header.pack() + tables
-        self.document = AbsmaxDocument(header, self._hash_tables(), tables, num_threads, kernels)
+        document = AbsmaxDocument(header, self._hash_tables(), tables, num_threads, kernels)
+        self.document = document  # pyright: ignore[reportIncompatibleVariableOverride]  (set here alone)
 
     def expected_header(self, index: int, level: int = 1) -> AbsmaxChunkHeader:
         """See `Encoder.expected_header`."""

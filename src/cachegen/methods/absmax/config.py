@@ -75,7 +75,7 @@ class AbsmaxConfig(MethodConfig):
         Raises:
             ConfigError: a layer is covered by no group.
         """
-        by_kind = []
+        by_kind: list[list[LayerGroup]] = []
         for kind, groups in (("key", self.key_groups), ("value", self.value_groups)):
             of_layer: list[LayerGroup] = []
             for group in groups:

@@ -79,7 +79,8 @@ class AbsmaxDocumentHeader(DocumentHeader):
     """
 
     tables_crc: int = u32("CRC of all bytes after the header")
-    planes: tuple[PlaneLayout, ...] = ()
+    # A field of a frozen dataclass is as read-only as the property.
+    planes: tuple[PlaneLayout, ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
     plane_table_bytes: tuple[int, ...] = ()
 
     @property
@@ -165,7 +166,7 @@ class AbsmaxChunkHeader(ChunkHeader):
     def unpack_arrays(
         cls, fields: dict[str, Any], content: Buffer, at: int, header_bytes: int
     ) -> tuple[dict[str, Any], int, int]:
-        planes = []
+        planes: list[PlaneLayout] = []
         for plane_at in itertools.islice(itertools.count(at, PlaneRecord.num_bytes()), 2 * fields["num_layers"]):
             record = PlaneRecord.unpack_record(content, plane_at, header_bytes)
             tokens = record.last

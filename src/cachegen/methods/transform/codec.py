@@ -66,7 +66,7 @@ class TransformDocument(Document):
         device: of the matrix products, and of the outputs that chunks are decoded into.
     """
 
-    header: TransformDocumentHeader
+    header: TransformDocumentHeader  # pyright: ignore[reportIncompatibleVariableOverride]  (only `__init__` sets it)
 
     def __init__(
         self,
@@ -223,7 +223,8 @@ class TransformEncoder(Encoder):
             planes=tuple(PlaneShape(*shape) for shape in profile.plane_shapes),
         )
         self.tables_file = header.pack()
-        self.document = TransformDocument(header, self._hash_tables(), profile, self._device)
+        document = TransformDocument(header, self._hash_tables(), profile, self._device)
+        self.document = document  # pyright: ignore[reportIncompatibleVariableOverride]  (set here alone)
         self._quantized: _QuantizedChunk | None = None  # of the chunk that was asked for last
 
     def expected_header(self, index: int, level: int = 1) -> TransformChunkHeader:
@@ -296,7 +297,8 @@ class TransformEncoder(Encoder):
                     [plane.to(self._device) for plane in tokens.values],
                 )
             losses = [LossMeter() for _ in self.levels]
-            components, first_channel = [], 0
+            components: list[list[torch.Tensor]] = []
+            first_channel = 0
             for group, transform in enumerate(self.document.transforms):
                 components.append(self._quantize_group(group, transform, tokens, first_token, first_channel, losses))
                 first_channel += transform.group.num_channels
@@ -323,7 +325,7 @@ class TransformEncoder(Encoder):
         steps = [step_of_level(step_log, level) for level in self.levels]
         num_coded = [self.document.codings(level)[group].num_components for level in self.levels]
         expected = [transform.expected_errors(step, count) for step, count in zip(steps, num_coded, strict=True)]
-        blocks = []
+        blocks: list[list[torch.Tensor]] = []
         for begin in range(0, tokens.num_tokens, BLOCK_TOKENS):
             block = tokens.slice(begin, min(begin + BLOCK_TOKENS, tokens.num_tokens))
             position = first_token + begin
@@ -380,7 +382,8 @@ def build_chunk(
 
 def _batch_groups(sizes: Sequence[int], limit: int) -> list[range]:
     """Return runs of groups whose sizes sum to at most `limit`, or single ones."""
-    batches, first, total = [], 0, 0
+    batches: list[range] = []
+    first, total = 0, 0
     for group, size in enumerate(sizes):
         if group > first and total + size > limit:
             batches.append(range(first, group))

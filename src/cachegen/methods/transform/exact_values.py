@@ -61,7 +61,7 @@ def gather_exact_values(cache: KVCache, tokens: NDArray[np.int64], channels: NDA
     for number, places, columns in _by_plane([plane[0].numel() for plane in cache.planes], channels):
         plane = cache.planes[number]
         heads, dims = np.divmod(columns, plane.shape[2])
-        chosen = plane[tuple(torch.from_numpy(index).to(plane.device) for index in (tokens[places], heads, dims))]
+        chosen = plane[tuple(torch.as_tensor(index).to(plane.device) for index in (tokens[places], heads, dims))]
         bits[places] = chosen.view(_TORCH_BITS[itemsize]).cpu().numpy().view(_BITS[itemsize])
     return ExactValues(tokens, channels, bits)
 
@@ -72,9 +72,9 @@ def place_exact_values(values: ExactValues, output: KVCache) -> None:
     for number, places, columns in _by_plane([plane[0].numel() for plane in output.planes], values.channels):
         plane = output.planes[number]
         heads, dims = np.divmod(columns, plane.shape[2])
-        index = tuple(torch.from_numpy(part).to(plane.device) for part in (values.tokens[places], heads, dims))
+        index = tuple(torch.as_tensor(part).to(plane.device) for part in (values.tokens[places], heads, dims))
         bits = np.ascontiguousarray(values.bits[places]).view(f"<i{itemsize}")
-        plane[index] = torch.from_numpy(bits).view(plane.dtype).to(plane.device)
+        plane[index] = torch.as_tensor(bits).view(plane.dtype).to(plane.device)
 
 
 def pack_exact_values(values: ExactValues) -> bytes:
@@ -133,8 +133,8 @@ def _by_plane(
     """Return, for each plane that has some of the channels, its number, their places, and the plane's own channels."""
     ends = np.array(list(itertools.accumulate(widths)))
     planes = np.searchsorted(ends, channels, side="right")
-    found = []
-    for number in np.unique(planes):
+    found: list[tuple[int, NDArray[np.int64], NDArray[np.int64]]] = []
+    for number in map(int, np.unique(planes)):
         places = np.flatnonzero(planes == number)
-        found.append((int(number), places, channels[places] - (ends[number] - widths[number])))
+        found.append((number, places, channels[places] - (ends[number] - widths[number])))
     return found

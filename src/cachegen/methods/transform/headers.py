@@ -53,7 +53,8 @@ class TransformDocumentHeader(DocumentHeader):
     """
 
     step_log: int = i32("16 log2 of level 1's step, -1024 to 1024", least=-MAX_STEP_LOG, most=MAX_STEP_LOG)
-    planes: tuple[PlaneShape, ...] = ()
+    # A field of a frozen dataclass is as read-only as the property.
+    planes: tuple[PlaneShape, ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @property
     def tables_bytes(self) -> int:

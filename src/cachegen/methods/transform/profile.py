@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -323,11 +323,12 @@ def _parse(fields: Fields) -> Profile:
     """Check the JSON's own fields; the groups' tensors come later."""
     shapes: list[tuple[int, int]] = []
     for shape in fields.items("plane_shapes", 2, 2 * MAX_LAYERS):
-        if type(shape) is not list or [type(size) for size in shape] != [int, int]:
+        sizes = cast("list[Any]", shape) if type(shape) is list else []
+        if [type(size) for size in sizes] != [int, int]:
             raise fields.error("plane_shapes", "must be pairs of heads and dims")
-        if not all(1 <= size <= MAX_HEADS for size in shape):
+        if not all(1 <= size <= MAX_HEADS for size in sizes):
             raise fields.error("plane_shapes", f"must be 1 to {MAX_HEADS}")
-        shapes.append((shape[0], shape[1]))
+        shapes.append((sizes[0], sizes[1]))
     if len(shapes) % 2:
         raise fields.error("plane_shapes", "must be two shapes per layer")
     if any(heads * dim > MAX_CHANNELS for heads, dim in shapes):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -114,9 +115,9 @@ class GroupTransform:
         block = components.to(device=self._device, dtype=torch.float32) * step
         vectors = torch.addmm(self._mean, block, self._synthesis[: components.shape[1]])
         rotation = self._rotation(len(components), first_token)
-        planes = []
+        planes: list[torch.Tensor] = []
         for index, (part, shape) in enumerate(
-            zip(vectors.split([heads * dim for heads, dim in self._shapes], dim=1), self._shapes, strict=True)
+            zip(torch.split(vectors, [heads * dim for heads, dim in self._shapes], dim=1), self._shapes, strict=True)
         ):
             values = part.view(-1, *shape)
             planes.append(apply_rotation(values, *rotation) if index % 2 == 0 and rotation is not None else values)
@@ -139,11 +140,13 @@ class GroupTransform:
         errors = self._scales()
         left_out = errors[-1] * math.sqrt(max(self.group.num_channels / self.group.num_components - 1, 0.0))
         errors[:num_coded] = errors[:num_coded].clamp(max=step / math.sqrt(12))
-        spread = torch.hypot(self._spread(errors), left_out * self._synthesis.norm(dim=0))
+        # torch gives no type for it.
+        norms = cast("torch.Tensor", self._synthesis.norm(dim=0))  # pyright: ignore[reportUnknownMemberType]
+        spread = torch.hypot(self._spread(errors), left_out * norms)
         num_pairs = len(self._rotary.inv_freq) if self._rotary is not None else 0
-        parts = []
+        parts: list[torch.Tensor] = []
         for index, (part, shape) in enumerate(
-            zip(spread.split([heads * dim for heads, dim in self._shapes]), self._shapes, strict=True)
+            zip(torch.split(spread, [heads * dim for heads, dim in self._shapes]), self._shapes, strict=True)
         ):
             values = part.view(shape).clone()
             if index % 2 == 0 and num_pairs:
@@ -184,7 +187,7 @@ def join_planes(
     rotation = None
     if rotary is not None and rotary.inv_freq:
         rotation = rotation_of(rotary, planes[0].shape[0], first_token, device)
-    parts = []
+    parts: list[torch.Tensor] = []
     for index, plane in enumerate(planes):
         values = plane.to(device=device, dtype=torch.float32)
         if index % 2 == 0 and rotation is not None:
