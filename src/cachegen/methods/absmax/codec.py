@@ -151,7 +151,7 @@ class AbsmaxEncoder(Encoder):
             ),
         )
 
-    def read_error(self, index: int, level: int, content: Buffer) -> ErrorMeasure:
+    def read_error(self, index: int, level: int, content: Sequence[Buffer]) -> ErrorMeasure:
         """Return a bound of what decoding loses of a chunk's values: half a step of each token's quantizer."""
         num_tokens = self.document.header.chunk_tokens[index]
         scales = self._scales[:, self._stops[index] - num_tokens : self._stops[index]].double().amax(dim=1)
