@@ -24,6 +24,7 @@ from conftest import REPOSITORY, are_equal, make_cache, make_metadata, save_cach
 from random_models import BUNDLED_MODEL
 
 import main
+from cachegen import _native
 from cachegen.errors import BitstreamError, InputError, OutputError, UnsupportedVersionError
 from cachegen.files import is_temporary
 from cachegen.kv_cache import (
@@ -113,6 +114,35 @@ def test_a_slice_shares_memory():
 def test_a_cache_of_unlike_planes_is_refused(keys, values, message):
     with pytest.raises(ValueError, match=message):
         KVCache(keys, values)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda plane: plane,
+        lambda plane: plane.transpose(0, 1).contiguous().transpose(0, 1),  # head by head, as models keep it
+        lambda plane: torch.cat([plane, plane], dim=1)[:, : plane.shape[1]],
+        lambda plane: torch.cat([plane, plane], dim=2)[:, :, : plane.shape[2]],
+        lambda plane: plane.transpose(1, 2).contiguous().transpose(1, 2),  # nothing contiguous
+    ],
+)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_kv_heads", "head_dim"),
+    [(0, 2, 8), (1, 1, 1), (1024, 2, 64), (1025, 3, 7), (2050, 1, 40), (3, 2, 20_000)],
+)
+def test_the_hash_is_of_the_values_whatever_their_layout(num_tokens, num_kv_heads, head_dim, layout):
+    generator = torch.Generator().manual_seed(1)
+    planes = [torch.randn(num_tokens, num_kv_heads, head_dim, generator=generator).half() for _ in range(4)]
+    lines = ""
+    for plane in planes:
+        content = plane.numpy().tobytes()
+        block_bytes = 1024 * 2 * num_kv_heads * head_dim
+        blocks = [content[at : at + block_bytes] for at in range(0, max(1, len(content)), block_bytes)]
+        checksums = " ".join(f"{_native.crc32c(block):08x}" for block in blocks)
+        lines += f"float16 {num_tokens} {num_kv_heads} {head_dim}: {checksums}\n"
+    cache = from_planes([layout(plane) for plane in planes])
+    expected = hashlib.sha256(lines.encode()).hexdigest()
+    assert [hash_planes(cache), hash_planes(cache, num_threads=3)] == [expected, expected]
 
 
 def test_token_hashes_are_those_of_the_prefixes_and_of_little_endian_int32():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from cachegen import _native
 from cachegen.coder import cpu
 from cachegen.coder.symbol_model import WEIGHTS, choose_weight_classes, normalize, pack_tables, unpack_tables
 from cachegen.errors import BitstreamError
@@ -102,6 +103,19 @@ def test_weight_is_the_nearest_in_ratio(counts: np.ndarray) -> None:
                 target = count * 4096 / sum(row)
                 ratios = [abs(math.log(target / int(weight))) for weight in WEIGHTS[1:]]
                 assert ratios[weight_class - 1] == pytest.approx(min(ratios), abs=1e-9)
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(counts_rows)
+def test_native_tables_are_the_same_bytes(counts: np.ndarray) -> None:
+    assert _native.pack_tables(counts, [len(counts)], 1) == [pack_tables(choose_weight_classes(counts))]
+
+
+def test_native_weights_are_the_same_for_every_share() -> None:
+    shares = np.arange(1, 2**16, dtype=np.uint32)  # in steps of a 16th of a frequency
+    counts = np.zeros((len(shares), 32), dtype=np.uint32)
+    counts[:, 3], counts[:, 4] = shares, 2**16 - shares
+    assert _native.pack_tables(counts, [len(counts)], 1) == [pack_tables(choose_weight_classes(counts))]
 
 
 def test_counts_near_the_limit_do_not_overflow() -> None:

@@ -219,7 +219,7 @@ def test_the_recorded_errors_are_those_of_what_is_decoded(dtype: torch.dtype) ->
     for level in encoder.levels:
         decoded = decode_alone(encoder, profile, level, dtype)
         errors = [(a.double() - b.double()).abs().flatten() for a, b in zip(decoded.planes, cache.planes, strict=True)]
-        found = encoder.read_error(0, level, files[level - 1])
+        found = encoder.read_error(0, level, [files[level - 1]])
         assert found.largest == pytest.approx(torch.cat(errors).max().item(), rel=1e-6)
         assert found.mean == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
 

@@ -147,7 +147,7 @@ class ToyEncoder(Encoder):
             streams.append(StreamEntry(len(content), 0, _native.crc32c(payloads[-1])))
         return join_chunk(header, streams, payloads)
 
-    def read_error(self, index: int, level: int, content: Buffer) -> ErrorMeasure:
+    def read_error(self, index: int, level: int, content: Sequence[Buffer]) -> ErrorMeasure:
         return ErrorMeasure(0.0, 0.0)
 
 

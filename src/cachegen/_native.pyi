@@ -70,6 +70,9 @@ def decode(
     path: CpuPath,
 ) -> tuple[int, int]: ...
 def checksum_streams(payload: NDArray[np.uint8], index: NDArray[np.uint32], num_threads: int) -> NDArray[np.uint32]: ...
+def checksum_tokens(
+    planes: list[tuple[int, int, int, int, int]], num_tokens: int, tokens_per_block: int, num_threads: int
+) -> NDArray[np.uint32]: ...
 def encode_symbols(
     symbols: NDArray[np.uint16],
     tables: TableSet | None,

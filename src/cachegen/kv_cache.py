@@ -179,7 +179,7 @@ def describe_difference(shapes: Sequence[Sequence[int]], expected: Sequence[Sequ
     return None
 
 
-def hash_planes(cache: KVCache) -> str:
+def hash_planes(cache: KVCache, num_threads: int = 1) -> str:
     """Hash a cache's dtype, shapes and values at the speed of memory.
 
     It tells caches apart and finds damage. It is no defence against someone who makes two caches of one hash on
@@ -189,16 +189,39 @@ def hash_planes(cache: KVCache) -> str:
         SHA-256 in hex of one line per plane, in file order: its dtype, its shape, and the CRC-32C in hex of each 1024
         tokens, whose values are little-endian bytes, token after token.
     """
+    # All at once where they can be read where they are; else copied one by one.
+    groups = [cache.planes] if all(map(_is_readable, cache.planes)) else [[plane] for plane in cache.planes]
+    checksums = [found for group in groups for found in _checksum_blocks(group, num_threads)]
+    dtype = str(cache.dtype).removeprefix("torch.")
+    lines = (
+        f"{dtype} {' '.join(map(str, plane.shape))}: {' '.join(f'{checksum:08x}' for checksum in of_plane)}\n"
+        for plane, of_plane in zip(cache.planes, checksums, strict=True)
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def describe(plane: torch.Tensor) -> str:
-        blocks = (tokens.cpu().contiguous().view(torch.uint8).flatten() for tokens in plane.split(_HASHED_TOKENS))
-        checksums = " ".join(f"{_native.crc32c(block.numpy().data):08x}" for block in blocks)
-        return f"{str(plane.dtype).removeprefix('torch.')} {' '.join(map(str, plane.shape))}: {checksums}\n"
 
-    return hashlib.sha256("".join(map(describe, cache.planes)).encode()).hexdigest()
+def _is_readable(plane: torch.Tensor) -> bool:
+    """Tell whether native code can read a plane where it is: on the CPU, head by head."""
+    return plane.device.type == "cpu" and plane.stride(2) == 1
 
 
-def check_planes(cache: KVCache, metadata: ContextMetadata) -> bytes:
+def _checksum_blocks(planes: Sequence[torch.Tensor], num_threads: int) -> list[list[int]]:
+    """Return, per plane, the CRC-32C of each 1024 tokens."""
+    readable = [plane if _is_readable(plane) else plane.cpu().contiguous() for plane in planes]
+    places = [
+        (
+            plane.data_ptr(),
+            plane.stride(0) * plane.itemsize,
+            plane.stride(1) * plane.itemsize,
+            plane.shape[1],
+            plane.shape[2] * plane.itemsize,
+        )
+        for plane in readable
+    ]
+    return _native.checksum_tokens(places, planes[0].shape[0], _HASHED_TOKENS, num_threads).tolist()
+
+
+def check_planes(cache: KVCache, metadata: ContextMetadata, num_threads: int = 1) -> bytes:
     """Read all values of a cache and see that they are those its file was written with.
 
     Returns:
@@ -207,7 +230,7 @@ def check_planes(cache: KVCache, metadata: ContextMetadata) -> bytes:
     Raises:
         BitstreamError: they are not.
     """
-    found = hash_planes(cache)
+    found = hash_planes(cache, num_threads)
     if metadata.cache_hash not in (None, found):
         raise BitstreamError(
             "the KV cache's values are not what was saved, the file is damaged: prefill the context again",

@@ -30,9 +30,10 @@ inline constexpr auto kTables = make_tables();
 
 }  // namespace crc32c_detail
 
-inline uint32_t crc32c(const uint8_t* bytes, size_t size) {
+// `before`: the checksum of the bytes before these, where they go on.
+inline uint32_t crc32c(const uint8_t* bytes, size_t size, uint32_t before = 0) {
     const auto& tables = crc32c_detail::kTables;
-    uint32_t crc = ~0u;
+    uint32_t crc = ~before;
     for (; size >= 8; bytes += 8, size -= 8) {
         // Assembled byte by byte: the same on every byte order, one load on little-endian machines.
         const uint32_t low = crc ^ (static_cast<uint32_t>(bytes[0]) | static_cast<uint32_t>(bytes[1]) << 8 |

@@ -138,46 +138,66 @@ inline bool read_tables(const uint8_t* bytes, int64_t num_bytes, int64_t num_cha
     return reader.at_end();
 }
 
-// Writes bits, most significant bit of each byte first.
+// Writes bits, most significant bit of each byte first, into memory that reaches 8 bytes beyond the last.
 class BitWriter {
   public:
-    explicit BitWriter(std::vector<uint8_t>* bytes) : bytes_(bytes) {}
+    explicit BitWriter(uint8_t* bytes) : next_(bytes) {}
 
-    // Write the low `count` <= 48 bits of `bits`; the others must be zero.
+    // Write the low `count` bits of `bits`, 1 to 48; the others must be zero.
     void write(uint64_t bits, int count) {
         buffer_ = buffer_ << count | bits;
-        for (num_buffered_ += count; num_buffered_ >= 8; num_buffered_ -= 8)
-            bytes_->push_back(static_cast<uint8_t>(buffer_ >> (num_buffered_ - 8)));
+        num_buffered_ += count;
+        const uint64_t leading = buffer_ << (64 - num_buffered_);
+        for (int i = 0; i < 8; ++i) next_[i] = static_cast<uint8_t>(leading >> (56 - 8 * i));
+        next_ += num_buffered_ / 8;
+        num_buffered_ %= 8;
     }
 
-    void fill_byte() {
+    // Fill the last byte; returns where the next one would be.
+    uint8_t* finish() {
         if (num_buffered_ > 0) write(0, 8 - num_buffered_);
+        return next_;
     }
 
   private:
-    std::vector<uint8_t>* bytes_;
-    uint64_t buffer_ = 0;  // the last num_buffered_ < 8 bits are still to be written
+    uint8_t* next_;
+    uint64_t buffer_ = 0;  // its last num_buffered_ < 8 bits are in the byte at next_, which is not full
     int num_buffered_ = 0;
 };
 
+// No table in its compact form is longer: its ends, and the code of the largest difference for each symbol.
+constexpr int kMaxTableBits =
+    2 * kSymbolIndexBits + kTableSize * (2 * kNumWeightClasses / (1 << kRiceBits) + 1 + kRiceBits);
+
 // The class whose weight is nearest, in ratio, to a symbol's share of 4096; at least 1 for one that occurs.
 inline int weight_class_of(uint32_t count, uint32_t total) {
-    // boundaries[i] lies between classes i + 1 and i + 2: the geometric mean of their weights.
+    // boundaries[i] lies between classes i and i + 1: the geometric mean of their weights. Nothing lies above the last.
     static const auto boundaries = [] {
-        std::array<double, kNumWeightClasses - 2> means{};
-        for (int i = 0; i < kNumWeightClasses - 2; ++i)
-            means[i] = std::sqrt(static_cast<double>(kWeights[i + 1]) * kWeights[i + 2]);
+        std::array<double, kNumWeightClasses> means{};
+        for (int i = 0; i + 1 < kNumWeightClasses; ++i)
+            means[i] = std::sqrt(static_cast<double>(kWeights[i]) * kWeights[i + 1]);
+        means[kNumWeightClasses - 1] = kWeights[kNumWeightClasses - 1];
         return means;
     }();
     if (count == 0) return 0;
     const double target = static_cast<double>(count) * kFrequencyTotal / total;
-    return 1 + static_cast<int>(std::lower_bound(boundaries.begin(), boundaries.end(), target) - boundaries.begin());
+    // The class of the largest weight that is not above the target: its three leading bits, and no search, whose
+    // branches no processor can predict.
+    int lower = std::max(1, static_cast<int>(target));
+    if (lower >= 4) {
+        uint64_t bits;
+        std::memcpy(&bits, &target, sizeof bits);
+        lower = 4 * static_cast<int>((bits >> 52) - 1024) + static_cast<int>(bits >> 50 & 3);
+    }
+    return lower + (target > boundaries[lower]);
 }
 
 // Append the compact form of a plane's tables, made from symbol counts [num_channels][32]. Returns false where a
 // channel has no symbol, or more than fit in 32 bits.
 inline bool write_tables(const uint32_t* counts, int64_t num_channels, std::vector<uint8_t>* bytes) {
-    BitWriter writer(bytes);
+    const size_t begin = bytes->size();
+    bytes->resize(begin + (num_channels * kMaxTableBits + 7) / 8 + 8);
+    BitWriter writer(bytes->data() + begin);
     for (int64_t channel = 0; channel < num_channels; ++channel, counts += kTableSize) {
         uint64_t total = 0;
         int first = kTableSize, last = 0;
@@ -201,7 +221,7 @@ inline bool write_tables(const uint32_t* counts, int64_t num_channels, std::vect
                          quotient + 1 + kRiceBits);
         }
     }
-    writer.fill_byte();
+    bytes->resize(writer.finish() - bytes->data());
     return true;
 }
 

@@ -258,10 +258,11 @@ def _native_planes(
     """Describe tensors to the kernels, after every check that keeps them inside their memory."""
     if coder is not None and (coder is Coder.PACKED) != (tables is None):
         raise ValueError(f"`tables` must go with the coder, got {'none' if tables is None else 'some'} with {coder!r}")
-    if len(planes) != len(cache.planes):
-        raise ValueError(f"`planes` must describe {len(cache.planes)} planes, got {len(planes)}")
-    if list(scales.shape) != [len(planes), cache.num_tokens] or scales.dtype != cache.dtype:
-        raise ValueError(f"`scales` must be {cache.dtype} [{len(planes)}, {cache.num_tokens}], got {scales.shape}")
+    tensors, num_tokens = cache.planes, cache.num_tokens
+    if len(planes) != len(tensors):
+        raise ValueError(f"`planes` must describe {len(tensors)} planes, got {len(planes)}")
+    if list(scales.shape) != [len(planes), num_tokens] or scales.dtype != cache.dtype:
+        raise ValueError(f"`scales` must be {cache.dtype} [{len(planes)}, {num_tokens}], got {scales.shape}")
     if not scales.is_contiguous() or scales.device.type != "cpu":
         raise ValueError("`scales` must be contiguous and on the CPU")
     num_tables = sum(plane.num_channels for plane in planes)
@@ -269,24 +270,28 @@ def _native_planes(
         raise ValueError(f"`tables` must hold {num_tables} tables, got {tables.num_tables}")
     if coder is Coder.AC:
         check_arithmetic_planes(planes)
-    native_planes, first_table = [], 0
-    for index, (values, plane) in enumerate(zip(cache.planes, planes, strict=True)):
-        shape = [cache.num_tokens, plane.num_kv_heads, plane.head_dim]
-        if list(values.shape) != shape or values.device.type != "cpu" or values.stride(2) != 1:
-            raise ValueError(f"plane {index} must be a CPU tensor {shape} with contiguous head dims")
+    for plane in dict.fromkeys(planes):
         check_num_bins(plane.num_bins)
         if not 0 <= plane.low_bits <= MAX_LOW_BITS or plane.alphabet_size > TABLE_SIZE:
+            index = planes.index(plane)
             raise ValueError(f"`low_bits` of plane {index} must fit {plane.num_bins} bins, got {plane.low_bits}")
         if plane.tokens_per_stream < 0 or plane.tokens_per_stream % LANES:
             raise ValueError(f"`tokens_per_stream` must be a multiple of {LANES}, got {plane.tokens_per_stream}")
+    native_planes, first_table = [], 0
+    first_scale, scales_stride = scales.data_ptr(), num_tokens * scales.itemsize
+    for index, (values, plane) in enumerate(zip(tensors, planes, strict=True)):
+        shape = (num_tokens, plane.num_kv_heads, plane.head_dim)
+        token_stride, head_stride, dim_stride = values.stride()
+        if values.shape != shape or values.device.type != "cpu" or dim_stride != 1:
+            raise ValueError(f"plane {index} must be a CPU tensor {list(shape)} with contiguous head dims")
         native_planes.append(
             _native.Plane(
                 values=values.data_ptr(),
-                token_stride=values.stride(0),
-                head_stride=values.stride(1),
+                token_stride=token_stride,
+                head_stride=head_stride,
                 num_heads=plane.num_kv_heads,
                 head_dim=plane.head_dim,
-                scales=scales[index].data_ptr(),
+                scales=first_scale + index * scales_stride,
                 num_bins=plane.num_bins,
                 low_bits=plane.low_bits,
                 # The measuring pass has no streams; any valid length does.

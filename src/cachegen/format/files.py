@@ -101,10 +101,11 @@ def split_chunk(
     header = header_class.unpack(content)
     if check is not None:
         check(header)
-    payload_end = header.payload_offset + header.payload_bytes
-    before, behind = content[header.header_bytes : header.payload_offset], content[payload_end:]
+    payload_offset = header.payload_offset
+    payload_end = payload_offset + header.payload_bytes
+    before, behind = content[header.header_bytes : payload_offset], content[payload_end:]
     header.check_sections(before, behind)
-    payload = content[header.payload_offset : payload_end]
+    payload = content[payload_offset:payload_end]
     _check_streams(payload, header, num_threads)
     return Chunk(header, before, payload, behind)
 
@@ -153,12 +154,17 @@ def read_whole(path: str | os.PathLike[str]) -> bytes:
     """
     with open_file(path, hint="encode the document again with run_encoding.py") as stream:
         try:
-            begin = stream.read(PREFIX.size)
+            file_bytes = os.fstat(stream.fileno()).st_size
+            is_small = file_bytes <= _UNCHECKED_BYTES
+            content = stream.read(file_bytes if is_small else PREFIX.size)
+            begin = content[: PREFIX.size]
             if len(begin) < PREFIX.size or begin[: len(CHUNK_MAGIC)] not in (CHUNK_MAGIC, TABLES_MAGIC):
                 return begin
             *_, header_bytes, announced = PREFIX.unpack(begin)
             limit = MAX_TABLES_BYTES if begin.startswith(TABLES_MAGIC) else MAX_FILE_BYTES
-            size = min(os.fstat(stream.fileno()).st_size, announced + 1)
+            if is_small:
+                return content[: announced + 1]
+            size = min(file_bytes, announced + 1)
             if size > _UNCHECKED_BYTES:
                 header = begin + stream.read(max(0, min(header_bytes, _MAX_HEADER_BYTES) - len(begin)))
                 if len(header) != header_bytes or _native.crc32c(header[:-4]) != header_crc(header):

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol, Self
 
 from cachegen import _native
+from cachegen.errors import BitstreamError
 from cachegen.format.constants import (
     ALIGNMENT,
     CHUNK_MAGIC,
@@ -171,8 +172,8 @@ def _check_chunk_tokens(chunk_tokens: tuple[int, ...], num_cache_tokens: int, of
 def check_channels(num_kv_heads: int, head_dim: int, offset: int) -> None:
     """Refuse a plane of no channels, or of too many."""
     num_channels = num_kv_heads * head_dim
-    in_range = 0 < num_channels <= MAX_CHANNELS
-    require(in_range, f"{num_channels} channels are not 1 to {MAX_CHANNELS}", offset, "shape")
+    if not 0 < num_channels <= MAX_CHANNELS:
+        raise BitstreamError(f"{num_channels} channels are not 1 to {MAX_CHANNELS}", offset=offset, field="shape")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +239,7 @@ class ChunkHeader(Record):
     def streams(self) -> list[StreamEntry]:
         return [StreamEntry(*fields) for fields in STREAM.iter_unpack(self.stream_index)]
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         return streams_bytes(self.stream_index)
 

@@ -117,6 +117,13 @@ class Placed:
     def num_bytes(self) -> int:
         return struct.calcsize("<" + self.declared.code)
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there are bytes that the field may not hold, or that mean another value."""
+        declared = self.declared
+        is_number = declared.least is None and declared.most is None and declared.values is None
+        return declared.is_reserved or declared.code == "f" or not is_number
+
     def check(self, value: Any, at: int) -> Any:
         """Return the value as the dataclass has it, refusing one out of its bounds.
 
@@ -172,6 +179,13 @@ class Record:
         return struct.Struct("<" + "".join(placed.declared.code for placed in cls.placed()))
 
     @classmethod
+    @functools.cache
+    def _names_and_bounded(cls) -> tuple[tuple[str, ...], tuple[Placed, ...]]:
+        """Return what parsing a record needs, every time: the fields' names, and those that need a look."""
+        placed = cls.placed()
+        return tuple(one.name for one in placed), tuple(one for one in placed if one.is_bounded)
+
+    @classmethod
     def num_bytes(cls) -> int:
         """Return the record's length."""
         return cls._struct().size
@@ -188,11 +202,11 @@ class Record:
             BitstreamError: a field is out of its bounds.
             UnsupportedVersionError: this release does not read a value.
         """
-        values = unpack_record(cls._struct(), content, at, end)
-        return {
-            placed.name: placed.check(value, at + placed.offset)
-            for placed, value in zip(cls.placed(), values, strict=True)
-        }
+        names, bounded = cls._names_and_bounded()
+        fields = dict(zip(names, unpack_record(cls._struct(), content, at, end), strict=True))
+        for placed in bounded:
+            fields[placed.name] = placed.check(fields[placed.name], at + placed.offset)
+        return fields
 
     @classmethod
     def unpack_record(cls, content: Buffer, at: int, end: int) -> Self:

@@ -250,7 +250,7 @@ class Encoder(ABC):
             "model_fingerprint": bytes.fromhex(metadata.model_fingerprint),
             "token_hash": token_hash,
             "rope_hash": bytes.fromhex(metadata.rope_hash),
-            "cache_hash": check_planes(cache, metadata),
+            "cache_hash": check_planes(cache, metadata, num_threads),
             "chunk_tokens": tuple(chunk_tokens),
         }
 
@@ -276,11 +276,11 @@ class Encoder(ABC):
         """
 
     @abstractmethod
-    def read_error(self, index: int, level: int, content: Buffer) -> ErrorMeasure:
+    def read_error(self, index: int, level: int, content: Sequence[Buffer]) -> ErrorMeasure:
         """Return what decoding loses of a chunk's values at a level.
 
         Args:
-            content: the chunk's file of the level.
+            content: the chunk's file of the level, as parts that follow each other.
         """
 
     def expected_kl(self, level: int) -> float | None:

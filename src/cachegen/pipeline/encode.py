@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachegen.errors import BitstreamError, ConfigError, OutputError, UnsupportedVersionError
-from cachegen.files import is_temporary, lock_folder, remove_stale_temporaries, write_file
+from cachegen.files import atomic_write, is_temporary, lock_folder, remove_stale_temporaries, write_file
 from cachegen.format.files import CHUNK_SUFFIX, TABLES_NAME, chunk_name, read_whole
 from cachegen.format.headers import DocumentHeader
 from cachegen.methods import parse_chunk, parse_chunk_header, parse_document
@@ -139,15 +139,17 @@ class _ChunkWriter:
         encoder = self._encoder
         paths = [self._folder / chunk_name(index, level) for level in encoder.levels]
         present = [path for path in paths if path.exists()]
-        contents = [read_whole(path) for path in present]
-        is_there = len(present) == len(paths) and encoder.is_encoding_of(index, contents)
+        found_files = [read_whole(path) for path in present]
+        is_there = len(present) == len(paths) and encoder.is_encoding_of(index, found_files)
+        # Files as parts: joining them would take as long as quantizing does.
+        contents: list[list[bytes | memoryview]] = [[content] for content in found_files]
         if not is_there:
-            found = zip(present, contents, strict=True)
+            found = zip(present, found_files, strict=True)
             damaged = [path for path, content in found if not _is_readable(parse_chunk, content)]
             # Whole files, all there, and still not the chunk: they have each other's names, or are of two runs.
             wrong = present if len(present) == len(paths) else []
             self._repaired += [path.name for path in damaged or wrong]
-            contents = [b"".join(encoder.encode_chunk(index, level)) for level in encoder.levels]
+            contents = [encoder.encode_chunk(index, level) for level in encoder.levels]
         errors = [
             encoder.read_error(index, level, content) for level, content in zip(encoder.levels, contents, strict=True)
         ]
@@ -163,19 +165,22 @@ class _ChunkWriter:
             _remove(reversed(present))
             for path, content in zip(paths, contents, strict=True):
                 self.written.append(path)
-                write_file(path, content)
+                with atomic_write(path) as stream:
+                    stream.writelines(content)
         self._count(index, contents, errors)
 
-    def _count(self, index: int, contents: Sequence[bytes], errors: Sequence[ErrorMeasure]) -> None:
+    def _count(
+        self, index: int, contents: Sequence[Sequence[bytes | memoryview]], errors: Sequence[ErrorMeasure]
+    ) -> None:
         for level, content, error in zip(self._encoder.levels, contents, errors, strict=True):
-            header = self._encoder.expected_header(index, level)
+            header, num_bytes = self._encoder.expected_header(index, level), sum(map(len, content))
             self._sizes = dataclasses.replace(
                 self._sizes,
                 header=self._sizes.header + header.payload_offset - header.scales_bytes,
                 scales=self._sizes.scales + header.scales_bytes,
-                payload=self._sizes.payload + len(content) - header.payload_offset,
+                payload=self._sizes.payload + num_bytes - header.payload_offset,
             )
-            self._chunk_bytes[level].append(len(content))
+            self._chunk_bytes[level].append(num_bytes)
             self._errors[level].append(error)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cachegen.format.framing import Buffer
 from cachegen.format.headers import ChunkHeader
 from cachegen.methods.base import Encoder, ErrorMeasure
@@ -28,7 +30,7 @@ class KeptEncoding(Encoder):
         places = [(index, level) for index in range(encoder.num_chunks) for level in encoder.levels]
         self._files = {place: b"".join(encoder.encode_chunk(*place)) for place in places}
         self._headers = {place: encoder.expected_header(*place) for place in places}
-        self._errors = {place: encoder.read_error(*place, self._files[place]) for place in places}
+        self._errors = {place: encoder.read_error(*place, [self._files[place]]) for place in places}
         self._losses = {level: encoder.expected_kl(level) for level in encoder.levels}
 
     @property
@@ -62,7 +64,7 @@ class KeptEncoding(Encoder):
         """Return the chunk's file, which is there already."""
         return [self._files[index, level]]
 
-    def read_error(self, index: int, level: int, content: Buffer) -> ErrorMeasure:
+    def read_error(self, index: int, level: int, content: Sequence[Buffer]) -> ErrorMeasure:
         """Return what decoding loses of a chunk's values, by the file that is kept."""
         return self._errors[index, level]
 

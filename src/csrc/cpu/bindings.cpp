@@ -189,6 +189,31 @@ Reference checksum_streams(const Arguments& arguments) {
     return Reference::borrow(checksums.get());
 }
 
+// The checksums of planes' values in blocks of tokens: uint32 [num_planes, num_blocks]. Planes are tuples of address,
+// token stride, head stride, number of heads and bytes of a head, strides in bytes.
+Reference checksum_tokens_of(const Arguments& arguments) {
+    static const char* const kNames[] = {"planes", "num_tokens", "tokens_per_block", "num_threads", nullptr};
+    PyObject* plane_list;
+    long long num_tokens, tokens_per_block;
+    int num_threads;
+    arguments.read("OLLi:checksum_tokens", kNames, &plane_list, &num_tokens, &tokens_per_block, &num_threads);
+    if (num_tokens < 0 || tokens_per_block < 1) throw ValueError("the numbers of tokens are out of range");
+    const Reference tuple = python::to_tuple(plane_list);
+    std::vector<TokenBytes> planes;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(tuple.get()); ++i) {
+        const std::vector<int64_t> plane = python::to_integers(PyTuple_GetItem(tuple.get(), i));
+        if (plane.size() != 5) throw ValueError("a plane is five numbers");
+        planes.push_back({reinterpret_cast<const uint8_t*>(plane[0]), plane[1], plane[2], plane[3], plane[4]});
+    }
+    const NewArray<uint32_t> checksums(
+        {static_cast<int64_t>(planes.size()), count_blocks(num_tokens, tokens_per_block)});
+    {
+        const UnlockedInterpreter unlocked;
+        checksum_tokens(planes, num_tokens, tokens_per_block, num_threads, checksums.data());
+    }
+    return Reference::borrow(checksums.get());
+}
+
 // The CRC-32C of contiguous bytes.
 PyObject* crc32c_of(PyObject*, PyObject* object) {
     return python::call_guarded([&] {
@@ -417,6 +442,7 @@ Reference make_module() {
                                       python::describe_function<encode>("encode"),
                                       python::describe_function<decode>("decode"),
                                       python::describe_function<checksum_streams>("checksum_streams"),
+                                      python::describe_function<checksum_tokens_of>("checksum_tokens"),
                                       python::describe_function<encode_symbols>("encode_symbols"),
                                       python::describe_function<decode_symbols>("decode_symbols"),
                                       python::describe_function<encode_components_of>("encode_components"),

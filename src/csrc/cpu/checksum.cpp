@@ -17,6 +17,8 @@ namespace {
 
 // The instruction takes three cycles, but a processor starts one per cycle: three runs of this many bytes go at once.
 constexpr size_t kRunBytes = 1024;
+// Runs in step are more than a processor fetches ahead by itself: memory is asked for this many runs ahead.
+constexpr size_t kFetchedRuns = 6;
 
 // What a remainder becomes when kRunBytes zero bytes follow, for each byte of it.
 using ShiftTable = std::array<std::array<uint32_t, 256>, 4>;
@@ -51,12 +53,14 @@ inline uint64_t load_u64(const uint8_t* bytes) {
     return value;
 }
 
-__attribute__((target("sse4.2"))) uint32_t checksum_sse42(const uint8_t* bytes, size_t size) {
+__attribute__((target("sse4.2"))) uint32_t checksum_sse42(const uint8_t* bytes, size_t size, uint32_t before) {
     static const ShiftTable table = make_shift_table();
-    uint64_t crc = ~0u;
+    uint64_t crc = ~before;
     for (; size >= 3 * kRunBytes; bytes += 3 * kRunBytes, size -= 3 * kRunBytes) {
         uint64_t second = 0, third = 0;
         for (size_t i = 0; i < kRunBytes; i += 8) {
+            if (i % 64 == 0)
+                for (size_t run = 0; run < 3; ++run) __builtin_prefetch(bytes + i + (run + kFetchedRuns) * kRunBytes);
             crc = _mm_crc32_u64(crc, load_u64(bytes + i));
             second = _mm_crc32_u64(second, load_u64(bytes + kRunBytes + i));
             third = _mm_crc32_u64(third, load_u64(bytes + 2 * kRunBytes + i));
@@ -72,12 +76,12 @@ __attribute__((target("sse4.2"))) uint32_t checksum_sse42(const uint8_t* bytes, 
 }  // namespace
 #endif
 
-uint32_t checksum(const uint8_t* bytes, size_t size) {
+uint32_t checksum(const uint8_t* bytes, size_t size, uint32_t before) {
 #if CACHEGEN_X86
     static const bool has_instruction = __builtin_cpu_supports("sse4.2");
-    if (has_instruction) return checksum_sse42(bytes, size);
+    if (has_instruction) return checksum_sse42(bytes, size, before);
 #endif
-    return crc32c(bytes, size);
+    return crc32c(bytes, size, before);
 }
 
 }  // namespace cachegen

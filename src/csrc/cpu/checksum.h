@@ -8,6 +8,6 @@
 namespace cachegen {
 
 // The same as crc32c() of crc32c.h.
-uint32_t checksum(const uint8_t* bytes, size_t size);
+uint32_t checksum(const uint8_t* bytes, size_t size, uint32_t before = 0);
 
 }  // namespace cachegen

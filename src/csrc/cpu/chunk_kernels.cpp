@@ -24,6 +24,33 @@ Failure first_failure(const std::vector<Status>& statuses) {
     return {};
 }
 
+uint32_t checksum_block(const TokenBytes& plane, int64_t first_token, int64_t num_tokens) {
+    const uint8_t* values = plane.values + first_token * plane.token_stride;
+    const int64_t token_bytes = plane.num_heads * plane.head_bytes;
+    const bool has_whole_tokens = plane.num_heads == 1 || plane.head_stride == plane.head_bytes;
+    if (has_whole_tokens && plane.token_stride == token_bytes) return checksum(values, num_tokens * token_bytes);
+    // Gathered in the first-level cache: a checksum of many bytes takes less time than as many of few.
+    constexpr int64_t kGatheredBytes = 24 << 10;
+    uint8_t gathered[kGatheredBytes];
+    int64_t num_gathered = 0;
+    uint32_t found = 0;
+    for (int64_t token = 0; token < num_tokens; ++token, values += plane.token_stride)
+        for (int64_t head = 0; head < plane.num_heads; ++head) {
+            const uint8_t* const bytes = values + head * plane.head_stride;
+            if (num_gathered + plane.head_bytes > kGatheredBytes) {
+                found = checksum(gathered, num_gathered, found);
+                num_gathered = 0;
+            }
+            if (plane.head_bytes > kGatheredBytes) {
+                found = checksum(bytes, plane.head_bytes, found);
+            } else {
+                std::memcpy(gathered + num_gathered, bytes, plane.head_bytes);
+                num_gathered += plane.head_bytes;
+            }
+        }
+    return checksum(gathered, num_gathered, found);
+}
+
 }  // namespace
 
 void measure_chunk(const std::vector<Plane>& planes, Dtype dtype, int64_t num_tokens, int num_threads,
@@ -62,6 +89,15 @@ Failure decode_chunk(const std::vector<Plane>& planes, Dtype dtype, const std::v
 void checksum_parts(const uint8_t* payload, const std::vector<int64_t>& offsets, int num_threads, uint32_t* checksums) {
     parallel_for(static_cast<int64_t>(offsets.size()) - 1, num_threads, [&](int64_t i) {
         checksums[i] = checksum(payload + offsets[i], static_cast<size_t>(offsets[i + 1] - offsets[i]));
+    });
+}
+
+void checksum_tokens(const std::vector<TokenBytes>& planes, int64_t num_tokens, int64_t tokens_per_block,
+                     int num_threads, uint32_t* checksums) {
+    const int64_t num_blocks = count_blocks(num_tokens, tokens_per_block);
+    parallel_for(static_cast<int64_t>(planes.size()) * num_blocks, num_threads, [&](int64_t i) {
+        const int64_t first = i % num_blocks * tokens_per_block;
+        checksums[i] = checksum_block(planes[i / num_blocks], first, std::min(tokens_per_block, num_tokens - first));
     });
 }
 

@@ -42,6 +42,24 @@ Failure decode_chunk(const std::vector<Plane>& planes, Dtype dtype, const std::v
 // The checksums of parts of a payload: part i begins at offsets[i] and ends where the next begins.
 void checksum_parts(const uint8_t* payload, const std::vector<int64_t>& offsets, int num_threads, uint32_t* checksums);
 
+// The values of tokens in memory: [num_tokens][num_heads][head_bytes], strides in bytes.
+struct TokenBytes {
+    const uint8_t* values;
+    int64_t token_stride;
+    int64_t head_stride;
+    int64_t num_heads;
+    int64_t head_bytes;
+};
+
+// The checksums of the planes' values, token after token, in blocks of tokens: [num_planes][num_blocks].
+void checksum_tokens(const std::vector<TokenBytes>& planes, int64_t num_tokens, int64_t tokens_per_block,
+                     int num_threads, uint32_t* checksums);
+
+// How many blocks; a plane without tokens has an empty one.
+inline int64_t count_blocks(int64_t num_tokens, int64_t tokens_per_block) {
+    return num_tokens == 0 ? 1 : (num_tokens + tokens_per_block - 1) / tokens_per_block;
+}
+
 // Encode one stream of symbols [num_channels][num_tokens], appending it to `output`.
 Status encode_symbol_stream(const uint16_t* symbols, const StreamShape& shape, const PlaneCoding& coding,
                             std::vector<uint8_t>& output, uint32_t* num_words);

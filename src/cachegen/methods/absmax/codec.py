@@ -70,8 +70,7 @@ class AbsmaxDocument(Document):
 
     def gates(self, header: AbsmaxChunkHeader) -> list[tuple[str, object, object]]:
         """See `Document.gates`."""
-        layouts = tuple(dataclasses.replace(plane, tokens_per_stream=0) for plane in header.planes)
-        return [("planes", layouts, self.header.planes)]
+        return [("planes", _with_streams(header.planes, lambda plane: 0), self.header.planes)]
 
     def _start(
         self,
@@ -144,22 +143,20 @@ class AbsmaxEncoder(Encoder):
         return AbsmaxChunkHeader(
             **self._chunk_fields(index, level),
             scales_crc=0,
-            planes=tuple(
-                dataclasses.replace(
-                    p, tokens_per_stream=choose_tokens_per_stream(p.num_channels, num_tokens, document.coder)
-                )
-                for p in document.planes
+            planes=_with_streams(
+                document.planes, lambda plane: choose_tokens_per_stream(plane.num_channels, num_tokens, document.coder)
             ),
         )
 
-    def read_error(self, index: int, level: int, content: Buffer) -> ErrorMeasure:
+    def read_error(self, index: int, level: int, content: Sequence[Buffer]) -> ErrorMeasure:
         """Return a bound of what decoding loses of a chunk's values: half a step of each token's quantizer."""
         num_tokens = self.document.header.chunk_tokens[index]
-        scales = self._scales[:, self._stops[index] - num_tokens : self._stops[index]].double().amax(dim=1)
-        bins = torch.tensor([plane.num_bins for plane in self.document.header.planes], dtype=torch.float64)
+        scales = self._scales[:, self._stops[index] - num_tokens : self._stops[index]].amax(dim=1).tolist()
         # The dtype rounds what the quantizer gives once more, by half a unit in the last place.
         rounding = torch.finfo(self._cache.dtype).eps / 2
-        return ErrorMeasure(float((scales * (1 / (bins - 2) + rounding)).max()))
+        planes = self.document.header.planes
+        bounds = (scale * (1 / (plane.num_bins - 2) + rounding) for scale, plane in zip(scales, planes, strict=True))
+        return ErrorMeasure(max(bounds))
 
     def encode_chunk(self, index: int, level: int = 1) -> list[bytes | memoryview]:
         """See `Encoder.encode_chunk`."""
@@ -211,6 +208,12 @@ def choose_tokens_per_stream(num_channels: int, num_tokens: int, coder: Coder = 
     """
     rows = max(1, round(SYMBOLS_PER_LANE / num_channels))
     return cut_streams(num_tokens, SYMBOLS_PER_LANE if coder is Coder.AC else LANES * rows)
+
+
+def _with_streams(planes: Sequence[PlaneLayout], choose: Callable[[PlaneLayout], int]) -> tuple[PlaneLayout, ...]:
+    """Return planes with other tokens per stream; most planes of a model are alike, and are made once."""
+    made = {plane: dataclasses.replace(plane, tokens_per_stream=choose(plane)) for plane in set(planes)}
+    return tuple(made[plane] for plane in planes)
 
 
 def _low_bits(num_bins: int, coder: Coder) -> int:

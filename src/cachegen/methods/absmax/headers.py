@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -52,7 +53,7 @@ class PlaneRecord(Record):
         record = super().unpack_record(content, at, end)
         check_channels(record.num_kv_heads, record.head_dim, at)
         require(record.num_bins % 2 == 0, "must be even, 4 to 256", at + 4, "num_bins")
-        is_enough = record.layout().alphabet_size <= TABLE_SIZE
+        is_enough = (record.num_bins - 2) >> record.low_bits < TABLE_SIZE
         require(is_enough, "too few for this number of bins", at + 6, "low_bits")
         return record
 
@@ -160,14 +161,22 @@ class AbsmaxChunkHeader(ChunkHeader):
         return dataclasses.replace(self, scales_crc=0, stream_index=b"")
 
     def pack_arrays(self) -> bytes:
-        return b"".join(PlaneRecord.of(plane, plane.tokens_per_stream).pack_record() for plane in self.planes)
+        records = {plane: PlaneRecord.of(plane, plane.tokens_per_stream).pack_record() for plane in set(self.planes)}
+        return b"".join(records[plane] for plane in self.planes)
 
     @classmethod
     def unpack_arrays(
         cls, fields: dict[str, Any], content: Buffer, at: int, header_bytes: int
     ) -> tuple[dict[str, Any], int, int]:
         planes: list[PlaneLayout] = []
+        # Most planes of a model are alike, and their records, too.
+        parsed: dict[bytes, PlaneLayout] = {}
         for plane_at in itertools.islice(itertools.count(at, PlaneRecord.num_bytes()), 2 * fields["num_layers"]):
+            record_end = plane_at + PlaneRecord.num_bytes()
+            record_bytes = bytes(content[plane_at:record_end])
+            if record_bytes in parsed and record_end <= header_bytes:
+                planes.append(parsed[record_bytes])
+                continue
             record = PlaneRecord.unpack_record(content, plane_at, header_bytes)
             tokens = record.last
             in_range = 0 < tokens <= MAX_CHUNK_TOKENS and tokens % LANES == 0
@@ -179,11 +188,13 @@ class AbsmaxChunkHeader(ChunkHeader):
                 is_short = tokens <= MAX_CODE_TOKENS
                 message = f"must be at most {MAX_CODE_TOKENS} with coder ac"
                 require(is_short, message, plane_at + 8, "tokens_per_stream")
-            planes.append(record.layout(tokens))
+            parsed[record_bytes] = record.layout(tokens)
+            planes.append(parsed[record_bytes])
         num_streams = count_streams(planes, fields["num_tokens"])
         return {"planes": tuple(planes)}, num_streams, at + len(planes) * PlaneRecord.num_bytes()
 
 
 def count_streams(planes: Sequence[PlaneLayout], num_tokens: int) -> int:
     """Count the streams of a chunk: per plane, its tokens in runs of `tokens_per_stream`."""
-    return sum(-(-num_tokens // plane.tokens_per_stream) for plane in planes)
+    alike = Counter(plane.tokens_per_stream for plane in planes)
+    return sum(-(-num_tokens // tokens_per_stream) * count for tokens_per_stream, count in alike.items())

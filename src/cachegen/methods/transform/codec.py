@@ -245,9 +245,9 @@ class TransformEncoder(Encoder):
         point = profile.expect(self.document.header.step_log - LEVEL_RATIO_LOG * (level - 1)) if profile else None
         return point.kl if point is not None else None
 
-    def read_error(self, index: int, level: int, content: Buffer) -> ErrorMeasure:
+    def read_error(self, index: int, level: int, content: Sequence[Buffer]) -> ErrorMeasure:
         """Return what the chunk's file records."""
-        header = TransformChunkHeader.unpack(content)
+        header = TransformChunkHeader.unpack(b"".join(content))
         return ErrorMeasure(header.max_error, header.mean_error)
 
     def encode_chunk(self, index: int, level: int = 1) -> list[bytes | memoryview]:
