@@ -151,7 +151,8 @@ class AbsmaxEncoder(Encoder):
     def read_error(self, index: int, level: int, content: Sequence[Buffer]) -> ErrorMeasure:
         """Return a bound of what decoding loses of a chunk's values: half a step of each token's quantizer."""
         num_tokens = self.document.header.chunk_tokens[index]
-        scales = self._scales[:, self._stops[index] - num_tokens : self._stops[index]].amax(dim=1).tolist()
+        largest = self._scales[:, self._stops[index] - num_tokens : self._stops[index]].amax(dim=1)
+        scales = [float(scale) for scale in largest]
         # The dtype rounds what the quantizer gives once more, by half a unit in the last place.
         rounding = torch.finfo(self._cache.dtype).eps / 2
         planes = self.document.header.planes
