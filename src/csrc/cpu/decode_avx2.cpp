@@ -76,8 +76,8 @@ CACHEGEN_AVX2_INLINE __m256i descend(const uint8_t low[16], const uint8_t high[1
 
 // For each mask of eight lanes, where each lane's word lies among the words that those lanes take.
 struct ExpandTable {
-    alignas(16) uint8_t shuffles[256][16];
-    ExpandTable() {
+    alignas(16) uint8_t shuffles[256][16] = {};
+    constexpr ExpandTable() {
         for (int mask = 0; mask < 256; ++mask) {
             int count = 0;
             for (int lane = 0; lane < 8; ++lane) {
@@ -89,7 +89,7 @@ struct ExpandTable {
         }
     }
 };
-const ExpandTable kExpand;
+constexpr ExpandTable kExpand;
 
 // The next words for the lanes of a mask, in the lanes' layout.
 CACHEGEN_AVX2_INLINE const uint8_t* take_words(const uint8_t* word, uint32_t mask, __m256i words[2]) {

@@ -112,32 +112,29 @@ class Dequantizer {
             const int64_t stream_token = (first_stream + member) * batch_.shape.num_tokens + first_token;
             const auto* table = reinterpret_cast<const uint16_t*>(tables) + stream_token * kEntries;
             if constexpr (kEntries == 0) {
-                write_member<0, Store::kRuns>(eighths, table, first_stream, member, first_token);
+                write_runs<0>(eighths, table, first_stream, member, first_token);
             } else {
                 if (!is_whole_row || !runs_[member].is_whole())
-                    write_member<kEntries, Store::kRuns>(eighths, table, first_stream, member, first_token);
+                    write_runs<kEntries>(eighths, table, first_stream, member, first_token);
                 else if (batch_.stores_bypass_caches)
-                    write_member<kEntries, Store::kBypass>(eighths, table, first_stream, member, first_token);
+                    write_whole<kEntries, true>(eighths, table, first_stream, member, first_token);
                 else
-                    write_member<kEntries, Store::kWhole>(eighths, table, first_stream, member, first_token);
+                    write_whole<kEntries, false>(eighths, table, first_stream, member, first_token);
             }
         }
     }
 
-    // How a token's 32 channels are stored: as one vector, as one that bypasses the caches, or head by head.
-    enum class Store { kWhole, kBypass, kRuns };
-
-    template <int kEntries, Store kStore>
-    CACHEGEN_AVX512_INLINE void write_member(const __m512i eighths[4][8], const uint16_t* table, int first_stream,
-                                             int member, int64_t first_token) const {
+    // Store rows that are whole, of one stream.
+    template <int kEntries, bool kBypass>
+    CACHEGEN_AVX512_INLINE void write_whole(const __m512i eighths[4][8], const uint16_t* table, int first_stream,
+                                            int member, int64_t first_token) const {
         const BatchStream& stream = batch_.streams[first_stream + member];
-        const TileRuns& runs = runs_[member];
         const int64_t token_stride = stream.token_stride;
         // One pointer per 128-bit lane, each on its way through eight tokens.
         uint16_t* rows[4];
         for (int lane = 0; lane < 4; ++lane)
             rows[lane] = reinterpret_cast<uint16_t*>(stream.values) + (first_token + 8 * lane) * token_stride +
-                         (kStore == Store::kRuns ? 0 : runs.runs[0].offset);
+                         runs_[member].runs[0].offset;
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
             // Each word holds two tokens of one channel.
@@ -149,20 +146,42 @@ class Dequantizer {
                 const int token = 8 * lane + 2 * j;
                 const __m512i symbols[2] = {pairs[lane], _mm512_srli_epi16(pairs[lane], 8)};
                 for (int odd = 0; odd < 2; ++odd) {
-                    if constexpr (kEntries == 0) {
-                        store_float32(stream, runs, first_token + token + odd,
+                    const __m512i row = look_up<kEntries>(table + (token + odd) * kEntries, symbols[odd]);
+                    if constexpr (kBypass)
+                        _mm512_stream_si512(reinterpret_cast<__m512i*>(rows[lane]), row);
+                    else
+                        _mm512_storeu_si512(rows[lane], row);
+                    rows[lane] += token_stride;
+                    asm("" : "+r"(rows[lane]));
+                }
+            }
+        }
+    }
+
+    // The same head by head, where channels or tokens are missing or values are fp32; kept short.
+    template <int kEntries>
+    CACHEGEN_AVX512_APART void write_runs(const __m512i eighths[4][8], const uint16_t* table, int first_stream,
+                                          int member, int64_t first_token) const {
+        const BatchStream& stream = batch_.streams[first_stream + member];
+#pragma GCC unroll 1
+        for (int j = 0; j < 4; ++j) {
+            __m512i pairs[4];
+            for (int i = 0; i < 4; ++i) pairs[i] = eighths[i][4 * member + j];
+            transpose_4x4_lanes(pairs);
+#pragma GCC unroll 1
+            for (int lane = 0; lane < 4; ++lane) {
+                const __m512i symbols[2] = {pairs[lane], _mm512_srli_epi16(pairs[lane], 8)};
+#pragma GCC unroll 2
+                for (int odd = 0; odd < 2; ++odd) {
+                    const int row = 8 * lane + 2 * j + odd;
+                    const int64_t token = first_token + row;
+                    if constexpr (kEntries == 0)
+                        store_float32(stream, runs_[member], token,
                                       _mm512_and_si512(symbols[odd], _mm512_set1_epi16(255)));
-                    } else {
-                        const __m512i row = look_up<kEntries>(table + (token + odd) * kEntries, symbols[odd]);
-                        if constexpr (kStore == Store::kBypass)
-                            _mm512_stream_si512(reinterpret_cast<__m512i*>(rows[lane]), row);
-                        else if constexpr (kStore == Store::kWhole)
-                            _mm512_storeu_si512(rows[lane], row);
-                        else
-                            store_runs(runs, first_token + token + odd, rows[lane], row);
-                        rows[lane] += token_stride;
-                        asm("" : "+r"(rows[lane]));
-                    }
+                    else
+                        store_runs(runs_[member], token,
+                                   reinterpret_cast<uint16_t*>(stream.values) + token * stream.token_stride,
+                                   look_up<kEntries>(table + row * kEntries, symbols[odd]));
                 }
             }
         }

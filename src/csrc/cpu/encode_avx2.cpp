@@ -49,8 +49,8 @@ CACHEGEN_AVX2_INLINE void make_table(const FrequencyTable& table, EncodeTable* m
 
 // For each mask of eight lanes, their words side by side at the end of sixteen bytes.
 struct CompressTable {
-    alignas(16) uint8_t shuffles[256][16];
-    CompressTable() {
+    alignas(16) uint8_t shuffles[256][16] = {};
+    constexpr CompressTable() {
         for (int mask = 0; mask < 256; ++mask) {
             int place = 8 - __builtin_popcount(mask);
             for (int i = 0; i < 16; ++i) shuffles[mask][i] = 0x80;
@@ -63,7 +63,7 @@ struct CompressTable {
         }
     }
 };
-const CompressTable kCompress;
+constexpr CompressTable kCompress;
 
 // Write the words of a mask's lanes before `word`; returns where they begin. The 16 bytes before are overwritten.
 CACHEGEN_AVX2_INLINE uint16_t* give_words(uint16_t* word, uint32_t mask, const __m256i states[4]) {
@@ -256,7 +256,7 @@ class TileEncoder {
                 if (!is_shared) make_table(batch_.streams[s].tables[channel], &tables_[s]);
                 table_of_[s] = is_shared ? table_of_[s - 1] : &tables_[s];
             }
-            if (full_rows < num_rows_) encode_row<true, true>(channel, i, full_rows);
+            if (full_rows < num_rows_) encode_tail_row(channel, i, full_rows);
             for (int64_t row = full_rows - 1; row >= 0; --row) {
                 if (batch_.low_bits == 0)
                     encode_row<false, false>(channel, i, row);
@@ -328,6 +328,10 @@ class TileEncoder {
             }
             if (!kHasLowBits || batch_.is_coded) encode_symbols<kIsTail>(s, symbols, live);
         }
+    }
+
+    __attribute__((noinline)) CACHEGEN_AVX2 void encode_tail_row(int64_t channel, int channel_in_tile, int64_t row) {
+        encode_row<true, true>(channel, channel_in_tile, row);
     }
 
     template <bool kIsTail>

@@ -116,11 +116,21 @@ class BlockQuantizer {
     }
 
     template <class Dtype>
-    CACHEGEN_AVX512 void quantize_block(int64_t row, int pair, uint8_t* out) {
+    CACHEGEN_AVX512_APART void quantize_block(int64_t row, int pair, uint8_t* out) {
         // [token pairs by eights][pair]: words are channels, each with two tokens.
         __m512i eighths[4][8];
-        for (int member = 0; member < 2; ++member)
-            for (int i = 0; i < 2; ++i) quantize_tokens<Dtype>(row, 2 * pair + member, 16 * i, eighths[2 * member + i]);
+        const int live = batch_.shape.live_lanes(row);
+#pragma GCC unroll 1
+        for (int i = 0; i < 4; ++i) {
+            const int s = 2 * pair + i / 2, first = 16 * (i % 2);
+            if (s >= batch_.num_streams)
+                for (int j = 0; j < 8; ++j) eighths[i][j] = _mm512_setzero_si512();
+            else if (runs_[s].is_whole() && first + 16 <= live)
+                quantize_tokens<Dtype, true>(row, s, first, live, eighths[i]);
+            else
+                quantize_tokens<Dtype, false>(row, s, first, live, eighths[i]);
+        }
+#pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) {
             __m512i lanes[4];
             for (int i = 0; i < 4; ++i) lanes[i] = eighths[i][j];
@@ -130,22 +140,17 @@ class BlockQuantizer {
         }
     }
 
-    // Sixteen tokens from `first` of a row on, in pairs, each 128-bit lane transposed.
-    template <class Dtype>
-    CACHEGEN_AVX512_INLINE void quantize_tokens(int64_t row, int s, int first, __m512i pairs[8]) {
+    // Sixteen tokens from `first` of a row on, in pairs, each 128-bit lane transposed. Only where kIsPlain are all of
+    // them live, and their channels contiguous.
+    template <class Dtype, bool kIsPlain>
+    CACHEGEN_AVX512_APART void quantize_tokens(int64_t row, int s, int first, int live, __m512i pairs[8]) {
         using Storage = typename Dtype::Storage;
-        if (s >= batch_.num_streams) {
-            for (int i = 0; i < 8; ++i) pairs[i] = _mm512_setzero_si512();
-            return;
-        }
         const BatchStream& stream = batch_.streams[s];
-        const int live = batch_.shape.live_lanes(row);
         const __m512i zero_symbol = _mm512_set1_epi16(static_cast<int16_t>(zero_symbol_of(stream.num_bins)));
         const int64_t first_token = row * kNumLanes + first;
         const Storage* values = reinterpret_cast<const Storage*>(stream.values) + first_token * stream.token_stride;
         const float* inverses = inverses_ + s * padded_tokens_ + first_token;
         __m512i highest = highest_[s];
-        const bool is_plain = runs_[s].is_whole() && first + 16 <= live;
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             __m512i symbols[2];
@@ -153,17 +158,24 @@ class BlockQuantizer {
             for (int odd = 0; odd < 2; ++odd, values += stream.token_stride) {
                 const __m512 inverse = _mm512_set1_ps(inverses[2 * i + odd]);
                 symbols[odd] = _mm512_setzero_si512();
-                if (is_plain)
+                if (kIsPlain)
                     symbols[odd] =
                         quantize_row(load_whole_row<Dtype>(values + runs_[s].runs[0].offset), inverse, zero_symbol);
                 else if (first + 2 * i + odd < live)
-                    symbols[odd] = quantize_row(load_row<Dtype>(values, runs_[s]), inverse, zero_symbol);
+                    symbols[odd] = quantize_parts<Dtype>(values, runs_[s], inverse, zero_symbol);
                 highest = _mm512_max_epu16(highest, symbols[odd]);
             }
             pairs[i] = _mm512_or_si512(symbols[0], _mm512_slli_epi16(symbols[1], 8));
         }
         highest_[s] = highest;
         transpose_8x8_words(pairs);
+    }
+
+    // The symbols of a token whose channels lie in several runs.
+    template <class Dtype>
+    CACHEGEN_AVX512_APART static __m512i quantize_parts(const typename Dtype::Storage* values, const TileRuns& runs,
+                                                        __m512 inverse, __m512i zero_symbol) {
+        return quantize_row(load_row<Dtype>(values, runs), inverse, zero_symbol);
     }
 
     const StreamBatch& batch_;
@@ -174,37 +186,37 @@ class BlockQuantizer {
     __m512i highest_[kMaxBatch];  // the largest symbols
 };
 
-template <int kStreams>
+// Encodes 8, 4, 2 or 1 streams. What is done once per row is compiled for each number, the rest for any.
 class TileEncoder {
   public:
-    static constexpr int kPairs = (kStreams + 1) / 2;
-
     TileEncoder(const StreamBatch& batch, Dtype dtype, uint8_t* memory)
         : batch_(batch),
+          num_streams_(batch.num_streams),
+          num_pairs_(pairs_of(batch)),
           num_rows_(batch.shape.num_rows()),
           value_bytes_(value_bytes_of(dtype)),
           tile_(memory),
-          quantizer_(batch, dtype, reinterpret_cast<float*>(memory + tile_bytes(batch.shape))) {
-        memory += tile_bytes(batch.shape) + BlockQuantizer::inverses_bytes(batch);
-        for (int s = 0; s < kStreams; ++s) {
+          quantizer_(batch, dtype, reinterpret_cast<float*>(memory + tile_bytes(batch))) {
+        memory += tile_bytes(batch) + BlockQuantizer::inverses_bytes(batch);
+        for (int s = 0; s < num_streams_; ++s) {
             low_bits_[s] = memory;
             memory += low_bits_bytes(batch);
         }
-        for (int s = 0; s < kStreams; ++s) {
+        for (int s = 0; s < num_streams_; ++s) {
             memory += words_bytes(batch);
             words_end_[s] = word_[s] = reinterpret_cast<uint16_t*>(memory);
         }
-        for (int s = 0; s < kStreams; ++s) token_bytes_[s] = value_bytes_ * batch.streams[s].token_stride;
+        for (int s = 0; s < num_streams_; ++s) token_bytes_[s] = value_bytes_ * batch.streams[s].token_stride;
     }
 
     static size_t memory_bytes(const StreamBatch& batch) {
-        return tile_bytes(batch.shape) + BlockQuantizer::inverses_bytes(batch) +
-               kStreams * (low_bits_bytes(batch) + words_bytes(batch));
+        return tile_bytes(batch) + BlockQuantizer::inverses_bytes(batch) +
+               batch.num_streams * (low_bits_bytes(batch) + words_bytes(batch));
     }
 
     CACHEGEN_AVX512 void start() {
         quantizer_.start();
-        for (int s = 0; s < kStreams; ++s) {
+        for (int s = 0; s < num_streams_; ++s) {
             std::memset(low_bits_[s], 0, low_bits_bytes(batch_));
             first_[s] = second_[s] = _mm512_set1_epi32(kStateLow);
             seen_[s] = _mm512_setzero_si512();
@@ -214,10 +226,10 @@ class TileEncoder {
     CACHEGEN_AVX512 void encode(int64_t first_channel, int num_channels) {
         quantizer_.begin_tile(first_channel, num_channels);
         for (int64_t row = 0; row < num_rows_; ++row)
-            for (int pair = 0; pair < kPairs; ++pair) quantizer_.quantize(row, pair, block(row, pair));
+            for (int pair = 0; pair < num_pairs_; ++pair) quantizer_.quantize(row, pair, block(row, pair));
         // The next tile, for the prefetches.
         const int64_t next = std::max<int64_t>(first_channel - kTileChannels, 0);
-        for (int s = 0; s < kStreams; ++s) {
+        for (int s = 0; s < num_streams_; ++s) {
             const BatchStream& stream = batch_.streams[s];
             next_tile_[s] =
                 stream.values + value_bytes_ * (next / batch_.head_dim * stream.head_stride + next % batch_.head_dim);
@@ -226,8 +238,8 @@ class TileEncoder {
         const int64_t full_rows = batch_.shape.num_tokens / kNumLanes;
         for (int i = num_channels - 1; i >= 0; --i) {
             const int64_t channel = first_channel + i;
-            const EncodeTable* tables[kStreams] = {};
-            for (int s = 0; s < kStreams && batch_.is_coded; ++s) {
+            const EncodeTable* tables[kMaxBatch] = {};
+            for (int s = 0; s < num_streams_ && batch_.is_coded; ++s) {
                 // Streams of one plane share their tables.
                 const FrequencyTable* source = batch_.streams[s].tables;
                 if (s > 0 && source == batch_.streams[s - 1].tables) {
@@ -242,10 +254,14 @@ class TileEncoder {
                 tables[s] = &tables_[s];
             }
             if (full_rows < num_rows_) encode_tail_row(channel, i, full_rows, tables);
-            if (batch_.low_bits == 0)
-                encode_full_rows<false>(channel, i, full_rows, tables);
+            if (num_streams_ == 8)
+                encode_full_rows<8>(channel, i, full_rows, tables);
+            else if (num_streams_ == 4)
+                encode_full_rows<4>(channel, i, full_rows, tables);
+            else if (num_streams_ == 2)
+                encode_full_rows<2>(channel, i, full_rows, tables);
             else
-                encode_full_rows<true>(channel, i, full_rows, tables);
+                encode_full_rows<1>(channel, i, full_rows, tables);
         }
     }
 
@@ -271,7 +287,10 @@ class TileEncoder {
 
   private:
     static constexpr int64_t kBlockStride = 64 * kTileChannels + 64;
-    static size_t tile_bytes(const StreamShape& shape) { return shape.num_rows() * kPairs * kBlockStride; }
+    static int pairs_of(const StreamBatch& batch) { return (batch.num_streams + 1) / 2; }
+    static size_t tile_bytes(const StreamBatch& batch) {
+        return batch.shape.num_rows() * pairs_of(batch) * kBlockStride;
+    }
     // A symbol gives up at most one word.
     static size_t words_bytes(const StreamBatch& batch) {
         return batch.is_coded ? round_up(2 * batch.shape.num_tokens * batch.shape.num_channels, 64) : 0;
@@ -281,12 +300,21 @@ class TileEncoder {
         return round_up(batch.shape.num_tokens * batch.shape.num_channels * batch.low_bits / 8 + 16, 64);
     }
 
-    uint8_t* block(int64_t row, int pair) const { return tile_ + (row * kPairs + pair) * kBlockStride; }
+    uint8_t* block(int64_t row, int pair) const { return tile_ + (row * num_pairs_ + pair) * kBlockStride; }
+
+    template <int kStreams>
+    CACHEGEN_AVX512_INLINE void encode_full_rows(int64_t channel, int channel_in_tile, int64_t full_rows,
+                                                 const EncodeTable* const tables[kMaxBatch]) {
+        if (batch_.low_bits == 0)
+            encode_full_rows<kStreams, false>(channel, channel_in_tile, full_rows, tables);
+        else
+            encode_full_rows<kStreams, true>(channel, channel_in_tile, full_rows, tables);
+    }
 
     // Encode the full rows of a channel. Only where kHasLowBits may there be low bits, or no tables.
-    template <bool kHasLowBits>
+    template <int kStreams, bool kHasLowBits>
     CACHEGEN_AVX512_APART void encode_full_rows(int64_t channel, int channel_in_tile, int64_t full_rows,
-                                                const EncodeTable* const tables[kStreams]) {
+                                                const EncodeTable* const tables[kMaxBatch]) {
         for (int64_t row = full_rows - 1; row >= 0; --row) {
             const uint8_t* row_symbols = block(row, 0) + 64 * channel_in_tile;
             // One register for the row, not one per stream: there are none to spare.
@@ -304,9 +332,9 @@ class TileEncoder {
 
     // The same for the last row, where lanes may be dead. There is one of it: a loop will do.
     CACHEGEN_AVX512_APART void encode_tail_row(int64_t channel, int channel_in_tile, int64_t row,
-                                               const EncodeTable* const tables[kStreams]) {
+                                               const EncodeTable* const tables[kMaxBatch]) {
 #pragma GCC unroll 1
-        for (int s = 0; s < kStreams; ++s)
+        for (int s = 0; s < num_streams_; ++s)
             encode_stream_row<true, true>(s, channel, row, block(row, s / 2) + 64 * channel_in_tile + 32 * (s % 2),
                                           tables[s]);
     }
@@ -392,29 +420,29 @@ class TileEncoder {
     }
 
     const StreamBatch& batch_;
+    const int num_streams_;
+    const int num_pairs_;
     const int64_t num_rows_;
     const int64_t value_bytes_;
     uint8_t* const tile_;
     BlockQuantizer quantizer_;
-    uint8_t* low_bits_[kStreams];
-    uint16_t* words_end_[kStreams];
-    uint16_t* word_[kStreams];
-    int64_t token_bytes_[kStreams];  // from one token to the next in the cache
-    const uint8_t* next_tile_[kStreams];
-    EncodeTable tables_[kStreams];
-    __m512i first_[kStreams], second_[kStreams];  // states of lanes 0 to 15 and 16 to 31
-    __m512i seen_[kStreams];                      // the or of all table entries
+    uint8_t* low_bits_[kMaxBatch];
+    uint16_t* words_end_[kMaxBatch];
+    uint16_t* word_[kMaxBatch];
+    int64_t token_bytes_[kMaxBatch];  // from one token to the next in the cache
+    const uint8_t* next_tile_[kMaxBatch];
+    EncodeTable tables_[kMaxBatch];
+    __m512i first_[kMaxBatch], second_[kMaxBatch];  // states of lanes 0 to 15 and 16 to 31
+    __m512i seen_[kMaxBatch];                       // the or of all table entries
 };
 
-template <int kStreams>
 CACHEGEN_AVX512 void encode_streams(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded) {
-    using Encoder = TileEncoder<kStreams>;
-    Encoder encoder(batch, dtype, scratch.reserve(Encoder::memory_bytes(batch)));
+    TileEncoder encoder(batch, dtype, scratch.reserve(TileEncoder::memory_bytes(batch)));
     encoder.start();
     const int64_t num_channels = batch.shape.num_channels;
     for (int64_t first = (num_channels - 1) / kTileChannels * kTileChannels; first >= 0; first -= kTileChannels)
         encoder.encode(first, static_cast<int>(std::min<int64_t>(kTileChannels, num_channels - first)));
-    for (int s = 0; s < kStreams; ++s) encoder.finish(s, &encoded[s]);
+    for (int s = 0; s < batch.num_streams; ++s) encoder.finish(s, &encoded[s]);
 }
 
 }  // namespace
@@ -425,11 +453,7 @@ void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Encod
         const int rest = batch.num_streams - done;
         part.num_streams = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
         std::copy(batch.streams + done, batch.streams + done + part.num_streams, part.streams);
-        const auto encode = part.num_streams == 8   ? encode_streams<8>
-                            : part.num_streams == 4 ? encode_streams<4>
-                            : part.num_streams == 2 ? encode_streams<2>
-                                                    : encode_streams<1>;
-        encode(part, dtype, scratch, encoded + done);
+        encode_streams(part, dtype, scratch, encoded + done);
     }
 }
 

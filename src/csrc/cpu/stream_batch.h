@@ -24,7 +24,8 @@ struct TileRuns {
     int num_runs = 0;
 
     TileRuns() = default;
-    TileRuns(int64_t first_channel, int num_channels, int64_t head_dim, int64_t head_stride) {
+    // Once per tile: not worth a copy in each kernel.
+    __attribute__((noinline)) TileRuns(int64_t first_channel, int num_channels, int64_t head_dim, int64_t head_stride) {
         for (int done = 0; done < num_channels; ++num_runs) {
             const int64_t head = (first_channel + done) / head_dim, dim = (first_channel + done) % head_dim;
             const int64_t rest = num_channels - done, in_head = head_dim - dim;
