@@ -35,11 +35,12 @@ from setuptools.command.sdist import sdist
 # because the bytes of a chunk must not depend on the machine that wrote it.
 COMPILE_FLAGS = ["-std=c++17", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
 LINK_FLAGS = ["-pthread"]
-# What calls the kernels, once per chunk, need not be fast.
-OPTIMIZATION = {"bindings": "-O1"}
-DEFAULT_OPTIMIZATION = "-O3"
-# The kernels of a path share headers, intrinsics above all, that take as long as a kernel: they are compiled as one.
-JOINED_SOURCES = ("avx2", "avx512")
+# What calls the kernels, once per chunk, need not be fast; and in kernels of intrinsics there is nothing to vectorize.
+OPTIMIZATION = {"bindings": ("-O1",), "vectors": ("-O3", "-fno-tree-vectorize")}
+DEFAULT_OPTIMIZATION = ("-O3",)
+# Sources share headers, intrinsics above all, that take as long as a kernel: they are compiled as two units, the vector
+# paths' and the rest, and the bindings apart from them.
+VECTOR_PATHS = ("avx2", "avx512")
 
 # The bindings stay within what every Python from 3.11 on has; one without a lock has another interface.
 LIMITED_API = "0x030B0000" if not sysconfig.get_config_var("Py_GIL_DISABLED") else None
@@ -111,7 +112,7 @@ class Unit:
     sources: tuple[str, ...]
 
     @property
-    def optimization(self) -> str:
+    def optimization(self) -> tuple[str, ...]:
         return OPTIMIZATION.get(self.name, DEFAULT_OPTIMIZATION)
 
 
@@ -120,7 +121,9 @@ def units_of(sources: Sequence[str]) -> list[Unit]:
     joined: dict[str, list[str]] = {}
     for source in sources:
         stem = Path(source).stem
-        joined.setdefault(next((end for end in JOINED_SOURCES if stem.endswith(f"_{end}")), stem), []).append(source)
+        is_vectors = stem.rpartition("_")[2] in VECTOR_PATHS
+        unit = stem if stem in OPTIMIZATION else "vectors" if is_vectors else "portable"
+        joined.setdefault(unit, []).append(source)
     units = [Unit(name, tuple(members)) for name, members in joined.items()]
     return sorted(units, key=lambda unit: -sum(os.path.getsize(source) for source in unit.sources))
 
@@ -299,7 +302,7 @@ class BuildNative(build_ext):
         if len(unit.sources) > 1:
             source = str(folder / f"{unit.name}.cpp")
             Path(source).write_text("".join(f'#include "{Path(part).resolve()}"\n' for part in unit.sources), "utf-8")
-        self.run_command_line([*command, unit.optimization, "-c", source, "-o", str(target)])
+        self.run_command_line([*command, *unit.optimization, "-c", source, "-o", str(target)])
         return str(target)
 
     # --- the GPU's ---

@@ -51,7 +51,7 @@ def test_every_source_is_compiled_once(setup: ModuleType) -> None:
 
 def test_only_the_bindings_are_compiled_for_little_speed(setup: ModuleType) -> None:
     units = setup.units_of([str(path) for path in (ROOT / "src" / "csrc" / "cpu").glob("*.cpp")])
-    assert [unit.name for unit in units if unit.optimization != "-O3"] == ["bindings"]
+    assert [unit.name for unit in units if "-O3" not in unit.optimization] == ["bindings"]
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
