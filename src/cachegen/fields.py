@@ -128,13 +128,14 @@ class Fields:
         """Refuse a file of a later release.
 
         Raises:
-            UnsupportedVersionError: it is of another version than `wanted`.
+            UnsupportedVersionError: a file of ours is of another version than `wanted`.
         """
         version = self.value(name)
         if type(version) is not int or version != wanted:
-            problem = f"{shown(version)} is not supported, this release reads {wanted}"
-            error = self.error(name, problem)
-            raise UnsupportedVersionError(problem, path=getattr(error, "path", None), field=name)
+            error = self.error(name, f"{shown(version)} is not supported, this release reads {wanted}")
+            if isinstance(error, BitstreamError):
+                error = UnsupportedVersionError(error.problem, path=error.path, field=error.field)
+            raise error
 
     def value(self, name: str) -> Any:
         """Return a field as it is."""
@@ -177,9 +178,9 @@ class Fields:
         wanted = f"a text of at most {max_characters} characters"
         return self.check(name, lambda value: type(value) is str and len(value) <= max_characters, wanted)
 
-    def label(self, name: str) -> str:
+    def label(self, name: str, max_characters: int = MAX_TEXT) -> str:
         """Return a text of printable characters."""
-        text = self.text(name)
+        text = self.text(name, max_characters)
         if not text.isprintable():  # nor can the rest be hashed: half a character has no UTF-8
             raise self.error(name, "must be printable characters")
         return text
@@ -189,8 +190,7 @@ class Fields:
 
     def hash(self, name: str) -> str:
         """Return a SHA-256 of 64 lower-case hex digits."""
-        is_hash = lambda value: type(value) is str and _HASH.fullmatch(value) is not None  # noqa: E731
-        return self.check(name, is_hash, "a SHA-256 in hex")
+        return self.check(name, _is_hash, "a SHA-256 in hex")
 
     def items(self, name: str, min_items: int, max_items: int) -> list[Any]:
         value = self.value(name)
@@ -207,6 +207,10 @@ class Fields:
     def _below(self, name: str, content: Any) -> Fields:
         place = ".".join(filter(None, (self._place, name)))
         return Fields(content, self._refuse, place, reads_digits=self._reads_digits)
+
+
+def _is_hash(value: object) -> bool:
+    return type(value) is str and _HASH.fullmatch(value) is not None
 
 
 def shown(value: object) -> str:

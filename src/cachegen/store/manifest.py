@@ -183,7 +183,7 @@ def _read_manifest(fields: Fields) -> Manifest:
     if chunks[-1].end_token > num_cache_tokens:
         raise fields.error("chunks", f"cover more than {num_cache_tokens} tokens")
     return Manifest(
-        model_id=_read_label(fields, "model_id"),
+        model_id=fields.label("model_id", _MAX_LABEL_CHARACTERS),
         model_fingerprint=fields.hash("model_fingerprint"),
         rope_hash=fields.hash("rope_hash"),
         dtype=fields.choice("dtype", ("float16", "bfloat16", "float32")),
@@ -194,11 +194,6 @@ def _read_manifest(fields: Fields) -> Manifest:
         levels=levels,
         chunks=tuple(chunks),
     )
-
-
-def _read_label(fields: Fields, name: str) -> str:
-    is_label = lambda value: type(value) is str and len(value) <= _MAX_LABEL_CHARACTERS and value.isprintable()  # noqa: E731
-    return fields.check(name, is_label, "a short text")
 
 
 def _read_level(fields: Fields, number: int) -> Level:
