@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -33,17 +32,17 @@ from cachegen.answer_scripts import (  # noqa: E402
     report_answers,
 )
 from cachegen.device import choose_kernels, resolve_device, resolve_dtype  # noqa: E402
-from cachegen.errors import ConfigError, StoreError  # noqa: E402
+from cachegen.errors import StoreError  # noqa: E402
 from cachegen.pipeline.context import read_context  # noqa: E402
 from cachegen.store.store import RetryRule, open_store  # noqa: E402
 from cachegen.streaming.loader import SILENT_STALLS  # noqa: E402
 from cachegen.streaming.policies import POLICIES  # noqa: E402
+from cachegen.streaming.policy import Objective  # noqa: E402
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import LoadedModel
     from cachegen.pipeline.session import Session
     from cachegen.streaming.load_report import LoadResult
-    from cachegen.streaming.policy import Policy
     from cachegen.streaming.remote import RemoteDocument
 
 
@@ -56,13 +55,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="a store of run_publishing.py: http://host:port/path, s3://bucket/path, gs://..., az://... or a folder",
     )
-    add("--slo", type=command_line.positive_float, default=1.0, help="objective: seconds to the first token")
+    add(
+        "--slo",
+        type=command_line.positive_float,
+        default=Objective.deadline_seconds,
+        help="objective: seconds to the first token",
+    )
     add("--policy", choices=sorted(POLICIES), default="ours", help="what to fetch, at which level, and what to compute")
     add("--level", type=command_line.positive_int, help="fetch every chunk at this level, whatever the policy")
     add(
         "--target_kl",
         type=command_line.non_negative_float,
-        default=0.0,
+        default=Objective.target_loss,
         help="expected loss that is good enough, in nats per token: nothing waits to get below it",
     )
     add("--num_connections", type=command_line.positive_int, default=1, help="requests in flight together")
@@ -105,8 +109,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
 
     # transformers takes seconds to import, more than it takes to say that a file is missing.
     from cachegen.pipeline.model_cache import empty_cache, set_length
-    from cachegen.streaming.client import find_for_model, make_loader, measure_speeds
-    from cachegen.streaming.policy import Objective
+    from cachegen.streaming.client import choose_policy, find_for_model, make_loader, measure_speeds
 
     session = open_session(args, text, dtype)
     loaded, token_ids = session.loaded, session.token_ids
@@ -134,7 +137,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     if dtype == "auto" and loaded.dtype != document.dtype:
         session = dataclasses.replace(session, loaded=load_model_of(args, document.dtype))
         loaded = session.loaded
-    policy = _choose_policy(args, document)
+    policy = choose_policy(document, args.policy, args.level)
     num_cached, block_size = document.num_tokens, document.manifest.prefill_block_size
     cache = empty_cache(loaded.num_layers, session.capacity)
     speeds = measure_speeds(
@@ -250,16 +253,6 @@ def _check_configs(args: argparse.Namespace, document: RemoteDocument) -> None:
         header = document.open_level(level.level).header
         for check in checks:
             check(header, document.describe(level.tables))
-
-
-def _choose_policy(args: argparse.Namespace, document: RemoteDocument) -> Policy:
-    from cachegen.streaming.policy_front_to_back import decide_fixed_level
-
-    if args.level is None:
-        return POLICIES[args.policy]
-    if args.level > len(document.manifest.levels):
-        raise ConfigError(f"--level {args.level} asked for, {document.address} has {len(document.manifest.levels)}")
-    return functools.partial(decide_fixed_level, level=args.level)
 
 
 def _describe_loading(loading: LoadResult, num_prompt_tokens: int) -> dict[str, Any]:

@@ -55,7 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=count, default=100, help="traces per random kind")
     add("--gbps", type=positive, nargs=2, default=[0.05, 400.0], help="lowest and highest constant rate")
     add("--num_rates", type=count, default=40, help="constant rates, log-spaced")
-    add("--slo", type=positive, default=1.0, help="objective for the time to first token, in seconds")
+    add(
+        "--slo",
+        type=positive,
+        default=Objective.deadline_seconds,
+        help="objective for the time to first token, in seconds",
+    )
     add("--target_kl", type=command_line.non_negative_float, default=0.0, help="good enough; 0 uses the whole SLO")
     add("--num_connections", type=count, default=1, help="requests in flight together")
     add("--block_tokens", type=count, default=DEFAULT_BLOCK_TOKENS, help="that the model computes in one go")

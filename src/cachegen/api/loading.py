@@ -11,7 +11,7 @@ import torch
 
 from cachegen.api.arguments import CLONE, read_token_ids
 from cachegen.api.measured import Measured
-from cachegen.api.streaming import DEFAULT_SLO, CacheStore
+from cachegen.api.streaming import CacheStore
 from cachegen.coder.cpu import default_num_threads
 from cachegen.device import choose_kernels
 from cachegen.errors import InputError, MismatchError
@@ -26,6 +26,7 @@ from cachegen.pipeline.profiles import profile_finder
 from cachegen.store.index import STORE_INFO_NAME
 from cachegen.store.store import Store, open_store
 from cachegen.streaming.load_report import LoadResult
+from cachegen.streaming.policy import Objective
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import PreTrainedModel
@@ -165,8 +166,8 @@ def load(
             threads,
             level=level,
             profile=named,
-            slo=DEFAULT_SLO if slo is None else slo,
-            target_kl=0.0 if target_kl is None else target_kl,
+            slo=Objective.deadline_seconds if slo is None else slo,
+            target_kl=Objective.target_loss if target_kl is None else target_kl,
             report=report,
         )
     for name, value in (("slo", slo), ("target_kl", target_kl), ("report", report)):

@@ -17,24 +17,20 @@ from cachegen.api.arguments import CLONE, read_token_ids
 from cachegen.device import KernelChoice
 from cachegen.errors import ConfigError, StoreError
 from cachegen.methods.transform.profile import Profile
+from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.model import LoadedModel, identify_checkpoint, identify_model
 from cachegen.pipeline.model_cache import allocate_cache, set_length, to_dynamic_cache
-from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE, measure_plane_shapes
+from cachegen.pipeline.prefill import measure_plane_shapes
 from cachegen.pipeline.profiles import profile_finder
 from cachegen.store.store import Store
-from cachegen.streaming.client import count_prompt, find_for_model, make_loader, measure_speeds
+from cachegen.streaming.client import choose_policy, count_prompt, find_for_model, make_loader, measure_speeds
 from cachegen.streaming.load_report import LoadResult
-from cachegen.streaming.policies import POLICIES
-from cachegen.streaming.policy import Objective, Policy, Speeds
-from cachegen.streaming.policy_front_to_back import decide_fixed_level
+from cachegen.streaming.policy import Objective, Speeds
 from cachegen.streaming.remote import RemoteDocument
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import PreTrainedModel
     from cachegen.pipeline.model_cache import Cache, DynamicCache
-
-DEFAULT_SLO = 1.0
-"""Seconds to the first token."""
 
 _LOGGER = logging.getLogger("cachegen")
 
@@ -57,8 +53,8 @@ class CacheStore:
         *,
         level: int | None = None,
         profile: Profile | None = None,
-        slo: float = DEFAULT_SLO,
-        target_kl: float = 0.0,
+        slo: float = Objective.deadline_seconds,
+        target_kl: float = Objective.target_loss,
         report: Callable[[LoadResult], object] | None = None,
     ) -> None:
         if not (slo > 0 and math.isfinite(slo)):
@@ -105,7 +101,7 @@ class CacheStore:
         start = time.perf_counter()
         ids = read_token_ids(token_ids)
         loaded, document = self._find(identify_model(model), ids)
-        policy = self._choose_policy(document)
+        policy = choose_policy(document, level=self._level)
         shapes = measure_plane_shapes(loaded)
         document.expect_planes(shapes, loaded.dtype)
         num_tokens = document.num_tokens
@@ -158,14 +154,6 @@ class CacheStore:
             if known is None or known.fingerprint == loaded.fingerprint:
                 raise
         return known, look_up(known)
-
-    def _choose_policy(self, document: RemoteDocument) -> Policy:
-        if self._level is None:
-            return POLICIES["ours"]
-        num_levels = len(document.manifest.levels)
-        if self._level > num_levels:
-            raise ConfigError(f"`level` {self._level} asked for, {document.address} has {num_levels}")
-        return functools.partial(decide_fixed_level, level=self._level)
 
 
 class _MeasuredSpeeds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,13 +13,16 @@ import torch
 
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
+from cachegen.errors import ConfigError
 from cachegen.kv_cache import hash_rotary_embeddings
 from cachegen.methods import method_named
 from cachegen.methods.base import FindProfile
 from cachegen.pipeline.decode import copy_cache, empty_on
 from cachegen.store.store import Store
 from cachegen.streaming.loader import SILENCE_SECONDS, Loader
+from cachegen.streaming.policies import POLICIES
 from cachegen.streaming.policy import DecodeSpeed, Objective, Policy, PrefillSpeed, Speeds
+from cachegen.streaming.policy_front_to_back import decide_fixed_level
 from cachegen.streaming.remote import FetchedFile, RemoteDocument
 
 if TYPE_CHECKING:
@@ -138,6 +142,20 @@ def find_for_model(
         kernels=kernels,
         find_profile=find_profile,
     )
+
+
+def choose_policy(document: RemoteDocument, name: str = "ours", level: int | None = None) -> Policy:
+    """Return the policy of that name; with a level, the one that fetches every chunk at it.
+
+    Raises:
+        ConfigError: the document has no such level.
+    """
+    if level is None:
+        return POLICIES[name]
+    num_levels = len(document.manifest.levels)
+    if level > num_levels:
+        raise ConfigError(f"`level` {level} asked for, {document.address} has {num_levels}")
+    return functools.partial(decide_fixed_level, level=level)
 
 
 def make_loader(

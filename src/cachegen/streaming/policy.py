@@ -251,7 +251,7 @@ class Objective:
             good as the deadline allows.
     """
 
-    deadline_seconds: float
+    deadline_seconds: float = 1.0
     target_loss: float = 0.0
 
 
