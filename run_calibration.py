@@ -22,6 +22,8 @@ from cachegen import startup  # noqa: E402
 startup.guard_imports(__name__)
 
 from cachegen import command_line  # noqa: E402
+from cachegen.calibration.basis import WEIGHTS  # noqa: E402
+from cachegen.calibration.settings import CalibrationSettings  # noqa: E402
 from cachegen.device import DEVICE_NAMES, DTYPES, choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.errors import BitstreamError, CacheGenError, InputError, OutputError, UnsupportedVersionError  # noqa: E402
 from cachegen.files import lock_folder, read_file, remove_stale_temporaries  # noqa: E402
@@ -33,6 +35,7 @@ from cachegen.methods.transform.profile import (  # noqa: E402
     load_profile,
     save_profile,
 )
+from cachegen.versions import collect_versions  # noqa: E402
 
 WORK_FOLDER = ".work"
 
@@ -51,22 +54,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--weights",
-        choices=("fisher", "diagonal", "none"),
-        default="fisher",
+        choices=WEIGHTS,
+        default=CalibrationSettings.weights,
         help="quality weights: the Fisher information, its diagonal, or none, which needs no gradients",
     )
     add(
         "--fisher_tokens",
         type=command_line.positive_int,
-        default=1024,
+        default=CalibrationSettings.fisher_tokens,
         help="tokens of each context whose predictions are differentiated",
     )
-    add("--fisher_samples", type=command_line.positive_int, default=2, help="labels drawn for each of these tokens")
-    add("--seed", type=command_line.non_negative_int, default=0, help="of the labels")
+    add(
+        "--fisher_samples",
+        type=command_line.positive_int,
+        default=CalibrationSettings.fisher_samples,
+        help="labels drawn for each of these tokens",
+    )
+    add("--seed", type=command_line.non_negative_int, default=CalibrationSettings.seed, help="of the labels")
     add(
         "--finest_step",
         type=command_line.positive_float,
-        default=0.0625,
+        default=CalibrationSettings.finest_step,
         help="the smallest quantization step to be prepared for; components too small for it are left out",
     )
     add("--max_components", type=command_line.positive_int, help="per group at most; None sets no further limit")
@@ -100,7 +108,6 @@ def _profile_into(output: Path, args: argparse.Namespace, report: command_line.R
     from tqdm import tqdm
 
     from cachegen.calibration.calibrate import (
-        CalibrationSettings,
         check_model,
         check_tokens,
         open_contexts,
@@ -140,15 +147,14 @@ def _profile_into(output: Path, args: argparse.Namespace, report: command_line.R
         num_threads=args.threads or default_num_threads(),
         # Without a curve nothing is coded, and no GPU's kernels are needed.
         kernels=choose_kernels(args.device if held_out else "cpu").kernels,
-        notes={"dtype": args.dtype, "versions": command_line.collect_versions()},
+        notes={"dtype": args.dtype, "versions": collect_versions()},
         make_bar=lambda label, total: _bar(tqdm, report, total, label),
     )
     save_profile(output, profile)
     shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
     record = _make_record(args, profile, str(device), time.perf_counter() - start)
     _report(report, record)
-    if args.json is not None:
-        command_line.write_json(args.json, record)
+    command_line.finish(args, record)
 
 
 def _bar(tqdm: Any, report: command_line.Reporter, total: int, label: str) -> Any:
@@ -177,8 +183,6 @@ def _make_record(args: argparse.Namespace, profile: Profile, device: str, second
         "seconds": seconds,
         "device": device,
         "output_path": args.output_path,
-        "config": command_line.effective_config(args),
-        "versions": command_line.collect_versions(),
     }
 
 

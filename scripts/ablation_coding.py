@@ -71,9 +71,7 @@ def _ablate(args: argparse.Namespace) -> None:
             f"{row[key]:{form}}" if key in row else "" for key, form in (("bits_per_value", ".4f"), ("kl", ".6f"))
         )
         report.line(f"| {row['step_log']} | {row['part']} | {bits} | {kl} |")
-    if args.json is not None:
-        config, versions = command_line.effective_config(args), command_line.collect_versions()
-        command_line.write_json(args.json, {"rows": rows, "config": config, "versions": versions})
+    command_line.finish(args, {"rows": rows})
 
 
 def _last_tokens(context: CalibrationContext) -> range:

@@ -95,9 +95,7 @@ def _measure(args: argparse.Namespace) -> None:
     if not args.no_plot:
         write_plot(args.output_path / "plot.png", rows)
     report.line(table)
-    if args.json is not None:
-        config, versions = command_line.effective_config(args), command_line.collect_versions()
-        command_line.write_json(args.json, {"results": rows, "config": config, "versions": versions})
+    command_line.finish(args, {"results": rows})
 
 
 if __name__ == "__main__":

@@ -197,9 +197,7 @@ def _measure(args: argparse.Namespace) -> None:
             logs.append({"mbps": mbps, "whole": whole, "policy": policy})
     if args.output_path is not None:
         _write_csv(Path(args.output_path) / "shaped_link.csv", rows)
-    if args.json is not None:
-        versions = command_line.collect_versions()
-        command_line.write_json(args.json, {"rows": rows, "runs": logs, "config": vars(args), "versions": versions})
+    command_line.finish(args, {"rows": rows, "runs": logs})
 
 
 def _load(args: argparse.Namespace, url: str, *flags: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from random_models import make_named, make_token_ids, one_thread  # noqa: F401
 
 import cachegen.calibration.calibrate as calibration
+from cachegen.calibration.basis import WEIGHTS
 from cachegen.calibration.calibrate import (
     CalibrationContext,
-    CalibrationSettings,
     calibrate,
     check_model,
     check_tokens,
@@ -21,6 +21,7 @@ from cachegen.calibration.calibrate import (
     split_contexts,
 )
 from cachegen.calibration.curve import measure_curve, plan_steps
+from cachegen.calibration.settings import CalibrationSettings
 from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.kv_cache import from_planes, hash_planes, load_kv_cache, save_kv_cache
 from cachegen.methods.transform.profile import Profile, load_profile, save_profile
@@ -157,7 +158,7 @@ class TestGroups:
 
 
 class TestFit:
-    @pytest.mark.parametrize("weights", calibration.Weights.__args__)
+    @pytest.mark.parametrize("weights", WEIGHTS)
     def test_components_of_the_calibration_data_are_uncorrelated_as_scale_logs_say(self, contexts, tmp_path, weights):
         settings = dataclasses.replace(SETTINGS, weights=weights, finest_step=0.05)
         profile = run(contexts, tmp_path, settings)

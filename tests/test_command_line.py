@@ -17,6 +17,7 @@ import torch
 
 from cachegen import command_line
 from cachegen.errors import BackendUnavailableError, ConfigError, InputError, MismatchError, OutputError
+from cachegen.versions import collect_versions
 
 SOURCE_FOLDER = Path(__file__).resolve().parents[1] / "src"
 
@@ -201,7 +202,7 @@ def test_effective_config_has_every_flag_with_its_default():
 
 
 def test_versions_name_what_results_depend_on():
-    versions = command_line.collect_versions()
+    versions = collect_versions()
     assert list(versions) == ["cachegen", "python", "torch", "transformers", "numpy"]
     assert versions["torch"] == torch.__version__
 

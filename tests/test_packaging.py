@@ -37,6 +37,7 @@ LAYERS = {
     "fields": 0,
     "files": 0,
     "config": 0,
+    "versions": 0,
     "kv_archive": 0,
     "kv_cache": 0,
     "format": 0,

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
 import re
 import signal
 import sys
@@ -26,10 +24,10 @@ from typing import Any, NoReturn
 
 import torch
 
-import cachegen
 from cachegen.errors import CacheGenError, InputError, OutputError
 from cachegen.files import write_file
 from cachegen.startup import EXIT_INTERRUPTED, end_guard
+from cachegen.versions import collect_versions
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -196,17 +194,6 @@ def default_input(script_folder: str | os.PathLike[str], relative: str) -> str:
 def effective_config(args: argparse.Namespace) -> dict[str, Any]:
     """Return all flags with the values in force, as plain JSON values."""
     return {name: _plain(value) for name, value in vars(args).items()}
-
-
-def collect_versions() -> dict[str, str | None]:
-    """Return the versions that results depend on; None for a package that is not installed."""
-    versions: dict[str, str | None] = {"cachegen": cachegen.__version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 def finish(args: argparse.Namespace, record: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,25 +11,26 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-import cachegen
 from cachegen.api.arguments import check_cache, read_cache, read_token_ids
 from cachegen.calibration.basis import WEIGHTS, Weights
 from cachegen.calibration.calibrate import (
     CalibrationContext,
-    CalibrationSettings,
     check_together,
     check_tokens,
     split_contexts,
 )
 from cachegen.calibration.complete import Bar, make_no_bar, make_profile
+from cachegen.calibration.settings import CalibrationSettings
 from cachegen.coder.cpu import default_num_threads
 from cachegen.device import choose_kernels, resolve_device
 from cachegen.errors import InputError, MismatchError
 from cachegen.kv_cache import ContextMetadata, from_planes, hash_planes, load_kv_cache, save_kv_cache
 from cachegen.methods.transform.profile import Profile
+from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.model import LoadedModel, identify_checkpoint, identify_model
 from cachegen.pipeline.model_cache import view_kv_cache
-from cachegen.pipeline.prefill import DEFAULT_BLOCK_SIZE, prefill
+from cachegen.pipeline.prefill import prefill
+from cachegen.versions import collect_versions
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import PreTrainedModel
@@ -42,11 +42,11 @@ def calibrate(
     *,
     tokenizer: Any = None,
     layers_per_group: int | None = None,
-    weights: Weights = "fisher",
-    fisher_tokens: int = 1024,
-    fisher_samples: int = 2,
-    seed: int = 0,
-    finest_step: float = 0.0625,
+    weights: Weights = CalibrationSettings.weights,
+    fisher_tokens: int = CalibrationSettings.fisher_tokens,
+    fisher_samples: int = CalibrationSettings.fisher_samples,
+    seed: int = CalibrationSettings.seed,
+    finest_step: float = CalibrationSettings.finest_step,
     max_components: int | None = None,
     no_curve: bool = False,
     device: str = "auto",
@@ -141,7 +141,7 @@ def calibrate(
             work_folder=Path(folder),
             num_threads=num_threads or default_num_threads(),
             kernels=kernels,
-            notes={"dtype": str(loaded.dtype).removeprefix("torch."), "versions": _collect_versions()},
+            notes={"dtype": str(loaded.dtype).removeprefix("torch."), "versions": collect_versions()},
             make_bar=_make_bar if progress else make_no_bar,
         )
 
@@ -177,13 +177,6 @@ def _describe(
     return ContextMetadata(
         loaded.model_id, loaded.fingerprint, ids, loaded.rotary_embeddings, block_size, cache_hash=cache_hash
     )
-
-
-def _collect_versions() -> dict[str, str]:
-    return {
-        "cachegen": cachegen.__version__,
-        **{package: importlib.metadata.version(package) for package in ("torch", "transformers")},
-    }
 
 
 def _make_bar(label: str, total: int) -> AbstractContextManager[Bar]:

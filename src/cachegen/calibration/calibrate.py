@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
 import cachegen
-from cachegen.calibration.basis import Weights, fit_basis, weigh
+from cachegen.calibration.basis import fit_basis, weigh
 from cachegen.calibration.fisher import accumulate_fisher, add_outer_products
+from cachegen.calibration.settings import CalibrationSettings
 from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.files import open_file, write_file
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_planes, hash_token_prefixes, load_kv_cache
@@ -28,29 +29,6 @@ MAX_GROUP_CHANNELS = 4096
 FISHER_NAME = "fisher.safetensors"
 
 Progress = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """What decides a profile, beside the caches and the model.
-
-    Attributes:
-        layers_per_group: None for as many as have 4096 channels together, at least one.
-        weights: see `weigh`; "none" needs no model.
-        fisher_tokens: tokens of each context whose predictions are differentiated.
-        fisher_samples: label samples for each of them.
-        seed: of the samples.
-        finest_step: components too small to be coded at this step are left out.
-        max_components: of each group; None for no further limit.
-    """
-
-    layers_per_group: int | None = None
-    weights: Weights = "fisher"
-    fisher_tokens: int = 1024
-    fisher_samples: int = 2
-    seed: int = 0
-    finest_step: float = 0.0625
-    max_components: int | None = None
 
 
 @dataclass(frozen=True)

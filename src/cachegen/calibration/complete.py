@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from cachegen.calibration.calibrate import CalibrationContext, CalibrationSettings, calibrate
+from cachegen.calibration.calibrate import CalibrationContext, calibrate
 from cachegen.calibration.curve import measure_curve, plan_steps
+from cachegen.calibration.settings import CalibrationSettings
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
 from cachegen.methods.transform.profile import Profile, pack_profile
