@@ -15,6 +15,7 @@ from cachegen.streaming.policy import (
     TEXT,
     ChunkLevels,
     ChunkProgress,
+    Computing,
     Decode,
     DecodeSpeed,
     Fetch,
@@ -24,7 +25,6 @@ from cachegen.streaming.policy import (
     Speeds,
     ThroughputSample,
     Transfer,
-    Work,
 )
 from cachegen.streaming.policy_front_to_back import decide_cachegen, decide_fixed_level, decide_text
 from cachegen.streaming.policy_two_ended import decide_two_ended
@@ -230,7 +230,7 @@ class TestTwoEnded:
 
     def test_it_never_ends_before_all_is_ready(self):
         progress = (ChunkProgress(), *(arrived(1, decoded_level=1),) * 3)
-        late = state(progress=progress, elapsed_seconds=100.0, computing=Work(0, TEXT, 99.0))
+        late = state(progress=progress, elapsed_seconds=100.0, computing=Computing(0, 99.0))
         assert not decide_two_ended(late).is_finished
 
     def test_a_chunk_without_files_is_computed_as_soon_as_all_before_it_are_ready(self):
@@ -257,12 +257,12 @@ class TestTwoEnded:
     def test_an_idle_link_brings_what_the_model_may_be_late_with(self):
         progress = (ChunkProgress(), *(arrived(1, 2, 3, decoded_level=3),) * 3)
         slow = (ThroughputSample(1.0, 10),) * 5  # 10 s for the smallest file, 5 s to compute
-        seen = state(progress=progress, samples=slow, computing=Work(0, TEXT, 0.0))
+        seen = state(progress=progress, samples=slow, computing=Computing(0, 0.0))
         assert decide_two_ended(seen).fetch == (Fetch(0, 1),)
 
     def test_a_shared_device_decodes_at_once_what_is_good_enough_and_lets_the_rest_wait(self):
         speeds = {"decode": DecodeSpeed(seconds_per_chunk=0.5, compute_slowdown=1.0)}
-        computing = Work(0, TEXT, 0.0)
+        computing = Computing(0, 0.0)
         for level, decoded in ((1, None), (2, Decode(3, 2))):
             progress = (*(ChunkProgress(),) * 3, arrived(*range(1, level + 1)))
             seen = state(
@@ -276,7 +276,7 @@ class TestTwoEnded:
             document(is_embedded=True),
             progress=progress,
             speeds={"decode": DecodeSpeed(compute_slowdown=1.0)},
-            computing=Work(0, TEXT, 0.0),
+            computing=Computing(0, 0.0),
         )
         assert decide_two_ended(seen).decode == Decode(3, 1)
 

@@ -223,7 +223,7 @@ class TestLyingServer:
         output = capsys.readouterr()
         record = json.loads(output.out)
         assert answer_of(record) == FIRST_ANSWER
-        assert {chunk["level"] for chunk in record["chunks"]} == {2 if fault.path == "-L3-" else 0}
+        assert {chunk["level"] for chunk in record["chunks"]} == {2 if fault.path == "-L3-" else "text"}
         assert output.err.count("warning: ") == len(record["problems"]) > 0
 
     @pytest.mark.parametrize("path", ["store.json", "prefixes/", "documents/"])

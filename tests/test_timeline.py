@@ -9,12 +9,13 @@ import pytest
 
 from cachegen.errors import BackendUnavailableError
 from cachegen.streaming.load_report import Span
-from cachegen.streaming.timeline import LANES, draw_timeline
+from cachegen.streaming.policy import TEXT
+from cachegen.streaming.timeline import WORKERS, draw_timeline
 
 SPANS = [
     asdict(Span(worker, chunk, level, 0.1 * chunk, 0.1 * chunk + 0.08, 1000, outcome))
-    for worker in LANES
-    for chunk, (level, outcome) in enumerate([(1, "done"), (3, "cancelled"), (9, "no such object"), (0, "done")])
+    for worker in WORKERS
+    for chunk, (level, outcome) in enumerate([(1, "done"), (3, "cancelled"), (9, "no such object"), (TEXT, "done")])
 ]
 
 

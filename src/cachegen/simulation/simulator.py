@@ -12,11 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cachegen.simulation.traces import BandwidthTrace
+from cachegen.streaming.load_report import Span
 from cachegen.streaming.policy import (
     TEXT,
+    Choice,
     ChunkLevels,
     ChunkProgress,
+    Computing,
     Decision,
+    Decoding,
     Fetch,
     LoadState,
     Objective,
@@ -24,7 +28,6 @@ from cachegen.streaming.policy import (
     Speeds,
     ThroughputSample,
     Transfer,
-    Work,
 )
 
 SAMPLE_SECONDS = 0.1
@@ -38,18 +41,6 @@ _TINY = 1e-9
 
 
 @dataclass(frozen=True)
-class LogEntry:
-    """What one worker did, for a timeline: `kind` is "fetch", "cancelled", "compute", "abandoned" or "decode"."""
-
-    kind: str
-    chunk: int
-    level: int
-    started_seconds: float
-    ended_seconds: float
-    num_bytes: int = 0
-
-
-@dataclass(frozen=True)
 class SimulatedRequest:
     """How one request went.
 
@@ -57,16 +48,16 @@ class SimulatedRequest:
         ttft_seconds: time to the first token; infinite where the policy waits for a link that gives nothing any more.
         loss: expected loss of the cache that the model then had; of what was ready, where there is no first token.
         num_bytes: received, whether used or not.
-        levels: of each chunk in that cache; `TEXT` where it was computed.
-        log: what the workers did, by the time at which it ended.
+        levels: of each chunk in that cache; `TEXT` where it was computed, 0 where it is not ready.
+        spans: what the workers did, by the time at which it ended.
         num_decisions: how often the policy was asked.
     """
 
     ttft_seconds: float
     loss: float
     num_bytes: float
-    levels: tuple[int, ...]
-    log: tuple[LogEntry, ...]
+    levels: tuple[Choice, ...]
+    spans: tuple[Span, ...]
     num_decisions: int
 
 
@@ -161,12 +152,12 @@ class _World:
         self._samples: list[ThroughputSample] = []
         self._sample_started: float | None = None
         self._sample_bytes = 0.0
-        self._computing: Work | None = None
-        self._decoding: Work | None = None
+        self._computing: Computing | None = None
+        self._decoding: Decoding | None = None
         self._compute_left = 0.0
         self._decode_left = 0.0
         self._received = 0.0
-        self._log: list[LogEntry] = []
+        self._spans: list[Span] = []
 
     def state(self) -> LoadState:
         """Return what the client knows now."""
@@ -190,7 +181,7 @@ class _World:
             self._progress[chunk] = replace(self._progress[chunk], choice=level)
         for request in [r for r in self._requests if r.fetch in decision.cancel]:
             self._requests.remove(request)
-            self._note_fetch("cancelled", request)
+            self._note_fetch(request, "cancelled")
         for fetch in decision.fetch:
             times = self._trace.first_byte_seconds
             first_byte_at = self._now + times[self._num_requests % len(times)]
@@ -198,11 +189,11 @@ class _World:
             self._requests.append(_Request(fetch, self._now, first_byte_at, size, float(size)))
             self._num_requests += 1
         if decision.compute is not None:
-            self._computing = Work(decision.compute, TEXT, self._now)
+            self._computing = Computing(decision.compute, self._now)
             self._compute_left = self._prefill_seconds(decision.compute)
         if decision.decode is not None:
             chunk, level = decision.decode.chunk, decision.decode.level
-            self._decoding = Work(chunk, level, self._now)
+            self._decoding = Decoding(chunk, level, self._now)
             self._decode_left = self._true.decode.seconds(self._chunks[chunk], level)
         if self._requests and self._sample_started is None:
             self._sample_started, self._sample_bytes = self._now, 0.0
@@ -253,13 +244,14 @@ class _World:
         Where the document's last tokens were computed last, the question was computed with them.
         """
         end = self._now
-        last = self._log[-1] if self._log else None
-        ended_by_computing = last is not None and last.kind == "compute" and last.chunk == len(self._chunks) - 1
+        last = self._spans[-1] if self._spans else None
+        ended_by_computing = last is not None and last.worker == "compute" and last.chunk == len(self._chunks) - 1
         if self._computing is not None:
             end += self._stop_seconds(block_tokens, num_layers)
-            self._log.append(LogEntry("abandoned", self._computing.chunk, TEXT, self._computing.started_seconds, end))
+            work = self._computing
+            self._spans.append(Span("compute", work.chunk, TEXT, work.started_seconds, end, outcome="cancelled"))
         for request in self._requests:
-            self._note_fetch("cancelled", request)
+            self._note_fetch(request, "cancelled")
         if not ended_by_computing:
             end += self._true.first_token_seconds
         return SimulatedRequest(
@@ -267,7 +259,7 @@ class _World:
             loss=state.loss,
             num_bytes=self._received,
             levels=tuple(TEXT if p.is_computed else p.decoded_level for p in self._progress),
-            log=tuple(self._log),
+            spans=tuple(self._spans),
             num_decisions=num_decisions,
         )
 
@@ -287,12 +279,12 @@ class _World:
         if self._decoding is not None and self._decode_left <= _TINY:
             work = self._decoding
             self._progress[work.chunk] = replace(self._progress[work.chunk], decoded_level=work.level)
-            self._log.append(LogEntry("decode", work.chunk, work.level, work.started_seconds, self._now))
+            self._spans.append(Span("decode", work.chunk, work.level, work.started_seconds, self._now))
             self._decoding = None
         if self._computing is not None and self._compute_left <= _TINY:
             work = self._computing
             self._progress[work.chunk] = replace(self._progress[work.chunk], is_computed=True)
-            self._log.append(LogEntry("compute", work.chunk, TEXT, work.started_seconds, self._now))
+            self._spans.append(Span("compute", work.chunk, TEXT, work.started_seconds, self._now))
             self._computing = None
 
     def _end_requests(self) -> None:
@@ -303,7 +295,7 @@ class _World:
             progress = self._progress[chunk]
             self._progress[chunk] = replace(progress, arrived=progress.arrived | {level})
             self._finished.append(Transfer(chunk, level, request.num_bytes, request.started_seconds, self._now))
-            self._note_fetch("fetch", request)
+            self._note_fetch(request, "done")
         if self._sample_started is None:
             return
         length = self._now - self._sample_started
@@ -318,10 +310,12 @@ class _World:
             self._samples.append(ThroughputSample(length, int(self._sample_bytes)))
         self._sample_started, self._sample_bytes = self._now, 0.0
 
-    def _note_fetch(self, kind: str, request: _Request) -> None:
+    def _note_fetch(self, request: _Request, outcome: str) -> None:
         num_bytes = int(request.num_bytes - request.bytes_left)
         fetch = request.fetch
-        self._log.append(LogEntry(kind, fetch.chunk, fetch.level, request.started_seconds, self._now, num_bytes))
+        self._spans.append(
+            Span("fetch", fetch.chunk, fetch.level, request.started_seconds, self._now, num_bytes, outcome)
+        )
 
     def _prefill_seconds(self, chunk: int, num_tokens: int | None = None) -> float:
         levels = self._chunks[chunk]

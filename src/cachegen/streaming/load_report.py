@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cachegen.streaming.policy import Speeds, ThroughputSample
+from cachegen.streaming.policy import Choice, Speeds, ThroughputSample
 
 
 @dataclass(frozen=True)
@@ -13,13 +13,13 @@ class Span:
 
     Attributes:
         worker: "fetch", "decode", "copy" or "compute".
-        level: TEXT where it computed.
+        level: "text" where it computed.
         outcome: "done", "cancelled", "discarded", or why it failed.
     """
 
     worker: str
     chunk: int
-    level: int
+    level: Choice
     start_seconds: float
     end_seconds: float
     num_bytes: int = 0
@@ -32,7 +32,7 @@ class ChunkReport:
 
     Attributes:
         source: "text" or "store".
-        level: the level that was used; 0 for text.
+        level: the one that was used, or "text".
         num_bytes: of all files that were fetched for it, used or not.
         seconds: in which they were fetched.
         estimate_bytes_per_second: the throughput to count on when its last request was sent; None before any sample.
@@ -45,7 +45,7 @@ class ChunkReport:
     first_token: int
     num_tokens: int
     source: str
-    level: int
+    level: Choice
     num_bytes: int
     seconds: float
     estimate_bytes_per_second: float | None

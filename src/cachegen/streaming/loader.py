@@ -23,10 +23,13 @@ from cachegen.streaming.estimator import conservative_throughput
 from cachegen.streaming.load_report import ChunkReport, LoadResult, Span
 from cachegen.streaming.policy import (
     TEXT,
+    Choice,
     ChunkLevels,
     ChunkProgress,
+    Computing,
     Decision,
     DecodeSpeed,
+    Decoding,
     Fetch,
     LoadState,
     Objective,
@@ -34,7 +37,6 @@ from cachegen.streaming.policy import (
     Speeds,
     ThroughputSample,
     Transfer,
-    Work,
 )
 from cachegen.streaming.remote import FetchedFile
 
@@ -86,7 +88,7 @@ class _Chunk:
     missing: set[int] = field(default_factory=set)
     decoded_level: int = 0
     is_computed: bool = False
-    choice: int | None = None
+    choice: Choice | None = None
     num_exact_tokens: int = 0
     estimate: float | None = None
     num_queued: int = 0
@@ -146,8 +148,8 @@ class Loader:
         self._finished: list[Transfer] = []
         self._samples: list[ThroughputSample] = []
         self._spans: list[Span] = []
-        self._computing: Work | None = None
-        self._decoding: Work | None = None
+        self._computing: Computing | None = None
+        self._decoding: Decoding | None = None
         self._placing: int | None = None
         self._is_compute_unwanted = False
         self._is_over = False
@@ -392,7 +394,7 @@ class Loader:
         for fetch in decision.fetch[: self._num_connections - len(self._requests)]:
             self._send(fetch)
         if decision.decode is not None and self._decoding is None:
-            self._decoding = Work(decision.decode.chunk, decision.decode.level, self._now())
+            self._decoding = Decoding(decision.decode.chunk, decision.decode.level, self._now())
         compute = decision.compute
         is_idle = self._computing is None and self._decoding is None and not self._requests
         if compute is None and is_idle and decision.wake_at_seconds is None:
@@ -402,7 +404,7 @@ class Loader:
                 self._end()
                 return
         if compute is not None and self._computing is None and compute != self._placing:
-            self._computing = Work(compute, TEXT, self._now())
+            self._computing = Computing(compute, self._now())
         self._changed.notify_all()
 
     def _send(self, fetch: Fetch) -> None:
@@ -493,7 +495,7 @@ class Loader:
         self._changed.notify_all()
 
     def _log(
-        self, worker: str, chunk: int, level: int, start: float, num_bytes: int = 0, outcome: str = "done"
+        self, worker: str, chunk: int, level: Choice, start: float, num_bytes: int = 0, outcome: str = "done"
     ) -> None:
         self._spans.append(Span(worker, chunk, level, start, self._now(), num_bytes, outcome))
 

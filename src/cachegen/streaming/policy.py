@@ -11,7 +11,8 @@ network, which has `LoadState.num_connections`:
 - the decoder turns the files that have arrived of a chunk into keys and values.
 
 All times are seconds since the request began, all sizes bytes. Levels count from 1 (the smallest file); `TEXT` stands
-for a chunk that is computed. A document without levels has one level, number 1, whatever its files' header says.
+in the place of a level for a chunk that is computed. A document without levels has one level, number 1, whatever its
+files' header says.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
-TEXT = 0
-"""In the place of a level: the chunk is computed from its text."""
+TEXT: Literal["text"] = "text"
+
+Choice: TypeAlias = int | Literal["text"]
+"""How a chunk comes into the cache: decoded at this level, or computed from its `TEXT`."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class ChunkProgress:
     missing: frozenset[int] = frozenset()
     decoded_level: int = 0
     is_computed: bool = False
-    choice: int | None = None
+    choice: Choice | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -143,20 +147,33 @@ class ThroughputSample:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the model or the decoder is busy with.
+class Computing:
+    """What the model is busy with.
 
     Attributes:
         chunk: index of the chunk.
-        level: to be decoded; `TEXT` for the model.
         started_seconds: since when.
-        delayed_seconds: of the model: how long it has stood still meanwhile, for the decoder or anything else.
+        delayed_seconds: how long the model has stood still meanwhile, for the decoder or anything else.
+    """
+
+    chunk: int
+    started_seconds: float
+    delayed_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What the decoder is busy with.
+
+    Attributes:
+        chunk: index of the chunk.
+        level: up to which its files are decoded.
+        started_seconds: since when.
     """
 
     chunk: int
     level: int
     started_seconds: float
-    delayed_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -281,8 +298,8 @@ class LoadState:
     in_flight: tuple[Transfer, ...] = ()
     finished: tuple[Transfer, ...] = ()
     samples: tuple[ThroughputSample, ...] = ()
-    computing: Work | None = None
-    decoding: Work | None = None
+    computing: Computing | None = None
+    decoding: Decoding | None = None
     num_connections: int = 1
 
     @property
@@ -371,7 +388,7 @@ class Decision:
     cancel: tuple[Fetch, ...] = ()
     compute: int | None = None
     decode: Decode | None = None
-    choices: tuple[tuple[int, int], ...] = ()
+    choices: tuple[tuple[int, Choice], ...] = ()
     is_finished: bool = False
     wake_at_seconds: float | None = None
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cachegen.streaming.policy import TEXT, Decision, Decode, Fetch, LoadState
+from cachegen.streaming.policy import TEXT, Choice, Decision, Decode, Fetch, LoadState
 
 
 def decide_text(state: LoadState) -> Decision:
     """Compute every chunk from text: what a server without a cache does."""
-    return _serve(state, [TEXT] * len(state.chunks), {})
+    choices: list[Choice] = [TEXT] * len(state.chunks)
+    return _serve(state, choices, {})
 
 
 def decide_fixed_level(state: LoadState, level: int) -> Decision:
@@ -17,8 +18,8 @@ def decide_fixed_level(state: LoadState, level: int) -> Decision:
 
     With one level of 8 bits per value, this is the 8-bit quantization that the paper compares with.
     """
-    choices = [
-        max((n for n in chunk.obtainable_levels(progress.missing) if n <= level), default=TEXT)
+    choices: list[Choice] = [
+        max(levels) if (levels := [n for n in chunk.obtainable_levels(progress.missing) if n <= level]) else TEXT
         for chunk, progress in zip(state.chunks, state.progress, strict=True)
     ]
     return _serve(state, choices, {})
@@ -34,8 +35,8 @@ def decide_cachegen(state: LoadState) -> Decision:
 
     Source: Liu et al., "CacheGen", SIGCOMM 2024, section 5.3 and Algorithm 1.
     """
-    choices = [progress.choice for progress in state.progress]
-    new: dict[int, int] = {}
+    choices: list[Choice | None] = [progress.choice for progress in state.progress]
+    new: dict[int, Choice] = {}
     for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
         obtainable = chunk.obtainable_levels(progress.missing)
         if choices[i] is None or (choices[i] != TEXT and choices[i] not in obtainable):
@@ -45,7 +46,7 @@ def decide_cachegen(state: LoadState) -> Decision:
     return _serve(state, choices, new)
 
 
-def _choose(state: LoadState, first: int, choices: Sequence[int | None], obtainable: Sequence[int]) -> int:
+def _choose(state: LoadState, first: int, choices: Sequence[Choice | None], obtainable: Sequence[int]) -> Choice:
     """Choose for chunk `first`, the chunks before it being chosen and sent."""
     remaining = range(first, len(state.chunks))
     seconds_left = state.objective.deadline_seconds - state.elapsed_seconds
@@ -79,20 +80,20 @@ def _last_chunk_throughput(state: LoadState) -> float | None:
     return sum(transfer.num_bytes for transfer in files) / max(seconds, 1e-9)
 
 
-def _has_arrived(state: LoadState, chunk: int, choice: int | None) -> bool:
+def _has_arrived(state: LoadState, chunk: int, choice: Choice | None) -> bool:
     return choice == TEXT or (
         choice is not None and all(n in state.progress[chunk].arrived for n in state.chunks[chunk].files_of(choice))
     )
 
 
-def _serve(state: LoadState, choices: Sequence[int | None], new: dict[int, int]) -> Decision:
+def _serve(state: LoadState, choices: Sequence[Choice | None], new: dict[int, Choice]) -> Decision:
     """Fetch, decode and compute in order what was chosen; chunks without a choice wait."""
     if state.is_complete:
         return Decision(is_finished=True)
     fetch = [
         Fetch(i, level)
         for i, choice in enumerate(choices)
-        if choice
+        if choice is not None and choice != TEXT
         for level in state.chunks[i].files_of(choice)
         if level not in state.expected_files(i)
     ]
@@ -102,7 +103,10 @@ def _serve(state: LoadState, choices: Sequence[int | None], new: dict[int, int])
             (
                 Decode(i, choice)
                 for i, choice in enumerate(choices)
-                if choice and not state.progress[i].is_ready and _has_arrived(state, i, choice)
+                if choice is not None
+                and choice != TEXT
+                and not state.progress[i].is_ready
+                and _has_arrived(state, i, choice)
             ),
             None,
         )

@@ -11,7 +11,7 @@ from cachegen.errors import BackendUnavailableError
 from cachegen.files import write_file
 from cachegen.streaming.policy import TEXT
 
-LANES = ("fetch", "decode", "copy", "compute")
+WORKERS = ("fetch", "decode", "copy", "compute")
 _TEXT_COLOR = "0.55"
 _LEVEL_COLORS = ("#9ecae1", "#4292c6", "#08519c", "#08306b")
 
@@ -38,12 +38,12 @@ def draw_timeline(
         raise BackendUnavailableError('a picture needs matplotlib: pip install "cachegen[plots]"') from None
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     axes = figure.subplots()
-    axes.set_yticks(range(len(LANES)), LANES)
-    axes.set_ylim(len(LANES) - 0.4, -0.6)
+    axes.set_yticks(range(len(WORKERS)), WORKERS)
+    axes.set_ylim(len(WORKERS) - 0.4, -0.6)
     end = max([span["end_seconds"] for span in spans] + list(marks.values()))
     for span in spans:
         start, width = span["start_seconds"], span["end_seconds"] - span["start_seconds"]
-        lane, is_done = LANES.index(span["worker"]), span["outcome"] == "done"
+        lane, is_done = WORKERS.index(span["worker"]), span["outcome"] == "done"
         color = _TEXT_COLOR if span["level"] == TEXT else _LEVEL_COLORS[min(span["level"], len(_LEVEL_COLORS)) - 1]
         axes.barh(
             lane,
