@@ -655,5 +655,5 @@ def test_is_encoding_of_knows_its_own_chunks_only() -> None:
 def test_streams_are_whole_rows_and_not_too_long(num_components: int, num_tokens: int) -> None:
     tokens = choose_component_stream(num_components, num_tokens)
     assert 0 < tokens <= 1 << 24 and tokens % 32 == 0 and tokens * num_components < 1 << 32
-    target = 32 * max(1, round(transform_codec.SYMBOLS_PER_LANE / max(num_components, 1)))
+    target = 32 * max(1, round(transform_codec.SYMBOLS_PER_COMPONENT_LANE / max(num_components, 1)))
     assert tokens <= 1.5 * target + 32

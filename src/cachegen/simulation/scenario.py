@@ -16,7 +16,7 @@ from cachegen.streaming.policy import ChunkLevels, DecodeSpeed, PrefillSpeed, Sp
 
 BYTES_PER_FP16 = 2
 MAX_JSON_BYTES = 16 << 20
-_MAX_LEVELS = 1000
+_MAX_LEVELS_OF_A_CODEC = 1000
 _MAX_COUNT = 1 << 53
 
 
@@ -86,7 +86,7 @@ def load_level_curves(path: str | os.PathLike[str]) -> tuple[dict[str, LevelCurv
     fields = _load_fields(path)
     curves = {}
     for name, codec in fields.members("codecs"):
-        levels = codec.objects("levels", 1, _MAX_LEVELS)
+        levels = codec.objects("levels", 1, _MAX_LEVELS_OF_A_CODEC)
         curves[name] = LevelCurve(
             bits_per_value=tuple(level.number("bits_per_value", 0, above=True) for level in levels),
             expected_kl=tuple(level.number("expected_kl", 0) for level in levels),
@@ -227,7 +227,7 @@ def load_encodings(
 
 
 def _chunks_of_record(path: object, record: Fields, expected_kl: Sequence[float] | None) -> tuple[ChunkLevels, ...]:
-    levels = record.objects("levels", 1, _MAX_LEVELS)
+    levels = record.objects("levels", 1, _MAX_LEVELS_OF_A_CODEC)
     is_embedded = record.flag("levels_are_embedded")
     if expected_kl is None:
         if not all(level.has_value("expected_kl") for level in levels):
@@ -235,7 +235,7 @@ def _chunks_of_record(path: object, record: Fields, expected_kl: Sequence[float]
         expected_kl = [level.number("expected_kl", 0) for level in levels]
     if len(expected_kl) != len(levels):
         raise ConfigError(f"`expected_kl`: {path} has {len(levels)} levels, got {len(expected_kl)} values")
-    names = [str(level.integer("level", 1, _MAX_LEVELS)) for level in levels]
+    names = [str(level.integer("level", 1, _MAX_LEVELS_OF_A_CODEC)) for level in levels]
     entries = record.objects("chunks", 1, MAX_CHUNKS)
     spans = [
         (entry.integer("first_token", 0, _MAX_COUNT), entry.integer("num_tokens", 1, _MAX_COUNT)) for entry in entries

@@ -28,7 +28,7 @@ from cachegen.methods.base import Document, Encoder, ErrorMeasure, cut_streams
 # A lane costs about 24 bits beyond its symbols (its state, less what the state carries). At 4096 symbols of 2 to 3 bits
 # that is a quarter of a percent; longer lanes would leave a GPU, one warp per stream, too few streams. A code of coder
 # `ac` costs as much, its length and its end, and has as many symbols.
-SYMBOLS_PER_LANE = 4096
+SYMBOLS_PER_PLANE_LANE = 4096
 
 
 class AbsmaxDocument(Document):
@@ -202,13 +202,13 @@ def build_chunk(
 
 
 def choose_tokens_per_stream(num_channels: int, num_tokens: int, coder: Coder = Coder.RANS) -> int:
-    """Return how many tokens to put in a stream so that lanes, or codes, have about `SYMBOLS_PER_LANE` symbols.
+    """Return how many tokens to put in a stream so that lanes, or codes, have about `SYMBOLS_PER_PLANE_LANE` symbols.
 
     Returns:
-        A multiple of 32; for coder `ac` at most 1.5 * SYMBOLS_PER_LANE. A chunk's streams come out about equally long.
+        A multiple of 32; for coder `ac` at most 1.5 * SYMBOLS_PER_PLANE_LANE. A chunk's streams are about equally long.
     """
-    rows = max(1, round(SYMBOLS_PER_LANE / num_channels))
-    return cut_streams(num_tokens, SYMBOLS_PER_LANE if coder is Coder.AC else LANES * rows)
+    rows = max(1, round(SYMBOLS_PER_PLANE_LANE / num_channels))
+    return cut_streams(num_tokens, SYMBOLS_PER_PLANE_LANE if coder is Coder.AC else LANES * rows)
 
 
 def _with_streams(planes: Sequence[PlaneLayout], choose: Callable[[PlaneLayout], int]) -> tuple[PlaneLayout, ...]:

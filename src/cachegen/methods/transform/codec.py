@@ -52,7 +52,7 @@ METHOD_NUMBER = 3
 """How files call the method."""
 
 # A lane costs about 24 bits beyond its symbols; many components cost only tenths of a bit.
-SYMBOLS_PER_LANE = 16384
+SYMBOLS_PER_COMPONENT_LANE = 16384
 
 SINK_TOKENS = 4
 """First tokens that a model computes itself: much attention rests on them, and they are unlike all others."""
@@ -393,12 +393,12 @@ def _batch_groups(sizes: Sequence[int], limit: int) -> list[range]:
 
 
 def choose_component_stream(num_components: int, num_tokens: int) -> int:
-    """Return how many tokens to put in a stream so that lanes have about `SYMBOLS_PER_LANE` symbols.
+    """Return how many tokens to put in a stream so that lanes have about `SYMBOLS_PER_COMPONENT_LANE` symbols.
 
     Returns:
         A multiple of 32. A chunk's streams come out about equally long.
     """
-    return cut_streams(num_tokens, LANES * max(1, round(SYMBOLS_PER_LANE / max(num_components, 1))))
+    return cut_streams(num_tokens, LANES * max(1, round(SYMBOLS_PER_COMPONENT_LANE / max(num_components, 1))))
 
 
 def _check_places(header: TransformChunkHeader, codings: Sequence[LevelCoding]) -> None:
