@@ -25,7 +25,7 @@ from cachegen.calibration.settings import CalibrationSettings
 from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.kv_cache import from_planes, hash_planes, load_kv_cache, save_kv_cache
 from cachegen.methods.transform.profile import Profile, load_profile, save_profile
-from cachegen.methods.transform.transform import GroupTransform
+from cachegen.methods.transform.transform import SINK_TOKENS, GroupTransform
 from cachegen.pipeline.prefill import prefill_context
 
 LLAMA = "llama"
@@ -66,9 +66,11 @@ def are_same(a: Profile, b: Profile) -> bool:
 
 
 def components_of(profile: Profile, contexts: list[CalibrationContext]) -> torch.Tensor:
-    """Components of all tokens of the first group, as the codec computes them."""
+    """Components of all tokens of the first group but the first ones of a context, as the codec computes them."""
     transform = GroupTransform(profile, profile.groups[0], CPU)
-    return torch.cat([transform.analyze(transform.join(context.cache, 0)) for context in contexts]).double()
+    return torch.cat(
+        [transform.analyze(transform.join(context.cache, 0))[SINK_TOKENS:] for context in contexts]
+    ).double()
 
 
 class TestContexts:
@@ -120,11 +122,11 @@ class TestContexts:
             check_model(contexts, "1" * 64, "random")
 
     def test_fewer_tokens_than_channels_are_refused(self, contexts, tmp_path):
-        with pytest.raises(InputError, match="150 tokens to fit on are fewer than the 192 channels"):
+        with pytest.raises(InputError, match="146 tokens to fit on are fewer than the 192 channels"):
             check_tokens(contexts[:1], SETTINGS)
         with pytest.raises(InputError, match="more contexts"):
             run(contexts[:1], tmp_path)
-        assert check_tokens(contexts[:1], dataclasses.replace(SETTINGS, layers_per_group=2)) == 150
+        assert check_tokens(contexts[:1], dataclasses.replace(SETTINGS, layers_per_group=2)) == 146
 
     @pytest.mark.parametrize(("count", "held_out"), [(2, [1]), (3, [2]), (4, [3]), (5, [3]), (12, [3, 7, 11])])
     def test_every_fourth_context_or_the_last_is_held_out(self, contexts, count, held_out):
@@ -211,7 +213,7 @@ class TestFit:
 
     def test_the_profile_says_what_it_was_made_of(self, contexts, tmp_path):
         calibration = run(contexts, tmp_path).calibration
-        assert (calibration["num_contexts"], calibration["num_tokens"]) == (4, 600)
+        assert (calibration["num_contexts"], calibration["num_tokens"]) == (4, 584)
         assert calibration["token_hashes"] == [context.token_hash for context in contexts]
         assert calibration["settings"]["finest_step"] == 0.01
 

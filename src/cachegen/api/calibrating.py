@@ -14,6 +14,7 @@ import torch
 from cachegen.api.arguments import check_cache, read_cache, read_token_ids
 from cachegen.calibration.basis import WEIGHTS, Weights
 from cachegen.calibration.calibrate import (
+    MIN_TOKENS,
     CalibrationContext,
     check_together,
     check_tokens,
@@ -164,8 +165,8 @@ def _open_context(context: Any, name: str, loaded: LoadedModel, tokenizer: Any, 
             raise ValueError("`tokenizer` must be given: a context is a string, and a transformers model has none")
         context = tokenizer(context, verbose=False)["input_ids"]
     ids = read_token_ids(cast("torch.Tensor | Sequence[int]", context))
-    if len(ids) < 2:
-        raise InputError(f"{name}: a context needs at least two tokens to be calibrated on")
+    if len(ids) < MIN_TOKENS:
+        raise InputError(f"{name}: a context needs at least {MIN_TOKENS} tokens to be calibrated on")
     cache = view_kv_cache(prefill(loaded, ids), len(ids))
     save_kv_cache(path, cache, _describe(loaded, ids, DEFAULT_BLOCK_SIZE))
     return CalibrationContext(name, *load_kv_cache(path))

@@ -21,12 +21,14 @@ from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.files import open_file, write_file
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_planes, hash_token_prefixes, load_kv_cache
 from cachegen.methods.transform.profile import Profile, TransformGroup
-from cachegen.methods.transform.transform import BLOCK_TOKENS, join_planes
+from cachegen.methods.transform.transform import BLOCK_TOKENS, SINK_TOKENS, join_planes
 from cachegen.pipeline.model import LoadedModel
 
 MAX_GROUP_CHANNELS = 4096
 """Of a group of layers, unless told otherwise: its two matrices then take at most 67 MB in fp16."""
 FISHER_NAME = "fisher.safetensors"
+MIN_TOKENS = SINK_TOKENS + 2
+"""Of a context to calibrate on."""
 
 Progress = Callable[[int], object]
 
@@ -144,15 +146,15 @@ def check_tokens(contexts: Sequence[CalibrationContext], settings: CalibrationSe
     shapes = plane_shapes_of(contexts[0].cache)
     outline = Profile("", (), shapes, (), (), {})
     num_channels = max(outline.channels_of(*group) for group in plan_groups(shapes, settings.layers_per_group))
-    num_tokens = sum(context.cache.num_tokens for context in contexts)
+    num_tokens = sum(max(context.cache.num_tokens - SINK_TOKENS, 0) for context in contexts)
     if num_tokens < num_channels:
         raise InputError(
             f"{contexts[0].path}: the {num_tokens} tokens to fit on are fewer than the {num_channels} channels of a "
             "group of layers: give more contexts, or fewer `layers_per_group`"
         )
     for context in contexts:
-        if context.cache.num_tokens < 2:
-            raise InputError(f"{context.path}: a context needs at least two tokens to be calibrated on")
+        if context.cache.num_tokens < MIN_TOKENS:
+            raise InputError(f"{context.path}: a context needs at least {MIN_TOKENS} tokens to be calibrated on")
     return num_tokens
 
 
@@ -259,6 +261,7 @@ def _measure_fisher(
         "layer_groups": [list(group) for group in layer_groups],
         "dtype": str(loaded.dtype),
         "device": device.type,
+        "first_token": SINK_TOKENS,
         "settings": [settings.fisher_tokens, settings.fisher_samples, settings.seed],
     }
     totals, done = _load_fisher(path, key, num_channels, device)
@@ -278,6 +281,7 @@ def _measure_fisher(
                 num_forced=settings.fisher_tokens,
                 num_samples=settings.fisher_samples,
                 seed=settings.seed,
+                first_token=SINK_TOKENS,
             )
         except InputError as error:
             raise InputError(f"{context.path}: {error}") from error
@@ -330,22 +334,23 @@ def _measure_covariances(
     device: torch.device,
     progress: Progress,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return mean and covariance per group, fp64, over all tokens."""
+    """Return mean and covariance per group, fp64, over all tokens but the first ones of each context."""
     sums = [torch.zeros(n, dtype=torch.float64, device=device) for n in num_channels]
     products = [torch.zeros(n, n, dtype=torch.float64, device=device) for n in num_channels]
     num_tokens = 0
     for context in contexts:
         rotary = context.metadata.rotary_embeddings[0] if context.metadata.rotary_embeddings else None
-        for start in range(0, context.cache.num_tokens, BLOCK_TOKENS):
+        for start in range(SINK_TOKENS, context.cache.num_tokens, BLOCK_TOKENS):
             block = context.cache.slice(start, min(start + BLOCK_TOKENS, context.cache.num_tokens))
             for (first_layer, num_layers), total, product in zip(layer_groups, sums, products, strict=True):
                 planes = block.planes[2 * first_layer : 2 * (first_layer + num_layers)]
                 vectors = join_planes(planes, rotary, start, device)
                 total += vectors.sum(0, dtype=torch.float64)
                 add_outer_products(product, vectors)
-        if not all(torch.isfinite(total).all() for total in sums):
+        sinks = context.cache.slice(0, SINK_TOKENS).planes
+        if not all(torch.isfinite(tensor).all() for tensor in (*sums, *sinks)):
             raise InputError(f"{context.path}: the cache holds NaN or infinity")
-        num_tokens += context.cache.num_tokens
+        num_tokens += max(context.cache.num_tokens - SINK_TOKENS, 0)
         progress(1)
     means = [total / num_tokens for total in sums]
     covariances = [

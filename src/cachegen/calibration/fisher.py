@@ -47,6 +47,7 @@ def accumulate_fisher(
     num_forced: int,
     num_samples: int,
     seed: int,
+    first_token: int = 0,
 ) -> int:
     """Add one context's outer products of gradients, one per token, label sample and window, to the groups' totals.
 
@@ -61,6 +62,7 @@ def accumulate_fisher(
         totals: fp64 `[num_channels, num_channels]` per group; they are added to, on their own device.
         num_forced: tokens forced in all.
         num_samples: label samples per window.
+        first_token: of those whose gradients count; see `SINK_TOKENS`.
         seed: of the labels, together with the context's tokens; the order of contexts does not matter.
 
     Returns:
@@ -81,10 +83,10 @@ def accumulate_fisher(
         for gradients in _sample_gradients(loaded, before, window, num_samples, generator):
             for (first_layer, num_layers), total in zip(layer_groups, totals, strict=True):
                 planes = gradients[2 * first_layer : 2 * (first_layer + num_layers)]
-                for block in range(0, start, BLOCK_TOKENS):
+                for block in range(first_token, start, BLOCK_TOKENS):
                     part = [plane[block : block + BLOCK_TOKENS] for plane in planes]
                     add_outer_products(total, join_planes(part, rotary, block, total.device))
-            count += start
+            count += max(start - first_token, 0)
     return count
 
 
@@ -100,9 +102,12 @@ def plan_windows(num_tokens: int, num_forced: int) -> list[tuple[int, int]]:
 
 
 def add_outer_products(total: torch.Tensor, vectors: torch.Tensor) -> None:
-    """Add the sum of x x^T over the rows of `vectors` to `total`, fp64 `[num_channels, num_channels]`."""
-    rows = vectors.to(device=total.device, dtype=torch.float64)
-    total.addmm_(rows.T, rows)
+    """Add the sum of x x^T over the rows of `vectors` to `total`, fp64 `[num_channels, num_channels]`.
+
+    The rows, a block of at most `BLOCK_TOKENS`, are multiplied in fp32; only blocks are summed in fp64.
+    """
+    rows = vectors.to(device=total.device, dtype=torch.float32)
+    total += rows.T @ rows
 
 
 def _sample_gradients(

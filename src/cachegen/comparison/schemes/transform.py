@@ -13,8 +13,9 @@ import torch
 
 from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache
 from cachegen.kv_cache import KVCache, from_planes
-from cachegen.methods.transform.codec import SINK_TOKENS, TransformEncoder
+from cachegen.methods.transform.codec import TransformEncoder
 from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.transform import SINK_TOKENS
 from cachegen.pipeline.chunking import plan_chunks
 
 STEP_LOGS = (28, 20, 12, 4, -8, -24, -40, -66)

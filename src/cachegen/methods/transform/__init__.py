@@ -18,9 +18,10 @@ from cachegen.coder.kernels import Kernels
 from cachegen.fields import Fields
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import FindProfile, Method
-from cachegen.methods.transform.codec import METHOD_NUMBER, SINK_TOKENS, TransformDocument, TransformEncoder
+from cachegen.methods.transform.codec import METHOD_NUMBER, TransformDocument, TransformEncoder
 from cachegen.methods.transform.config import TransformConfig, read_transform
 from cachegen.methods.transform.headers import TransformChunkHeader, TransformDocumentHeader
+from cachegen.methods.transform.transform import SINK_TOKENS
 
 
 class TransformMethod(Method):

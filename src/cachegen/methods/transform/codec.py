@@ -54,9 +54,6 @@ METHOD_NUMBER = 3
 # A lane costs about 24 bits beyond its symbols; many components cost only tenths of a bit.
 SYMBOLS_PER_COMPONENT_LANE = 16384
 
-SINK_TOKENS = 4
-"""First tokens that a model computes itself: much attention rests on them, and they are unlike all others."""
-
 
 class TransformDocument(Document):
     """See `Document`.

@@ -24,6 +24,8 @@ from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile, T
 LEVEL_RATIO = 3
 """The step of a level over that of the next one."""
 LEVEL_RATIO_LOG = 25  # 16 log2 3, rounded
+SINK_TOKENS = 4
+"""First tokens that a model computes itself: much attention rests on them, and they are unlike all others."""
 BLOCK_TOKENS = 512  # at a time, so that temporaries stay small
 OUTLIER_DEVIATIONS = 32.0
 """Values further from the mean, in standard deviations of their channel by the profile, are not transformed."""
