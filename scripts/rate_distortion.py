@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def build_parser() -> argparse.ArgumentParser:
     parser = command_line.CommandLineParser(description=__doc__)
     add = parser.add_argument
-    add("--model_id", default=str(ROOT / "models/tiny-mistral"), help="Hugging Face id or local folder of the model")
+    command_line.add_model_flags(parser, str(ROOT / "models/tiny-mistral"))
     add("--path_to_context", type=Path, default=ROOT / "9k_prompts", help="a folder of N.txt and questions.json")
     add("--path_to_calibration", type=Path, default=ROOT / "9k_prompts/calibration", help="the same, to fit methods on")
     add(
@@ -75,9 +75,10 @@ def _measure(args: argparse.Namespace) -> None:
     contexts = read_contexts(args.path_to_context, args.num_contexts, args.num_questions)
     calibration = read_contexts(args.path_to_calibration, args.num_calibration)
     device = resolve_device(args.device)
+    load = functools.partial(load_model, args.model_id, device=device, gguf_file=args.gguf_file)
     study = Study(
-        loaded=load_model(args.model_id, device=device, dtype=resolve_dtype(args.dtype)),
-        load_for_prefill=functools.cache(lambda: load_model(args.model_id, device=device)),
+        loaded=load(dtype=resolve_dtype(args.dtype)),
+        load_for_prefill=functools.cache(load),
         contexts=contexts,
         calibration=calibration,
         schemes=schemes,
