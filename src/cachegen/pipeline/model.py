@@ -162,14 +162,9 @@ def load_model(
     placement = _plan_placement(device, load_in_8bit, num_gpus, max_gpu_memory)
     with quiet_transformers(), hidden_bar():
         local_files_only = _check_reachable(model_id)
-        place, source = model_id, {"local_files_only": local_files_only}
-        if gguf_names is not None:
-            require_gguf(model_id)
-            find_gguf_file(model_id, local_files_only)
-            place, source = gguf_names[0], {**source, "gguf_file": gguf_names[1]}
-            dtype = GGUF_DTYPE if dtype == "auto" else dtype
-        else:
-            read_config(model_id, local_files_only)  # says better than transformers what is wrong with it
+        place, source = _find_source(model_id, local_files_only)
+        if gguf_names is not None and dtype == "auto":
+            dtype = GGUF_DTYPE
         try:
             config = AutoConfig.from_pretrained(place, **source)
             _refuse_unrepresentable(model_id, config)
@@ -202,6 +197,25 @@ def load_model(
     model.eval()
     _keep_special_tokens_only(model)
     return LoadedModel(model, tokenizer, model_id, fingerprint, read_rotary_embeddings(model))
+
+
+def load_tokenizer(model_id: str, *, gguf_file: str | None = None) -> Any:
+    """Load a model's tokenizer alone, from where `load_model` would.
+
+    Raises:
+        InputError: there is no such model, or its tokenizer is damaged.
+        BackendUnavailableError: a package that reads it is not there.
+    """
+    model_id = name_gguf_model(model_id, gguf_file)
+    with quiet_transformers():
+        local_files_only = _check_reachable(model_id)
+        place, source = _find_source(model_id, local_files_only)
+        try:
+            return AutoTokenizer.from_pretrained(place, **source)
+        except (MemoryError, ImportError):
+            raise
+        except Exception as error:  # tokenizers raises a plain one
+            raise InputError(f"{model_id}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def identify_model(model: Any, fingerprint: str | None = None) -> LoadedModel:
@@ -333,6 +347,22 @@ def _plan_placement(
 def _require_package(package: str, flag: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise BackendUnavailableError(f"{flag}: needs the package {package}: pip install {package}")
+
+
+def _find_source(model_id: str, local_files_only: bool) -> tuple[str, dict[str, Any]]:
+    """Return what from_pretrained is given for a model: the folder or id, and further arguments.
+
+    Raises:
+        InputError: its config, or its GGUF file, is missing or damaged.
+        BackendUnavailableError: a package that reads GGUF files is not there.
+    """
+    names = split_gguf_name(model_id)
+    if names is None:
+        read_config(model_id, local_files_only)  # says better than transformers what is wrong with it
+        return model_id, {"local_files_only": local_files_only}
+    require_gguf(model_id)
+    find_gguf_file(model_id, local_files_only)
+    return names[0], {"local_files_only": local_files_only, "gguf_file": names[1]}
 
 
 def _check_reachable(model_id: str) -> bool:
