@@ -90,7 +90,7 @@ format: $(INSTALLED) ## Rewrite the sources in the house style
 
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := decoders round_trip tables components paths
-FUZZ_READERS := chunks kv profile config manifest store
+FUZZ_READERS := chunks kv profile config manifest store records
 # All of the CPU's kernels, without their bindings.
 FUZZ_SOURCES := $(filter-out %/bindings.cpp,$(wildcard src/csrc/cpu/*.cpp))
 FUZZ_FLAGS := -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/

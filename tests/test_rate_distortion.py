@@ -14,7 +14,7 @@ from conftest import read_folder
 from cachegen.comparison import rate_distortion
 from cachegen.comparison.datasets import Question, read_contexts
 from cachegen.comparison.report import COLUMNS
-from cachegen.comparison.retrieval import expect_answers, score_retrieval
+from cachegen.comparison.retrieval import expect_answers, score_retrieval, write_answers
 from cachegen.kv_cache import from_planes, load_kv_cache, save_kv_cache
 from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model import LoadedModel, load_model
@@ -271,6 +271,20 @@ def test_packed_answers_are_those_of_greedy_decoding(inputs, loaded) -> None:
         assert score.gained == sum(answer == entry.right != entry.uncompressed for entry, answer in pairs)
         seen.add(score.right)
     assert len(seen) > 1
+
+
+def test_answers_in_the_models_own_words_are_scored_by_their_metric(inputs, loaded) -> None:
+    context = read_contexts(Path(inputs[1]))[1]
+    token_ids = tokenize(loaded, context.text)
+    cache = prefill(loaded, token_ids[:-1], capacity=len(token_ids) + 100)
+    own = context.questions[0]
+    wrong, half = (
+        Question("", "x", answers=("no number",)),
+        Question("", "x", answers=(own.answer, "x"), metric="all"),
+    )
+    answers = write_answers(loaded, cache, token_ids, [own, wrong, half, context.questions[1]], 6)
+    assert [answer.score for answer in answers] == [1, 0, 0.5, 1]
+    assert own.answer in answers[0].text and context.questions[1].answer in answers[3].text
 
 
 def test_a_cache_without_room_for_the_questions_is_refused(inputs, loaded) -> None:

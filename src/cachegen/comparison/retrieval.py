@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from cachegen.comparison.datasets import Question
+from cachegen.comparison.scoring import MAX_NEW_TOKENS, METRICS
 from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import get_capacity, set_length
@@ -102,6 +103,43 @@ def score_retrieval(
         lost=lost,
         gained=sum(now and not was for was, now in zip(was_right, right, strict=True)),
     )
+
+
+@dataclass(frozen=True)
+class WrittenAnswer:
+    """What a model wrote, and how right that is.
+
+    Attributes:
+        text: without special tokens and what ended it.
+        score: 0 to 1, by the question's metric.
+    """
+
+    text: str
+    score: float
+
+
+def write_answers(
+    loaded: LoadedModel,
+    cache: Cache,
+    token_ids: torch.Tensor,
+    questions: Sequence[Question],
+    max_new_tokens: int | None = None,
+) -> list[WrittenAnswer]:
+    """Let a cache answer questions in its own words, greedily, and score each answer by the question's metric.
+
+    Args:
+        cache: holds all tokens of the context but the last, and has room for a question and its answer.
+        token_ids: the context, integers `[num_tokens]`.
+        max_new_tokens: of an answer; None takes those of its metric (`scoring.MAX_NEW_TOKENS`).
+    """
+    answers = []
+    for question in questions:
+        question_ids = tokenize(loaded, question.text, add_special_tokens=False)
+        prompt = torch.cat([token_ids, question_ids.to(token_ids.dtype)])
+        num_new = MAX_NEW_TOKENS[question.metric] if max_new_tokens is None else max_new_tokens
+        text = generate_answer(loaded, cache, len(token_ids) - 1, prompt, num_new).text
+        answers.append(WrittenAnswer(text, METRICS[question.metric](text, question.all_answers)))
+    return answers
 
 
 def count_packed_tokens(loaded: LoadedModel, questions: Sequence[Question]) -> int:

@@ -97,6 +97,10 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
+MAX_NEW_TOKENS: Mapping[str, int] = {"exact": 32, "contained": 128, "all": 128, "f1": 32, "topic": 50, "number": 100}
+"""How many tokens the authors of the data sets let a model write, by metric; LongBench more for some of its tasks."""
+
+
 def perplexity(nll_sum: float, num_tokens: int) -> float:
     """Return the perplexity of a text; it does not compare between tokenizers.
 
