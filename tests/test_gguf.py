@@ -14,11 +14,13 @@ from gguf_models import write_gguf
 from random_models import BUNDLED_MODEL, one_thread  # noqa: F401
 
 import main as main_script
+import run_calibration
 import run_decoding_disk
 import run_encoding
+from cachegen import __main__ as command
 from cachegen.errors import BackendUnavailableError, ConfigError, InputError
 from cachegen.kv_cache import load_kv_cache
-from cachegen.methods.transform.profile import PROFILE_NAME
+from cachegen.methods.transform.profile import PROFILE_NAME, load_profile
 from cachegen.pipeline.fingerprint import compute_fingerprint
 from cachegen.pipeline.gguf import name_gguf_model, split_gguf_name
 from cachegen.pipeline.model import load_model
@@ -168,3 +170,17 @@ def test_the_stages_take_a_gguf_file_in_either_form(gguf_path, tmp_path, capsys)
     decode = ["--path_to_encoded_kv", str(encoded), *text]
     assert run_decoding_disk.main([*decode, "--model_id", str(gguf_path), "--quiet"]) == 0
     assert run_decoding_disk.main([*decode, "--model_id", BUNDLED_MODEL]) == 5
+    assert command.main(["verify", str(encoded), "--model_id", str(gguf_path)]) == 0
+
+
+def test_a_profile_is_made_of_a_gguf_file(gguf_path, tmp_path):
+    contexts = tmp_path / "contexts"
+    contexts.mkdir()
+    for number in range(2):
+        (contexts / f"{number}.txt").write_text((ROOT / f"9k_prompts/{number}.txt").read_text()[:3000])
+    model = ["--model_id", str(gguf_path.parent), "--gguf_file", gguf_path.name]
+    kv = str(tmp_path / "kv")
+    assert main_script.main([*model, "--path_to_context", str(contexts), "--save_dir", kv, "--quiet"]) == 0
+    calibrate = ["--path_to_kv", kv, "--output_path", str(tmp_path / "profile"), "--no_curve", "--quiet"]
+    assert run_calibration.main([*calibrate, *model, "--weights", "none"]) == 0
+    assert load_profile(tmp_path / "profile").model_fingerprint == compute_fingerprint(str(gguf_path))
