@@ -13,7 +13,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo cuda test test-mutations test-faults test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo real-model cuda test test-mutations test-faults test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -42,6 +42,10 @@ venv: $(INSTALLED) ## Make or refresh .venv
 
 demo: $(RUNNABLE) ## Prefill, encode, decode and answer a question with the bundled model
 	@$(IN_VENV) bash scripts/demo.sh
+
+REAL_MODEL := models/smollm2-135m
+real-model: $(INSTALLED) ## Get SmolLM2-135M-Instruct into models/smollm2-135m: a download of 93 MB
+	@$(BIN)/python tools/get_small_model.py $(REAL_MODEL)
 
 cuda: $(INSTALLED) ## Compile the CUDA module for all GPUs that are supported; needs nvcc, no GPU
 	@CACHEGEN_CUDA=all $(BIN)/python setup.py build_ext --inplace
@@ -86,7 +90,7 @@ format: $(INSTALLED) ## Rewrite the sources in the house style
 
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := decoders round_trip tables components paths
-FUZZ_READERS := chunks kv profile config manifest store
+FUZZ_READERS := chunks kv profile config manifest store records
 # All of the CPU's kernels, without their bindings.
 FUZZ_SOURCES := $(filter-out %/bindings.cpp,$(wildcard src/csrc/cpu/*.cpp))
 FUZZ_FLAGS := -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/

@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.CommandLineParser(description=__doc__)
     add = parser.add_argument
     model_default = command_line.default_input(SCRIPT_FOLDER, "models/tiny-mistral")
-    add("--model_id", default=model_default, help="Hugging Face id or local folder of the model")
+    command_line.add_model_flags(parser, model_default)
     add("--save_dir", default="data", help="folder of the caches, test_kv_N.pkl")
     context_default = command_line.default_input(SCRIPT_FOLDER, "9k_prompts/0.txt")
     add(
@@ -123,11 +123,12 @@ def _prefill_documents(args: argparse.Namespace) -> None:
         args.model_id,
         device=device,
         dtype=dtype,
+        gguf_file=args.gguf_file,
         load_in_8bit=args.load_in_8bit,
         num_gpus=args.num_gpus,
         max_gpu_memory=args.max_gpu_memory,
     )
-    report.row("model", f"{args.model_id} ({loaded.dtype}, on {loaded.device})".replace("torch.", ""))
+    report.row("model", f"{loaded.model_id} ({loaded.dtype}, on {loaded.device})".replace("torch.", ""))
 
     # All contexts are checked before the first is prefilled: a mistake should not show after an hour.
     ids_of_documents = [tokenize(loaded, text) for text in texts]

@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--path_to_kv", default="data", help="a folder of KV cache files test_kv_N.pkl of main.py, or one file")
     model_default = command_line.default_input(SCRIPT_FOLDER, "models/tiny-mistral")
-    add("--model_id", default=model_default, help="the model that made the caches: Hugging Face id or local folder")
+    command_line.add_model_flags(parser, model_default)
     add("--output_path", default="profile", help="folder of the profile")
     add(
         "--layers_per_group",
@@ -116,6 +116,7 @@ def _profile_into(output: Path, args: argparse.Namespace, report: command_line.R
     from cachegen.calibration.complete import make_profile
     from cachegen.coder.cpu import default_num_threads
     from cachegen.pipeline.fingerprint import compute_fingerprint
+    from cachegen.pipeline.gguf import name_gguf_model
     from cachegen.pipeline.model import load_model
 
     settings = CalibrationSettings(
@@ -133,10 +134,11 @@ def _profile_into(output: Path, args: argparse.Namespace, report: command_line.R
     check_tokens(fitted_on, settings)
     loaded = None
     if settings.weights == "none" and args.no_curve:
-        check_model(contexts, compute_fingerprint(args.model_id), args.model_id)
+        model_id = name_gguf_model(args.model_id, args.gguf_file)
+        check_model(contexts, compute_fingerprint(model_id), model_id)
     else:
-        loaded = load_model(args.model_id, device=device, dtype=resolve_dtype(args.dtype))
-        check_model(contexts, loaded.fingerprint, args.model_id)
+        loaded = load_model(args.model_id, device=device, dtype=resolve_dtype(args.dtype), gguf_file=args.gguf_file)
+        check_model(contexts, loaded.fingerprint, loaded.model_id)
     profile = make_profile(
         fitted_on,
         held_out,

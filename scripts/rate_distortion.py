@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cachegen import command_line
-from cachegen.comparison.rate_distortion import Study, measure, read_contexts
+from cachegen.comparison.datasets import fit_contexts, read_contexts, tokenize_context
+from cachegen.comparison.rate_distortion import Study, measure
 from cachegen.comparison.report import format_table, summarize, write_csv, write_per_context_csv, write_plot
 from cachegen.comparison.schemes import make_schemes
 from cachegen.device import DTYPES, resolve_device, resolve_dtype
@@ -22,7 +23,7 @@ from cachegen.errors import ConfigError
 from cachegen.files import write_file
 from cachegen.methods.transform.profile import load_profile
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
-from cachegen.pipeline.model import load_model
+from cachegen.pipeline.model import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,8 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def build_parser() -> argparse.ArgumentParser:
     parser = command_line.CommandLineParser(description=__doc__)
     add = parser.add_argument
-    add("--model_id", default=str(ROOT / "models/tiny-mistral"), help="Hugging Face id or local folder of the model")
-    add("--path_to_context", type=Path, default=ROOT / "9k_prompts", help="a folder of N.txt and questions.json")
+    command_line.add_model_flags(parser, str(ROOT / "models/tiny-mistral"))
+    add(
+        "--path_to_context",
+        type=Path,
+        default=ROOT / "9k_prompts",
+        help="a folder of N.txt and questions.json, records of a data set (.jsonl), or a text",
+    )
     add("--path_to_calibration", type=Path, default=ROOT / "9k_prompts/calibration", help="the same, to fit methods on")
     add(
         "--profile",
@@ -41,6 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_path", type=Path, required=True, help="folder of the results")
     add("--kv_folder", type=Path, help="folder of saved caches, test/ and calibration/; None: OUTPUT_PATH/kv")
     add("--num_contexts", type=command_line.positive_int, help="measure only the first contexts")
+    add(
+        "--context_tokens",
+        type=command_line.positive_int,
+        help="cut a text into contexts of so many tokens, and longer prompts in their middle; None cuts nothing",
+    )
+    add("--chat_template", action="store_true", help="put the prompts of a data set into the model's chat template")
     add("--num_questions", type=command_line.positive_int, help="ask only the first questions of each context")
     add("--num_calibration", type=command_line.positive_int, help="fit on the first calibration contexts only")
     add("--schemes", nargs="+", metavar="NAME", help="measure only these; None: all")
@@ -75,17 +87,29 @@ def _measure(args: argparse.Namespace) -> None:
     contexts = read_contexts(args.path_to_context, args.num_contexts, args.num_questions)
     calibration = read_contexts(args.path_to_calibration, args.num_calibration)
     device = resolve_device(args.device)
+    load: Callable[..., LoadedModel] = functools.partial(
+        load_model, args.model_id, device=device, gguf_file=args.gguf_file
+    )
+    loaded = load(dtype=resolve_dtype(args.dtype))
+    fit = functools.partial(fit_contexts, loaded=loaded, context_tokens=args.context_tokens)
+    # A prompts folder has further questions, which no template has a place for; the default calibration is one.
+    has_template = args.chat_template and args.path_to_calibration.suffix == ".jsonl"
     study = Study(
-        loaded=load_model(args.model_id, device=device, dtype=resolve_dtype(args.dtype)),
-        load_for_prefill=functools.cache(lambda: load_model(args.model_id, device=device)),
-        contexts=contexts,
-        calibration=calibration,
+        loaded=loaded,
+        load_for_prefill=functools.cache(load),
+        contexts=fit(contexts, count=args.num_contexts, chat_template=args.chat_template),
+        calibration=fit(calibration, count=args.num_calibration, chat_template=has_template),
         schemes=schemes,
         output=args.output_path,
         kv_folder=args.kv_folder or args.output_path / "kv",
         with_retrieval=not args.no_retrieval,
         block_size=args.block_size,
     )
+    for context in study.contexts:
+        num_tokens = len(tokenize_context(loaded, context))
+        if loaded.max_tokens is not None and num_tokens > loaded.max_tokens:
+            made_for = f"more than the {loaded.max_tokens} the model is made for"
+            report.warn(f"{context.name}: {num_tokens} tokens, {made_for}; give `context_tokens`")
     results = measure(study, report.line)
     rows = summarize(results)
     table = format_table(rows)

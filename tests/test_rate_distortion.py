@@ -12,11 +12,12 @@ import torch
 from conftest import read_folder
 
 from cachegen.comparison import rate_distortion
+from cachegen.comparison.datasets import Question, read_contexts
 from cachegen.comparison.report import COLUMNS
-from cachegen.comparison.retrieval import Question, expect_answers, score_retrieval
+from cachegen.comparison.retrieval import expect_answers, score_retrieval, write_answers
 from cachegen.kv_cache import from_planes, load_kv_cache, save_kv_cache
 from cachegen.pipeline.generate import generate_answer
-from cachegen.pipeline.model import load_model
+from cachegen.pipeline.model import LoadedModel, load_model
 from cachegen.pipeline.model_cache import view_kv_cache
 from cachegen.pipeline.prefill import prefill, tokenize
 
@@ -116,7 +117,7 @@ def test_a_run_measures_only_what_is_missing(inputs, tmp_path, monkeypatch) -> N
     original = rate_distortion._Bench.measure
 
     def spy(self, scheme, setting, key, known, fitted_on):
-        measured.append((self._context.path.name, setting, known is not None))
+        measured.append((self._context.name, setting, known is not None))
         return original(self, scheme, setting, key, known, fitted_on)
 
     monkeypatch.setattr(rate_distortion._Bench, "measure", spy)
@@ -153,6 +154,32 @@ def test_a_result_is_of_the_caches_that_are_there(inputs, tmp_path) -> None:
     assert [row["kl"] for row in read_rows(tmp_path / "results.csv")] != [row["kl"] for row in first]
 
 
+def test_a_text_is_measured_without_questions(inputs, tmp_path) -> None:
+    (tmp_path / "book.txt").write_text((ROOT / "9k_prompts/3.txt").read_text()[:6000])
+    flags = ["--path_to_context", str(tmp_path / "book.txt"), "--context_tokens", "400", "--num_contexts", "2"]
+    run(inputs, tmp_path / "out", *flags)
+    rows = read_rows(tmp_path / "out/contexts.csv")
+    assert {row["context"] for row in rows} == {"book-0", "book-1"}
+    assert {row["questions"] for row in rows} == {"0"}
+    assert read_rows(tmp_path / "out/results.csv")[0]["retrieval_accuracy"] == ""
+
+
+def test_records_of_a_data_set_are_measured_with_their_question(inputs, tmp_path) -> None:
+    prompt = (Path(inputs[1]) / "0.txt").read_text()
+    answer = json.loads((Path(inputs[1]) / "questions.json").read_text())[0]["answer"]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"input": prompt, "outputs": [answer]}) + "\n")
+    run(inputs, tmp_path / "out", "--path_to_context", str(tmp_path / "x.jsonl"))
+    rows = read_rows(tmp_path / "out/contexts.csv")
+    assert {(row["context"], row["questions"]) for row in rows} == {("x-0", "1")}
+    assert max(int(row["right"]) for row in rows) == 1
+
+
+def test_a_context_that_is_too_long_for_the_model_is_warned_about(inputs, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(LoadedModel, "max_tokens", 100)
+    run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1")
+    assert "warning: 0.txt: " in (text := capsys.readouterr().err) and "--context_tokens" in text
+
+
 def test_a_damaged_saved_cache_is_computed_again(inputs, tmp_path) -> None:
     run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1")
     path, results = tmp_path / "kv/test/test_kv_0.pkl", (tmp_path / "results.csv").read_bytes()
@@ -187,6 +214,9 @@ def test_a_plot_is_drawn(inputs, tmp_path) -> None:
         (["--path_to_calibration", "nowhere"], 3, "nowhere/questions.json"),
         (["--num_contexts", "9"], 3, "only 2 contexts"),
         (["--model_id", "nowhere"], 3, "nowhere"),
+        (["--chat_template"], 2, "--chat_template is for prompts with one question"),
+        (["--context_tokens", "2"], 2, "--context_tokens must be at least"),
+        (["--gguf_file", "nowhere.gguf"], 3, "nowhere.gguf: no such GGUF file"),
         (["--schemes", "nothing"], 2, "no scheme nothing"),
         (["--output_path", "/dev/null/x"], 7, "/dev/null"),
     ],
@@ -215,8 +245,8 @@ def test_a_saved_cache_of_another_text_is_refused(inputs, tmp_path, refuse) -> N
 
 
 def test_packed_answers_are_those_of_greedy_decoding(inputs, loaded) -> None:
-    context = rate_distortion.read_contexts(Path(inputs[1]))[1]
-    token_ids = tokenize(loaded, context.path.read_text())
+    context = read_contexts(Path(inputs[1]))[1]
+    token_ids = tokenize(loaded, context.text)
     reference = prefill(loaded, token_ids[:-1], capacity=len(token_ids) + 400)
     expected = expect_answers(loaded, reference, token_ids, context.questions)
     assert expected[0].right == expected[0].uncompressed
@@ -241,6 +271,20 @@ def test_packed_answers_are_those_of_greedy_decoding(inputs, loaded) -> None:
         assert score.gained == sum(answer == entry.right != entry.uncompressed for entry, answer in pairs)
         seen.add(score.right)
     assert len(seen) > 1
+
+
+def test_answers_in_the_models_own_words_are_scored_by_their_metric(inputs, loaded) -> None:
+    context = read_contexts(Path(inputs[1]))[1]
+    token_ids = tokenize(loaded, context.text)
+    cache = prefill(loaded, token_ids[:-1], capacity=len(token_ids) + 100)
+    own = context.questions[0]
+    wrong, half = (
+        Question("", "x", answers=("no number",)),
+        Question("", "x", answers=(own.answer, "x"), metric="all"),
+    )
+    answers = write_answers(loaded, cache, token_ids, [own, wrong, half, context.questions[1]], 6)
+    assert [answer.score for answer in answers] == [1, 0, 0.5, 1]
+    assert own.answer in answers[0].text and context.questions[1].answer in answers[3].text
 
 
 def test_a_cache_without_room_for_the_questions_is_refused(inputs, loaded) -> None:

@@ -24,7 +24,7 @@ def add_answer_flags(parser: argparse.ArgumentParser, script_folder: str | os.Pa
     add = parser.add_argument
     model_default = command_line.default_input(script_folder, "models/tiny-mistral")
     context_default = command_line.default_input(script_folder, "9k_prompts/0.txt")
-    add("--model_id", default=model_default, help="Hugging Face id or local folder of the model")
+    command_line.add_model_flags(parser, model_default)
     add("--path_to_context", default=context_default, help="the text whose cache was encoded")
     add("--num_chunks", type=command_line.positive_int, help="decode only the first chunks; None decodes all")
     add("--quantization_config", help="a JSON file; if given, the chunk files must agree with it")
@@ -85,6 +85,7 @@ def load_model_of(args: argparse.Namespace, dtype: torch.dtype | Literal["auto"]
         args.model_id,
         device=resolve_device(args.device),
         dtype=dtype,
+        gguf_file=args.gguf_file,
         load_in_8bit=args.load_in_8bit,
         num_gpus=args.num_gpus,
         max_gpu_memory=args.max_gpu_memory,

@@ -154,6 +154,16 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print no report and no progress bar")
 
 
+def add_model_flags(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the flags that name a model: --model_id and --gguf_file."""
+    parser.add_argument(
+        "--model_id", default=default, help="Hugging Face id or local folder of the model, or a GGUF file"
+    )
+    parser.add_argument(
+        "--gguf_file", help="name of a GGUF file of --model_id, loaded instead of its other files (extra gguf)"
+    )
+
+
 def positive_int(text: str) -> int:
     """Parse a flag's value that must be an integer of at least 1; for argparse's `type`."""
     return _bounded_int(text, 1)

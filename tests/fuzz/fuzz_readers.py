@@ -1,9 +1,9 @@
-"""Any bytes as a KV file, a profile, a config, a manifest, a store's JSON: refused with an error of ours, or good.
+"""Any bytes as a KV file, profile, config, manifest, a store's JSON, records: refused with an error of ours, or good.
 
 Coverage-guided, with atheris; `make fuzz` runs each target. What is accepted must be usable: a cache is read to its
 last value and is no larger than its file, a manifest packs to what it was.
 
-Usage: fuzz_readers.py kv|profile|config|manifest|store [CORPUS] [libFuzzer's flags]
+Usage: fuzz_readers.py kv|profile|config|manifest|store|records [CORPUS] [libFuzzer's flags]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import atheris
 
 with atheris.instrument_imports(include=["cachegen"]):
     from cachegen import kv_archive, kv_cache
+    from cachegen.comparison import datasets, scoring
     from cachegen.config import load_model_config
     from cachegen.errors import CacheGenError, StoreError
     from cachegen.format.files import MAX_FILE_BYTES
@@ -269,12 +270,51 @@ def store_seeds() -> dict[str, bytes]:
     return seeds
 
 
+# --- records of data sets ---------------------------------------------------------------------------------------------
+
+RECORDS: tuple[dict[str, Any], ...] = (
+    {"prompt": "a", "topics": ["b", "c"]},
+    {"prompt": "a", "expected_number": 1},
+    {"prompt": "a", "label": "b"},
+    {"prompt": "a", "answers": ["b"]},
+    {"context": "a", "input": "b", "answers": ["c"]},
+    {"input": "a", "outputs": ["b"], "answer_prefix": "c"},
+)
+
+
+def test_records(data: bytes) -> None:
+    if not data:
+        return
+    content = data[1:] if data[0] >= len(RECORDS) else json_of(data[1:], RECORDS[data[0]])
+    (FOLDER / "records.jsonl").write_bytes(content)
+    try:
+        contexts = datasets.read_contexts(FOLDER / "records.jsonl")
+    except CacheGenError as error:
+        check_message(error, FOLDER / "records.jsonl")
+        return
+    for context in contexts:
+        (question,) = context.questions
+        (context.text + context.answer_prefix).encode()
+        for prediction in (question.answer, context.text):
+            if not 0 <= scoring.METRICS[question.metric](prediction, question.all_answers) <= 1 + 1e-9:
+                raise AssertionError("a score is not from 0 to 1")
+
+
+def records_seeds() -> dict[str, bytes]:
+    seeds = {"file": b"\xff" + b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)}
+    for index, record in enumerate(RECORDS):
+        for name, content in json_seeds(record=record).items():
+            seeds[f"{index}_{name}"] = bytes([index]) + content
+    return seeds
+
+
 TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], Mapping[str, bytes]], int]] = {
     "kv": (test_kv, kv_seeds, 8192),
     "profile": (test_profile, profile_seeds, 4096),
     "config": (test_config, config_seeds, 4096),
     "manifest": (test_manifest, lambda: json_seeds(manifest=good_manifest()), 4096),
     "store": (test_store, store_seeds, 4096),
+    "records": (test_records, records_seeds, 4096),
 }
 
 

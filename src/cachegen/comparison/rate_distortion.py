@@ -17,22 +17,16 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from cachegen.comparison.retrieval import (
-    PromptContext,
-    count_packed_tokens,
-    expect_answers,
-    read_prompts,
-    score_retrieval,
-)
+from cachegen.comparison.datasets import PromptContext, tokenize_context
+from cachegen.comparison.retrieval import count_packed_tokens, expect_answers, score_retrieval
 from cachegen.comparison.schemes import ByteCount, SavedCache, Scheme
 from cachegen.errors import BitstreamError, CacheGenError, InputError, MismatchError
 from cachegen.files import read_file, write_file
 from cachegen.kv_archive import is_damaged_kv_file
 from cachegen.kv_cache import KVCache, hash_planes, hash_token_prefixes, load_kv_cache, save_kv_cache
-from cachegen.pipeline.context import read_context
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
-from cachegen.pipeline.prefill import extend_cache, prefill_context, tokenize
+from cachegen.pipeline.prefill import extend_cache, prefill_context
 from cachegen.pipeline.verify import compare_caches, count_verified_tokens
 
 # A result is measured anew when this changes: with the measurement itself.
@@ -47,7 +41,7 @@ class Result:
 
     Attributes:
         key: hash of all that the result depends on.
-        context: the context's file name.
+        context: the context's name.
         num_values: scalars of the encoded part of the cache.
         bytes_of: per method name.
         cache_hashes: of the uncompressed cache, then of those that the scheme was fitted on.
@@ -95,18 +89,6 @@ class Study:
     block_size: int
 
 
-def read_contexts(folder: Path, count: int | None = None, num_questions: int | None = None) -> list[PromptContext]:
-    """Read the first `count` contexts of a folder, with their first `num_questions` questions.
-
-    Raises:
-        InputError: the folder is not a prompts folder, or has fewer contexts.
-    """
-    contexts = read_prompts(folder)
-    if count is not None and len(contexts) < count:
-        raise InputError(f"{folder}: has only {len(contexts)} contexts, {count} were asked for")
-    return [PromptContext(context.path, context.questions[:num_questions]) for context in contexts[:count]]
-
-
 def measure(study: Study, report: Callable[[str], None]) -> list[Result]:
     """Measure what is not measured yet.
 
@@ -120,7 +102,7 @@ def measure(study: Study, report: Callable[[str], None]) -> list[Result]:
     profiles = _Profiles(study)
     results: list[Result] = []
     for context in study.contexts:
-        token_ids = tokenize(study.loaded, read_context(context.path))
+        token_ids = tokenize_context(study.loaded, context)
         cache_hashes = [
             _saved_cache_hash(study, c, kind)
             for c, kind in [(context, "test"), *((c, "calibration") for c in study.calibration)]
@@ -150,7 +132,7 @@ class _Profiles:
         self._caches: list[SavedCache] = []
         digest = hashlib.sha256()
         for context in study.calibration:
-            digest.update(tokenize(study.loaded, read_context(context.path)).numpy().tobytes())
+            digest.update(tokenize_context(study.loaded, context).numpy().tobytes())
         self.identity = digest.hexdigest()
 
     @property
@@ -189,7 +171,7 @@ class _Bench:
         fidelity = known.fidelity if known else self._compare()
         return Result(
             key=key,
-            context=self._context.path.name,
+            context=self._context.name,
             scheme=scheme.name,
             setting=setting,
             num_values=encoded.cache.num_values,
@@ -232,15 +214,15 @@ def load_caches(study: Study, contexts: Sequence[PromptContext], kind: str) -> I
         MismatchError: a saved cache is of another model or text, or prefilled in other blocks.
     """
     for context in contexts:
-        path = study.kv_folder / kind / f"test_kv_{context.path.stem}.pkl"
-        token_ids = tokenize(study.loaded, read_context(context.path))
+        path = study.kv_folder / kind / f"test_kv_{context.stem}.pkl"
+        token_ids = tokenize_context(study.loaded, context)
         if not _is_whole(path):
             save_kv_cache(path, *prefill_context(study.load_for_prefill(), token_ids, study.block_size))
         saved = SavedCache(*load_kv_cache(path))
         if saved.metadata.model_fingerprint != study.loaded.fingerprint:
             raise MismatchError(f"{path}: is of another model than {study.loaded.model_id}; choose another `kv_folder`")
         if not torch.equal(saved.metadata.token_ids, token_ids[:-1]):
-            raise MismatchError(f"{path}: is of another text than {context.path}; choose another `kv_folder`")
+            raise MismatchError(f"{path}: is of another text than {context.name}; choose another `kv_folder`")
         if saved.metadata.block_size != study.block_size:
             blocks = f"blocks of {saved.metadata.block_size} tokens, not {study.block_size}"
             raise MismatchError(f"{path}: was prefilled in {blocks}; choose another `kv_folder`")
@@ -266,7 +248,7 @@ def _is_whole(path: Path) -> bool:
 
 def _saved_cache_hash(study: Study, context: PromptContext, kind: str) -> str | None:
     """Return what a saved cache's file says of its values; None where there is no such file, or it is damaged."""
-    path = study.kv_folder / kind / f"test_kv_{context.path.stem}.pkl"
+    path = study.kv_folder / kind / f"test_kv_{context.stem}.pkl"
     try:
         return load_kv_cache(path)[1].cache_hash
     except CacheGenError:
@@ -298,7 +280,7 @@ def _result_key(
 
 def _row_path(study: Study, context: PromptContext, scheme: Scheme, setting: str) -> Path:
     name = f"{scheme.name}_{setting}".replace(" ", "-").replace("/", "-")
-    return study.output / ROWS_FOLDER / context.path.stem / f"{name}.json"
+    return study.output / ROWS_FOLDER / context.stem / f"{name}.json"
 
 
 def _write_result(path: Path, result: Result) -> None:

@@ -10,42 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers.cache_utils import Cache
 
-from cachegen.errors import InputError
-from cachegen.fields import Fields, parse_json, refuse_input
-from cachegen.files import read_file
+from cachegen.comparison.datasets import Question
+from cachegen.comparison.scoring import MAX_NEW_TOKENS, METRICS
 from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import get_capacity, set_length
 from cachegen.pipeline.prefill import tokenize
-
-MAX_QUESTIONS_BYTES = 16 << 20
-_MAX_QUESTIONS = 100_000
-
-
-@dataclass(frozen=True)
-class Question:
-    """What follows the context, and the right answer to it; the text is empty for the context's own question."""
-
-    text: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class PromptContext:
-    """One context of a prompts folder.
-
-    Attributes:
-        path: its file.
-        questions: its own question, which its text ends in, then the further ones.
-    """
-
-    path: Path
-    questions: tuple[Question, ...]
 
 
 @dataclass(frozen=True)
@@ -82,27 +56,6 @@ class RetrievalScore:
     gained: int
 
 
-def read_prompts(folder: Path) -> list[PromptContext]:
-    """Read a prompts folder's questions.json.
-
-    Raises:
-        InputError: it is not there or not such a file.
-    """
-    path = folder / "questions.json"
-    text = read_file(path, MAX_QUESTIONS_BYTES, hint="a prompts folder like 9k_prompts has one")
-    entries = parse_json(text, refuse_input(path))
-    if not isinstance(entries, list):
-        raise InputError(f"{path}: must be a list of contexts with questions")
-    return [_read_prompt(Fields(entry, refuse_input(path), f"[{i}]"), folder) for i, entry in enumerate(entries)]
-
-
-def _read_prompt(fields: Fields, folder: Path) -> PromptContext:
-    questions = [Question("", fields.text("answer"))]
-    for question in fields.objects("questions", 0, _MAX_QUESTIONS):
-        questions.append(Question(question.text("question"), question.text("answer")))
-    return PromptContext(folder / fields.text("file"), tuple(questions))
-
-
 def expect_answers(
     loaded: LoadedModel, reference: Cache, token_ids: torch.Tensor, questions: Sequence[Question]
 ) -> list[ExpectedAnswer]:
@@ -115,7 +68,7 @@ def expect_answers(
     expected = []
     for question in questions:
         question_ids = tuple(tokenize(loaded, question.text, add_special_tokens=False).tolist())
-        right = tuple(tokenize(loaded, f" {question.answer}", add_special_tokens=False).tolist())
+        right = tuple(tokenize(loaded, f"{question.lead}{question.answer}", add_special_tokens=False).tolist())
         expected.append(ExpectedAnswer(question_ids, right, right))
     is_right = _write_answers(loaded, reference, token_ids, [(e.question_ids, e.right) for e in expected])
     for index, entry in enumerate(expected):
@@ -152,10 +105,48 @@ def score_retrieval(
     )
 
 
+@dataclass(frozen=True)
+class WrittenAnswer:
+    """What a model wrote, and how right that is.
+
+    Attributes:
+        text: without special tokens and what ended it.
+        score: 0 to 1, by the question's metric.
+    """
+
+    text: str
+    score: float
+
+
+def write_answers(
+    loaded: LoadedModel,
+    cache: Cache,
+    token_ids: torch.Tensor,
+    questions: Sequence[Question],
+    max_new_tokens: int | None = None,
+) -> list[WrittenAnswer]:
+    """Let a cache answer questions in its own words, greedily, and score each answer by the question's metric.
+
+    Args:
+        cache: holds all tokens of the context but the last, and has room for a question and its answer.
+        token_ids: the context, integers `[num_tokens]`.
+        max_new_tokens: of an answer; None takes those of its metric (`scoring.MAX_NEW_TOKENS`).
+    """
+    answers = []
+    for question in questions:
+        question_ids = tokenize(loaded, question.text, add_special_tokens=False)
+        prompt = torch.cat([token_ids, question_ids.to(token_ids.dtype)])
+        num_new = MAX_NEW_TOKENS[question.metric] if max_new_tokens is None else max_new_tokens
+        text = generate_answer(loaded, cache, len(token_ids) - 1, prompt, num_new).text
+        answers.append(WrittenAnswer(text, METRICS[question.metric](text, question.all_answers)))
+    return answers
+
+
 def count_packed_tokens(loaded: LoadedModel, questions: Sequence[Question]) -> int:
     """Return for how many tokens behind the context a cache must have room to be asked these questions."""
     sizes = [
-        len(tokenize(loaded, f"{question.text} {question.answer}", add_special_tokens=False)) for question in questions
+        len(tokenize(loaded, f"{question.text}{question.lead}{question.answer}", add_special_tokens=False))
+        for question in questions
     ]
     # Each question again with another answer, each begun by the context's last token, and some slack for tokenization.
     return 2 * sum(size + 4 for size in sizes)
@@ -174,6 +165,8 @@ def _write_answers(
     """
     num_cached = len(token_ids) - 1
     last = int(token_ids[-1])
+    if not candidates:
+        return []
     inputs: list[int] = []
     lengths = []
     for question_ids, answer in candidates:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from cachegen.errors import BackendUnavailableError, InputError
+from cachegen.pipeline.gguf import find_gguf_file, hash_gguf_file, split_gguf_name
 from cachegen.pipeline.model_files import (
     find_model_file,
     find_weight_files,
@@ -65,10 +66,11 @@ def compute_fingerprint(model_id: str, *, local_files_only: bool = False, load_i
     Only files are looked at, so that neither the dtype in which the model computes, nor the device, the number of GPUs,
     the place of the files, the version of transformers or the number of shards matters. Of each tensor as many pages
     are read as its sample touches; a tensor whose other rows alone differ is not told apart. docs/format.md
-    (Fingerprint of the model) specifies the bytes.
+    (Fingerprint of the model) specifies the bytes. A GGUF file counts with all its bytes, which hold config and
+    tokenizer, too.
 
     Args:
-        model_id: a Hugging Face id or a local folder.
+        model_id: a Hugging Face id, a local folder or a GGUF file.
         load_in_8bit: whether the weights are rounded to 8 bits on loading, which gives other keys and values.
 
     Returns:
@@ -78,6 +80,10 @@ def compute_fingerprint(model_id: str, *, local_files_only: bool = False, load_i
         InputError: a file is missing or damaged.
         BackendUnavailableError: the model has an adapter, and the package that applies it is not there.
     """
+    if split_gguf_name(model_id) is not None:
+        digest = hashlib.sha256()
+        _add(digest, "gguf", hash_gguf_file(find_gguf_file(model_id, local_files_only)))
+        return digest.hexdigest()
     config = read_config(model_id, local_files_only)
     canonical = {name: value for name, value in config.items() if name not in _CONFIG_FIELDS_OUTSIDE}
     digest = hashlib.sha256()

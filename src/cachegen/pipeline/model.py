@@ -33,15 +33,26 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.hub import cached_file
 
-from cachegen.errors import BackendUnavailableError, ConfigError, InputError
+from cachegen.errors import BackendUnavailableError, CacheGenError, ConfigError, InputError
 from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
 from cachegen.pipeline.fingerprint import compute_fingerprint, compute_memory_fingerprint, find_checkpoint_fingerprint
+from cachegen.pipeline.gguf import (
+    GGUF_DTYPE,
+    find_gguf_file,
+    forget_blocks,
+    hidden_bar,
+    name_gguf_model,
+    require_gguf,
+    split_gguf_name,
+    unpacking,
+)
 from cachegen.pipeline.limits import LengthLimit, read_length_limit
-from cachegen.pipeline.model_files import first_line, read_config
+from cachegen.pipeline.model_files import CONFIG_NAME, first_line, read_config
 
 BUNDLED_MODEL = "models/tiny-mistral"
 
 _HUB_TIMEOUT_SECONDS = 5
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 # Layers whose cache is keys and values of every token; a plain cache keeps them all, and only the mask differs.
 _REPRESENTABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 
@@ -53,7 +64,7 @@ class LoadedModel:
     Attributes:
         model: a transformers causal language model, in evaluation mode.
         tokenizer: its tokenizer; None for a model that was given without.
-        model_id: the Hugging Face id or folder it was loaded from, or a name for messages.
+        model_id: the Hugging Face id, folder or GGUF file it was loaded from, or a name for messages.
         fingerprint: SHA-256 in hex of its config, tokenizer and weights; see `fingerprint.compute_fingerprint`, and for
             a model that was given in memory `fingerprint.compute_memory_fingerprint`.
         rotary_embeddings: empty for a model without.
@@ -123,6 +134,7 @@ def load_model(
     *,
     device: torch.device,
     dtype: torch.dtype | Literal["auto"] = "auto",
+    gguf_file: str | None = None,
     load_in_8bit: bool = False,
     num_gpus: int | None = None,
     max_gpu_memory: int | None = None,
@@ -130,9 +142,10 @@ def load_model(
     """Load a model and its tokenizer from a folder, the Hugging Face cache or the hub; never any code of theirs.
 
     Args:
-        model_id: a Hugging Face id or a local folder.
+        model_id: a Hugging Face id or a local folder, or the path of a GGUF file.
         device: where the model runs; with `num_gpus` or `max_gpu_memory` it must be CUDA.
-        dtype: of weights and computation; "auto" is the checkpoint's own.
+        dtype: of weights and computation; "auto" is the checkpoint's own, bfloat16 for a GGUF file.
+        gguf_file: name of a GGUF file in `model_id`, which is loaded instead of the checkpoint's other files.
         load_in_8bit: keep the weights in 8 bits (bitsandbytes, LLM.int8).
         num_gpus: spread the layers over so many GPUs.
         max_gpu_memory: GiB of weights per GPU at most.
@@ -142,30 +155,38 @@ def load_model(
         BackendUnavailableError: a package or a GPU that was asked for is not there.
         ConfigError: the flags contradict each other.
     """
+    model_id = name_gguf_model(model_id, gguf_file)
+    gguf_names = split_gguf_name(model_id)
+    if gguf_names is not None and load_in_8bit:
+        raise ConfigError(f"`load_in_8bit` is not for a GGUF file, whose weights are rounded already: {model_id}")
     placement = _plan_placement(device, load_in_8bit, num_gpus, max_gpu_memory)
-    with quiet_transformers():
+    with quiet_transformers(), hidden_bar():
         local_files_only = _check_reachable(model_id)
-        read_config(model_id, local_files_only)  # says better than transformers what is wrong with it
+        place, source = _find_source(model_id, local_files_only)
+        if gguf_names is not None and dtype == "auto":
+            dtype = GGUF_DTYPE
         try:
-            config = AutoConfig.from_pretrained(model_id, local_files_only=local_files_only)
+            config = AutoConfig.from_pretrained(place, **source)
             _refuse_unrepresentable(model_id, config)
             fingerprint = compute_fingerprint(model_id, local_files_only=local_files_only, load_in_8bit=load_in_8bit)
-            tokenizer = AutoTokenizer.from_pretrained(model_id, local_files_only=local_files_only)
+            tokenizer = AutoTokenizer.from_pretrained(place, **source)
+            if gguf_names is not None:
+                placement["quantization_config"] = unpacking()
             loading: Any = AutoModelForCausalLM.from_pretrained(
-                model_id,
-                config=config,
-                dtype=dtype,
-                local_files_only=local_files_only,
-                output_loading_info=True,
-                **placement,
+                place, config=config, dtype=dtype, output_loading_info=True, **source, **placement
             )
             model, loading_info = loading
-        except torch.OutOfMemoryError:
+        except (CacheGenError, MemoryError, torch.OutOfMemoryError):
             raise
         except ImportError as error:
             raise BackendUnavailableError(f"{model_id}: {first_line(error)}") from error
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
+            # Of a damaged GGUF file, whatever reads it first raises what it likes: tokenizers a plain Exception.
+            if gguf_names is None and not isinstance(error, _LOADING_ERRORS):
+                raise
             raise InputError(f"{model_id}: cannot be loaded: {first_line(error)}") from error
+        if gguf_names is not None:
+            forget_blocks(model)
         if "device_map" not in placement:
             model.to(device)
     missing = sorted(loading_info["missing_keys"])
@@ -176,6 +197,25 @@ def load_model(
     model.eval()
     _keep_special_tokens_only(model)
     return LoadedModel(model, tokenizer, model_id, fingerprint, read_rotary_embeddings(model))
+
+
+def load_tokenizer(model_id: str, *, gguf_file: str | None = None) -> Any:
+    """Load a model's tokenizer alone, from where `load_model` would.
+
+    Raises:
+        InputError: there is no such model, or its tokenizer is damaged.
+        BackendUnavailableError: a package that reads it is not there.
+    """
+    model_id = name_gguf_model(model_id, gguf_file)
+    with quiet_transformers():
+        local_files_only = _check_reachable(model_id)
+        place, source = _find_source(model_id, local_files_only)
+        try:
+            return AutoTokenizer.from_pretrained(place, **source)
+        except (MemoryError, ImportError):
+            raise
+        except Exception as error:  # tokenizers raises a plain one
+            raise InputError(f"{model_id}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def identify_model(model: Any, fingerprint: str | None = None) -> LoadedModel:
@@ -309,6 +349,22 @@ def _require_package(package: str, flag: str) -> None:
         raise BackendUnavailableError(f"{flag}: needs the package {package}: pip install {package}")
 
 
+def _find_source(model_id: str, local_files_only: bool) -> tuple[str, dict[str, Any]]:
+    """Return what from_pretrained is given for a model: the folder or id, and further arguments.
+
+    Raises:
+        InputError: its config, or its GGUF file, is missing or damaged.
+        BackendUnavailableError: a package that reads GGUF files is not there.
+    """
+    names = split_gguf_name(model_id)
+    if names is None:
+        read_config(model_id, local_files_only)  # says better than transformers what is wrong with it
+        return model_id, {"local_files_only": local_files_only}
+    require_gguf(model_id)
+    find_gguf_file(model_id, local_files_only)
+    return names[0], {"local_files_only": local_files_only, "gguf_file": names[1]}
+
+
 def _check_reachable(model_id: str) -> bool:
     """Find out quickly whether there is such a model at all.
 
@@ -318,6 +374,7 @@ def _check_reachable(model_id: str) -> bool:
     Raises:
         InputError: it is neither a folder, nor in the Hugging Face cache, nor on a hub that answers.
     """
+    model_id, name = split_gguf_name(model_id) or (model_id, CONFIG_NAME)
     advice = f"give a folder or a Hugging Face id; the bundled model is {BUNDLED_MODEL}"
     if os.path.isdir(model_id):
         return True
@@ -326,7 +383,7 @@ def _check_reachable(model_id: str) -> bool:
     # huggingface_hub would retry for half a minute before it says that there is no network.
     local_files_only = huggingface_hub.constants.HF_HUB_OFFLINE or not _is_hub_reachable()
     try:
-        found = cached_file(model_id, "config.json", local_files_only=local_files_only)
+        found = cached_file(model_id, name, local_files_only=local_files_only)
     except OSError as error:
         if local_files_only:
             reason = "is neither a folder nor cached, and the Hugging Face hub cannot be reached"
@@ -334,7 +391,7 @@ def _check_reachable(model_id: str) -> bool:
             reason = f"is neither a folder nor to be had from the Hugging Face hub: {first_line(error)}"
         raise InputError(f"{model_id}: {reason} ({advice})") from error
     if found is None:
-        raise InputError(f"{model_id}: is no model: it has no config.json ({advice})")
+        raise InputError(f"{model_id}: is no model: it has no {name} ({advice})")
     return local_files_only
 
 

@@ -24,7 +24,7 @@ def profile_finder(
     Args:
         named: a profile or its folder, as the user gave it; None searches the places.
         places: folders that may hold profiles: a model's folder, which has its own in `profile`, a folder of models, or
-            a folder of profiles. A place that does not exist holds none.
+            a folder of profiles; a GGUF file stands for its folder. A place that does not exist holds none.
         model_fingerprint: load the profiles of this model, 64 hex digits, at once, as a server that has the model in
             memory would; those that cannot be read are reported when they are asked for.
     """
@@ -65,5 +65,6 @@ def profile_finder(
 def _list_profiles(places: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
     """Yield the paths of the profiles' records below some places."""
     for place in places:
+        folder = Path(place).parent if os.path.isfile(place) else Path(place)
         for pattern in ("profile", "*", "*/profile"):
-            yield from sorted(Path(place).glob(f"{pattern}/{PROFILE_NAME}"))
+            yield from sorted(folder.glob(f"{pattern}/{PROFILE_NAME}"))
