@@ -11,7 +11,8 @@ from random_models import _SHARED, make_loaded, make_named, make_token_ids, one_
 
 from cachegen.calibration.fisher import accumulate_fisher, plan_windows
 from cachegen.kv_cache import KVCache, from_planes
-from cachegen.methods.transform.transform import apply_rotation, join_planes, rotation_of
+from cachegen.methods.rotary import apply_rotation, rotation_of
+from cachegen.methods.transform.transform import join_planes
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
 from cachegen.pipeline.prefill import prefill_context, run_model

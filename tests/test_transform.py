@@ -9,15 +9,13 @@ import pytest
 import torch
 
 from cachegen.kv_cache import RotaryEmbedding, from_planes
+from cachegen.methods.rotary import apply_rotation, rotation_of, undo_rotation
 from cachegen.methods.transform.transform import (
     LEVEL_RATIO_LOG,
     MAX_COMPONENT,
     GroupTransform,
-    apply_rotation,
     quantize_components,
-    rotation_of,
     step_of_level,
-    undo_rotation,
 )
 from tests.small_documents import allocate_for, make_components, make_profile, make_transformed_cache
 

@@ -113,3 +113,36 @@ def decode_components(
     tokens_per_stream: int,
     num_threads: int,
 ) -> tuple[int, int]: ...
+def lossless_encode(
+    values: NDArray[np.uint16],
+    first_token: int,
+    channels: NDArray[np.int32],
+    layers: NDArray[np.int32],
+    weights: NDArray[np.uint8],
+    frequencies: NDArray[np.uint16],
+    turns: NDArray[np.uint32],
+    is_float16: bool,
+) -> list[bytes]: ...
+def lossless_count(
+    values: NDArray[np.uint16],
+    first_token: int,
+    channels: NDArray[np.int32],
+    layers: NDArray[np.int32],
+    weights: NDArray[np.uint8],
+    frequencies: NDArray[np.uint16],
+    turns: NDArray[np.uint32],
+    is_float16: bool,
+    counts: NDArray[np.uint32],
+) -> None: ...
+def lossless_decode(
+    payload: NDArray[np.uint8],
+    index: NDArray[np.uint32],
+    values: NDArray[np.uint16],
+    first_token: int,
+    channels: NDArray[np.int32],
+    layers: NDArray[np.int32],
+    weights: NDArray[np.uint8],
+    frequencies: NDArray[np.uint16],
+    turns: NDArray[np.uint32],
+    is_float16: bool,
+) -> tuple[int, int]: ...

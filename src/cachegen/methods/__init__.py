@@ -20,7 +20,7 @@ from cachegen.format.files import Chunk, split_chunk, split_document
 from cachegen.format.framing import Buffer
 from cachegen.format.headers import ChunkHeader, DocumentHeader
 from cachegen.kv_cache import ContextMetadata, KVCache
-from cachegen.methods import absmax, transform
+from cachegen.methods import absmax, lossless, transform
 from cachegen.methods.base import (
     METHODS,
     Document,
@@ -32,7 +32,7 @@ from cachegen.methods.base import (
     method_of_file,
 )
 
-METHODS.extend([*absmax.METHODS, *transform.METHODS])
+METHODS.extend([*absmax.METHODS, *lossless.METHODS, *transform.METHODS])
 DEFAULT_METHOD = "cachegen"
 
 

@@ -6,7 +6,7 @@ import torch
 
 from cachegen.errors import ConfigError
 from cachegen.kv_cache import ContextMetadata
-from cachegen.methods.transform.transform import apply_rotation, rotation_of, undo_rotation
+from cachegen.methods.rotary import apply_rotation, rotation_of, undo_rotation
 
 
 def rotate_keys(keys: torch.Tensor, metadata: ContextMetadata, *, undo: bool) -> torch.Tensor:

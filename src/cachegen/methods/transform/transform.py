@@ -19,6 +19,7 @@ from typing import cast
 import torch
 
 from cachegen.kv_cache import KVCache, RotaryEmbedding
+from cachegen.methods.rotary import apply_rotation, rotation_of, split_pairs, undo_rotation
 from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile, TransformGroup
 
 LEVEL_RATIO = 3
@@ -152,7 +153,7 @@ class GroupTransform:
         ):
             values = part.view(shape).clone()
             if index % 2 == 0 and num_pairs:
-                first, second, _ = _pairs(values, num_pairs)
+                first, second, _ = split_pairs(values, num_pairs)
                 larger = torch.maximum(first, second) * self._rotary_scaling
                 values[..., : 2 * num_pairs] = torch.cat([larger, larger], dim=-1)
             parts.append(values.flatten())
@@ -196,39 +197,6 @@ def join_planes(
             values = undo_rotation(values, *rotation)
         parts.append(values.flatten(1))
     return torch.cat(parts, dim=1)
-
-
-def rotation_of(
-    rotary: RotaryEmbedding, num_tokens: int, first_token: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return cosines and sines, fp32 `[num_tokens, 1, len(inv_freq)]`, and the attention scaling."""
-    positions = torch.arange(first_token, first_token + num_tokens, dtype=torch.float64, device=device)
-    frequencies = torch.tensor(rotary.inv_freq, dtype=torch.float64, device=device)
-    angles = (positions[:, None] * frequencies)[:, None, :]
-    return angles.cos().float(), angles.sin().float(), rotary.attention_scaling
-
-
-def apply_rotation(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Rotate keys `[num_tokens, num_heads, head_dim]` by their positions.
-
-    Dims i and i + n of a head, n = len(inv_freq), are a pair; dims from 2n on are left as they are.
-
-    Source: rotary position embedding (Su et al. 2021), pairs as transformers' Llama has them.
-    """
-    first, second, rest = _pairs(keys, cosines.shape[-1])
-    rotated = (first * cosines - second * sines, second * cosines + first * sines)
-    return torch.cat([part * scaling for part in rotated] + [rest], dim=-1)
-
-
-def undo_rotation(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Rotate keys back; the inverse of `apply_rotation`."""
-    first, second, rest = _pairs(keys, cosines.shape[-1])
-    rotated = (first * cosines + second * sines, second * cosines - first * sines)
-    return torch.cat([part / scaling for part in rotated] + [rest], dim=-1)
-
-
-def _pairs(keys: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return keys[..., :num_pairs], keys[..., num_pairs : 2 * num_pairs], keys[..., 2 * num_pairs :]
 
 
 def quantize_components(components: torch.Tensor, step: float, num_coded: Sequence[int]) -> list[torch.Tensor]:

@@ -1,0 +1,77 @@
+"""Method `lossless`: the bits of every value, predicted from the values before it.
+
+A value is coded as its distance from a prediction, which channels of the same token give that are coded before it: of
+the layers before, and of its own. Keys are predicted with their rotary embedding undone. Weights are fitted on the
+cache itself and stand in the tables file, so no profile is needed. All that decoding computes is integers: every
+machine decodes the same bits.
+
+    config       what a config file says
+    fit          a cache's weights and distributions
+    model        what the tables file holds of them
+    headers      the fields of the files
+    codec        the document and its encoder
+
+docs/lossless.md is the specification.
+
+Source: linear prediction by the Cholesky factor of the covariance, which removes as much as a Karhunen-Loeve transform
+does (Phoong and Lin, "Prediction-based lower triangular transform", 2000).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cachegen.coder.kernels import Kernels
+from cachegen.fields import Fields
+from cachegen.kv_cache import ContextMetadata, KVCache
+from cachegen.methods.base import FindProfile, Method
+from cachegen.methods.lossless.codec import METHOD_NUMBER, LosslessDocument, LosslessEncoder
+from cachegen.methods.lossless.config import LosslessConfig, read_lossless
+from cachegen.methods.lossless.headers import LosslessChunkHeader, LosslessDocumentHeader
+
+__all__ = ["METHODS", "LosslessMethod"]
+
+
+class LosslessMethod(Method):
+    """See the module."""
+
+    name = "lossless"
+    number = METHOD_NUMBER
+
+    @property
+    def document_header(self) -> type[LosslessDocumentHeader]:
+        return LosslessDocumentHeader
+
+    @property
+    def chunk_header(self) -> type[LosslessChunkHeader]:
+        return LosslessChunkHeader
+
+    def read_config(self, fields: Fields, source: str) -> LosslessConfig:
+        return read_lossless(fields, source)
+
+    def open_document(
+        self,
+        header: LosslessDocumentHeader,
+        tables_hash: bytes,
+        tables: bytes,
+        *,
+        num_threads: int,
+        kernels: Kernels,
+        find_profile: FindProfile | None,
+    ) -> LosslessDocument:
+        return LosslessDocument(header, tables_hash, tables)
+
+    def make_encoder(
+        self,
+        config: LosslessConfig,
+        cache: KVCache,
+        metadata: ContextMetadata,
+        chunk_tokens: Sequence[int],
+        *,
+        num_threads: int,
+        kernels: Kernels,
+    ) -> LosslessEncoder:
+        return LosslessEncoder(cache, metadata, chunk_tokens, num_threads=num_threads, kernels=kernels)
+
+
+METHODS = (LosslessMethod(),)

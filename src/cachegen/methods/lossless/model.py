@@ -1,0 +1,149 @@
+"""What the tables file of method `lossless` holds: how each channel is predicted and its distance coded."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cachegen.errors import BitstreamError
+from cachegen.methods.lossless.headers import PlaneShape
+
+NUM_SYMBOLS = 64
+MAX_CONTEXT = 4096
+"""Channels that a prediction may use."""
+MAX_BEFORE = 3
+"""Layers before its own that a prediction may use."""
+NO_WEIGHTS = 255
+"""In the place of that number: the layer's channels are not predicted."""
+
+_LEAST_BYTES = 1 << 20  # a model of so many is read however well it is compressed
+_MAX_COMPRESSION = 256  # its length over that of its compressed form
+_CHANNEL = np.dtype(
+    [("mean", "<i4"), ("multiplier", "<i4"), ("step", "<u2"), ("shift", "u1"), ("exponent", "i1"), ("history", "u1")]
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A document's model; the native coder checks the ranges.
+
+    Attributes:
+        channels: int32 `[num_channels, 6]`: mean, multiplier, shift, exponent, history shift and step of each, layer
+            after layer, keys before values.
+        layers_before: per layer, how many layers before it predict it, or `NO_WEIGHTS`.
+        weights: uint8 holding int8, per layer with weights `[its channels, channels before + its channels]`.
+        frequencies: uint16 `[2 * num_layers, 64]`, of the symbols of each plane; every row sums to 4096.
+        turns: uint32 `[num_pairs, 2]`, low word first: the rotation of each pair of a key's dims from token to
+            token, in 2^-64 turns.
+    """
+
+    channels: NDArray[np.int32]
+    layers_before: tuple[int, ...]
+    weights: NDArray[np.uint8]
+    frequencies: NDArray[np.uint16]
+    turns: NDArray[np.uint32]
+
+    def native_arguments(self, planes: Sequence[PlaneShape], *, is_float16: bool) -> dict[str, Any]:
+        """Return what the native functions take."""
+        return {
+            "channels": self.channels,
+            "layers": describe_layers(planes, self.layers_before),
+            "weights": self.weights,
+            "frequencies": self.frequencies,
+            "turns": self.turns,
+            "is_float16": is_float16,
+        }
+
+    def pack(self) -> bytes:
+        """Return the model's compressed bytes."""
+        channels = np.empty(len(self.channels), _CHANNEL)
+        for index, name in enumerate(("mean", "multiplier", "shift", "exponent", "history", "step")):
+            channels[name] = self.channels[:, index]
+        parts = [
+            len(self.turns).to_bytes(2, "little"),
+            self.turns.astype("<u4").tobytes(),
+            bytes(self.layers_before),
+            # Field after field: numbers of one kind compress better.
+            *(channels[name].tobytes() for name in _CHANNEL.names or ()),
+            self.frequencies.astype("<u2").tobytes(),
+            self.weights.tobytes(),
+        ]
+        return zlib.compress(b"".join(parts), 9)
+
+
+def unpack_model(content: bytes, planes: Sequence[PlaneShape]) -> Model:
+    """Read what `Model.pack` wrote.
+
+    Args:
+        planes: the shapes of keys and values of layer 0, of layer 1, ...
+
+    Raises:
+        BitstreamError: it is no model of such planes.
+    """
+    limit = max(_LEAST_BYTES, _MAX_COMPRESSION * len(content))
+    inflater = zlib.decompressobj()
+    try:
+        inflated = inflater.decompress(content, limit)
+    except zlib.error as error:
+        raise BitstreamError(f"is not compressed data ({error})", field="model") from None
+    if not inflater.eof or inflater.unused_data:
+        raise BitstreamError("is longer than its compressed form may stand for", field="model")
+    reader = _Reader(inflated)
+    num_pairs = int(reader.take("<u2", 1)[0])
+    turns = reader.take("<u4", 2 * num_pairs).astype(np.uint32).reshape(-1, 2)
+    layers_before = tuple(int(number) for number in reader.take("u1", len(planes) // 2))
+    num_channels = sum(plane.num_channels for plane in planes)
+    fields = {name: reader.take(_CHANNEL[name].str, num_channels) for name in _CHANNEL.names or ()}
+    channels = np.stack(
+        [fields[name].astype(np.int32) for name in ("mean", "multiplier", "shift", "exponent", "history", "step")],
+        axis=1,
+    )
+    frequencies = reader.take("<u2", NUM_SYMBOLS * len(planes)).astype(np.uint16).reshape(-1, NUM_SYMBOLS)
+    for layer, before in enumerate(layers_before):
+        if before != NO_WEIGHTS and before > min(layer, MAX_BEFORE):
+            raise BitstreamError(f"layer {layer} is predicted from {before} layers before it", field="model")
+    layers = describe_layers(planes, layers_before).astype(np.int64)
+    sizes = layers[:, 4] * (layers[:, 0] + layers[:, 1]) * (layers[:, 3] + layers[:, 0] + layers[:, 1])
+    weights = reader.take("u1", int(sizes.sum()))
+    reader.check_end()
+    return Model(np.ascontiguousarray(channels), layers_before, weights, frequencies, turns)
+
+
+def describe_layers(planes: Sequence[PlaneShape], layers_before: Sequence[int]) -> NDArray[np.int32]:
+    """Return int32 `[num_layers, 5]`: channels of keys and of values, dims of a key, channels before, has weights."""
+    widths = [keys.num_channels + values.num_channels for keys, values in zip(planes[::2], planes[1::2], strict=True)]
+    rows = [
+        (
+            planes[2 * layer].num_channels,
+            planes[2 * layer + 1].num_channels,
+            planes[2 * layer].head_dim,
+            0 if before == NO_WEIGHTS else sum(widths[layer - before : layer]),
+            int(before != NO_WEIGHTS),
+        )
+        for layer, before in enumerate(layers_before)
+    ]
+    return np.array(rows, np.int32).reshape(-1, 5)
+
+
+class _Reader:
+    """Takes arrays from bytes, one after the other."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content, self._at = content, 0
+
+    def take(self, dtype: str, count: int) -> NDArray[Any]:
+        num_bytes = count * np.dtype(dtype).itemsize
+        if num_bytes > len(self._content) - self._at:
+            raise BitstreamError("ends too early", field="model")
+        array = np.frombuffer(self._content, dtype, count, self._at)
+        self._at += num_bytes
+        return array
+
+    def check_end(self) -> None:
+        if self._at != len(self._content):
+            raise BitstreamError("is longer than it must be", field="model")
