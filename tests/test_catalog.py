@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_metadata, read_folder
-from stores import CHUNK_TOKENS, NUM_TOKENS, make_document, publish, serve
 
 from cachegen.errors import (
     BitstreamError,
@@ -25,6 +23,10 @@ from cachegen.files import atomic_write
 from cachegen.store.catalog import EncodedLevel, FoundDocument, find_document, publish_document
 from cachegen.store.index import read_manifest
 from cachegen.store.store import Store, open_store
+from tests.fixtures import read_folder
+from tests.fixtures.caches import make_metadata
+from tests.fixtures.stores import CHUNK_TOKENS, NUM_TOKENS, make_document, publish
+from tests.fixtures.web_server import serve
 
 
 @pytest.fixture(scope="module")

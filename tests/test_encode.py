@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_cache, make_encoder, make_metadata, read_folder, write_config
 
 from cachegen.errors import ConfigError, InputError, OutputError
 from cachegen.files import lock_folder
@@ -17,6 +16,9 @@ from cachegen.kv_cache import from_planes
 from cachegen.methods import load_config, parse_chunk, parse_document
 from cachegen.methods.absmax.codec import AbsmaxEncoder
 from cachegen.pipeline.encode import encode_document
+from tests.fixtures import read_folder
+from tests.fixtures.absmax import make_encoder, write_config
+from tests.fixtures.caches import make_cache, make_metadata
 
 CHUNKS = (25, 25, 10)
 NAMES = ["chunk_00000.L1.cgc", "chunk_00001.L1.cgc", "chunk_00002.L1.cgc", "tables.cgt"]

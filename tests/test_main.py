@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import BUNDLED_MODEL, REPOSITORY, copy_with_other_keys, one_thread  # noqa: F401
 
 import main
 from cachegen.kv_cache import load_kv_cache, save_kv_cache
 from cachegen.pipeline import model as model_module
 from cachegen.pipeline.fingerprint import compute_fingerprint
+from tests.fixtures import BUNDLED_MODEL, REPOSITORY
+from tests.fixtures.models import copy_with_other_keys
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = "The register harbour-lantern: 48213 is kept among the prose of this little context, word after word."
 

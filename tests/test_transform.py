@@ -19,7 +19,7 @@ from cachegen.methods.transform.transform import (
     step_of_level,
     undo_rotation,
 )
-from tests.small_documents import allocate_for, make_components, make_profile, make_transformed_cache
+from tests.fixtures.transform import allocate_for, make_components, make_profile, make_transformed_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
