@@ -155,6 +155,14 @@ def test_a_cache_of_other_weights_behind_the_same_config_is_not_taken_for_this_m
     assert "was made with another model" in read_error(capsys)
 
 
+def test_a_finished_file_is_opened_once(context, save_dir, monkeypatch):
+    assert prefill(context, save_dir) == 0
+    opened = []
+    monkeypatch.setattr(main, "load_kv_cache", lambda path: opened.append(path) or load_kv_cache(path))
+    assert prefill(context, save_dir) == 0
+    assert opened == [save_dir / "test_kv_3.pkl"]
+
+
 def test_a_foreign_pickle_under_the_name_is_neither_run_nor_replaced(context, save_dir, capsys):
     save_dir.mkdir()
 
