@@ -250,15 +250,6 @@ def test_a_failure_midway_leaves_whole_files_only(encoder, folder, encoded, tmp_
     assert read_folder(tmp_path / "partial") == {name: encoded[name] for name in encoded if name != NAMES[2]}
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize(("plane", "place"), [(0, "layer 0"), (3, "layer 1")])
-def test_a_cache_with_nan_or_infinity_is_refused_by_layer_and_token(config_path, bad, plane, place):
-    cache = make_cache(60)
-    cache.planes[plane][41, 0, 5] = bad
-    with pytest.raises(InputError, match=rf"{place}.*token 41|token 41.*{place}"):
-        make_encoder(cache, make_metadata(60), config_path, CHUNKS)
-
-
 def test_nan_in_tokens_that_no_chunk_covers_is_no_matter(config_path, folder):
     cache = make_cache(60)
     cache.keys[0][55] = torch.nan
