@@ -140,15 +140,17 @@ def _prefill_documents(args: argparse.Namespace) -> None:
         if loaded.max_tokens is not None and len(token_ids) > loaded.max_tokens:
             made_for = f"more than the {loaded.max_tokens} the model is made for"
             report.warn(f"{document.context_path}: {len(token_ids)} tokens, {made_for}")
-        states.append(FileState.FREE if args.overwrite else _examine(document.kv_path, loaded, token_ids, args))
+        states.append((FileState.FREE, 0) if args.overwrite else _examine(document.kv_path, loaded, token_ids, args))
 
     num_tokens = sum(
-        len(ids) - 1 for ids, state in zip(ids_of_documents, states, strict=True) if state is not FileState.FINISHED
+        len(ids) - 1
+        for ids, (state, _) in zip(ids_of_documents, states, strict=True)
+        if state is not FileState.FINISHED
     )
     records = []
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
-        for document, token_ids, state in zip(documents, ids_of_documents, states, strict=True):
-            records.append(_prefill_document(document, loaded, token_ids, args, state, bar))
+        for document, token_ids, (state, num_values) in zip(documents, ids_of_documents, states, strict=True):
+            records.append(_prefill_document(document, loaded, token_ids, args, state, num_values, bar))
     for record in records:
         _report_document(report, record)
     command_line.finish(
@@ -162,9 +164,13 @@ def _prefill_document(
     token_ids: torch.Tensor,
     args: argparse.Namespace,
     state: FileState,
+    num_values: int,
     bar: Any,
 ) -> dict[str, Any]:
     """Prefill and save one context, unless that is done already, and return its JSON record.
+
+    Args:
+        state, num_values: what `_examine` found.
 
     Raises:
         OutputError: the file cannot be written, or another process has put another document's there meanwhile.
@@ -172,26 +178,25 @@ def _prefill_document(
     from cachegen.pipeline.prefill import prefill_context
 
     prefill_seconds = None
-    if state is FileState.FINISHED:
-        cache, _ = load_kv_cache(document.kv_path)
-    else:
+    if state is not FileState.FINISHED:
         start = time.perf_counter()
         cache, metadata = prefill_context(loaded, token_ids, args.block_size, progress=bar.update)
         prefill_seconds = time.perf_counter() - start
+        num_values = cache.num_values
         metadata = dataclasses.replace(metadata, load_in_8bit=args.load_in_8bit)
         try:
             save_kv_cache(document.kv_path, cache, metadata, replace=args.overwrite or state is FileState.DAMAGED)
         except OutputExistsError:
             # Another process was faster: with the same document, which is as good, or with another, which stays.
-            if _examine(document.kv_path, loaded, token_ids, args) is not FileState.FINISHED:
+            if _examine(document.kv_path, loaded, token_ids, args)[0] is not FileState.FINISHED:
                 raise
             state = FileState.FINISHED
     return {
         "doc_id": document.doc_id,
         "path_to_context": document.context_path,
         "path_to_kv": document.kv_path,
-        "num_tokens": cache.num_tokens,
-        "kv_bytes": BYTES_PER_VALUE * cache.num_values,
+        "num_tokens": len(token_ids) - 1,
+        "kv_bytes": BYTES_PER_VALUE * num_values,
         "file_bytes": document.kv_path.stat().st_size,
         "prefill_seconds": prefill_seconds,
         "skipped": state is FileState.FINISHED,
@@ -242,21 +247,23 @@ def _make_folder(folder: Path) -> None:
         raise OutputError(f"{folder}: cannot be made: {error.strerror} (--save_dir)") from error
 
 
-def _examine(kv_path: Path, loaded: LoadedModel, token_ids: torch.Tensor, args: argparse.Namespace) -> FileState:
-    """Tell whether a file is there, is what would be written, and is whole.
+def _examine(
+    kv_path: Path, loaded: LoadedModel, token_ids: torch.Tensor, args: argparse.Namespace
+) -> tuple[FileState, int]:
+    """Tell whether a file is there, is what would be written, and is whole; and how many values it has, 0 if unknown.
 
     Raises:
         OutputError: it is something else, which only --overwrite may replace.
     """
     if not os.path.lexists(kv_path):
-        return FileState.FREE
+        return FileState.FREE, 0
     remedy = "give another --save_dir, or --overwrite to replace it"
     try:
         cache, metadata = load_kv_cache(kv_path)
     except (BitstreamError, InputError) as error:
         is_ours = isinstance(error, BitstreamError) and not isinstance(error, UnsupportedVersionError)
         if is_ours and is_damaged_kv_file(kv_path):
-            return FileState.DAMAGED
+            return FileState.DAMAGED, 0
         raise OutputError(f"{error}; {remedy}") from error
     num_cached = len(token_ids) - 1
     differences = {
@@ -273,7 +280,7 @@ def _examine(kv_path: Path, loaded: LoadedModel, token_ids: torch.Tensor, args: 
         raise OutputError(f"{kv_path}: was made with another {' and another '.join(differing)}; {remedy}")
     # What the file says about itself is covered by checksums; this reads the values, too.
     is_whole = hash_planes(cache) == metadata.cache_hash
-    return FileState.FINISHED if is_whole else FileState.DAMAGED
+    return FileState.FINISHED if is_whole else FileState.DAMAGED, cache.num_values
 
 
 if __name__ == "__main__":

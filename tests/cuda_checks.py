@@ -17,7 +17,7 @@ from cachegen.errors import BitstreamError
 from cachegen.format import Coder, PlaneLayout, StreamEntry
 from cachegen.kv_cache import KVCache, from_planes
 from cachegen.methods.absmax.quantization import low_bits_for
-from tests.small_documents import allocate_like, make_cache, same_bits
+from tests.fixtures.caches import allocate_like, are_equal, make_shaped_cache
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Encoded:
 
 def encode_on_cpu(shape: Shape, dtype: torch.dtype, coder: Coder) -> Encoded:
     shapes = list(zip(shape.heads, shape.dims, strict=True))
-    cache = make_cache(shapes, shape.num_tokens, dtype, head_major=shape.head_major)
+    cache = make_shaped_cache(shapes, shape.num_tokens, dtype, head_major=shape.head_major)
     for plane in cache.planes:
         plane[shape.num_tokens // 2] = 0
     table_size = 1 if coder is Coder.PACKED else 32
@@ -129,8 +129,8 @@ def check_shape(kernels, shape: Shape, dtype: torch.dtype, coder: Coder) -> None
     tables = expected.load_tables(kernels)
     payload, streams = kernels.encode(expected.cache, expected.scales, expected.layouts, tables, coder=coder)
     assert streams == expected.streams and bytes(payload) == expected.payload
-    assert same_bits(expected.decode(kernels), expected.decode(cpu))
-    assert same_bits(expected.decode(cpu, bytes(payload), streams), expected.decode(kernels))
+    assert are_equal(expected.decode(kernels), expected.decode(cpu))
+    assert are_equal(expected.decode(cpu, bytes(payload), streams), expected.decode(kernels))
 
 
 def outcome(encoded: Encoded, kernels, payload: bytes, streams: list[StreamEntry]) -> KVCache | str:
@@ -161,7 +161,7 @@ def check_corrupt_streams(kernels, encoded: Encoded, num_tries: int) -> None:
             assert found == expected
             num_refused += 1
         else:
-            assert isinstance(found, KVCache) and same_bits(found, expected)
+            assert isinstance(found, KVCache) and are_equal(found, expected)
     assert num_refused > num_tries // 4
 
 

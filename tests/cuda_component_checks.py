@@ -20,7 +20,7 @@ from cachegen.kv_cache import KVCache, RotaryEmbedding, from_planes
 from cachegen.methods.transform.codec import TransformDocument, TransformEncoder
 from cachegen.methods.transform.profile import Profile, TransformGroup
 from cachegen.methods.transform.transform import LEVEL_RATIO_LOG, quantize_components
-from tests.small_documents import make_cache, make_metadata
+from tests.fixtures.caches import make_metadata, make_shaped_cache
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def make_transform_document(
 ) -> tuple[KVCache, TransformEncoder, list[list[bytes]]]:
     """A cache of four layers in two groups, its encoder, and per chunk the files of its levels."""
     generator = torch.Generator().manual_seed(3)
-    cache = make_cache([(num_key_heads, 8), (1, 8)] * 4, sum(CHUNK_TOKENS), torch.float16)
+    cache = make_shaped_cache([(num_key_heads, 8), (1, 8)] * 4, sum(CHUNK_TOKENS), torch.float16)
     metadata = dataclasses.replace(make_metadata(cache.num_tokens), rotary_embeddings=(ROTARY,))
     groups, width = [], 2 * 8 * (num_key_heads + 1)
     for first_layer in (0, 2):

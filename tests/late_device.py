@@ -26,7 +26,7 @@ from cachegen.format import Coder
 from cachegen.kv_cache import KVCache
 from tests import emulation
 from tests.cuda_checks import Encoded, Shape, encode_on_cpu
-from tests.small_documents import allocate_like, same_bits
+from tests.fixtures.caches import allocate_like, are_equal
 
 CPU = torch.device("cpu")
 NUM_CHUNKS = 5
@@ -161,7 +161,7 @@ def check_chunks(kernels: CudaKernels, chunks: list[Encoded]) -> None:
     for (output, finish), (chunk, payload) in zip(started, cases, strict=True):
         error = _outcome(finish)
         assert error == (expected if payload is corrupt else None)
-        assert error is not None or same_bits(output, chunk.decode(cpu))
+        assert error is not None or are_equal(output, chunk.decode(cpu))
 
 
 def _outcome(call: Callable[[], object]) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import doctest
-import functools
 import pydoc
 import re
 import runpy
@@ -14,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, are_equal, read_folder
-from random_models import BUNDLED_MODEL, CONFIGS, make_loaded, make_named, make_token_ids, one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaModel, StaticCache
 
 import cachegen
@@ -29,10 +26,26 @@ from cachegen.pipeline.chunking import plan_chunks
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
 from cachegen.pipeline.generate import generate_answer
-from cachegen.pipeline.model import LoadedModel, load_model, quiet_transformers
+from cachegen.pipeline.model import quiet_transformers
 from cachegen.pipeline.model_cache import allocate_cache, planes_of_cache, set_length, view_kv_cache
 from cachegen.pipeline.prefill import prefill_context, recompute_first_tokens
 from cachegen.pipeline.profiles import profile_finder
+from tests.fixtures import BUNDLED_MODEL, REPOSITORY, read_folder
+from tests.fixtures.caches import are_equal
+from tests.fixtures.models import (
+    CONFIGS,
+    change_weights,
+    generate_ids,
+    llama,
+    load_bundled,
+    load_plain,
+    make_loaded,
+    make_named,
+    make_token_ids,
+    run_model,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG_FOLDER = REPOSITORY / "config"
 NUM_TOKENS = 60
@@ -40,32 +53,10 @@ IDS = make_token_ids(NUM_TOKENS)
 PROMPT = torch.cat([IDS, make_token_ids(7, seed=1)]).long()[None]
 
 
-@functools.cache
-def bundled() -> LoadedModel:
-    return load_model(BUNDLED_MODEL, device=torch.device("cpu"))
-
-
-def llama() -> Any:
-    return make_named("llama").model
-
-
-def run(model: Any, ids: torch.Tensor = IDS, **arguments: Any) -> Any:
-    """The model's output for a context, as a notebook has it."""
-    with torch.inference_mode():
-        return model(ids.long()[None], use_cache=True, **arguments)
-
-
-def generate(model: Any, cache: Any, prompt: torch.Tensor = PROMPT, **arguments: Any) -> list[int]:
-    flags = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    with quiet_transformers():
-        output = model.generate(prompt, past_key_values=cache, **flags, **arguments)
-    return output[0, prompt.shape[1] :].tolist()
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Files of the small Llama's cache of IDS, in chunks of 25 tokens."""
-    api.compress(run(llama()), IDS, llama(), chunk_tokens=25).save(tmp_path / "encoded")
+    api.compress(run_model(llama(), IDS), IDS, llama(), chunk_tokens=25).save(tmp_path / "encoded")
     return tmp_path / "encoded"
 
 
@@ -74,7 +65,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize("config", ["quantization_tiny", "uniform_8bit", "transform_tiny", "transform_tiny_levels"])
 def test_the_files_are_those_of_the_scripts(tmp_path, config):
-    loaded = bundled()
+    loaded = load_bundled()
     cache, metadata = prefill_context(loaded, PROMPT[0])
     path = CONFIG_FOLDER / f"{config}.json"
     encoder = make_encoder(load_config(path), cache, metadata, plan_chunks(cache.num_tokens, None, 25))
@@ -87,9 +78,9 @@ def test_the_files_are_those_of_the_scripts(tmp_path, config):
 
 @pytest.mark.parametrize("config", ["quantization_tiny", "transform_tiny"])
 def test_answers_are_those_of_the_decoded_folder(tmp_path, config):
-    loaded, path = bundled(), tmp_path / "encoded"
+    loaded, path = load_bundled(), tmp_path / "encoded"
     cached_ids = PROMPT[0, :NUM_TOKENS]
-    api.compress(run(loaded.model, cached_ids), cached_ids, loaded, config).save(path)
+    api.compress(run_model(loaded.model, cached_ids), cached_ids, loaded, config).save(path)
 
     encoded = EncodedFolder(path, 1, find_profile=profile_finder(None, [REPOSITORY / "models"]))
     cache = allocate_cache(encoded.plane_shapes, PROMPT.shape[1] + 8, encoded.dtype, loaded.layer_devices)
@@ -103,35 +94,30 @@ def test_answers_are_those_of_the_decoded_folder(tmp_path, config):
     decoded = api.load(path).to_cache(loaded, PROMPT)
     assert decoded.get_seq_length() == NUM_TOKENS
     assert are_equal(planes_of_cache(decoded), expected)
-    assert generate(loaded.model, decoded) == list(answer.token_ids)
-
-
-@functools.cache
-def plain() -> Any:
-    """The bundled model as transformers gives it."""
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype="auto").eval()
+    assert generate_ids(loaded.model, decoded, PROMPT) == list(answer.token_ids)
 
 
 def test_files_of_the_scripts_are_read_with_a_model_of_the_scripts_or_of_that_checkpoint(tmp_path):
-    cache, metadata = prefill_context(bundled(), PROMPT[0])
+    cache, metadata = prefill_context(load_bundled(), PROMPT[0])
     config = load_config(CONFIG_FOLDER / "quantization_tiny.json")
     encode_document(make_encoder(config, cache, metadata, (cache.num_tokens,)), tmp_path)
     stored = api.load(tmp_path)
-    assert stored.to_cache(bundled(), PROMPT).get_seq_length() == stored.num_tokens == PROMPT.shape[1] - 1
-    assert generate(plain(), stored.to_cache(plain(), PROMPT)) == generate(plain(), stored.to_cache(bundled(), PROMPT))
+    assert stored.to_cache(load_bundled(), PROMPT).get_seq_length() == stored.num_tokens == PROMPT.shape[1] - 1
+    assert generate_ids(load_plain(), stored.to_cache(load_plain(), PROMPT), PROMPT) == generate_ids(
+        load_plain(), stored.to_cache(load_bundled(), PROMPT), PROMPT
+    )
     with pytest.raises(MismatchError, match="model_fingerprint"):
-        stored.to_cache(change(plain()), PROMPT)
+        stored.to_cache(change_weights(load_plain()), PROMPT)
 
 
 def test_transform_takes_a_model_of_transformers_by_its_checkpoints_profile(tmp_path):
-    output = run(plain())
-    for name, model in {"plain": plain(), "scripts": bundled()}.items():
+    output = run_model(load_plain(), IDS)
+    for name, model in {"plain": load_plain(), "scripts": load_bundled()}.items():
         api.compress(output, IDS, model, "transform_tiny").save(tmp_path / name)
     assert read_folder(tmp_path / "plain") == read_folder(tmp_path / "scripts")
-    assert api.load(tmp_path / "plain").to_cache(plain(), PROMPT).get_seq_length() == NUM_TOKENS
+    assert api.load(tmp_path / "plain").to_cache(load_plain(), PROMPT).get_seq_length() == NUM_TOKENS
     with pytest.raises(MismatchError, match="the profile's model_fingerprint"):
-        api.compress(output, IDS, change(plain()), "transform_tiny")
+        api.compress(output, IDS, change_weights(load_plain()), "transform_tiny")
 
 
 def test_a_profile_may_be_given_beside_the_config(tmp_path):
@@ -142,17 +128,17 @@ def test_a_profile_may_be_given_beside_the_config(tmp_path):
         "profile": load_profile(folder, for_encoding=True),
     }
     config = {"method": "transform", "target_kl": 0.002}
-    api.compress(run(plain()), IDS, plain(), "transform_tiny").save(tmp_path / "expected")
+    api.compress(run_model(load_plain(), IDS), IDS, load_plain(), "transform_tiny").save(tmp_path / "expected")
     for name, profile in given.items():
-        api.compress(run(plain()), IDS, plain(), config, profile=profile).save(tmp_path / name)
+        api.compress(run_model(load_plain(), IDS), IDS, load_plain(), config, profile=profile).save(tmp_path / name)
         assert read_folder(tmp_path / name) == read_folder(tmp_path / "expected"), name
-        assert api.load(tmp_path / name, profile=profile).to_cache(plain(), IDS).get_seq_length() == NUM_TOKENS
+        assert api.load(tmp_path / name, profile=profile).to_cache(load_plain(), IDS).get_seq_length() == NUM_TOKENS
     with pytest.raises(ConfigError, match="has no field profile"):
-        api.compress(run(plain()), IDS, plain(), config)
+        api.compress(run_model(load_plain(), IDS), IDS, load_plain(), config)
     with pytest.raises(ConfigError, match="`profile` is not for method cachegen"):
-        api.compress(run(plain()), IDS, plain(), profile=folder)
+        api.compress(run_model(load_plain(), IDS), IDS, load_plain(), profile=folder)
     with pytest.raises(ValueError, match="without its analysis"):
-        api.compress(run(plain()), IDS, plain(), config, profile=load_profile(folder))
+        api.compress(run_model(load_plain(), IDS), IDS, load_plain(), config, profile=load_profile(folder))
 
 
 @pytest.mark.parametrize("num_layers, name", [(32, "quantization_7b"), (6, "quantization_tiny")])
@@ -170,9 +156,9 @@ def test_the_default_config_covers_models_of_few_layers(num_layers):
 
 
 def test_every_kind_of_cache_gives_the_same_files(tmp_path):
-    output = run(llama())
+    output = run_model(llama(), IDS)
     static = StaticCache(config=llama().config, max_cache_len=NUM_TOKENS + 10)
-    run(llama(), past_key_values=static)
+    run_model(llama(), IDS, past_key_values=static)
     kinds = {
         "output": output,
         "dynamic": output.past_key_values,
@@ -186,7 +172,7 @@ def test_every_kind_of_cache_gives_the_same_files(tmp_path):
 
 @pytest.mark.parametrize("ids", [IDS.tolist(), IDS.long(), IDS.long()[None]])
 def test_token_ids_may_be_a_list_or_a_tensor_of_one_or_two_dimensions(folder, tmp_path, ids):
-    api.compress(run(llama()), ids, llama(), chunk_tokens=25).save(tmp_path / "other")
+    api.compress(run_model(llama(), IDS), ids, llama(), chunk_tokens=25).save(tmp_path / "other")
     assert read_folder(tmp_path / "other") == read_folder(folder)
     assert api.load(folder).to_cache(llama(), ids).get_seq_length() == NUM_TOKENS
 
@@ -209,7 +195,7 @@ def test_what_generate_returns_holds_all_tokens_but_the_last():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_models_of_every_kind_answer_from_a_fine_encoding_as_from_their_cache(tmp_path, name):
     model = make_named(name).model
-    output = run(model, past_key_values=DynamicCache())
+    output = run_model(model, IDS, past_key_values=DynamicCache())
     api.compress(output, IDS, model, {"method": "uniform", "bits": 8}).save(tmp_path)
     decoded = api.load(tmp_path).to_cache(model, PROMPT)
     differences = [
@@ -219,7 +205,7 @@ def test_models_of_every_kind_answer_from_a_fine_encoding_as_from_their_cache(tm
         )
     ]
     assert max(differences) < 1 / 250
-    assert len(generate(model, decoded, min_new_tokens=8)) == 8
+    assert len(generate_ids(model, decoded, PROMPT, min_new_tokens=8)) == 8
     assert decoded.get_seq_length() == PROMPT.shape[1] + 7
 
 
@@ -229,16 +215,16 @@ def test_models_of_every_kind_answer_from_a_fine_encoding_as_from_their_cache(tm
 def test_a_decoded_cache_holds_the_tokens_exactly_and_grows(folder):
     cache = api.load(folder).to_cache(llama())
     assert isinstance(cache, DynamicCache) and cache.get_seq_length() == NUM_TOKENS
-    generate(llama(), cache, min_new_tokens=8)
+    generate_ids(llama(), cache, PROMPT, min_new_tokens=8)
     assert cache.get_seq_length() == PROMPT.shape[1] + 7
 
 
 def test_a_decoded_cache_serves_copies_and_beams(folder):
     cache = api.load(folder).to_cache(llama())
-    greedy = generate(llama(), copy.deepcopy(cache))
-    assert generate(llama(), copy.deepcopy(cache)) == greedy
+    greedy = generate_ids(llama(), copy.deepcopy(cache), PROMPT)
+    assert generate_ids(llama(), copy.deepcopy(cache), PROMPT) == greedy
     cache.batch_repeat_interleave(2)
-    assert len(generate(llama(), cache, num_beams=2, min_new_tokens=8)) == 8
+    assert len(generate_ids(llama(), cache, PROMPT, num_beams=2, min_new_tokens=8)) == 8
 
 
 def test_cropped_by_a_token_it_continues_the_context_itself(folder):
@@ -248,7 +234,7 @@ def test_cropped_by_a_token_it_continues_the_context_itself(folder):
         expected.update(layer.keys[:, :, :-1], layer.values[:, :, :-1], index)
     cache.crop(-1)
     context = IDS.long()[None]
-    assert generate(llama(), cache, context) == generate(llama(), expected, context)
+    assert generate_ids(llama(), cache, context) == generate_ids(llama(), expected, context)
 
 
 def test_without_token_ids_the_same_is_decoded(folder):
@@ -258,8 +244,8 @@ def test_without_token_ids_the_same_is_decoded(folder):
 
 
 def test_where_first_tokens_are_computed_token_ids_are_needed(tmp_path):
-    loaded = bundled()
-    api.compress(run(loaded.model), IDS, loaded, "transform_tiny").save(tmp_path)
+    loaded = load_bundled()
+    api.compress(run_model(loaded.model, IDS), IDS, loaded, "transform_tiny").save(tmp_path)
     with pytest.raises(ValueError, match="`token_ids` must be given: the first 4 tokens"):
         api.load(tmp_path).to_cache(loaded)
 
@@ -273,8 +259,8 @@ def test_threads_decode_one_folder_at_once(folder):
 
 
 def test_levels_decode_from_the_first_to_the_one_that_is_named(tmp_path):
-    loaded = bundled()
-    compressed = api.compress(run(loaded.model), IDS, loaded, "transform_tiny_levels")
+    loaded = load_bundled()
+    compressed = api.compress(run_model(loaded.model, IDS), IDS, loaded, "transform_tiny_levels")
     compressed.save(tmp_path)
     sizes = [api.load(tmp_path, level=level).num_bytes for level in (1, 2)]
     assert sizes[0] < sizes[1] <= compressed.num_bytes == api.load(tmp_path).num_bytes
@@ -288,7 +274,7 @@ def test_levels_decode_from_the_first_to_the_one_that_is_named(tmp_path):
 
 @pytest.mark.parametrize("coder", [None, "packed", Coder.AC])
 def test_sizes_are_those_of_the_files(tmp_path, coder):
-    output = run(llama())
+    output = run_model(llama(), IDS)
     compressed = api.compress(output, IDS, llama(), coder=coder, chunk_tokens=16)
     compressed.save(tmp_path)
     num_bytes = sum(map(len, read_folder(tmp_path).values()))
@@ -303,12 +289,12 @@ def test_sizes_are_those_of_the_files(tmp_path, coder):
 
 def test_saving_again_repairs_and_another_caches_folder_is_refused(folder):
     files = read_folder(folder)
-    compressed = api.compress(run(llama()), IDS, llama(), chunk_tokens=25)
+    compressed = api.compress(run_model(llama(), IDS), IDS, llama(), chunk_tokens=25)
     chunk = folder / "chunk_00001.L1.cgc"
     chunk.write_bytes(chunk.read_bytes()[:-1])
     compressed.save(folder)
     assert read_folder(folder) == files
-    other = api.compress(run(llama(), IDS[:50]), IDS[:50], llama(), chunk_tokens=25)
+    other = api.compress(run_model(llama(), IDS[:50]), IDS[:50], llama(), chunk_tokens=25)
     with pytest.raises(OutputError, match="another cache or configuration"):
         other.save(folder)
     assert read_folder(folder) == files
@@ -335,18 +321,10 @@ def test_damage_and_absence_are_named(folder, tmp_path):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def change(model: Any) -> Any:
-    """A copy whose last layer has other weights."""
-    changed = copy.deepcopy(model)
-    with torch.no_grad():
-        changed.model.layers[-1].mlp.down_proj.weight[0, 0] += 1
-    return changed
-
-
 @pytest.mark.parametrize(
     "make, field",
     [
-        (lambda: change(llama()), "model_fingerprint"),
+        (lambda: change_weights(llama()), "model_fingerprint"),
         (lambda: copy.deepcopy(llama()).bfloat16(), "dtype"),
         (lambda: make_named("mistral with a sliding window").model, "model_fingerprint"),
         (lambda: make_named("llama"), "model_fingerprint"),
@@ -371,11 +349,11 @@ def test_another_context_is_refused(folder):
 @pytest.mark.parametrize("num_ids", [NUM_TOKENS - 1, NUM_TOKENS + 1])
 def test_a_cache_of_another_length_is_refused(num_ids):
     with pytest.raises(MismatchError, match=f"holds 60 tokens, `token_ids` has {num_ids}"):
-        api.compress(run(llama()), PROMPT[0, :num_ids], llama())
+        api.compress(run_model(llama(), IDS), PROMPT[0, :num_ids], llama())
 
 
 def test_a_cache_of_another_model_is_refused():
-    cache = planes_of_cache(run(llama()).past_key_values)
+    cache = planes_of_cache(run_model(llama(), IDS).past_key_values)
     with pytest.raises(MismatchError, match="2 layers are there, the cache has 3"):
         api.compress(cache, IDS, make_loaded(LlamaConfig(**{**CONFIGS["llama"].to_dict(), "num_hidden_layers": 2})))
     halves = KVCache([plane.half() for plane in cache.keys], [plane.half() for plane in cache.values])
@@ -388,7 +366,7 @@ def test_caches_that_cannot_be_compressed_are_refused():
     with pytest.raises(
         InputError, match=r"holds 15 of 60 tokens: call the model with past_key_values=DynamicCache\(\)"
     ):
-        api.compress(run(windowed), IDS, windowed)
+        api.compress(run_model(windowed, IDS), IDS, windowed)
     with torch.inference_mode():
         batch = llama()(IDS.long()[None].repeat(2, 1))
     with pytest.raises(InputError, match="2 sequences"):
@@ -399,7 +377,7 @@ def test_caches_that_cannot_be_compressed_are_refused():
         api.compress(llama()(IDS.long()[None], use_cache=False), IDS, llama())
     with pytest.raises(TypeError, match="got tuple"):
         api.compress((), IDS, llama())
-    cache = planes_of_cache(run(llama()).past_key_values)
+    cache = planes_of_cache(run_model(llama(), IDS).past_key_values)
     cache.keys[1] = cache.keys[1].clone()
     cache.keys[1][3] = torch.nan
     with pytest.raises(InputError, match="NaN or infinity"):
@@ -408,14 +386,14 @@ def test_caches_that_cannot_be_compressed_are_refused():
 
 def test_a_table_of_positions_that_is_too_short_is_refused():
     gpt2 = make_named("gpt2 with learned positions").model
-    cache = planes_of_cache(run(gpt2).past_key_values)
+    cache = planes_of_cache(run_model(gpt2, IDS).past_key_values)
     planes = [plane.repeat(10, 1, 1) for plane in cache.planes]
     with pytest.raises(InputError, match="600 tokens, but"):
         api.compress(KVCache(planes[0::2], planes[1::2]), IDS.repeat(10), gpt2)
 
 
 def test_models_that_cannot_be_used_are_refused():
-    output = run(llama())
+    output = run_model(llama(), IDS)
     training = copy.deepcopy(llama()).train()
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
         api.compress(output, IDS, training)
@@ -448,13 +426,13 @@ def test_models_that_cannot_be_used_are_refused():
 )
 def test_wrong_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
-        api.compress(run(llama()), **{"token_ids": IDS, "model": llama(), **arguments})
+        api.compress(run_model(llama(), IDS), **{"token_ids": IDS, "model": llama(), **arguments})
 
 
 def test_without_a_clone_names_of_configs_are_explained(tmp_path, monkeypatch):
     monkeypatch.setattr("cachegen.api.arguments.CLONE", tmp_path)
     with pytest.raises(InputError, match=r"uniform_8bit: no such config: .* installed without them; give a path, or"):
-        api.compress(run(llama()), IDS, llama(), "uniform_8bit")
+        api.compress(run_model(llama(), IDS), IDS, llama(), "uniform_8bit")
 
 
 # --- what people read -------------------------------------------------------------------------------------------------

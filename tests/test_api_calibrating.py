@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, are_equal, read_folder
-from random_models import load_tokenizer, make_named, make_token_ids, one_thread, save_model  # noqa: F401
-from test_api import change, run
-from test_run_calibration import CONFIG
 from transformers import AutoModelForCausalLM
 
 import run_calibration
@@ -24,6 +20,19 @@ from cachegen.pipeline.fingerprint import compute_fingerprint, compute_memory_fi
 from cachegen.pipeline.model import load_model, quiet_transformers
 from cachegen.pipeline.model_cache import planes_of_cache
 from cachegen.pipeline.prefill import prefill_context
+from tests.fixtures import REPOSITORY, read_folder
+from tests.fixtures.caches import are_equal
+from tests.fixtures.models import (
+    TINY_LLAMA,
+    change_weights,
+    load_tokenizer,
+    make_named,
+    make_token_ids,
+    run_model,
+    save_model,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONTEXTS = [make_token_ids(80, seed=number) for number in range(3)]
 QUICK: dict[str, Any] = {"fisher_tokens": 16, "fisher_samples": 1, "device": "cpu", "num_threads": 1}
@@ -32,7 +41,7 @@ FINE = {"method": "transform", "step_log": -48}
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    return save_model(CONFIG, tmp_path_factory.mktemp("model"))
+    return save_model(TINY_LLAMA, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +81,7 @@ def test_texts_ids_and_caches_give_the_same(model, tmp_path):
     text = (REPOSITORY / "9k_prompts" / "0.txt").read_text(encoding="utf-8")
     texts = [text[:400], text[400:900]]
     ids = [load_tokenizer()(part)["input_ids"] for part in texts]
-    caches = [(run(model, torch.tensor(part)), part) for part in ids]
+    caches = [(run_model(model, torch.tensor(part)), part) for part in ids]
     expected = api.calibrate(model, texts, tokenizer=load_tokenizer(), **QUICK)
     assert are_same(api.calibrate(model, [torch.tensor(part)[None] for part in ids], **QUICK), expected)
     assert are_same(api.calibrate(model, caches, **QUICK), expected)
@@ -86,7 +95,7 @@ def test_a_profile_serves_as_it_is_saved_and_loaded(profile, model, tmp_path):
     read = load_profile(tmp_path / "profile", for_encoding=True)
     assert (read.profile_hash, read.num_bytes) == (profile.profile_hash, profile.num_bytes) and are_same(read, profile)
     prompt = torch.cat([CONTEXTS[0], CONTEXTS[1][:3]]).long()[None]
-    output = run(model, CONTEXTS[0])
+    output = run_model(model, CONTEXTS[0])
     decoded = []
     for given in (profile, tmp_path / "profile"):
         api.compress(output, CONTEXTS[0], model, FINE, profile=given).save(tmp_path / "encoded")
@@ -97,7 +106,7 @@ def test_a_profile_serves_as_it_is_saved_and_loaded(profile, model, tmp_path):
     assert max(errors) < 0.5  # of random tokens, most of which does not matter to the model
     with pytest.raises(MismatchError, match="the profile's model_fingerprint"):
         other = make_named("llama").model
-        api.compress(run(other, CONTEXTS[0]), CONTEXTS[0], other, FINE, profile=profile)
+        api.compress(run_model(other, CONTEXTS[0]), CONTEXTS[0], other, FINE, profile=profile)
 
 
 def test_the_profile_of_an_unchanged_checkpoint_is_the_checkpoints_and_serves_any_dtype(profile, model, model_folder):
@@ -105,17 +114,17 @@ def test_the_profile_of_an_unchanged_checkpoint_is_the_checkpoints_and_serves_an
     assert profile.calibration["model_id"] == str(model_folder)
     with quiet_transformers():
         halves = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
-    assert api.compress(run(halves, CONTEXTS[0]), CONTEXTS[0], halves, FINE, profile=profile).num_tokens == 80
+    assert api.compress(run_model(halves, CONTEXTS[0]), CONTEXTS[0], halves, FINE, profile=profile).num_tokens == 80
 
 
 def test_the_profile_of_a_model_in_memory_is_only_its_own(model):
-    changed = change(model)
+    changed = change_weights(model)
     profile = api.calibrate(changed, CONTEXTS, no_curve=True, **QUICK)
     assert profile.model_fingerprint == compute_memory_fingerprint(changed) and profile.curve == ()
     assert profile.calibration["num_contexts"] == 3
-    api.compress(run(changed, CONTEXTS[0]), CONTEXTS[0], changed, FINE, profile=profile)
+    api.compress(run_model(changed, CONTEXTS[0]), CONTEXTS[0], changed, FINE, profile=profile)
     with pytest.raises(MismatchError, match="the profile's model_fingerprint"):
-        api.compress(run(model, CONTEXTS[0]), CONTEXTS[0], model, FINE, profile=profile)
+        api.compress(run_model(model, CONTEXTS[0]), CONTEXTS[0], model, FINE, profile=profile)
 
 
 def test_another_profile_is_replaced_only_when_told(profile, model, tmp_path):
@@ -140,11 +149,11 @@ def test_the_bundled_profile_is_saved_as_it_was(tmp_path):
 @pytest.mark.parametrize("name", ["synthesis.safetensors", "analysis.safetensors", "profile.json"])
 def test_a_damaged_profile_is_refused_by_its_files_name(profile, model, tmp_path, name):
     profile.save(tmp_path / "profile")
-    api.compress(run(model, CONTEXTS[0]), CONTEXTS[0], model, FINE, profile=profile).save(tmp_path / "encoded")
+    api.compress(run_model(model, CONTEXTS[0]), CONTEXTS[0], model, FINE, profile=profile).save(tmp_path / "encoded")
     content = (tmp_path / "profile" / name).read_bytes()
     (tmp_path / "profile" / name).write_bytes(content[:-20])
     with pytest.raises(BitstreamError, match=name):
-        api.compress(run(model, CONTEXTS[0]), CONTEXTS[0], model, FINE, profile=tmp_path / "profile")
+        api.compress(run_model(model, CONTEXTS[0]), CONTEXTS[0], model, FINE, profile=tmp_path / "profile")
     if name != "analysis.safetensors":
         with pytest.raises(BitstreamError, match=name):
             api.load(tmp_path / "encoded", profile=tmp_path / "profile")
@@ -185,11 +194,11 @@ def test_what_cannot_be_calibrated_on_is_named(model, contexts, arguments, error
 
 
 def test_caches_that_are_not_the_models_are_named(model):
-    cache = run(model, CONTEXTS[0])
+    cache = run_model(model, CONTEXTS[0])
     with pytest.raises(MismatchError, match="context 0: the cache holds 80 tokens, its token ids are 79"):
         api.calibrate(model, [(cache, CONTEXTS[0][:-1])], **QUICK)
     with pytest.raises(MismatchError, match="the cache is not of"):
-        api.calibrate(model, [(run(make_named("llama").model, CONTEXTS[0]), CONTEXTS[0])], **QUICK)
+        api.calibrate(model, [(run_model(make_named("llama").model, CONTEXTS[0]), CONTEXTS[0])], **QUICK)
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
         api.calibrate(copy.deepcopy(model).train(), CONTEXTS, **QUICK)
 

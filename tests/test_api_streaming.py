@@ -8,14 +8,9 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, are_equal
-from random_models import BUNDLED_MODEL, make_named, make_token_ids, one_thread  # noqa: F401
-from stores import Misbehaviour, serve
-from test_api import bundled, change, generate, plain, run
 
 from cachegen import api
 from cachegen.errors import BitstreamError, ConfigError, InputError, MismatchError, StoreError
@@ -24,6 +19,21 @@ from cachegen.pipeline.model_cache import planes_of_cache
 from cachegen.store.store import RetryRule, open_store
 from cachegen.streaming.load_report import LoadResult
 from cachegen.streaming.policy import TEXT
+from tests.fixtures import REPOSITORY
+from tests.fixtures.caches import are_equal
+from tests.fixtures.models import (
+    change_weights,
+    generate_ids,
+    llama,
+    load_bundled,
+    load_plain,
+    make_named,
+    make_token_ids,
+    run_model,
+)
+from tests.fixtures.web_server import Misbehaviour, serve
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_TOKENS, CHUNK_TOKENS = 600, 150
 IDS = make_token_ids(NUM_TOKENS)
@@ -32,14 +42,10 @@ QUICK = RetryRule(max_attempts=2, first_pause_seconds=0.001, stall_seconds=0.3)
 BITS = (4, 8)
 
 
-def llama() -> Any:
-    return make_named("llama").model
-
-
 @functools.cache
 def compressed(bits: int) -> api.CompressedCache:
     config = {"method": "uniform", "bits": bits}
-    return api.compress(run(llama(), IDS), IDS, llama(), config, chunk_tokens=CHUNK_TOKENS)
+    return api.compress(run_model(llama(), IDS), IDS, llama(), config, chunk_tokens=CHUNK_TOKENS)
 
 
 @pytest.fixture
@@ -56,7 +62,7 @@ def decoded(bits: int, num_tokens: int = NUM_TOKENS, *, folder: Path) -> KVCache
 
 
 def planes_from_text() -> KVCache:
-    return planes_of_cache(run(llama(), IDS).past_key_values)
+    return planes_of_cache(run_model(llama(), IDS).past_key_values)
 
 
 def largest_difference(found: KVCache, expected: KVCache) -> float:
@@ -76,7 +82,7 @@ def test_a_level_comes_back_as_from_its_folder_by_url_by_folder_and_by_store(sto
             cache = opened.to_cache(llama(), PROMPT)
             assert cache.get_seq_length() == NUM_TOKENS
             assert are_equal(planes_of_cache(cache), expected)
-            assert len(generate(llama(), cache, PROMPT, min_new_tokens=8)) == 8
+            assert len(generate_ids(llama(), cache, PROMPT, min_new_tokens=8)) == 8
 
 
 def test_within_the_objective_every_chunk_is_loaded_or_computed_and_the_report_says_which(store):
@@ -87,7 +93,7 @@ def test_within_the_objective_every_chunk_is_loaded_or_computed_and_the_report_s
     assert [chunk.num_tokens for chunk in report.chunks] == [CHUNK_TOKENS] * 4
     assert report.problems == [] and all(chunk.level in (TEXT, 1, 2) for chunk in report.chunks)
     assert largest_difference(planes_of_cache(cache), planes_from_text()) < 0.1
-    assert len(generate(llama(), cache, PROMPT, min_new_tokens=8)) == 8
+    assert len(generate_ids(llama(), cache, PROMPT, min_new_tokens=8)) == 8
 
 
 @pytest.mark.parametrize(
@@ -102,24 +108,26 @@ def test_the_longest_prefix_of_whole_chunks_is_taken(store, tmp_path, num_shared
 
 
 def test_a_model_of_transformers_finds_what_was_published_for_its_checkpoint(tmp_path):
-    output = run(plain(), IDS)
-    for name, model in {"memory": plain(), "checkpoint": bundled()}.items():
+    output = run_model(load_plain(), IDS)
+    for name, model in {"memory": load_plain(), "checkpoint": load_bundled()}.items():
         api.publish(tmp_path / name, api.compress(output, IDS, model, chunk_tokens=CHUNK_TOKENS))
-        assert api.load(tmp_path / name).to_cache(plain(), PROMPT).get_seq_length() == NUM_TOKENS
+        assert api.load(tmp_path / name).to_cache(load_plain(), PROMPT).get_seq_length() == NUM_TOKENS
         with pytest.raises(StoreError, match="no chunk of this context for this model"):
-            api.load(tmp_path / name).to_cache(change(plain()), PROMPT)
+            api.load(tmp_path / name).to_cache(change_weights(load_plain()), PROMPT)
     with pytest.raises(StoreError, match="no chunk of this context for this model"):
-        api.load(tmp_path / "memory").to_cache(bundled(), PROMPT)
+        api.load(tmp_path / "memory").to_cache(load_bundled(), PROMPT)
 
 
 @pytest.mark.parametrize("profile", [None, REPOSITORY / "models" / "tiny-mistral" / "profile"])
 def test_levels_of_transform_are_published_as_they_are_with_the_loss_of_the_profile(tmp_path, profile):
-    one = api.compress(run(plain(), IDS), IDS, plain(), "transform_tiny_levels", chunk_tokens=CHUNK_TOKENS)
+    one = api.compress(
+        run_model(load_plain(), IDS), IDS, load_plain(), "transform_tiny_levels", chunk_tokens=CHUNK_TOKENS
+    )
     one.save(tmp_path / "folder")
     api.publish(tmp_path / "store", one)
-    expected = api.load(tmp_path / "folder").to_cache(plain(), PROMPT)
+    expected = api.load(tmp_path / "folder").to_cache(load_plain(), PROMPT)
     reports: list[LoadResult] = []
-    cache = api.load(tmp_path / "store", level=3, profile=profile, report=reports.append).to_cache(plain(), PROMPT)
+    cache = api.load(tmp_path / "store", level=3, profile=profile, report=reports.append).to_cache(load_plain(), PROMPT)
     assert are_equal(planes_of_cache(cache), planes_of_cache(expected))
     assert 0 < reports[0].expected_loss < 0.01
 
@@ -128,18 +136,18 @@ def test_two_caches_of_one_store_are_two(store):
     opened = api.load(store, level=2)
     first, second = (opened.to_cache(llama(), PROMPT) for _ in range(2))
     before = copy.deepcopy(planes_of_cache(second))
-    answer = generate(llama(), first, PROMPT)
+    answer = generate_ids(llama(), first, PROMPT)
     assert second.get_seq_length() == NUM_TOKENS and are_equal(planes_of_cache(second), before)
-    assert generate(llama(), second, PROMPT) == answer
+    assert generate_ids(llama(), second, PROMPT) == answer
 
 
 def test_threads_load_at_once_and_generate_meanwhile(store, tmp_path):
-    expected, answer = decoded(8, folder=tmp_path), generate(llama(), None, PROMPT)
+    expected, answer = decoded(8, folder=tmp_path), generate_ids(llama(), None, PROMPT)
     opened = api.load(store, slo=0.001)  # computes as much as it can, and breaks off
 
     def load(number: int) -> KVCache | list[int]:
         if number % 3 == 0:
-            return generate(llama(), None, PROMPT)
+            return generate_ids(llama(), None, PROMPT)
         return planes_of_cache(opened.to_cache(llama(), PROMPT))
 
     with ThreadPoolExecutor(4) as threads:
@@ -154,17 +162,21 @@ def test_threads_load_at_once_and_generate_meanwhile(store, tmp_path):
 
 
 def test_a_store_without_this_prompt_or_this_model_says_so(store):
-    for model, prompt in ((llama(), make_token_ids(NUM_TOKENS, seed=5)), (change(llama()), IDS), (llama(), IDS[:100])):
+    for model, prompt in (
+        (llama(), make_token_ids(NUM_TOKENS, seed=5)),
+        (change_weights(llama()), IDS),
+        (llama(), IDS[:100]),
+    ):
         with pytest.raises(StoreError, match="holds no chunk of this context for this model") as caught:
             api.load(store).to_cache(model, prompt)
         assert caught.value.is_missing
 
 
 def test_a_cache_of_another_dtype_is_refused(tmp_path):
-    output = run(plain(), IDS)
-    api.publish(tmp_path, api.compress(output, IDS, bundled(), chunk_tokens=CHUNK_TOKENS))
+    output = run_model(load_plain(), IDS)
+    api.publish(tmp_path, api.compress(output, IDS, load_bundled(), chunk_tokens=CHUNK_TOKENS))
     with pytest.raises(MismatchError, match=r"dtype is torch.bfloat16, but the model has torch.float32"):
-        api.load(tmp_path).to_cache(copy.deepcopy(plain()).float(), PROMPT)
+        api.load(tmp_path).to_cache(copy.deepcopy(load_plain()).float(), PROMPT)
 
 
 def test_what_is_no_store_and_no_server_is_named(store, tmp_path):
@@ -240,14 +252,16 @@ def test_a_later_publication_of_the_same_cache_supersedes_the_earlier_one(store)
 
 
 def test_what_does_not_go_together_is_not_published(tmp_path):
-    other = api.compress(run(llama(), IDS), IDS, llama(), chunk_tokens=100)
+    other = api.compress(run_model(llama(), IDS), IDS, llama(), chunk_tokens=100)
     with pytest.raises(MismatchError, match="chunk_tokens differs"):
         api.publish(tmp_path, [compressed(8), other])
     with pytest.raises(ConfigError, match="must have one value per level, got 1 for 2"):
         api.publish(tmp_path, [compressed(4), compressed(8)], kl=[0.1])
     with pytest.raises(ConfigError, match="must not be larger for a larger encoding"):
         api.publish(tmp_path, [compressed(8), compressed(4)], kl=[0.2, 0.1])
-    levels = api.compress(run(plain(), IDS), IDS, plain(), "transform_tiny_levels", chunk_tokens=CHUNK_TOKENS)
+    levels = api.compress(
+        run_model(load_plain(), IDS), IDS, load_plain(), "transform_tiny_levels", chunk_tokens=CHUNK_TOKENS
+    )
     with pytest.raises(ConfigError, match="refine each other"):
         api.publish(tmp_path, [levels, compressed(8)])
     with pytest.raises(ValueError, match="at least one"):
@@ -279,7 +293,7 @@ def test_breaking_off_a_computation_does_not_touch_other_threads_passes():
     is_unwanted, outcomes = threading.Event(), []
 
     def run_elsewhere() -> None:
-        outcomes.append(run(loaded.model, IDS[:20]).logits.shape[1])
+        outcomes.append(run_model(loaded.model, IDS[:20]).logits.shape[1])
 
     def meanwhile(*_: object) -> None:
         if threading.current_thread() is threading.main_thread() and not is_unwanted.is_set():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_models import BUNDLED_MODEL, REPOSITORY, load_tokenizer
 
 from cachegen.kv_cache import hash_token_prefixes
 from cachegen.methods.transform.profile import Profile, load_profile
 from cachegen.pipeline.fingerprint import compute_fingerprint
+from tests.fixtures import BUNDLED_MODEL, REPOSITORY
+from tests.fixtures.models import load_tokenizer
 
 FOLDER = REPOSITORY / "models" / "tiny-mistral" / "profile"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import make_named, make_token_ids, one_thread  # noqa: F401
 
 import cachegen.calibration.calibrate as calibration
 from cachegen.calibration.basis import WEIGHTS
@@ -27,6 +26,9 @@ from cachegen.kv_cache import from_planes, hash_planes, load_kv_cache, save_kv_c
 from cachegen.methods.transform.profile import Profile, load_profile, save_profile
 from cachegen.methods.transform.transform import SINK_TOKENS, GroupTransform
 from cachegen.pipeline.prefill import prefill_context
+from tests.fixtures.models import make_named, make_token_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LLAMA = "llama"
 SETTINGS = CalibrationSettings(fisher_tokens=16, fisher_samples=1, finest_step=0.01)

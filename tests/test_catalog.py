@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_metadata, read_folder
-from stores import CHUNK_TOKENS, NUM_TOKENS, make_document, publish, serve
 
 from cachegen.errors import (
     BitstreamError,
@@ -22,9 +20,15 @@ from cachegen.errors import (
     UnsupportedVersionError,
 )
 from cachegen.files import atomic_write
+from cachegen.methods import parse_chunk
 from cachegen.store.catalog import EncodedLevel, FoundDocument, find_document, publish_document
 from cachegen.store.index import read_manifest
 from cachegen.store.store import Store, open_store
+from tests.fixtures import read_folder
+from tests.fixtures.caches import make_metadata
+from tests.fixtures.stores import CHUNK_TOKENS, NUM_TOKENS, make_document, publish
+from tests.fixtures.transform import encode_levels, make_profile, make_transformed_cache, start_transform_encoder
+from tests.fixtures.web_server import serve
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +139,28 @@ class TestPublish:
     def test_chunks_of_another_level_are_refused(self, tmp_path, document):
         first, second, _ = document.levels
         mixed = EncodedLevel(first.tables_file, second.chunks)
-        with pytest.raises(MismatchError, match="level 1, chunk 0: is of another document than its tables file"):
+        with pytest.raises(MismatchError, match=r"level 1, chunk 0: tables_hash is .*of another document"):
             publish_document(open_store(tmp_path / "s", create=True), [mixed], document.metadata)
+
+    def test_a_file_under_another_chunks_number_is_refused(self, tmp_path, document):
+        chunks = document.levels[0].chunks
+        swapped = dataclasses.replace(document.levels[0], chunks=[chunks[1], chunks[0], *chunks[2:]])
+        with pytest.raises(MismatchError, match="level 1, chunk 0: first_token is "):
+            publish_document(open_store(tmp_path / "s", create=True), [swapped], document.metadata)
+
+    def test_a_file_that_refines_another_is_refused(self, tmp_path):
+        profile = make_profile([(2, 6), (1, 8)] * 2, (1, 1))
+        encoder = start_transform_encoder(make_transformed_cache(profile, 40), profile, (40,), num_levels=2)
+        ((first, second),) = encode_levels(encoder)
+        header = parse_chunk(second).header
+        other = dataclasses.replace(header, refines=header.refines ^ 1).pack() + second[header.header_bytes :]
+        levels = [
+            EncodedLevel(encoder.tables_file, [lambda: first]),
+            EncodedLevel(encoder.tables_file, [lambda: other], refines=1),
+        ]
+        metadata = make_metadata(40, rotary_embeddings=profile.rotary_embeddings)
+        with pytest.raises(MismatchError, match="level 2, chunk 0: refines a file of level 1 that is not the one"):
+            publish_document(open_store(tmp_path / "s", create=True), levels, metadata)
 
 
 class TestPublishAgain:

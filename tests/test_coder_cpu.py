@@ -14,9 +14,9 @@ from cachegen.errors import BitstreamError
 from cachegen.format import Coder, PlaneLayout, StreamEntry
 from cachegen.kv_cache import from_planes
 from tests.coder_cases import CASES, Case, make_frequencies
+from tests.fixtures.caches import allocate_like, are_equal, make_shaped_cache
 from tests.reference import planes as reference
 from tests.reference.planes import StreamCoding, decode_stream, encode_stream
-from tests.small_documents import allocate_like, make_cache, same_bits
 
 OK, TRUNCATED, CORRUPT, NO_FREQUENCY = (
     getattr(_native.Status, name) for name in ("OK", "TRUNCATED", "CORRUPT", "NO_FREQUENCY")
@@ -69,7 +69,7 @@ def test_bytes_equal_the_references_and_round_trip(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_measure_equals_the_reference(dtype: torch.dtype) -> None:
-    cache = make_cache([(2, 9), (1, 33)], 50, dtype, head_major=True)
+    cache = make_shaped_cache([(2, 9), (1, 33)], 50, dtype, head_major=True)
     planes = [PlaneLayout(2, 9, 64, 1), PlaneLayout(1, 33, 16, 0)]
     expected_scales, expected_counts = reference.measure(cache, planes)
     for num_threads in (1, 2, 5):
@@ -174,20 +174,20 @@ def flat_tables(num_tables: int) -> cpu.Tables:
 
 
 def encode_cache(planes=PLANES, *, cache=None, scales=None, tables=None):
-    cache = cache or make_cache([(2, 4), (2, 4)], 40, torch.float16)
-    measured = cpu.measure(make_cache([(2, 4), (2, 4)], 40, torch.float16), PLANES)[0]
+    cache = cache or make_shaped_cache([(2, 4), (2, 4)], 40, torch.float16)
+    measured = cpu.measure(make_shaped_cache([(2, 4), (2, 4)], 40, torch.float16), PLANES)[0]
     return cpu.encode(cache, measured if scales is None else scales, planes, tables or flat_tables(16))
 
 
 def test_cache_round_trip_with_several_streams_per_plane() -> None:
-    cache = make_cache([(2, 4), (2, 4)], 40, torch.float16)
+    cache = make_shaped_cache([(2, 4), (2, 4)], 40, torch.float16)
     scales, _ = cpu.measure(cache, PLANES)
     payload, streams = encode_cache()
     assert len(streams) == 4 and len(payload) == sum(-(-stream.num_bytes // 16) * 16 for stream in streams)
     output, expected = allocate_like(cache, 40), allocate_like(cache, 40)
     cpu.decode(payload, streams, scales, PLANES, flat_tables(16), output)
     reference.decode(bytes(payload), streams, scales, PLANES, reference.Tables([[[128] * 32] * 8] * 2), expected)
-    assert same_bits(output, expected)
+    assert are_equal(output, expected)
 
 
 @pytest.mark.parametrize(
@@ -205,14 +205,14 @@ def test_cache_round_trip_with_several_streams_per_plane() -> None:
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(layout: PlaneLayout, message: str) -> None:
-    cache = make_cache([(2, 4), (2, 4)], 40, torch.float16)
+    cache = make_shaped_cache([(2, 4), (2, 4)], 40, torch.float16)
     for call in (lambda: cpu.measure(cache, [layout, PLANES[1]]), lambda: encode_cache([layout, PLANES[1]])):
         with pytest.raises(ValueError, match=message):
             call()
 
 
 def test_other_arguments_that_do_not_fit_are_refused() -> None:
-    cache = make_cache([(2, 4), (2, 4)], 40, torch.float16)
+    cache = make_shaped_cache([(2, 4), (2, 4)], 40, torch.float16)
     scales = cpu.measure(cache, PLANES)[0]
     with pytest.raises(ValueError, match="`planes` must describe 2 planes, got 1"):
         encode_cache(PLANES[:1])
@@ -229,7 +229,7 @@ def test_other_arguments_that_do_not_fit_are_refused() -> None:
 
 
 def test_tables_that_do_not_go_with_the_coder_are_refused() -> None:
-    cache = make_cache([(2, 4), (2, 4)], 40, torch.float16)
+    cache = make_shaped_cache([(2, 4), (2, 4)], 40, torch.float16)
     scales = cpu.measure(cache, PLANES)[0]
     for tables, coder in ((None, Coder.AC), (None, Coder.RANS), (flat_tables(16), Coder.PACKED)):
         with pytest.raises(ValueError, match="`tables` must go with the coder"):
@@ -238,14 +238,14 @@ def test_tables_that_do_not_go_with_the_coder_are_refused() -> None:
 
 def test_streams_too_long_for_coder_ac_are_refused() -> None:
     layout = PlaneLayout(2, 4, 16, 0, tokens_per_stream=16416)
-    cache = make_cache([(2, 4), (2, 4)], 40, torch.float16)
+    cache = make_shaped_cache([(2, 4), (2, 4)], 40, torch.float16)
     scales = cpu.measure(cache, PLANES)[0]
     with pytest.raises(ValueError, match="at most 16384 tokens per stream"):
         cpu.encode(cache, scales, [layout] * 2, flat_tables(16), coder=Coder.AC)
 
 
 def test_scales_of_another_cache_are_refused() -> None:
-    cache = make_cache([(2, 4), (2, 4)], 40, torch.float16)
+    cache = make_shaped_cache([(2, 4), (2, 4)], 40, torch.float16)
     with pytest.raises(ValueError, match="stream 0 cannot be encoded: NOT_FINITE"):
         encode_cache(cache=cache, scales=cpu.measure(cache, PLANES)[0] / 16)
 
@@ -258,7 +258,7 @@ def test_tables_without_the_symbols_are_refused() -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 5])
 def test_corrupt_stream_is_named(num_threads: int) -> None:
-    cache = make_cache([(2, 4), (2, 4)], 40, torch.float16)
+    cache = make_shaped_cache([(2, 4), (2, 4)], 40, torch.float16)
     scales = cpu.measure(cache, PLANES)[0]
     payload, streams = encode_cache()
     changed, offset = bytearray(payload), sum(-(-stream.num_bytes // 16) * 16 for stream in streams[:2])
@@ -269,7 +269,7 @@ def test_corrupt_stream_is_named(num_threads: int) -> None:
 
 
 def test_index_and_payload_that_do_not_belong_together_are_refused() -> None:
-    cache = make_cache([(2, 4), (2, 4)], 40, torch.float16)
+    cache = make_shaped_cache([(2, 4), (2, 4)], 40, torch.float16)
     scales = cpu.measure(cache, PLANES)[0]
     payload, streams = encode_cache()
     output = allocate_like(cache, 40)

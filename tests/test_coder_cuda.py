@@ -35,9 +35,10 @@ from tests.cuda_component_checks import (
     check_transform_document,
     encode_components_on_cpu,
 )
+from tests.fixtures.absmax import make_config, quantize_and_dequantize
+from tests.fixtures.caches import DTYPES, are_equal, make_metadata, make_shaped_cache
 from tests.golden import make_golden
 from tests.golden.make_golden import FOLDER, GOLDENS, Golden
-from tests.small_documents import DTYPES, make_cache, make_metadata, quantize_and_back, same_bits
 
 pytestmark = pytest.mark.cuda
 
@@ -100,7 +101,7 @@ def test_corrupt_components_are_refused_as_on_the_cpu(kernels) -> None:
 
 
 def test_values_that_are_not_finite_are_named(kernels) -> None:
-    cache = make_cache([(1, 40)] * 4, 70, torch.bfloat16)
+    cache = make_shaped_cache([(1, 40)] * 4, 70, torch.bfloat16)
     cache.planes[3][7:, 0, 33] = torch.nan
     with pytest.raises(InputError, match=r"layer 1, values, token 7\)"):
         kernels.measure(cache, [PlaneLayout(1, 40, 32, 0)] * 4)
@@ -124,7 +125,7 @@ def test_nothing_beside_the_tokens_is_written(on_gpu: CudaKernels, gpu: torch.de
     output = from_planes([buffer[:, 5:75].permute(1, 0, 2) for buffer in buffers])
     tables = encoded.load_tables(on_gpu)
     on_gpu.decode(encoded.payload, encoded.streams, encoded.scales, encoded.layouts, tables, output)
-    assert same_bits(to(torch.device("cpu"), output), encoded.decode(cpu))
+    assert are_equal(to(torch.device("cpu"), output), encoded.decode(cpu))
     assert all(torch.isnan(buffer[:, :5]).all() and torch.isnan(buffer[:, 75:]).all() for buffer in buffers)
 
 
@@ -151,7 +152,7 @@ def test_chunks_in_flight_do_not_touch_each_other(on_gpu: CudaKernels, gpu: torc
         started.append((chunk, output, finish))
     for chunk, output, finish in started:
         finish()
-        assert same_bits(to(torch.device("cpu"), output), chunk.decode(cpu))
+        assert are_equal(to(torch.device("cpu"), output), chunk.decode(cpu))
 
 
 def test_the_module_allocates_nothing(kernels, gpu: torch.device) -> None:
@@ -171,7 +172,7 @@ def test_folders_of_either_device_decode_on_the_other(
     tmp_path: Path, config_path: Path, on_gpu: CudaKernels, gpu: torch.device, encoder: str, decoder: str
 ) -> None:
     both = {"cpu": cpu, "cuda": on_gpu}
-    cache, metadata = make_cache([(2, 16)] * 4, 100, torch.bfloat16), make_metadata(100)
+    cache, metadata = make_shaped_cache([(2, 16)] * 4, 100, torch.bfloat16), make_metadata(100)
     config = load_config(config_path)
     encode_document(
         AbsmaxEncoder(cache, metadata, config, (60, 40), config.coder, kernels=both[encoder]), tmp_path / "encoded"
@@ -181,4 +182,4 @@ def test_folders_of_either_device_decode_on_the_other(
     for device in (gpu, torch.device("cpu")):
         output = from_planes([torch.full_like(plane, torch.nan, device=device) for plane in cache.planes])
         folder.decode_into(output, metadata.token_ids, folder.select_chunks(None))
-        assert same_bits(to(torch.device("cpu"), output), quantize_and_back(cache, num_bins))
+        assert are_equal(to(torch.device("cpu"), output), quantize_and_dequantize(cache, make_config(num_bins)))

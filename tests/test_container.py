@@ -14,9 +14,10 @@ from cachegen.errors import BitstreamError, InputError
 from cachegen.format.files import chunk_name, read_whole
 from cachegen.methods import parse_chunk, parse_document
 from cachegen.methods.absmax.codec import build_chunk, read_scales
+from tests.fixtures.absmax import decode_tiny, encode_all, start_encoder, tiny_document
+from tests.fixtures.caches import are_equal, make_shaped_cache
 from tests.golden.make_golden import FOLDER
 from tests.reference.planes import crc32c
-from tests.small_documents import decode_tiny, encode_all, make_cache, same_bits, start_encoder, tiny_document
 
 _, TABLES_FILE, CHUNK_FILE = tiny_document()
 FILES = {
@@ -108,7 +109,7 @@ def test_build_chunk_fills_in_index_and_checksums() -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_corrupt_stream_is_named_with_its_offset_on_any_number_of_threads(num_threads: int) -> None:
-    cache = make_cache([(1, 4), (1, 4)], 40, torch.float16)
+    cache = make_shaped_cache([(1, 4), (1, 4)], 40, torch.float16)
     encoder = start_encoder(cache, (16, 16), (40,))
     content = bytearray(encode_all(encoder)[1])
     header = parse_chunk(bytes(content)).header
@@ -122,7 +123,7 @@ def test_corrupt_stream_is_named_with_its_offset_on_any_number_of_threads(num_th
 def test_parsed_chunk_decodes_from_any_buffer() -> None:
     expected = decode_tiny(CHUNK_FILE, TABLES_FILE)
     for content in (bytearray(CHUNK_FILE), memoryview(CHUNK_FILE)):
-        assert same_bits(decode_tiny(content, TABLES_FILE), expected)
+        assert are_equal(decode_tiny(content, TABLES_FILE), expected)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import sys
 import threading
 
 import pytest
-from conftest import REPOSITORY
 
 from cachegen.errors import InputError
 from cachegen.pipeline import context
 from cachegen.pipeline.context import read_context
+from tests.fixtures import REPOSITORY
 
 
 def test_a_context_is_read_as_it_is(tmp_path):

@@ -39,9 +39,9 @@ from tests.cuda_component_checks import (
     encode_components_on_cpu,
     make_transform_document,
 )
+from tests.fixtures.caches import DTYPES, make_shaped_cache
 from tests.golden import make_golden
 from tests.golden.make_golden import FOLDER, GOLDENS, Golden
-from tests.small_documents import DTYPES, make_cache
 
 SHAPE = Shape(70, (2, 1), (8, 9), (32, 64), (32, 96))
 
@@ -230,7 +230,7 @@ def test_no_tokens_or_no_components_are_nothing(emulated) -> None:
 @pytest.mark.parametrize(("plane", "token"), [(0, 0), (1, 69), (3, 7)])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_not_finite_are_named(emulated, plane: int, token: int, value: float) -> None:
-    cache = make_cache([(1, 40)] * 4, 70, torch.bfloat16)
+    cache = make_shaped_cache([(1, 40)] * 4, 70, torch.bfloat16)
     cache.planes[plane][token:, 0, 33] = value
     kind = "values" if plane % 2 else "keys"
     with pytest.raises(InputError, match=rf"layer {plane // 2}, {kind}, token {token}\)"):

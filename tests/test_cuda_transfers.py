@@ -26,8 +26,8 @@ from cachegen.pipeline.encode import encode_document
 from tests import emulation
 from tests.cuda_checks import Encoded
 from tests.cuda_component_checks import decode_transform_document, make_transform_document
+from tests.fixtures.caches import allocate_like, are_equal, make_metadata, make_shaped_cache
 from tests.late_device import SCHEDULES, LateDevice, check_chunks, late_kernels, make_chunks
-from tests.small_documents import allocate_like, make_cache, make_metadata, same_bits
 
 HOST = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def test_components_of_all_levels_are_there_when_a_chunk_is_finished(module, num
     _, encoder, files = make_transform_document(CPU)
     kernels = late_kernels(module, LateDevice("late copies"))  # the matrix products are not the module's to delay
     found = decode_transform_document(kernels, encoder, files, num_levels)
-    assert same_bits(found, decode_transform_document(CPU, encoder, files, num_levels))
+    assert are_equal(found, decode_transform_document(CPU, encoder, files, num_levels))
 
 
 def test_what_is_abandoned_takes_its_buffers_with_it(module, chunks) -> None:
@@ -93,7 +93,7 @@ def test_a_missing_wait_is_noticed(tmp_path: Path, name: str) -> None:
 
 # --- the disk pipeline ------------------------------------------------------------------------------------------------
 
-CACHE, METADATA = make_cache([(2, 16)] * 4, 90, torch.float16), make_metadata(90)
+CACHE, METADATA = make_shaped_cache([(2, 16)] * 4, 90, torch.float16), make_metadata(90)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def corrupt_states(path: Path) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_folder_decodes_while_the_next_chunk_is_copied(module, folder: Path, schedule: str) -> None:
     device, progress = LateDevice(schedule), []
-    assert same_bits(decode(folder, late_kernels(module, device), progress.append), decode(folder, CPU))
+    assert are_equal(decode(folder, late_kernels(module, device), progress.append), decode(folder, CPU))
     assert progress == [33, 20, 32, 5]
     waits = [event for event in device.log if event != "synchronize copy"]
     assert waits == ["upload", "upload", "synchronize compute"] + ["upload", "synchronize compute"] * 2 + [

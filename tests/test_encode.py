@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_cache, make_encoder, make_metadata, read_folder, write_config
 
 from cachegen.errors import ConfigError, InputError, OutputError
 from cachegen.files import lock_folder
@@ -17,6 +16,9 @@ from cachegen.kv_cache import from_planes
 from cachegen.methods import load_config, parse_chunk, parse_document
 from cachegen.methods.absmax.codec import AbsmaxEncoder
 from cachegen.pipeline.encode import encode_document
+from tests.fixtures import read_folder
+from tests.fixtures.absmax import make_encoder, write_config
+from tests.fixtures.caches import make_cache, make_metadata
 
 CHUNKS = (25, 25, 10)
 NAMES = ["chunk_00000.L1.cgc", "chunk_00001.L1.cgc", "chunk_00002.L1.cgc", "tables.cgt"]
@@ -246,15 +248,6 @@ def test_a_failure_midway_leaves_whole_files_only(encoder, folder, encoded, tmp_
     with pytest.raises(KeyboardInterrupt):
         encode_document(encoder, tmp_path / "partial")
     assert read_folder(tmp_path / "partial") == {name: encoded[name] for name in encoded if name != NAMES[2]}
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize(("plane", "place"), [(0, "layer 0"), (3, "layer 1")])
-def test_a_cache_with_nan_or_infinity_is_refused_by_layer_and_token(config_path, bad, plane, place):
-    cache = make_cache(60)
-    cache.planes[plane][41, 0, 5] = bad
-    with pytest.raises(InputError, match=rf"{place}.*token 41|token 41.*{place}"):
-        make_encoder(cache, make_metadata(60), config_path, CHUNKS)
 
 
 def test_nan_in_tokens_that_no_chunk_covers_is_no_matter(config_path, folder):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import REPOSITORY
 
 from cachegen import errors
 from cachegen.command_line import EXIT_INTERRUPTED
 from cachegen.errors import BitstreamError, CacheGenError, UnsupportedVersionError
+from tests.fixtures import REPOSITORY
 
 
 @pytest.mark.parametrize(

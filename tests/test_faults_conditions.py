@@ -14,18 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
-from fault_documents import (
-    Documents,
-    answer_of,
-    copy,
-    is_root,
-    make_documents,  # noqa: F401 (a fixture)
-    snapshot,
-    start_server,  # noqa: F401 (a fixture)
-    without_temporaries,
-)
-from script_processes import Outcome
+
+from tests.fixtures import REPOSITORY
+from tests.fixtures.fault_documents import Documents, answer_of, copy, is_root, snapshot, without_temporaries
+from tests.fixtures.script_processes import Outcome
 
 pytestmark = pytest.mark.faults
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_documents import Documents, make_documents, snapshot, start_server, without_temporaries  # noqa: F401
 
 from cachegen.kv_cache import load_kv_cache
 from cachegen.store.catalog import find_document
 from cachegen.store.store import open_store
+from tests.fixtures.fault_documents import Documents, snapshot, without_temporaries
 
 pytestmark = pytest.mark.faults
 

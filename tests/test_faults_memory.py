@@ -11,15 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_documents import (
-    Documents,
-    copy,
-    make_documents,  # noqa: F401 (a fixture)
-    start_server,  # noqa: F401 (a fixture)
-)
 
 from cachegen.format.files import TABLES_NAME, chunk_name
 from cachegen.methods.transform.profile import PROFILE_NAME, SYNTHESIS_NAME
+from tests.fixtures.fault_documents import Documents, copy
 
 pytestmark = pytest.mark.faults
 

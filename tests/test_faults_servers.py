@@ -14,13 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fault_documents import (
-    Documents,
-    answer_of,
-    make_documents,  # noqa: F401 (a fixture)
-    start_server,  # noqa: F401 (a fixture)
-)
-from script_processes import Outcome
+
+from tests.fixtures.fault_documents import Documents, answer_of
+from tests.fixtures.script_processes import Outcome
 
 pytestmark = pytest.mark.faults
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import BUNDLED_MODEL, CONFIGS, copy_with_other_keys, make_named, one_thread, save_model  # noqa: F401
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +25,10 @@ from cachegen.pipeline.fingerprint import (
     find_checkpoint_fingerprint,
 )
 from cachegen.pipeline.model import identify_model, load_model, quiet_transformers
+from tests.fixtures import BUNDLED_MODEL
+from tests.fixtures.models import CONFIGS, copy_with_other_keys, make_named, save_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 import transformers
-from random_models import _SHARED, make_loaded, make_named, make_token_ids, one_thread  # noqa: F401
 
 from cachegen.calibration.fisher import accumulate_fisher, plan_windows
 from cachegen.kv_cache import KVCache, from_planes
@@ -16,10 +15,13 @@ from cachegen.methods.transform.transform import join_planes
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
 from cachegen.pipeline.prefill import prefill_context, run_model
+from tests.fixtures.models import SMALL_SIZES, make_loaded, make_named, make_token_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_BEFORE = 3
 YARN = transformers.LlamaConfig(
-    **_SHARED,
+    **SMALL_SIZES,
     max_position_embeddings=256,
     rope_parameters={
         "rope_type": "yarn",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_models import CONFIGS, make_named, make_token_ids, one_thread  # noqa: F401
 
 from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model_cache import empty_cache, view_kv_cache
 from cachegen.pipeline.prefill import prefill
+from tests.fixtures.models import CONFIGS, make_named, make_token_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generate_uncached(loaded, token_ids: torch.Tensor, max_new_tokens: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from cachegen import __main__ as command
 from cachegen.kv_cache import save_kv_cache
 from cachegen.methods import load_config, make_encoder
 from cachegen.pipeline.encode import encode_document
-from tests.small_documents import make_cache, make_metadata
+from tests.fixtures.caches import make_metadata, make_shaped_cache
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = GOLDEN.parents[1]
@@ -29,7 +29,7 @@ def look(capsys, *argv: object) -> dict[str, Any]:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Three chunks at 4 bits, beside the KV file they come from."""
-    cache, metadata = make_cache([(2, 16)] * 4, 60, torch.float16), make_metadata(60)
+    cache, metadata = make_shaped_cache([(2, 16)] * 4, 60, torch.float16), make_metadata(60)
     save_kv_cache(tmp_path / "kv.pkl", cache, metadata)
     config = load_config(ROOT / "config" / "uniform_4bit.json")
     encode_document(make_encoder(config, cache, metadata, (20, 20, 20)), tmp_path / "encoded")
@@ -87,7 +87,7 @@ def damage(folder: Path, kind: str) -> Path:
     elif kind == "another":
         shutil.copy(folder / "chunk_00002.L1.cgc", path)
     else:  # the same place in a document of other values
-        cache, metadata = make_cache([(2, 16)] * 4, 60, torch.float16, seed=1), make_metadata(60)
+        cache, metadata = make_shaped_cache([(2, 16)] * 4, 60, torch.float16, seed=1), make_metadata(60)
         config = load_config(ROOT / "config" / "uniform_4bit.json")
         path.write_bytes(b"".join(make_encoder(config, cache, metadata, (20, 20, 20)).encode_chunk(1)))
     return path

@@ -7,12 +7,14 @@ import weakref
 
 import pytest
 import torch
-from conftest import make_cache, make_encoder, make_metadata, read_folder
-from small_documents import make_profile, make_transformed_cache, start_transform_encoder
 
 from cachegen.errors import InputError
 from cachegen.pipeline.encode import encode_document
 from cachegen.pipeline.kept import KeptEncoding
+from tests.fixtures import read_folder
+from tests.fixtures.absmax import make_encoder
+from tests.fixtures.caches import make_cache, make_metadata
+from tests.fixtures.transform import make_profile, make_transformed_cache, start_transform_encoder
 
 
 @pytest.mark.parametrize("method", ["cachegen", "transform"])

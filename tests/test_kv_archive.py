@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_cache
 
 from cachegen.errors import BitstreamError, InputError
 from cachegen.kv_archive import check_archive, is_damaged_kv_file
 from cachegen.kv_cache import load_kv_cache
+from tests.fixtures.caches import save_cache
 
 
 def members_of(path: Path) -> list[tuple[str, bytes]]:

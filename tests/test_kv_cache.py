@@ -20,8 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, are_equal, make_cache, make_metadata, save_cache
-from random_models import BUNDLED_MODEL
 
 import main
 from cachegen import _native
@@ -37,6 +35,8 @@ from cachegen.kv_cache import (
     load_kv_cache,
     save_kv_cache,
 )
+from tests.fixtures import BUNDLED_MODEL, REPOSITORY
+from tests.fixtures.caches import are_equal, make_cache, make_metadata, save_cache
 
 ROTARY = RotaryEmbedding("rotary_emb.inv_freq", "default", (1.0, 0.0123456), 1.0)
 RECORD = {"name": "rotary_emb.inv_freq", "rope_type": "default", "inv_freq": [1.0, 0.01], "attention_scaling": 1.0}
@@ -362,8 +362,9 @@ def test_a_killed_save_leaves_no_half_kv_file(tmp_path):
     """The save of main.py, without the model: processes that save a cache of 8 MB over and over, each killed once."""
     shape = {"num_tokens": 8_000, "num_layers": 4, "num_kv_heads": 2, "head_dim": 32}
     program = (
-        f"import sys; sys.path[:0] = {[str(REPOSITORY / 'src'), str(REPOSITORY / 'tests')]!r}\n"
-        "from pathlib import Path; from conftest import make_cache, make_metadata, save_kv_cache\n"
+        f"import sys; sys.path[:0] = {[str(REPOSITORY / 'src'), str(REPOSITORY)]!r}\n"
+        "from pathlib import Path; from cachegen.kv_cache import save_kv_cache\n"
+        "from tests.fixtures.caches import make_cache, make_metadata\n"
         f"cache, metadata = make_cache(**{shape!r}), make_metadata(8_000)\n"
         "while True: save_kv_cache(Path(sys.argv[1]), cache, metadata)\n"
     )

@@ -7,17 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import write_config
-from random_models import (
-    CONFIGS,
-    VOCABULARY_SIZE,
-    load_tokenizer,
-    make_loaded,
-    make_named,
-    make_token_ids,
-    one_thread,  # noqa: F401
-    save_model,
-)
 
 import main
 import run_decoding_disk
@@ -29,6 +18,18 @@ from cachegen.pipeline import prefill as prefill_module
 from cachegen.pipeline.generate import generate_answer, generate_from_text
 from cachegen.pipeline.model_cache import empty_cache
 from cachegen.pipeline.prefill import extend_cache, prefill, prefill_context
+from tests.fixtures.absmax import write_config
+from tests.fixtures.models import (
+    CONFIGS,
+    VOCABULARY_SIZE,
+    load_tokenizer,
+    make_loaded,
+    make_named,
+    make_token_ids,
+    save_model,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LIMIT = 48
 _SMALL = {"vocab_size": VOCABULARY_SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

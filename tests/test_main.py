@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import BUNDLED_MODEL, REPOSITORY, copy_with_other_keys, one_thread  # noqa: F401
 
 import main
 from cachegen.kv_cache import load_kv_cache, save_kv_cache
 from cachegen.pipeline import model as model_module
 from cachegen.pipeline.fingerprint import compute_fingerprint
+from tests.fixtures import BUNDLED_MODEL, REPOSITORY
+from tests.fixtures.models import copy_with_other_keys
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = "The register harbour-lantern: 48213 is kept among the prose of this little context, word after word."
 
@@ -150,6 +153,14 @@ def test_a_cache_of_other_weights_behind_the_same_config_is_not_taken_for_this_m
     assert prefill(context, save_dir) == 0
     assert prefill(context, save_dir, "--model_id", str(copy_with_other_keys(tmp_path / "other"))) == 7
     assert "was made with another model" in read_error(capsys)
+
+
+def test_a_finished_file_is_opened_once(context, save_dir, monkeypatch):
+    assert prefill(context, save_dir) == 0
+    opened = []
+    monkeypatch.setattr(main, "load_kv_cache", lambda path: opened.append(path) or load_kv_cache(path))
+    assert prefill(context, save_dir) == 0
+    assert opened == [save_dir / "test_kv_3.pkl"]
 
 
 def test_a_foreign_pickle_under_the_name_is_neither_run_nor_replaced(context, save_dir, capsys):

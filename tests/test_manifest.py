@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import pytest
-from stores import make_document, publish
 
 from cachegen.errors import BitstreamError, UnsupportedVersionError
 from cachegen.store.manifest import (
@@ -18,6 +17,7 @@ from cachegen.store.manifest import (
     pack_manifest,
     unpack_manifest,
 )
+from tests.fixtures.stores import make_document, publish
 
 
 @pytest.fixture(scope="module")

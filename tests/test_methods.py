@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import are_equal
-from random_models import BUNDLED_MODEL
 
 import main
 import run_decoding_disk
@@ -20,7 +18,8 @@ from cachegen.errors import BitstreamError, ConfigError, MismatchError, Unsuppor
 from cachegen.kv_cache import load_kv_cache
 from cachegen.methods import METHODS, check_config, load_config, open_document, parse_chunk, parse_document
 from cachegen.pipeline.decode import EncodedFolder
-from tests.small_documents import allocate_like
+from tests.fixtures import BUNDLED_MODEL
+from tests.fixtures.caches import allocate_like, are_equal
 from tests.toy_method import NUMBER, ToyMethod
 
 pytestmark = pytest.mark.usefixtures("one_thread")

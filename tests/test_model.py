@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from random_models import BUNDLED_MODEL, CONFIGS, make_loaded, make_named, one_thread  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from cachegen.errors import BackendUnavailableError, ConfigError, InputError
 from cachegen.pipeline import model as model_module
 from cachegen.pipeline.model import load_model, quiet_transformers, read_rotary_embeddings
+from tests.fixtures import BUNDLED_MODEL
+from tests.fixtures.models import CONFIGS, make_loaded, make_named
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 

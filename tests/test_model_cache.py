@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_models import CONFIGS, make_named, make_token_ids, one_thread  # noqa: F401
 from transformers import DynamicCache
 
 from cachegen.pipeline.model_cache import (
@@ -16,6 +15,9 @@ from cachegen.pipeline.model_cache import (
     view_kv_cache,
 )
 from cachegen.pipeline.prefill import prefill
+from tests.fixtures.models import CONFIGS, make_named, make_token_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 

@@ -1,8 +1,8 @@
 """A real network: nginx in a network namespace behind tc tbf. Whatever the link does, the cache is right.
 
 These need root, iproute2 and nginx, and are skipped elsewhere with the reason. Delays, stalls, corruption and lies come
-from the server of tests/stores.py, since the kernel's netem is not everywhere: see test_store.py, test_catalog.py and
-test_run_decoding_remote.py.
+from the server of tests/fixtures/web_server.py, since the kernel's netem is not everywhere: see test_store.py,
+test_catalog.py and test_run_decoding_remote.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_config
-from random_models import make_named, make_token_ids
 
 from cachegen.errors import StoreError
 from cachegen.kv_cache import KVCache, from_planes
@@ -32,6 +30,8 @@ from cachegen.streaming.policies import POLICIES
 from cachegen.streaming.policy import DecodeSpeed, Objective, Policy, PrefillSpeed, Speeds
 from cachegen.streaming.policy_front_to_back import decide_fixed_level
 from scripts.shaped_link import ShapedLink, find_missing
+from tests.fixtures.absmax import write_config
+from tests.fixtures.models import make_named, make_token_ids
 
 WHY_NOT = find_missing()
 pytestmark = [
@@ -42,14 +42,6 @@ pytestmark = [
 NUM_TOKENS, CHUNK_TOKENS = 961, (240, 240, 240, 240)
 BINS = (16, 64, 256)
 QUICK = RetryRule(max_attempts=2, first_pause_seconds=0.01, stall_seconds=0.3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 class Context:

@@ -16,18 +16,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import cachegen
+from tests.fixtures import REPOSITORY as ROOT
+from tests.fixtures import SCRIPTS
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "cachegen"
-SCRIPTS = (
-    "main.py",
-    "run_calibration.py",
-    "run_encoding.py",
-    "run_decoding_disk.py",
-    "run_publishing.py",
-    "run_decoding_remote.py",
-    "scripts/simulate_adaptation.py",
-)
 
 LAYERS = {
     # `cachegen` itself (its version; what it gives of `api` it imports late) and what C++ built stand below everything.
@@ -317,6 +309,18 @@ def test_env_yml_agrees_with_pyproject() -> None:
 def test_every_folder_of_modules_is_a_package() -> None:
     folders = {path.parent for path in SOURCES.values()}
     assert [folder.name for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_no_test_file_imports_another() -> None:
+    paths = list((ROOT / "tests").rglob("*.py"))
+    tests = {path.stem for path in paths if path.name.startswith("test_")}
+    imported = {
+        (path.name, part)
+        for path in paths
+        for name in imported_names(path.name, path.read_text())
+        for part in name.split(".")
+    }
+    assert [pair for pair in imported if pair[1] in tests] == []
 
 
 def test_sdist_holds_the_native_sources_and_neither_model_nor_prompts_nor_builds(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from random_models import CONFIGS, make_loaded, make_named, make_token_ids, one_thread  # noqa: F401
 from transformers import DynamicCache
 
 from cachegen.errors import InputError
@@ -24,6 +23,9 @@ from cachegen.pipeline.prefill import (
     run_model,
     tokenize,
 )
+from tests.fixtures.models import CONFIGS, make_loaded, make_named, make_token_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

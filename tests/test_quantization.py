@@ -13,7 +13,7 @@ from cachegen.coder import cpu
 from cachegen.format import PlaneLayout, StreamEntry
 from cachegen.kv_cache import from_planes
 from cachegen.methods.absmax.quantization import dequantize, low_bits_for, quantize, zero_symbol
-from tests.small_documents import DTYPES, allocate_like, same_bits
+from tests.fixtures.caches import DTYPES, allocate_like, are_equal
 
 ALL_BITS = np.arange(1 << 16, dtype=np.uint16)
 
@@ -86,7 +86,7 @@ def check_native(values: torch.Tensor, num_bins: int) -> None:
     output = allocate_like(cache, len(values))
     cpu.decode(payload, streams, scales, planes, None, output)
     expected = dequantize(symbols, expected_scales, num_bins).reshape(values.shape)
-    assert same_bits(output, from_planes([expected, expected]))
+    assert are_equal(output, from_planes([expected, expected]))
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_folder
 
 from cachegen.comparison import rate_distortion
 from cachegen.comparison.datasets import Question, read_contexts
@@ -20,6 +19,7 @@ from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model import LoadedModel, load_model
 from cachegen.pipeline.model_cache import view_kv_cache
 from cachegen.pipeline.prefill import prefill, tokenize
+from tests.fixtures import read_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 _SPEC = importlib.util.spec_from_file_location("rate_distortion_script", ROOT / "scripts/rate_distortion.py")

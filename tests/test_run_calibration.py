@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import BUNDLED_MODEL, load_tokenizer, make_loaded, make_token_ids, one_thread  # noqa: F401
-from transformers import LlamaConfig
 
 import cachegen.calibration.calibrate as calibration
 import run_calibration
@@ -20,28 +18,18 @@ from cachegen.kv_cache import save_kv_cache
 from cachegen.methods.transform.profile import load_profile
 from cachegen.pipeline.model import load_model
 from cachegen.pipeline.prefill import prefill_context
+from tests.fixtures import BUNDLED_MODEL
+from tests.fixtures.models import TINY_LLAMA, make_token_ids, save_model
 
-CONFIG = LlamaConfig(
-    vocab_size=4096,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_CHANNELS = 64
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
     """A tiny random model with the bundled one's tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    make_loaded(CONFIG).model.save_pretrained(folder)
-    load_tokenizer().save_pretrained(folder)
-    return folder
+    return save_model(TINY_LLAMA, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -15,29 +15,26 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, are_equal, from_planes, quantize_and_dequantize, read_folder, write_config
-from random_models import BUNDLED_MODEL, copy_with_other_keys, load_tokenizer
 
 import main
 import run_decoding_disk
 import run_encoding
-from cachegen.kv_cache import load_kv_cache
+from cachegen.kv_cache import from_planes, load_kv_cache
 from cachegen.methods import load_config, parse_document
 from cachegen.methods.transform.profile import save_profile
 from cachegen.pipeline import model, session
 from cachegen.pipeline.model_cache import view_kv_cache
-from tests.small_documents import make_profile
+from tests.fixtures import BUNDLED_MODEL, REPOSITORY, read_folder
+from tests.fixtures.absmax import quantize_and_dequantize, write_config
+from tests.fixtures.caches import are_equal
+from tests.fixtures.models import copy_with_other_keys, load_tokenizer
+from tests.fixtures.script_runs import ANSWERS, FIRST, FIRST_ANSWER, SECOND, TEXT, to_argv
+from tests.fixtures.transform import make_profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCRIPT = REPOSITORY / "run_decoding_disk.py"
 CONFIGS = REPOSITORY / "config"
-# The beginning of 9k_prompts/0.txt: prose with three registers in it, and two of their questions.
-TEXT = "\n".join((REPOSITORY / "9k_prompts" / "0.txt").read_text().split("\n")[:8])
-ANSWERS = dict(re.findall(r"^register ([a-z-]+): (\d+)$", TEXT, re.MULTILINE))
-QUESTIONS = {name: f"\nWhat is the value of register {name}?\nregister {name}:" for name in ANSWERS}
-FIRST, SECOND, _ = QUESTIONS.values()
-FIRST_ANSWER = ANSWERS[next(iter(ANSWERS))]
 PROBE = 1  # token that tells what shapes the model's cache has
 GROUPS = ("key_first", "key_second", "key_third", "value_first", "value_second")
 GROUPED = {"key_first_layers": 2, "key_second_layers": 4}  # as in quantization_tiny.json
@@ -95,10 +92,6 @@ def encoded(prefilled, argv, tmp_path) -> Path:
     folder = Path(shutil.copytree(prefilled.encoded("quantization_tiny"), tmp_path / "encoded"))
     argv[1] = str(folder)
     return folder
-
-
-def to_argv(flags: dict[str, object]) -> list[str]:
-    return [str(item) for pair in flags.items() for item in pair]
 
 
 def decode_to_json(argv: list[str], capsys, *flags: object) -> dict[str, Any]:

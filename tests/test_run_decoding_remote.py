@@ -2,97 +2,57 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, are_equal, from_planes, quantize_and_dequantize
-from random_models import BUNDLED_MODEL, copy_with_other_keys
-from stores import HttpServer, Misbehaviour, serve
-from test_run_decoding_disk import FIRST, FIRST_ANSWER, SECOND, TEXT, to_argv
 
-import main
 import run_decoding_disk
 import run_decoding_remote
 import run_encoding
 import run_publishing
-from cachegen.kv_cache import load_kv_cache
+from cachegen.kv_cache import from_planes, load_kv_cache
 from cachegen.methods import load_config
 from cachegen.pipeline import model, session
 from cachegen.pipeline.model_cache import view_kv_cache
+from tests.fixtures import BUNDLED_MODEL, REPOSITORY
+from tests.fixtures.absmax import quantize_and_dequantize
+from tests.fixtures.caches import are_equal
+from tests.fixtures.models import copy_with_other_keys
+from tests.fixtures.script_runs import (
+    FIRST,
+    FIRST_ANSWER,
+    LEVEL_CONFIGS,
+    NUM_CHUNKS,
+    SECOND,
+    TEXT,
+    Published,
+    answer_of,
+    load_model_once,
+    publish_text,
+    run_to_json,
+    to_argv,
+)
+from tests.fixtures.web_server import HttpServer, Misbehaviour, serve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-CONFIGS = ("quantization_tiny_coarse", "quantization_tiny_fine", "uniform_8bit")
-KL = ("0.0112", "0.0005", "0.0001")
-NUM_CHUNKS = 5
-
-
-@dataclass(frozen=True)
-class Published:
-    """A context and the store that holds it at three levels."""
-
-    folder: Path
-
-    @property
-    def context(self) -> Path:
-        return self.folder / "5.txt"
-
-    @property
-    def kv_path(self) -> Path:
-        return self.folder / "data" / "test_kv_5.pkl"
-
-    @property
-    def store(self) -> Path:
-        return self.folder / "store"
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory, one_thread) -> Published:
-    document = Published(tmp_path_factory.mktemp("published"))
-    document.context.write_text(TEXT)
-    flags = {"--model_id": BUNDLED_MODEL, "--path_to_context": document.context, "--dtype": "float32"}
-    assert main.main([*to_argv(flags), "--save_dir", str(document.folder / "data"), "--quiet"]) == 0
-    for config in CONFIGS:
-        path = REPOSITORY / "config" / f"{config}.json"
-        flags = {"--path_to_kv": document.kv_path, "--quantization_config": path, "--num_chunks": NUM_CHUNKS}
-        argv = [*to_argv(flags), "--output_path", str(document.folder / config), "--quiet"]
-        assert run_encoding.main(argv) == 0
-    # Given out of order: publishing sorts them.
-    folders = [str(document.folder / config) for config in reversed(CONFIGS)]
-    flags = {"--path_to_kv": document.kv_path, "--path_to_store": document.store}
-    argv = ["--path_to_encoded_kv", *folders, "--kl", *reversed(KL), *to_argv(flags), "--quiet"]
-    assert run_publishing.main(argv) == 0
-    return document
+    return publish_text(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(autouse=True)
+def load_once(monkeypatch):
+    monkeypatch.setattr(model, "load_model", load_model_once)
 
 
 @pytest.fixture
 def server(published):
     with serve(published.folder) as running:
         yield running
-
-
-@pytest.fixture(autouse=True)
-def load_once(monkeypatch):
-    """The model is the same for all runs here, and nobody changes it."""
-    monkeypatch.setattr(model, "load_model", _load_once)
-
-
-@functools.cache
-def _load_frozen(model_id: str, *flags: tuple[str, Any]) -> Any:
-    return _LOAD_MODEL(model_id, **dict(flags))
-
-
-_LOAD_MODEL = model.load_model
-
-
-def _load_once(model_id: str, **flags: Any) -> Any:
-    return _load_frozen(model_id, *sorted(flags.items()))
 
 
 @pytest.fixture
@@ -105,17 +65,6 @@ def argv(server, published) -> list[str]:
         "--max_new_tokens": 8,
     }
     return to_argv(flags)
-
-
-def run_to_json(argv: list[str], capsys, *flags: object) -> dict[str, Any]:
-    """Run with --json -, which must leave nothing but JSON on stdout."""
-    capsys.readouterr()
-    assert run_decoding_remote.main([*argv, "--json", "-", *map(str, flags)]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def answer_of(record: dict[str, Any]) -> str:
-    return record["text"].split()[0]
 
 
 class TestAnswers:
@@ -148,7 +97,7 @@ class TestAnswers:
         monkeypatch.setattr(session, "generate_answer", note_and_generate)
         questions = ["--question", FIRST, "--question", SECOND]
         remote = run_to_json(argv, capsys, "--level", level, *questions)
-        config = CONFIGS[level - 1]
+        config = LEVEL_CONFIGS[level - 1]
         saved, _ = load_kv_cache(published.kv_path)
         path = REPOSITORY / "config" / f"{config}.json"
         expected = quantize_and_dequantize(saved, load_config(path))
@@ -307,7 +256,7 @@ class TestRefusals:
     def test_a_profile_that_nothing_would_use(self, argv, refuse, published):
         error = refuse(run_decoding_remote.main, [*argv, "--profile", "x"], 2)
         assert "--profile is not for method cachegen, which the document is of" in error
-        argv = ["--path_to_encoded_kv", published.folder / CONFIGS[0], "--path_to_context", published.context]
+        argv = ["--path_to_encoded_kv", published.folder / LEVEL_CONFIGS[0], "--path_to_context", published.context]
         error = refuse(run_decoding_disk.main, [*argv, "--profile", "x"], 2)
         assert "--profile is not for method cachegen, which the document is of" in error
 
@@ -346,7 +295,7 @@ def test_levels_that_refine_each_other_are_loaded_file_by_file(published, server
 
 
 def test_publishing_refuses_losses_that_are_not_the_folders(published, refuse):
-    folders = [published.folder / config for config in CONFIGS]
+    folders = [published.folder / config for config in LEVEL_CONFIGS]
     argv = [
         "--path_to_encoded_kv",
         *folders,
@@ -368,7 +317,7 @@ def test_servers_are_asked_for_nothing_twice(server: HttpServer, argv, capsys):
 
 def test_publishing_says_what_clients_find_and_what_it_repaired(published, capsys, tmp_path):
     store = tmp_path / "store"
-    folders = [str(published.folder / config) for config in CONFIGS]
+    folders = [str(published.folder / config) for config in LEVEL_CONFIGS]
 
     def publish(num_levels: int) -> str:
         flags = {"--path_to_kv": published.kv_path, "--path_to_store": store}

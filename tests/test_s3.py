@@ -3,7 +3,6 @@
 The server checks signatures and policies where a test asks for it, and its log says what it was asked.
 """
 
-# ruff: noqa: F401, F811 (pytest finds fixtures by name, imported ones, too)
 from __future__ import annotations
 
 import json
@@ -20,24 +19,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from stores import CHUNK_TOKENS, QUICK, make_document
-from test_run_decoding_disk import FIRST, FIRST_ANSWER, to_argv
-from test_run_decoding_remote import (
-    BUNDLED_MODEL,
-    CONFIGS,
-    KL,
-    NUM_CHUNKS,
-    answer_of,
-    load_once,
-    published,
-    run_to_json,
-)
 
 import run_decoding_remote
 import run_publishing
 from cachegen.errors import OutputError, StoreError
+from cachegen.pipeline import model
 from cachegen.store.catalog import find_document, publish_document
 from cachegen.store.store import WRITING, Store, open_store
+from tests.fixtures import BUNDLED_MODEL
+from tests.fixtures.script_runs import (
+    FIRST,
+    FIRST_ANSWER,
+    LEVEL_CONFIGS,
+    LEVEL_KL,
+    NUM_CHUNKS,
+    Published,
+    answer_of,
+    load_model_once,
+    publish_text,
+    run_to_json,
+    to_argv,
+)
+from tests.fixtures.stores import CHUNK_TOKENS, make_document
+from tests.fixtures.web_server import QUICK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,14 +135,24 @@ def allowed(s3, monkeypatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def published(tmp_path_factory, one_thread) -> Published:
+    return publish_text(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(autouse=True)
+def load_once(monkeypatch):
+    monkeypatch.setattr(model, "load_model", load_model_once)
+
+
+@pytest.fixture(scope="module")
 def document(tmp_path_factory):
     return make_document(tmp_path_factory.mktemp("document"))
 
 
 def publishing_argv(published, url: str) -> list[str]:
-    folders = [str(published.folder / config) for config in CONFIGS]
+    folders = [str(published.folder / config) for config in LEVEL_CONFIGS]
     flags = {"--path_to_kv": published.kv_path, "--path_to_store": url}
-    return ["--path_to_encoded_kv", *folders, "--kl", *KL, *to_argv(flags)]
+    return ["--path_to_encoded_kv", *folders, "--kl", *LEVEL_KL, *to_argv(flags)]
 
 
 def loading_argv(published, url: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import are_equal, make_cache, make_metadata, quantize_and_dequantize
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import run_encoding
@@ -19,6 +18,8 @@ from cachegen.comparison.schemes.rotary import rotate_keys
 from cachegen.errors import ConfigError
 from cachegen.kv_cache import KVCache, RotaryEmbedding, save_kv_cache
 from cachegen.methods import load_config
+from tests.fixtures.absmax import quantize_and_dequantize
+from tests.fixtures.caches import are_equal, make_cache, make_metadata
 
 FREQUENCIES = tuple(10000 ** (-i / 32) for i in range(32))
 ROTARY = RotaryEmbedding("rotary_emb", "default", FREQUENCIES, 1.0)

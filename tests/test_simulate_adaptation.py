@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
 import run_encoding
 from cachegen.errors import ConfigError, MismatchError
 from cachegen.simulation import scenario
 from scripts import simulate_adaptation
+from tests.fixtures import REPOSITORY
 
 QUICK = ["--seeds", "2", "--num_rates", "3", "--quiet"]
 LEVELS = ("levels_small_model", "levels_pessimistic")

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import (
-    REPOSITORY,
-    are_equal,
-    decode_folder,
-    make_cache,
-    make_metadata,
-    quantize_and_dequantize,
-    save_kv_cache,
-    write_config,
-)
-from random_models import BUNDLED_MODEL, VOCABULARY_SIZE, make_loaded
 
 import main
 import run_decoding_disk
 import run_encoding
-from cachegen.kv_cache import load_kv_cache
+from cachegen.kv_cache import load_kv_cache, save_kv_cache
 from cachegen.methods import load_config
+from tests.fixtures import REPOSITORY
+from tests.fixtures.absmax import decode_folder, quantize_and_dequantize, write_config
+from tests.fixtures.caches import are_equal, make_cache, make_metadata
+from tests.fixtures.models import VOCABULARY_SIZE, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,10 +54,7 @@ def odd_model(tmp_path_factory) -> Path:
         eos_token_id=2,
         pad_token_id=0,
     )
-    make_loaded(config).model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(BUNDLED_MODEL) / name, folder)
-    return folder
+    return save_model(config, folder)
 
 
 @pytest.mark.parametrize("config", ["quantization_7b.json", "quantization_tiny.json", "uniform_4bit.json"])

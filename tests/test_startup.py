@@ -8,10 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
-from test_packaging import SCRIPTS
 
 from cachegen import startup
+from tests.fixtures import REPOSITORY, SCRIPTS
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ import sys
 import time
 
 import pytest
-from stores import QUICK, Misbehaviour, serve
 
 from cachegen.errors import BackendUnavailableError, ConfigError, OutputError, StoreError
 from cachegen.store.objects import MIN_BYTES_PER_SECOND, Pace
 from cachegen.store.store import MAX_COMPARED_BYTES, Ensured, RetryRule, open_store
+from tests.fixtures.web_server import QUICK, Misbehaviour, serve
 
 CONTENT = bytes(range(256)) * 1024  # 256 KiB: several pieces
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

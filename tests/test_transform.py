@@ -17,7 +17,7 @@ from cachegen.methods.transform.transform import (
     quantize_components,
     step_of_level,
 )
-from tests.small_documents import allocate_for, make_components, make_profile, make_transformed_cache
+from tests.fixtures.transform import allocate_for, make_components, make_profile, make_transformed_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,21 +20,18 @@ from cachegen.methods.transform.codec import build_chunk as build_transform_chun
 from cachegen.methods.transform.headers import MAX_STEP_LOG, TransformDocumentHeader
 from cachegen.methods.transform.profile import Profile, load_profile, save_profile
 from cachegen.methods.transform.transform import BLOCK_TOKENS, GroupTransform, quantize_components, step_of_level
-from tests.golden.make_transform_golden import exact_of
-from tests.small_documents import (
-    DTYPES,
+from tests.fixtures.absmax import encode_all, start_encoder
+from tests.fixtures.caches import DTYPES, make_metadata, make_shaped_cache
+from tests.fixtures.transform import (
     allocate_for,
     decode_transformed,
-    encode_all,
     encode_levels,
-    make_cache,
     make_components,
-    make_metadata,
     make_profile,
     make_transformed_cache,
-    start_encoder,
     start_transform_encoder,
 )
+from tests.golden.make_transform_golden import exact_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -470,7 +467,7 @@ def other_document(*, seed: int = 0, step_log: int = -16, dtype=torch.float32, *
     """Tables file and chunk files of the small document with something else about it."""
     _, profile, _ = small_document()
     cache = make_transformed_cache(profile, 34, dtype, seed=1)
-    metadata = dataclasses.replace(make_metadata(34, seed), rotary_embeddings=profile.rotary_embeddings, **fields)
+    metadata = make_metadata(34, seed=seed, rotary_embeddings=profile.rotary_embeddings, **fields)
     encoder = TransformEncoder(cache, metadata, profile, (34,), step_log=step_log, num_levels=2)
     return encoder.tables_file, encode_levels(encoder)[0]
 
@@ -571,11 +568,13 @@ def test_without_a_profile_a_document_is_opened_but_not_decoded() -> None:
 
 def test_chunks_of_another_method_are_refused() -> None:
     files = small_document()[2]
-    tables_file, chunk = encode_all(start_encoder(make_cache([(1, 3), (1, 2)], 34, torch.float32), (64, 8), (34,)))
+    tables_file, chunk = encode_all(
+        start_encoder(make_shaped_cache([(1, 3), (1, 2)], 34, torch.float32), (64, 8), (34,))
+    )
     with pytest.raises(MismatchError, match=r"^method is cachegen, but .* say transform"):
         decode_with([chunk])
     document = open_document(tables_file)
-    output = make_cache([(1, 3), (1, 2)], 34, torch.float32)
+    output = make_shaped_cache([(1, 3), (1, 2)], 34, torch.float32)
     with pytest.raises(MismatchError, match=r"^method is transform, but .* say cachegen"):
         document.decode(files[:1], output, first_token=0, token_hash=bytes(32))
 
@@ -643,7 +642,7 @@ def test_is_encoding_of_knows_its_own_chunks_only() -> None:
         decode_transformed(encoder.tables_file, [[other_first, chunks[0][1]]], profile, output)
     other = start_transform_encoder(make_transformed_cache(profile, 60), profile, (30, 30), num_levels=2, step_log=1)
     assert not other.is_encoding_of(0, chunks[0])
-    version_1 = encode_all(start_encoder(make_cache([(1, 3), (1, 2)], 34, torch.float32), (64, 8), (34,)))[1]
+    version_1 = encode_all(start_encoder(make_shaped_cache([(1, 3), (1, 2)], 34, torch.float32), (64, 8), (34,)))[1]
     assert not encoder.is_encoding_of(0, [version_1, version_1])
 
 

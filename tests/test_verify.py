@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_models import make_named, make_token_ids, one_thread  # noqa: F401
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
@@ -13,6 +12,9 @@ from cachegen.pipeline.model_cache import PreallocatedLayer, allocate_cache, set
 from cachegen.pipeline.prefill import prefill
 from cachegen.pipeline.session import Session
 from cachegen.pipeline.verify import Fidelity, compare_caches, compare_with_text, count_verified_tokens
+from tests.fixtures.models import make_named, make_token_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOADED = make_named("llama")
 

@@ -229,8 +229,6 @@ def read_encoded_levels(
             header = parse_document(tables_file)
         except BitstreamError as error:
             raise error.at(folder / TABLES_NAME) from error
-        if header.num_levels > 1 and len(folders) > 1:
-            raise ConfigError(f"{folder}: has levels that refine each other, which do not go with other folders'")
         levels: list[tuple[int, EncodedLevel]] = []
         for level in header.levels:
             paths = [folder / chunk_name(i, level) for i in range(header.num_chunks)]

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from cachegen.errors import BitstreamError, MismatchError, StoreError
-from cachegen.format.headers import DocumentHeader
+from cachegen.format.headers import ChunkHeader, DocumentHeader
 from cachegen.kv_cache import ContextMetadata, hash_token_prefixes
-from cachegen.methods import method_of, parse_chunk, parse_document
+from cachegen.methods import method_of, open_document, parse_chunk
+from cachegen.methods.base import Document
 from cachegen.store.index import pointer_name, read_info, read_manifest, read_pointer
 from cachegen.store.manifest import (
     MAX_STORED_LEVELS,
@@ -108,16 +109,20 @@ def publish_document(
     """
     writer = StoreWriter(store)
     writer.claim()
-    headers = [parse_document(level.tables_file) for level in levels]
-    _check_together(headers, metadata)
-    header = headers[0]
+    documents = [open_document(level.tables_file) for level in levels]
+    _check_together([document.header for document in documents], metadata)
+    header = documents[0].header
     stops = list(itertools.accumulate(header.chunk_tokens))
     hashes = hash_token_prefixes(metadata.token_ids, stops)
     descriptions, chunk_files = [], []
-    for number, (level, level_header) in enumerate(zip(levels, headers, strict=True), 1):
+    chunks: list[ChunkHeader] = []
+    for number, (level, document) in enumerate(zip(levels, documents, strict=True), 1):
         tables = tables_object(level.tables_file)
         writer.put(tables, level.tables_file)
-        description, files = _publish_level(writer, number, level, level_header, tables, hashes, stops, progress)
+        refined = chunks if level.refines is not None else None
+        description, files, chunks = _publish_level(
+            writer, number, level, document, tables, hashes, stops, refined, progress
+        )
         descriptions.append(description)
         chunk_files.append(files)
     manifest = Manifest(
@@ -217,26 +222,39 @@ def _publish_level(
     writer: StoreWriter,
     number: int,
     level: EncodedLevel,
-    header: DocumentHeader,
+    document: Document,
     tables: StoredObject,
     hashes: Sequence[str],
     stops: Sequence[int],
+    refined: Sequence[ChunkHeader] | None,
     progress: Callable[[int], object] | None,
-) -> tuple[Level, list[StoredObject]]:
-    """Put a level's chunks; returns its description, with the bits of its own files only, and its objects."""
+) -> tuple[Level, list[StoredObject], list[ChunkHeader]]:
+    """Put a level's chunks; returns its description, with the bits of its own files only, its objects, their headers.
+
+    Args:
+        refined: headers of the level that this one refines.
+    """
+    header = document.header
+    headers: list[ChunkHeader] = []
     files: list[StoredObject] = []
     description: Level | None = None
     for token_hash, stop, num_tokens, read in zip(hashes, stops, header.chunk_tokens, level.chunks, strict=True):
         content = read()
         try:
             chunk = parse_chunk(content).header
+            document.check_place(
+                chunk,
+                level=(level.refines or 0) + 1,
+                first_token=stop - num_tokens,
+                num_tokens=num_tokens,
+                token_hash=bytes.fromhex(token_hash),
+                refined=refined[len(files)] if refined is not None else None,
+            )
         except BitstreamError as error:
             raise error.at(f"level {number}, chunk {len(files)}") from error
-        wanted = (token_hash, tables.sha256, stop - num_tokens, num_tokens)
-        if (chunk.token_hash.hex(), chunk.tables_hash.hex(), chunk.first_token, chunk.num_tokens) != wanted:
-            raise MismatchError(
-                f"level {number}, chunk {len(files)}: is of another document than its tables file: encode again"
-            )
+        except MismatchError as error:
+            raise MismatchError(f"level {number}, chunk {len(files)}: {error}") from error
+        headers.append(chunk)
         if description is None:
             method, coder = method_of(header).name, chunk.coder.name.lower()
             description = Level(number, level.refines, method, coder, tables, 0.0, level.kl)
@@ -256,7 +274,7 @@ def _publish_level(
         raise MismatchError(f"level {number}: has no chunks")
     num_values = stops[-1] * header.values_per_token
     bits = 8 * (tables.bytes + sum(file.bytes for file in files)) / num_values
-    return Level(**{**vars(description), "bits_per_value": bits}), files
+    return Level(**{**vars(description), "bits_per_value": bits}), files, headers
 
 
 def _sum_bits(levels: Sequence[Level]) -> list[Level]:

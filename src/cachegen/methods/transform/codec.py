@@ -22,7 +22,7 @@ from cachegen.coder.kernels import Kernels
 from cachegen.errors import BitstreamError, InputError, MismatchError, not_finite_error
 from cachegen.format import ALIGNMENT, LANES, MAX_LEVELS, Coder, StreamEntry, round_up
 from cachegen.format.files import Chunk, header_crc, join_chunk
-from cachegen.format.framing import Buffer
+from cachegen.format.framing import PREFIX, Buffer
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import Document, Encoder, ErrorMeasure, cut_streams, naming_level
 from cachegen.methods.transform.exact_values import (
@@ -243,9 +243,11 @@ class TransformEncoder(Encoder):
         return point.kl if point is not None else None
 
     def read_error(self, index: int, level: int, content: Sequence[Buffer]) -> ErrorMeasure:
-        """Return what the chunk's file records."""
-        header = TransformChunkHeader.unpack(b"".join(content))
-        return ErrorMeasure(header.max_error, header.mean_error)
+        """Return what the chunk's file records; its first part holds the whole header."""
+        fields = TransformChunkHeader.unpack_fields(
+            content[0], PREFIX.size, PREFIX.size + TransformChunkHeader.num_bytes()
+        )
+        return ErrorMeasure(fields["max_error"], fields["mean_error"])
 
     def encode_chunk(self, index: int, level: int = 1) -> list[bytes | memoryview]:
         """Encode one chunk at one level; returns its file as parts to be written one after the other.
