@@ -155,7 +155,7 @@ def test_unknown_fields_are_refused(write, content: dict) -> None:
 
 @pytest.mark.parametrize("method", ["CACHEGEN", "", None, 1, ["cachegen"], "cachegen-delta"])
 def test_unknown_methods_are_refused(write, method: object) -> None:
-    with pytest.raises(ConfigError, match="method must be one of cachegen, uniform, transform, got"):
+    with pytest.raises(ConfigError, match="method must be one of cachegen, uniform, transform, lossless, got"):
         load_config(write(CACHEGEN | {"method": method}))
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_folder
-from gguf_models import write_gguf
-from random_models import BUNDLED_MODEL, one_thread  # noqa: F401
 
 from cachegen.errors import InputError
 from cachegen.pipeline.model import load_model
+from tests.fixtures import BUNDLED_MODEL, read_folder
+from tests.fixtures.gguf_models import write_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
 _SPEC = importlib.util.spec_from_file_location("get_small_model", ROOT / "tools/get_small_model.py")

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_models import write_gguf
-from random_models import BUNDLED_MODEL, one_thread  # noqa: F401
 
 import main as main_script
 import run_calibration
@@ -25,6 +23,8 @@ from cachegen.pipeline.fingerprint import compute_fingerprint
 from cachegen.pipeline.gguf import name_gguf_model, split_gguf_name
 from cachegen.pipeline.model import load_model
 from cachegen.pipeline.profiles import profile_finder
+from tests.fixtures import BUNDLED_MODEL
+from tests.fixtures.gguf_models import write_gguf
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]

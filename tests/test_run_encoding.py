@@ -503,7 +503,7 @@ class TestRefusals:
             ({"key_third_layers": 1}, "key_third_layers must not be below the boundary before it, got 1"),
             ({"value_second_layers": 1}, "no value group covers layers 1 to 1: raise value_second_layers"),
             ({"bins": 3}, "unknown field bins"),
-            ({"method": "huffman"}, 'method must be one of cachegen, uniform, transform, got "huffman"'),
+            ({"method": "huffman"}, 'method must be one of cachegen, uniform, transform, lossless, got "huffman"'),
             ({"coder": "zip"}, "coder must be one of rans, ac, packed"),
         ],
     )

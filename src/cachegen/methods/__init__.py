@@ -32,7 +32,7 @@ from cachegen.methods.base import (
     method_of_file,
 )
 
-METHODS.extend([*absmax.METHODS, *lossless.METHODS, *transform.METHODS])
+METHODS.extend([*absmax.METHODS, *transform.METHODS, *lossless.METHODS])
 DEFAULT_METHOD = "cachegen"
 
 
