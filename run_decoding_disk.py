@@ -94,7 +94,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     block_size = header.prefill_block_size
     answers = session.answer(cache, num_cached, block_size)
     ttft_seconds = answers[0].first_token_at - start
-    fidelity = session.verify(answers, cache, num_cached, block_size) if args.verify else None
+    fidelity = session.verify(answers, cache, num_cached, block_size, header) if args.verify else None
     record = {
         "stage": "decode",
         "num_cached_tokens": num_cached,

@@ -19,6 +19,7 @@ from cachegen.errors import BitstreamError, UnsupportedVersionError
 from cachegen.format import NO_HASH, Coder, Dtype, PlaneLayout, StreamEntry, round_up
 from cachegen.format.headers import ChunkHeader, DocumentHeader
 from cachegen.methods.absmax.headers import AbsmaxChunkHeader, AbsmaxDocumentHeader, PlaneRecord, count_streams
+from cachegen.methods.lossless.headers import LosslessDocumentHeader
 from cachegen.methods.transform.headers import (
     MAX_STEP_LOG,
     PlaneShape,
@@ -30,7 +31,8 @@ from tests.reference.planes import StreamCoding, crc32c, encode_stream
 
 TABLES, CHUNK = "## Tables file, of every method", "## Chunk file, of every method"
 ABSMAX, TRANSFORM = "## Methods `cachegen` and `uniform`", "## Method `transform`"
-DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "format.md").read_text("utf-8")
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCUMENT, LOSSLESS_DOCUMENT = ((DOCS / name).read_text("utf-8") for name in ("format.md", "lossless.md"))
 
 COMMON_CHUNK: dict[str, Any] = {
     "first_token": 0x1122334455667788,
@@ -123,9 +125,9 @@ def put(content: bytes, offset: int, layout: str, *values: float) -> bytes:
 # --- docs/format.md ---------------------------------------------------------------------------------------------------
 
 
-def documented_rows(section: str, table: int = 0) -> list[tuple[int, int, str, str]]:
+def documented_rows(section: str, table: int = 0, document: str = DOCUMENT) -> list[tuple[int, int, str, str]]:
     """The fields of a section's table: offset, bytes, name, meaning."""
-    text = re.split(r"\n##+ ", DOCUMENT.split(f"\n{section}\n", 1)[1], maxsplit=1)[0]
+    text = re.split(r"\n##+ ", document.split(f"\n{section}\n", 1)[1], maxsplit=1)[0]
     body = text.split("| offset | size | name | meaning |\n|---|---|---|---|\n")[1 + table].split("\n\n")[0]
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (\w+) \| (.*?) ?\|$", body, re.MULTILINE)
     return [(int(offset), int(size), name, meaning) for offset, size, name, meaning in rows]
@@ -162,10 +164,22 @@ def documented_bytes(name: str) -> bytes:
             TransformChunkHeader,
             documented_rows(CHUNK) + documented_rows(TRANSFORM, 2),
         ),
+        (
+            LosslessDocumentHeader,
+            documented_rows(TABLES) + documented_rows("## Files", document=LOSSLESS_DOCUMENT),
+        ),
         (PlaneRecord, documented_rows("### Plane record")),
         (PlaneShape, documented_rows(TRANSFORM, 1)),
     ],
-    ids=["absmax tables", "absmax chunk", "transform tables", "transform chunk", "plane record", "plane shape"],
+    ids=[
+        "absmax tables",
+        "absmax chunk",
+        "transform tables",
+        "transform chunk",
+        "lossless tables",
+        "plane record",
+        "plane shape",
+    ],
 )
 def test_the_document_describes_the_declared_fields(record, documented) -> None:
     assert record.describe() == documented

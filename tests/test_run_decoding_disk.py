@@ -136,6 +136,7 @@ class TestAnswers:
         argv[1] = str(prefilled.encoded(config))
         record = decode_to_json(argv, capsys, "--verify", "--question", FIRST, "--question", SECOND)
         keys = "kl next_token_agreement nll_delta verified_tokens greedy_match text_uncompressed text_prefill_seconds"
+        assert record["bit_exact"] is False
         assert set(keys.split()) <= set(record)
         assert 0 < record["kl"] < largest_kl
         assert 0.9 < record["next_token_agreement"] <= 1 and abs(record["nll_delta"]) < 0.1
@@ -144,6 +145,28 @@ class TestAnswers:
         assert record["text_uncompressed"].split()[0] == FIRST_ANSWER
         if config == "uniform_8bit":
             assert record["greedy_match"] is True and record["text"] == record["text_uncompressed"]
+
+    def test_verify_proves_that_a_lossless_cache_is_the_saved_one(self, prefilled, argv, capsys, tmp_path):
+        prefill = {
+            "--model_id": BUNDLED_MODEL,
+            "--path_to_context": prefilled.context,
+            "--save_dir": tmp_path,
+            "--doc_id": 0,
+            "--dtype": "bfloat16",
+        }
+        encode = {
+            "--path_to_kv": tmp_path / "test_kv_0.pkl",
+            "--quantization_config": CONFIGS / "lossless.json",
+            "--output_path": tmp_path / "lossless",
+            "--chunk_size": 400,
+        }
+        assert main.main([*to_argv(prefill), "--quiet"]) == 0
+        assert run_encoding.main([*to_argv(encode), "--quiet"]) == 0
+        argv[1] = str(tmp_path / "lossless")
+        record = decode_to_json(argv, capsys, "--verify", "--question", FIRST)
+        assert record["bit_exact"] is True and record["greedy_match"] is True
+        part = decode_to_json(argv, capsys, "--verify", "--num_chunks", "1", "--question", FIRST)
+        assert part["bit_exact"] is False
 
     def test_verify_says_so_when_the_answer_changes(self, argv, capsys, tmp_path, prefilled):
         config = write_config(tmp_path / "crude.json", **{f"{plane}_bins": 4 for plane in GROUPS})

@@ -122,6 +122,7 @@ def lossless_encode(
     frequencies: NDArray[np.uint16],
     turns: NDArray[np.uint32],
     is_float16: bool,
+    num_threads: int,
 ) -> list[bytes]: ...
 def lossless_count(
     values: NDArray[np.uint16],
@@ -145,4 +146,5 @@ def lossless_decode(
     frequencies: NDArray[np.uint16],
     turns: NDArray[np.uint32],
     is_float16: bool,
+    num_threads: int,
 ) -> tuple[int, int]: ...

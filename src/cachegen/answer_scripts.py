@@ -99,6 +99,8 @@ def report_answers(report: command_line.Reporter, record: dict[str, Any]) -> Non
         report.row("KL", f"{record['kl']:.6f} nats over the last {record['verified_tokens']} tokens")
         report.row("agreement", f"{100 * record['next_token_agreement']:.1f} % of next tokens")
         report.row("NLL difference", f"{record['nll_delta']:+.5f} nats")
+        if record["bit_exact"]:
+            report.row("cache", "bit for bit the one that was saved")
         report.row("same answer", "yes" if record["greedy_match"] else "NO")
     uncompressed = record.get("texts_uncompressed", [None] * len(record["answers"]))
     for answer, reference in zip(record["answers"], uncompressed, strict=True):

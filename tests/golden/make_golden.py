@@ -31,7 +31,7 @@ from cachegen.kv_cache import ContextMetadata, KVCache, from_planes, hash_token_
 from cachegen.methods import open_document
 from cachegen.methods.absmax.codec import AbsmaxEncoder, build_chunk
 from cachegen.methods.absmax.config import AbsmaxConfig, LayerGroup
-from tests.golden import make_transform_golden
+from tests.golden import make_lossless_golden, make_transform_golden
 from tests.golden.integers import Integers
 from tests.golden.invalid_files import list_invalid
 from tests.reference.kernels import REFERENCE
@@ -252,6 +252,9 @@ def make_all() -> dict[str, bytes]:
         output[f"invalid_transform/{name}"] = content
         reasons[name] = {"error": error, "field": field}
     output["invalid_transform/invalid.json"] = to_json(reasons)
+    output |= {
+        f"{make_lossless_golden.NAME}/{name}": content for name, content in make_lossless_golden.make_files().items()
+    }
     return output
 
 

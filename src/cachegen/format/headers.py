@@ -59,7 +59,7 @@ class DocumentHeader(Record):
     num_cache_tokens: int = u64("tokens of the whole cache; those that no chunk covers are recomputed from text")
     num_chunks: int = u32("1 to 2^20", least=1, most=MAX_CHUNKS, is_derived=True)
     num_layers: int = u16("1 to 65535", least=1, is_derived=True)
-    method: int = u8("1 `cachegen`, 2 `uniform`, 3 `transform`")
+    method: int = u8("1 `cachegen`, 2 `uniform`, 3 `transform`, 4 `lossless`")
     coder: Coder = u8("of all chunks: 1 `rans`, 2 [`ac`](#coder-ac), 3 `packed`", values=Coder)
     dtype: Dtype = u8("of the cache: 1 fp16, 2 bf16, 3 fp32", values=Dtype)
     num_levels: int = u8("levels of the document, 1 to 4", least=1, most=MAX_LEVELS)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from cachegen.errors import ConfigError
+from cachegen.format.headers import DocumentHeader
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.generate import Answer, generate_answer, generate_from_text
 from cachegen.pipeline.limits import check_prompts
 from cachegen.pipeline.model import LoadedModel
-from cachegen.pipeline.model_cache import Cache
+from cachegen.pipeline.model_cache import Cache, view_kv_cache
 from cachegen.pipeline.prefill import tokenize
-from cachegen.pipeline.verify import compare_with_text
+from cachegen.pipeline.verify import compare_with_text, is_saved_cache
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,20 @@ class Session:
         }
 
     def verify(
-        self, answers: Sequence[Answer], cache: Cache, num_cached: int, block_size: int = DEFAULT_BLOCK_SIZE
+        self,
+        answers: Sequence[Answer],
+        cache: Cache,
+        num_cached: int,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        header: DocumentHeader | None = None,
     ) -> dict[str, Any]:
         """Answer from the text, as transformers does without this project, and compare predictions and answers.
 
         Costs a prefill of the whole context per question, and one more, with memory for the scores of a pass in one
         piece.
+
+        Args:
+            header: of the document that the cache was decoded from, to tell whether it is the saved one bit for bit.
 
         Returns:
             What --verify adds to the JSON.
@@ -94,6 +103,7 @@ class Session:
             "next_token_agreement": fidelity.next_token_agreement,
             "nll_delta": fidelity.nll_delta,
             "verified_tokens": fidelity.verified_tokens,
+            "bit_exact": header is not None and is_saved_cache(view_kv_cache(cache, num_cached), header),
             "greedy_match": all(a.token_ids == r.token_ids for a, r in zip(answers, references, strict=True)),
             "text_uncompressed": references[0].text,
             "texts_uncompressed": [reference.text for reference in references],

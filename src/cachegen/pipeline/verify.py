@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache
 
+from cachegen.format.headers import DocumentHeader
+from cachegen.kv_cache import KVCache, hash_planes
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import get_capacity, preserve_tokens, set_length
@@ -38,6 +40,18 @@ class Fidelity:
 def count_verified_tokens(num_tokens: int) -> int:
     """Return how many of a context's last tokens are verified: 256, or half of a context shorter than 512."""
     return min(MAX_VERIFIED_TOKENS, num_tokens // 2)
+
+
+def is_saved_cache(cache: KVCache, header: DocumentHeader) -> bool:
+    """Tell whether a decoded cache is, bit for bit, the one that a document was encoded from.
+
+    Args:
+        cache: all that was decoded; of fewer tokens than the saved one nothing is known, and the answer is no.
+    """
+    if cache.num_tokens != header.num_cache_tokens:
+        return False
+    on_cpu = KVCache([plane.cpu() for plane in cache.keys], [plane.cpu() for plane in cache.values])
+    return hash_planes(on_cpu) == header.cache_hash.hex()
 
 
 @torch.inference_mode()

@@ -481,22 +481,22 @@ lossless::Values to_values(const Array<uint16_t>& array, const lossless::Model& 
     return {array.mutable_data(), array.shape(0), num_channels, first_token};
 }
 
-// Returns a stream per layer as bytes.
+// Returns the streams as bytes: for each block of tokens one per layer.
 Reference lossless_encode(const Arguments& arguments) {
-    static const char* const kNames[] = {"values",      "first_token", "channels",   "layers", "weights",
-                                         "frequencies", "turns",       "is_float16", nullptr};
+    static const char* const kNames[] = {"values",      "first_token", "channels",   "layers",      "weights",
+                                         "frequencies", "turns",       "is_float16", "num_threads", nullptr};
     PyObject *object, *channels, *layers, *weights, *frequencies, *turns;
     long long first_token;
-    int is_float16;
-    arguments.read("OLOOOOOp:lossless_encode", kNames, &object, &first_token, &channels, &layers, &weights,
-                   &frequencies, &turns, &is_float16);
+    int is_float16, num_threads;
+    arguments.read("OLOOOOOpi:lossless_encode", kNames, &object, &first_token, &channels, &layers, &weights,
+                   &frequencies, &turns, &is_float16, &num_threads);
     const LosslessModel model(channels, layers, weights, frequencies, turns, is_float16);
     const Array<uint16_t> array(object, "values");
     const lossless::Values values = to_values(array, model.get(), first_token);
     std::vector<std::vector<uint8_t>> streams;
     {
         const UnlockedInterpreter unlocked;
-        lossless::encode(model.get(), values, streams);
+        lossless::encode(model.get(), values, num_threads, streams);
     }
     Reference result(PyList_New(static_cast<Py_ssize_t>(streams.size())));
     for (size_t i = 0; i < streams.size(); ++i)
@@ -526,30 +526,31 @@ Reference lossless_count(const Arguments& arguments) {
     return Reference::borrow(Py_None);
 }
 
-// Fills values from a stream per layer. Returns (layer, status) of the first that is corrupt, or (0, 0).
+// Fills values from the streams. Returns (stream, status) of the first that is corrupt, or (0, 0).
 Reference lossless_decode(const Arguments& arguments) {
-    static const char* const kNames[] = {"payload", "index",       "values", "first_token", "channels", "layers",
-                                         "weights", "frequencies", "turns",  "is_float16",  nullptr};
+    static const char* const kNames[] = {"payload", "index",       "values", "first_token", "channels",    "layers",
+                                         "weights", "frequencies", "turns",  "is_float16",  "num_threads", nullptr};
     PyObject *payload_object, *index_object, *object, *channels, *layers, *weights, *frequencies, *turns;
     long long first_token;
-    int is_float16;
-    arguments.read("OOOLOOOOOp:lossless_decode", kNames, &payload_object, &index_object, &object, &first_token,
-                   &channels, &layers, &weights, &frequencies, &turns, &is_float16);
+    int is_float16, num_threads;
+    arguments.read("OOOLOOOOOpi:lossless_decode", kNames, &payload_object, &index_object, &object, &first_token,
+                   &channels, &layers, &weights, &frequencies, &turns, &is_float16, &num_threads);
     const LosslessModel model(channels, layers, weights, frequencies, turns, is_float16);
     const Array<uint8_t> payload(payload_object, "payload");
     const Array<uint32_t> index(index_object, "index");
     const Array<uint16_t> array(object, "values", true);
     lossless::Values values = to_values(array, model.get(), first_token);
-    const auto num_layers = static_cast<int64_t>(model.get().layers.size());
-    const std::vector<int64_t> offsets = offsets_of(index, num_layers, payload);
+    const int64_t num_streams =
+        static_cast<int64_t>(model.get().layers.size()) * lossless::num_blocks(values.num_tokens);
+    const std::vector<int64_t> offsets = offsets_of(index, num_streams, payload);
     std::vector<std::pair<const uint8_t*, int64_t>> streams;
-    for (int64_t i = 0; i < num_layers; ++i) streams.emplace_back(payload.data() + offsets[i], index.at(i, 0));
+    for (int64_t i = 0; i < num_streams; ++i) streams.emplace_back(payload.data() + offsets[i], index.at(i, 0));
     lossless::Outcome outcome;
     {
         const UnlockedInterpreter unlocked;
-        outcome = lossless::decode(model.get(), streams, values);
+        outcome = lossless::decode(model.get(), streams, num_threads, values);
     }
-    return failure_tuple({outcome.layer, outcome.status});
+    return failure_tuple({outcome.stream, outcome.status});
 }
 
 // --- the module ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cpu/cpu_kernels.h"
+#include "cpu/parallel.h"
 
 #if CACHEGEN_X86
 #include "cpu/avx2.h"
@@ -241,7 +242,7 @@ int64_t turn(int64_t a, int64_t cosine, int64_t b, int64_t sine) {
     return (a * cosine + b * sine + (1 << (kSineBits - 1))) >> kSineBits;
 }
 
-// Go through a chunk's values in the order of their coding. code(layer, channel, token, prediction) returns the units
+// Go through a block's values in the order of their coding. code(layer, channel, token, prediction) returns the units
 // of the value there, which it has read or written.
 template <class Code, class EndLayer>
 void walk(const Model& model, int64_t num_tokens, int64_t first_token, Code&& code, EndLayer&& end_layer) {
@@ -404,10 +405,9 @@ struct Starts {
 };
 
 template <class Dtype>
-void encode_chunk(const Model& model, const Values& values, std::vector<std::vector<uint8_t>>& streams) {
+void encode_block(const Model& model, const Values& values, std::vector<uint8_t>* streams) {
     std::vector<Coded> coded;
     std::vector<uint16_t> words;
-    streams.assign(model.layers.size(), {});
     walk(
         model, values.num_tokens, values.first_token,
         [&](size_t index, int64_t channel, int64_t token, int64_t prediction) {
@@ -443,8 +443,7 @@ void encode_chunk(const Model& model, const Values& values, std::vector<std::vec
 }
 
 template <class Dtype>
-Outcome decode_chunk(const Model& model, const std::vector<std::pair<const uint8_t*, int64_t>>& streams,
-                     Values& values) {
+Outcome decode_block(const Model& model, const std::pair<const uint8_t*, int64_t>* streams, Values& values) {
     Outcome outcome{0, Status::kOk};
     Decoder decoder;
     std::vector<uint8_t> symbols[2] = {std::vector<uint8_t>(kTotal), std::vector<uint8_t>(kTotal)};
@@ -517,7 +516,7 @@ Outcome decode_chunk(const Model& model, const std::vector<std::pair<const uint8
 }
 
 template <class Dtype>
-void count_chunk(const Model& model, const Values& values, uint32_t* counts) {
+void count_block(const Model& model, const Values& values, uint32_t* counts) {
     walk(
         model, values.num_tokens, values.first_token,
         [&](size_t index, int64_t channel, int64_t token, int64_t prediction) {
@@ -534,18 +533,45 @@ void count_chunk(const Model& model, const Values& values, uint32_t* counts) {
 
 }  // namespace
 
-void encode(const Model& model, const Values& values, std::vector<std::vector<uint8_t>>& streams) {
-    model.is_float16 ? encode_chunk<Bits<true>>(model, values, streams)
-                     : encode_chunk<Bits<false>>(model, values, streams);
+namespace {
+
+// One block of a chunk's tokens.
+Values block_of(const Values& values, int64_t block) {
+    const int64_t first = block * kBlockTokens;
+    return {values.bits + first * values.num_channels, std::min(kBlockTokens, values.num_tokens - first),
+            values.num_channels, values.first_token + first};
+}
+
+}  // namespace
+
+void encode(const Model& model, const Values& values, int num_threads, std::vector<std::vector<uint8_t>>& streams) {
+    const auto num_layers = static_cast<int64_t>(model.layers.size());
+    streams.assign(num_blocks(values.num_tokens) * num_layers, {});
+    parallel_for(num_blocks(values.num_tokens), num_threads, [&](int64_t block) {
+        const Values part = block_of(values, block);
+        auto* const first = &streams[block * num_layers];
+        model.is_float16 ? encode_block<Bits<true>>(model, part, first) : encode_block<Bits<false>>(model, part, first);
+    });
 }
 
 void count(const Model& model, const Values& values, uint32_t* counts) {
-    model.is_float16 ? count_chunk<Bits<true>>(model, values, counts) : count_chunk<Bits<false>>(model, values, counts);
+    model.is_float16 ? count_block<Bits<true>>(model, values, counts) : count_block<Bits<false>>(model, values, counts);
 }
 
-Outcome decode(const Model& model, const std::vector<std::pair<const uint8_t*, int64_t>>& streams, Values& values) {
-    return model.is_float16 ? decode_chunk<Bits<true>>(model, streams, values)
-                            : decode_chunk<Bits<false>>(model, streams, values);
+Outcome decode(const Model& model, const std::vector<std::pair<const uint8_t*, int64_t>>& streams, int num_threads,
+               Values& values) {
+    const auto num_layers = static_cast<int64_t>(model.layers.size());
+    std::vector<Outcome> outcomes(num_blocks(values.num_tokens));
+    parallel_for(num_blocks(values.num_tokens), num_threads, [&](int64_t block) {
+        Values part = block_of(values, block);
+        const auto* const first = &streams[block * num_layers];
+        outcomes[block] = model.is_float16 ? decode_block<Bits<true>>(model, first, part)
+                                           : decode_block<Bits<false>>(model, first, part);
+        outcomes[block].stream += block * num_layers;
+    });
+    for (const Outcome& outcome : outcomes)
+        if (outcome.status != Status::kOk) return outcome;
+    return {0, Status::kOk};
 }
 
 }  // namespace cachegen::lossless

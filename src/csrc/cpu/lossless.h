@@ -14,8 +14,9 @@
 
 namespace cachegen::lossless {
 
-constexpr int kNumLanes = 16;    // rANS states of a stream; token t has lane t % 16
-constexpr int kNumSymbols = 64;  // steps from the prediction: -31 to 31, and the escape
+constexpr int64_t kBlockTokens = 256;  // of a stream: tokens do not predict each other
+constexpr int kNumLanes = 16;          // rANS states of a stream; token t has lane t % 16
+constexpr int kNumSymbols = 64;        // steps from the prediction: -31 to 31, and the escape
 constexpr int kEscape = 63;
 constexpr int64_t kMaxContext = 4096;  // channels that a prediction uses; with kMaxHistory its sum fits 31 bits
 constexpr int32_t kMaxHistory = 4096;
@@ -57,17 +58,20 @@ struct Values {
     int64_t first_token;
 };
 
-// Encode one chunk: a stream per layer.
-void encode(const Model& model, const Values& values, std::vector<std::vector<uint8_t>>& streams);
+inline int64_t num_blocks(int64_t num_tokens) { return (num_tokens + kBlockTokens - 1) / kBlockTokens; }
 
-// Count the symbols of one chunk: counts [num_layers][2][64] are added to.
+// Encode one chunk: for each block of tokens a stream per layer.
+void encode(const Model& model, const Values& values, int num_threads, std::vector<std::vector<uint8_t>>& streams);
+
+// Count the symbols of a chunk: counts [num_layers][2][64] are added to.
 void count(const Model& model, const Values& values, uint32_t* counts);
 
-// Decode one chunk. Returns the status and the layer it is of.
+// What became of decoding: the first stream that failed, if one did.
 struct Outcome {
-    int64_t layer;
+    int64_t stream;
     Status status;
 };
-Outcome decode(const Model& model, const std::vector<std::pair<const uint8_t*, int64_t>>& streams, Values& values);
+Outcome decode(const Model& model, const std::vector<std::pair<const uint8_t*, int64_t>>& streams, int num_threads,
+               Values& values);
 
 }  // namespace cachegen::lossless

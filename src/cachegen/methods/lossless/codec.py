@@ -69,13 +69,18 @@ class LosslessDocument(Document):
         values = np.zeros((output.num_tokens, sum(shape.num_channels for shape in shapes)), np.uint16)
         index = np.frombuffer(chunk.header.stream_index, "<u4").reshape(-1, len(StreamEntry._fields))
         try:
-            layer, status = _native.lossless_decode(
-                np.frombuffer(chunk.payload, np.uint8), index, values, first_token, **self.coding
+            failed, status = _native.lossless_decode(
+                np.frombuffer(chunk.payload, np.uint8),
+                index,
+                values,
+                first_token,
+                **self.coding,
+                num_threads=num_threads,
             )
         except ValueError as error:
             raise BitstreamError(str(error), field="model") from None
         if status != _native.Status.OK.value:
-            raise BitstreamError("does not decode", field=f"stream {layer}")
+            raise BitstreamError("does not decode", field=f"stream {failed}")
         decoded: torch.Tensor = torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]  (torch has no type)
         parts = torch.split(decoded.view(self.dtype), [shape.num_channels for shape in shapes], dim=1)
         for plane, part in zip(output.planes, parts, strict=True):
@@ -138,7 +143,8 @@ class LosslessEncoder(Encoder):
         tokens = self._cache.slice(header.first_token, header.first_token + header.num_tokens)
         streams: list[StreamEntry] = []
         payloads: list[bytes | memoryview] = []
-        for stream in _native.lossless_encode(join_bits(tokens), header.first_token, **self.document.coding):
+        bits, coding = join_bits(tokens), self.document.coding
+        for stream in _native.lossless_encode(bits, header.first_token, **coding, num_threads=self._num_threads):
             padded = stream.ljust(round_up(len(stream), ALIGNMENT), b"\0")
             streams.append(StreamEntry(len(stream), 0, _native.crc32c(padded)))
             payloads.append(padded)

@@ -14,6 +14,9 @@ from cachegen.format.framing import Buffer, require
 from cachegen.format.headers import ChunkHeader, DocumentHeader, check_channels
 from cachegen.format.layout import Record, u16, u32
 
+BLOCK_TOKENS = 256
+"""Tokens of a stream."""
+
 
 @dataclass(frozen=True)
 class PlaneShape(Record):
@@ -76,7 +79,7 @@ class LosslessDocumentHeader(DocumentHeader):
 
 @dataclass(frozen=True, kw_only=True)
 class LosslessChunkHeader(ChunkHeader):
-    """See `ChunkHeader`; there is one stream per layer."""
+    """See `ChunkHeader`; for each block of tokens there is a stream per layer."""
 
     @property
     def recorded_errors(self) -> tuple[float, float]:
@@ -84,7 +87,7 @@ class LosslessChunkHeader(ChunkHeader):
 
     @property
     def num_streams(self) -> int:
-        return self.num_layers
+        return self.num_layers * -(-self.num_tokens // BLOCK_TOKENS)
 
     @property
     def header_bytes(self) -> int:
@@ -105,4 +108,4 @@ class LosslessChunkHeader(ChunkHeader):
         cls, fields: dict[str, Any], content: Buffer, at: int, header_bytes: int
     ) -> tuple[dict[str, Any], int, int]:
         _check_coding(fields["coder"], fields["dtype"], cls.offset_of("coder"), cls.offset_of("dtype"))
-        return {}, fields["num_layers"], at
+        return {}, fields["num_layers"] * -(-fields["num_tokens"] // BLOCK_TOKENS), at

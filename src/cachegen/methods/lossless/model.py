@@ -59,8 +59,8 @@ class Model:
             "is_float16": is_float16,
         }
 
-    def pack(self) -> bytes:
-        """Return the model's compressed bytes."""
+    def pack(self, compression: int = 9) -> bytes:
+        """Return the model's bytes, compressed by zlib at a level from 0 to 9."""
         channels = np.empty(len(self.channels), _CHANNEL)
         for index, name in enumerate(("mean", "multiplier", "shift", "exponent", "history", "step")):
             channels[name] = self.channels[:, index]
@@ -73,7 +73,7 @@ class Model:
             self.frequencies.astype("<u2").tobytes(),
             self.weights.tobytes(),
         ]
-        return zlib.compress(b"".join(parts), 9)
+        return zlib.compress(b"".join(parts), compression)
 
 
 def unpack_model(content: bytes, planes: Sequence[PlaneShape]) -> Model:
