@@ -33,6 +33,7 @@ _FREQUENCY_BITS = 12
 _FIRST_TOKEN = 4  # fitted on, but in a short cache: those before it are unlike all others
 _HISTORY_UNIT = 362  # between 256 and 512: standard deviations in the history's integers
 _MAX_WEIGHT = 127
+_LEAST_SAMPLES = 64  # to fit weights on
 _DEADZONE = 0.65  # a weight of less, in steps, is left out
 _CHANNEL_STEPS = (512, 1023)
 # Pi to 200 bits: the turns of a token must come out alike everywhere.
@@ -61,11 +62,10 @@ def _fit(cache: KVCache, rotary: RotaryEmbedding | None) -> Model:
     positions = torch.arange(first, cache.num_tokens, stride)
     orders = [_coding_order(keys, values, len(turns)) for keys, values in zip(planes[::2], planes[1::2], strict=True)]
     fitted: list[_Layer] = []
-    samples: list[torch.Tensor] = []
+    covariances = _Covariances()
     for layer, order in enumerate(orders):
         vectors = _vectors(cache, layer, positions, rotary if turns else None)
-        samples = [*samples[-MAX_BEFORE:], vectors]
-        fitted.append(_fit_layer(samples, fitted, order, cache.num_tokens))
+        fitted.append(_fit_layer(vectors, fitted, covariances, order, cache.num_tokens))
     model = Model(
         channels=np.concatenate([layer.channels for layer in fitted]),
         layers_before=tuple(layer.before for layer in fitted),
@@ -129,7 +129,7 @@ class _Layer:
         before: layers before it that predict it, or `NO_WEIGHTS`.
         weights: int8 `[num_channels, channels before + num_channels]`; empty without.
         channels: int32 `[num_channels, 6]`, as in `Model`.
-        means, deviations: of its channels.
+        means: of its channels.
         units: per channel, what one in the history's integers is, in standard deviations.
     """
 
@@ -137,61 +137,107 @@ class _Layer:
     weights: NDArray[np.int8]
     channels: NDArray[np.int32]
     means: torch.Tensor
-    deviations: torch.Tensor
     units: torch.Tensor
 
 
-def _fit_layer(samples: Sequence[torch.Tensor], before: Sequence[_Layer], order: _Order, num_tokens: int) -> _Layer:
+class _Covariances:
+    """Covariances of the standardized channels of a layer and those before it, each block computed once."""
+
+    def __init__(self) -> None:
+        self._samples: list[torch.Tensor] = []
+        self._blocks: dict[tuple[int, int], torch.Tensor] = {}
+
+    def add(self, standard: torch.Tensor) -> None:
+        """Add the next layer's channels, fp32 `[num_samples, num_channels]`."""
+        self._samples.append(standard)
+        oldest = len(self._samples) - 1 - MAX_BEFORE
+        if oldest > 0:
+            self._samples[oldest - 1] = torch.empty(0)
+        self._blocks = {pair: block for pair, block in self._blocks.items() if pair[0] >= oldest}
+
+    def inputs(self, count: int) -> torch.Tensor:
+        """Return the channels of the last layer and of `count` layers before it, side by side."""
+        return torch.cat(self._samples[len(self._samples) - 1 - count :], dim=1)
+
+    def matrix(self, count: int) -> torch.Tensor:
+        """Return the covariance of `inputs`, fp64."""
+        layers = range(len(self._samples) - 1 - count, len(self._samples))
+        return torch.cat([torch.cat([self._block(i, j) for j in layers], dim=1) for i in layers])
+
+    def _block(self, i: int, j: int) -> torch.Tensor:
+        if i > j:
+            return self._block(j, i).T
+        if (i, j) not in self._blocks:
+            first, second = self._samples[i], self._samples[j]
+            self._blocks[i, j] = (first.T @ second).double() / len(first)
+        return self._blocks[i, j]
+
+
+def _fit_layer(
+    own: torch.Tensor, before: Sequence[_Layer], covariances: _Covariances, order: _Order, num_tokens: int
+) -> _Layer:
     """Fit one layer.
 
     Args:
-        samples: fp64 `[num_samples, num_channels]` of some layers before it and, last, its own.
+        own: its samples, fp64 `[num_samples, num_channels]`.
         before: the layers before it.
+        covariances: of the layers before it; its own are added.
         num_tokens: that will be coded.
     """
-    own = samples[-1]
     means = own.mean(0)
     deviations = own.std(0, correction=0)
     # Of a channel that is always the same, too, something must be said.
     deviations = torch.maximum(deviations, 2.0**-14 * own.abs().amax(0)).clamp_min(2.0**-40)
-    plain = _finish(own, means, deviations, torch.zeros_like(own), deviations, order, NO_WEIGHTS, None)
-    best, best_bits = plain, 0.0
-    if len(own) < 64:
-        return best
-    standard = [((own - means) / deviations).float()]
-    for count in range(MAX_BEFORE + 1):
-        if count > len(samples) - 1 or count > len(before):
+    covariances.add(((own - means) / deviations).float())
+    best: _Weights | None = None
+    best_count, best_bits = 0, 0.0
+    for count in range(min(MAX_BEFORE, len(before)) + 1):
+        num_inputs = sum(len(layer.means) for layer in before[len(before) - count :]) + len(means)
+        if len(own) < _LEAST_SAMPLES or num_inputs > MAX_CONTEXT:
             break
-        if count > 0:
-            earlier = before[-count]
-            standard.insert(0, ((samples[-1 - count] - earlier.means) / earlier.deviations).float())
-        inputs = torch.cat(standard, dim=1)
-        if inputs.shape[1] > MAX_CONTEXT:
+        units = torch.cat([*(layer.units for layer in before[len(before) - count :]), _history_units(deviations)])
+        found = _fit_weights(covariances.matrix(count), units, order, len(own), num_tokens)
+        if found.num_bits >= best_bits:
             break
-        layers = [*before[len(before) - count :]]
-        found, bits = _fit_weights(inputs, own, means, deviations, layers, order, count, num_tokens)
-        if bits >= best_bits:
-            break
-        best, best_bits = found, bits
-    return best
+        best, best_count, best_bits = found, count, found.num_bits
+    if best is None:
+        return _finish(own, means, deviations, torch.zeros_like(own), torch.zeros_like(means), order, NO_WEIGHTS, None)
+    predicted = (covariances.inputs(best_count) @ best.real.float().T).double() * deviations
+    weights = best.rounded.to(torch.int8).numpy()
+    return _finish(own, means, deviations, predicted, best.multipliers * deviations, order, best_count, weights)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The weights of a layer's channels for one context.
+
+    Attributes:
+        rounded: integers `[num_channels, num_inputs]`, of the history's integers.
+        real: what they are of standardized inputs.
+        multipliers: what one of their sums is, in standard deviations of the channel.
+        num_bits: that they save, as a negative number; those of the weights themselves are counted.
+    """
+
+    rounded: torch.Tensor
+    real: torch.Tensor
+    multipliers: torch.Tensor
+    num_bits: float
 
 
 def _fit_weights(
-    inputs: torch.Tensor,
-    own: torch.Tensor,
-    means: torch.Tensor,
-    deviations: torch.Tensor,
-    layers: Sequence[_Layer],
-    order: _Order,
-    count: int,
-    num_tokens: int,
-) -> tuple[_Layer, float]:
-    """Fit with a context, and say how many bits it saves, as a negative number: those of its weights counted."""
-    num_own = own.shape[1]
-    num_before = inputs.shape[1] - num_own
+    covariance: torch.Tensor, units: torch.Tensor, order: _Order, num_samples: int, num_tokens: int
+) -> _Weights:
+    """Fit a layer's weights.
+
+    Args:
+        covariance: of the inputs, the layer's own channels last.
+        units: of each input, what one in the history's integers is, in standard deviations.
+    """
+    num_own = len(order.channels)
+    num_before = len(covariance) - num_own
     permuted = torch.cat([torch.arange(num_before), num_before + order.channels])
-    covariance = (inputs.T @ inputs).double()[permuted][:, permuted] / len(inputs)
-    covariance += torch.eye(len(covariance), dtype=covariance.dtype) * (1e-4 + 0.005 * len(covariance) / len(inputs))
+    covariance = covariance[permuted][:, permuted]
+    covariance += torch.eye(len(covariance), dtype=covariance.dtype) * (1e-4 + 0.005 * len(covariance) / num_samples)
     # torch gives no type for it.
     factor = cast("torch.Tensor", torch.linalg.cholesky(covariance))  # pyright: ignore[reportUnknownMemberType]
     identity = torch.eye(len(factor), dtype=factor.dtype)
@@ -209,27 +255,24 @@ def _fit_weights(
     weights[seconds] -= across[:, None] * lower[seconds - 1]
     weights[seconds, num_before + seconds - 1] = 0
     residuals[seconds] += across.square()
+    by_channel, deviations = torch.empty_like(weights), torch.empty_like(residuals)
     restored = torch.empty_like(weights)
     restored[:, permuted] = weights
-    by_channel = torch.empty_like(restored)
     by_channel[order.channels] = restored
-    deviation = torch.empty_like(residuals)
-    deviation[order.channels] = residuals.sqrt()
+    deviations[order.channels] = residuals.sqrt()
 
-    exponents = _exponents(deviation * deviations, own.abs().amax(0), order)
-    units = torch.cat([*(layer.units for layer in layers), _history(deviations, exponents)[1]])
-    steps = deviation * math.sqrt(12 / num_tokens)
+    # A rounding error of all weights adds bits in every token; a step that is half as wide costs a bit per weight.
+    steps = deviations * math.sqrt(12 / num_tokens)
     scaled = by_channel * (_HISTORY_UNIT * units)
     steps = torch.maximum(steps, scaled.abs().amax(1) / _MAX_WEIGHT).clamp_min(1e-9)
     scaled = scaled / steps[:, None]
     rounded = torch.where(scaled.abs() < _DEADZONE, 0.0, scaled.round())
     multipliers = steps / _HISTORY_UNIT
-    predicted = (inputs @ (rounded / units).float().T).double() * multipliers * deviations
-    found = _finish(
-        own, means, deviations, predicted, multipliers * deviations, order, count, rounded.to(torch.int8).numpy()
-    )
-    saved = ((own - means - predicted).std(0, correction=0) / deviations).clamp_min(1e-6).log2().sum().item()
-    return found, num_tokens * saved + _entropy_bits(found.weights)
+    real = rounded / units * multipliers[:, None]
+    lost = (real - by_channel).square().sum(1)
+    saved = 0.5 * (deviations.square() + lost).log2().sum().item()
+    num_bits = num_tokens * min(saved, 0.0) + _entropy_bits(rounded.to(torch.int8).numpy())
+    return _Weights(rounded, real, multipliers, num_bits)
 
 
 def _finish(
@@ -252,7 +295,7 @@ def _finish(
         both = ((spread[first].square() + spread[second].square()) / 2).sqrt()
         spread[first], spread[second] = both, both
     exponents = _exponents(spread, own.abs().amax(0), order)
-    history_shifts, units = _history(deviations, exponents)
+    history_shifts = _history_shifts(deviations, exponents)
     ones = torch.exp2(exponents)
     steps = (spread * ones / 4).round().clamp(1, _CHANNEL_STEPS[1])
     scale = multipliers * ones
@@ -267,7 +310,8 @@ def _finish(
     ]
     channels = torch.stack(columns, dim=1).to(torch.int32).numpy()
     empty = np.zeros((0, 0), np.int8)
-    return _Layer(before, weights if weights is not None else empty, channels, means, deviations, units)
+    units = torch.exp2(history_shifts) / (deviations * ones)
+    return _Layer(before, weights if weights is not None else empty, channels, means, units)
 
 
 def _exponents(spread: torch.Tensor, largest: torch.Tensor, order: _Order) -> torch.Tensor:
@@ -287,11 +331,15 @@ def _ceil_log2(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.clamp_min(2.0**-100).log2().ceil() + 1
 
 
-def _history(deviations: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how far units are shifted for the history, and what one is there, in standard deviations."""
-    in_units = deviations * torch.exp2(exponents)
-    shifts = (in_units.log2() - 8).floor().clamp(0, 40)
-    return shifts, torch.exp2(shifts) / in_units
+def _history_shifts(deviations: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Return how far units are shifted for the history: a standard deviation is then 256 to 511."""
+    return ((deviations * torch.exp2(exponents)).log2() - 8).floor().clamp(0, 40)
+
+
+def _history_units(deviations: torch.Tensor) -> torch.Tensor:
+    """Return what one in the history's integers is, in standard deviations: the same whatever the exponents."""
+    logs = deviations.log2()
+    return torch.exp2(logs.floor() - 8 - logs)
 
 
 def _vectors(cache: KVCache, layer: int, positions: torch.Tensor, rotary: RotaryEmbedding | None) -> torch.Tensor:
