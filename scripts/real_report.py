@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cachegen import command_line
-from cachegen.errors import ConfigError, InputError, OutputError
+from cachegen.errors import ConfigError, InputError, MismatchError, OutputError
 from cachegen.files import read_file, write_file
 from cachegen.pipeline.context import MAX_CONTEXT_BYTES, read_context
 from cachegen.pipeline.model import load_tokenizer
@@ -74,6 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=["niah_single", "niah_multikey", "niah_multivalue"],
         help="tasks of make_ruler.py",
     )
+    add(
+        "--leave_out",
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help="schemes that are not measured: pca for a large model",
+    )
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="measure only these; tables hold what is there")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
     command_line.add_common_flags(parser)
@@ -96,6 +104,9 @@ def _report(args: argparse.Namespace) -> None:
     _write_texts(args)
     profile = args.profile or work / "profile"
     kv = work / "kv"
+    unknown = sorted(set(args.leave_out) - {_name_of(scheme) for scheme in TEXT_SCHEMES})
+    if unknown:
+        raise ConfigError(f"`leave_out`: there is no scheme {unknown[0]} here")
     if args.profile is None and not (profile / "profile.json").exists():
         calibration = ["--path_to_context", work / "calibration", "--save_dir", kv / "calibration"]
         _run("main.py", *model, *calibration, "--device", args.device)
@@ -104,7 +115,7 @@ def _report(args: argparse.Namespace) -> None:
         _run("run_calibration.py", *model, *folders, *groups, "--no_curve", "--device", args.device)
     measure = ["scripts/rate_distortion.py", *model, "--path_to_calibration", work / "calibration"]
     measure += ["--profile", profile, "--noise_floor", "--no_retrieval", "--device", args.device]
-    texts = ["--path_to_context", work / "test", "--kv_folder", kv, "--schemes", *TEXT_SCHEMES]
+    texts = ["--path_to_context", work / "test", "--kv_folder", kv, "--schemes", *_choose(TEXT_SCHEMES, args)]
     for protocol in ("tail", "half"):
         if protocol in args.parts:
             _run(*measure, *texts, "--protocol", protocol, "--output_path", work / protocol)
@@ -115,8 +126,20 @@ def _report(args: argparse.Namespace) -> None:
     command_line.finish(args, {"output_path": args.output_path})
 
 
+def _name_of(scheme: str) -> str:
+    return scheme.partition("=")[0]
+
+
+def _choose(schemes: Sequence[str], args: argparse.Namespace) -> list[str]:
+    return [scheme for scheme in schemes if _name_of(scheme) not in args.leave_out]
+
+
 def _write_texts(args: argparse.Namespace) -> None:
-    """Cut the texts of tests and of calibration into contexts."""
+    """Cut the texts of tests and of calibration into contexts.
+
+    Raises:
+        MismatchError: the working folder is of other texts or flags, whose caches and profile would be taken for these.
+    """
     data, room = args.path_to_data, args.context_tokens
     if data is None:
         own = sorted((ROOT / OWN_CALIBRATION).glob("*.txt"), key=lambda path: int(path.stem))
@@ -129,16 +152,28 @@ def _write_texts(args: argparse.Namespace) -> None:
     room -= len(tokenizer("").input_ids)
     if room < 2:
         raise ConfigError(f"`context_tokens` must be larger, got {args.context_tokens}")
+    contents = {}
     for kind, sources in (("calibration", calibration), ("test", tests)):
         windows = []
         for name, first, numbers in sources:
             windows += _cut(read_context(data / name)[first:], tokenizer, room, numbers, name)
-        for number, text in enumerate(windows):
-            try:
-                (args.work_path / kind).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OutputError(f"{args.work_path / kind}: cannot be made: {error.strerror}") from error
-            write_file(args.work_path / kind / f"{number}.txt", text.encode())
+        contents.update({Path(kind, f"{number}.txt"): text.encode() for number, text in enumerate(windows)})
+    inputs = [args.model_id, args.gguf_file, args.layers_per_group, args.answer_tokens, str(args.profile)]
+    digest = hashlib.sha256(repr([inputs, sorted(contents.items())]).encode()).hexdigest().encode()
+    note = args.work_path / "inputs"
+    if note.exists() and read_file(note, len(digest)) != digest:
+        raise MismatchError(f"{args.work_path}: is of other texts or flags; choose another `work_path`")
+    for path, content in contents.items():
+        _make_folder((args.work_path / path).parent)
+        write_file(args.work_path / path, content)
+    write_file(note, digest)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be made: {error.strerror}") from error
 
 
 def _cut(text: str, tokenizer: Any, room: int, numbers: Sequence[int], name: str) -> list[str]:
@@ -155,27 +190,25 @@ def _cut(text: str, tokenizer: Any, room: int, numbers: Sequence[int], name: str
 
 def _ask(args: argparse.Namespace, model: Sequence[Any], measure: Sequence[Any], kv: Path) -> None:
     ruler = args.work_path / "ruler"
-    if not ruler.exists():
-        sizes = ["--num_tokens", args.answer_tokens, "--num_records", args.num_records, "--tasks", *args.tasks]
-        _run("scripts/make_ruler.py", *model, *sizes, "--output_path", ruler)
+    sizes = ["--num_tokens", args.answer_tokens, "--num_records", args.num_records, "--tasks", *args.tasks]
+    _run("scripts/make_ruler.py", *model, *sizes, "--output_path", ruler)
+    has_template = load_tokenizer(args.model_id, gguf_file=args.gguf_file).chat_template is not None
     # Methods are fitted on the texts' caches, whose folder of test caches is that of the texts.
     answers_kv = args.work_path / "kv_answers"
-    answers_kv.mkdir(exist_ok=True)
+    _make_folder(answers_kv)
     if not (answers_kv / "calibration").exists() and (kv / "calibration").exists():
         (answers_kv / "calibration").symlink_to((kv / "calibration").resolve(), target_is_directory=True)
     for task in args.tasks:
         prompts = ["--path_to_context", ruler / f"{task}.jsonl", "--kv_folder", answers_kv, "--schemes"]
-        asked = ["--answers", "--no_plot", "--chat_template", "--output_path", args.work_path / "answers" / task]
-        _run(*measure, *prompts, *ANSWER_SCHEMES, *asked)
+        asked = ["--answers", "--no_plot", "--output_path", args.work_path / "answers" / task]
+        asked += ["--chat_template"] if has_template else []
+        _run(*measure, *prompts, *_choose(ANSWER_SCHEMES, args), *asked)
 
 
 def _combine(args: argparse.Namespace) -> None:
     """Put what is measured together: rows of both protocols, and tables one after the other."""
     output, work = args.output_path, args.work_path
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be made: {error.strerror}") from error
+    _make_folder(output)
     measured = [work / protocol for protocol in ("tail", "half") if (work / protocol / "table.md").exists()]
     asked = [folder for task in args.tasks if ((folder := work / "answers" / task) / "table.md").exists()]
     for name, folders in (("results.csv", measured), ("contexts.csv", measured), ("answers.csv", asked)):
