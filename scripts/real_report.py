@@ -52,7 +52,7 @@ ANSWER_SCHEMES = (
     "kivi=2-bit",
     "hadamard",
     "spectral=2-bit",
-    "transform-sinks=step +20,step +4,step -24",
+    "transform-sinks=step +12,step -8,step -24",
 )
 PARTS = ("tail", "half", "answers")
 
@@ -67,6 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--profile", type=Path, help="the model's profile; None makes it")
     add("--layers_per_group", type=command_line.positive_int, default=5, help="of the profile that is made")
     add("--context_tokens", type=command_line.positive_int, default=4096, help="tokens of a context")
+    add(
+        "--half_tokens",
+        type=command_line.positive_int,
+        default=2048,
+        help="tokens of a context of protocol half, at most those of --context_tokens",
+    )
     add("--answer_tokens", type=command_line.positive_int, default=2048, help="tokens of a prompt to be answered")
     add("--num_records", type=command_line.positive_int, default=10, help="prompts of each task")
     add(
@@ -115,15 +121,25 @@ def _report(args: argparse.Namespace) -> None:
         _run("run_calibration.py", *model, *folders, *groups, "--no_curve", "--device", args.device)
     measure = ["scripts/rate_distortion.py", *model, "--path_to_calibration", work / "calibration"]
     measure += ["--profile", profile, "--noise_floor", "--no_retrieval", "--device", args.device]
-    texts = ["--path_to_context", work / "test", "--kv_folder", kv, "--schemes", *_choose(TEXT_SCHEMES, args)]
-    for protocol in ("tail", "half"):
+    for protocol, kind in (("tail", "test"), ("half", "test_half")):
         if protocol in args.parts:
-            _run(*measure, *texts, "--protocol", protocol, "--output_path", work / protocol)
+            texts = ["--path_to_context", work / kind, "--kv_folder", _share_calibration(kv, work / f"kv_{protocol}")]
+            texts += ["--protocol", protocol, "--schemes", *_choose(TEXT_SCHEMES, args)]
+            _run(*measure, *texts, "--output_path", work / protocol)
     if "answers" in args.parts:
-        _ask(args, model, measure, kv)
+        _ask(args, model, measure, _share_calibration(kv, work / "kv_answers"))
     _combine(args)
     report.line(read_file(args.output_path / "table.md", MAX_CONTEXT_BYTES).decode())
     command_line.finish(args, {"output_path": args.output_path})
+
+
+def _share_calibration(kv: Path, folder: Path) -> Path:
+    """Return a folder for the caches of other tests, in which the calibration caches are those of `kv`."""
+    _make_folder(folder)
+    _make_folder(kv / "calibration")
+    if not (folder / "calibration").exists():
+        (folder / "calibration").symlink_to((kv / "calibration").resolve(), target_is_directory=True)
+    return folder
 
 
 def _name_of(scheme: str) -> str:
@@ -150,15 +166,21 @@ def _write_texts(args: argparse.Namespace) -> None:
         calibration, tests = CALIBRATION_TEXTS, TEST_TEXTS
     tokenizer = load_tokenizer(args.model_id, gguf_file=args.gguf_file)
     room -= len(tokenizer("").input_ids)
-    if room < 2:
-        raise ConfigError(f"`context_tokens` must be larger, got {args.context_tokens}")
+    for name, num_tokens in (("context_tokens", args.context_tokens), ("half_tokens", args.half_tokens)):
+        if num_tokens - args.context_tokens + room < 2:
+            raise ConfigError(f"`{name}` must be larger, got {num_tokens}")
     contents = {}
     for kind, sources in (("calibration", calibration), ("test", tests)):
         windows = []
         for name, first, numbers in sources:
             windows += _cut(read_context(data / name)[first:], tokenizer, room, numbers, name)
         contents.update({Path(kind, f"{number}.txt"): text.encode() for number, text in enumerate(windows)})
-    inputs = [args.model_id, args.gguf_file, args.layers_per_group, args.answer_tokens, str(args.profile)]
+        if kind == "test":
+            half_room = room - args.context_tokens + args.half_tokens
+            for number, text in enumerate(windows):
+                begin = text if half_room >= room else _cut(text, tokenizer, half_room, (0,), f"test/{number}.txt")[0]
+                contents[Path("test_half", f"{number}.txt")] = begin.encode()
+    inputs = [args.model_id, args.gguf_file, args.layers_per_group, str(args.profile)]
     digest = hashlib.sha256(repr([inputs, sorted(contents.items())]).encode()).hexdigest().encode()
     note = args.work_path / "inputs"
     if note.exists() and read_file(note, len(digest)) != digest:
@@ -193,13 +215,8 @@ def _ask(args: argparse.Namespace, model: Sequence[Any], measure: Sequence[Any],
     sizes = ["--num_tokens", args.answer_tokens, "--num_records", args.num_records, "--tasks", *args.tasks]
     _run("scripts/make_ruler.py", *model, *sizes, "--output_path", ruler)
     has_template = load_tokenizer(args.model_id, gguf_file=args.gguf_file).chat_template is not None
-    # Methods are fitted on the texts' caches, whose folder of test caches is that of the texts.
-    answers_kv = args.work_path / "kv_answers"
-    _make_folder(answers_kv)
-    if not (answers_kv / "calibration").exists() and (kv / "calibration").exists():
-        (answers_kv / "calibration").symlink_to((kv / "calibration").resolve(), target_is_directory=True)
     for task in args.tasks:
-        prompts = ["--path_to_context", ruler / f"{task}.jsonl", "--kv_folder", answers_kv, "--schemes"]
+        prompts = ["--path_to_context", ruler / f"{task}.jsonl", "--kv_folder", kv, "--schemes"]
         asked = ["--answers", "--no_plot", "--output_path", args.work_path / "answers" / task]
         asked += ["--chat_template"] if has_template else []
         _run(*measure, *prompts, *_choose(ANSWER_SCHEMES, args), *asked)
@@ -235,7 +252,7 @@ def _join(paths: Sequence[Path]) -> bytes:
 def _run(script: str, *arguments: Any) -> None:
     """Run a script of the repository; it has said what was wrong if it fails."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    code = subprocess.run(command, check=False, cwd=ROOT).returncode
+    code = subprocess.run(command, check=False).returncode
     if code:
         raise InputError(f"{script}: ended with exit code {code}; what it says is above. The same command resumes")
 

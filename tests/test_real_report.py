@@ -56,7 +56,7 @@ def test_everything_is_measured_put_together_and_resumed(tmp_path, monkeypatch) 
 
 
 def test_contexts_are_windows_of_the_texts_without_their_marks(data, tmp_path) -> None:
-    args = [*MODEL, *SMALL, "--path_to_data", str(data), "--work_path", str(tmp_path / "work")]
+    args = [*MODEL, *SMALL, "--half_tokens", "100", "--path_to_data", str(data), "--work_path", str(tmp_path / "work")]
     parsed = script.build_parser().parse_args(args)
     script._write_texts(parsed)
     calibration = [(tmp_path / f"work/calibration/{number}.txt").read_text() for number in range(8)]
@@ -65,6 +65,9 @@ def test_contexts_are_windows_of_the_texts_without_their_marks(data, tmp_path) -
     assert not any(mark in text for text in tests for mark in ("<unk>", "@-@"))
     tokenizer = script.load_tokenizer(parsed.model_id)
     assert all(abs(len(tokenizer(text).input_ids) - 300) <= 2 for text in (*calibration, *tests))
+    halves = [(tmp_path / f"work/test_half/{number}.txt").read_text() for number in range(3)]
+    assert all(text.startswith(half) for text, half in zip(tests, halves, strict=True))
+    assert all(abs(len(tokenizer(half).input_ids) - 100) <= 2 for half in halves)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,7 @@ def test_contexts_are_windows_of_the_texts_without_their_marks(data, tmp_path) -
         (["--model_id", "nowhere"], 3, "nowhere"),
         (["--leave_out", "nothing"], 2, "no scheme nothing"),
         (["--context_tokens", "1"], 2, "--context_tokens must be larger"),
+        (["--half_tokens", "1"], 2, "--half_tokens must be larger"),
         (["--context_tokens", "100000"], 3, "has too few tokens"),
         (["--work_path", "/dev/null/x"], 7, "/dev/null"),
     ],

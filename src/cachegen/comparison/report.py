@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cachegen.comparison.rate_distortion import Result
+from cachegen.comparison.schemes import UncompressedScheme
 from cachegen.comparison.scoring import bits_per_byte, is_right, perplexity, wilson_interval
 from cachegen.errors import BackendUnavailableError
 from cachegen.files import atomic_write, write_file
@@ -207,6 +208,8 @@ def _format_written(row: Mapping[str, Any]) -> str:
 def write_plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draw KL against bits per value, one line per method, as the picture format of the path's suffix.
 
+    The noise floor is a dashed line across.
+
     Raises:
         BackendUnavailableError: matplotlib is not installed.
     """
@@ -227,6 +230,9 @@ def write_plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     )
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         points = sorted((row["bits_per_value"], row["kl"]) for row in rows if row["method"] == method)
+        if method == UncompressedScheme.name:
+            axes.axhline(points[0][1], color="grey", linestyle="--", linewidth=1, label="noise floor")
+            continue
         axes.plot(*zip(*points, strict=True), marker="osv^D*P"[number % 7], label=method, linewidth=1.2, markersize=5)
     ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
