@@ -270,7 +270,8 @@ def test_questions_can_be_asked_later(inputs, tmp_path) -> None:
 
 def test_a_plot_is_drawn(inputs, tmp_path) -> None:
     pytest.importorskip("matplotlib")
-    argv = [*inputs, "--output_path", str(tmp_path), "--num_contexts", "1", "--no_retrieval", "--schemes", "uniform"]
+    argv = [*inputs, "--output_path", str(tmp_path), "--num_contexts", "1", "--no_retrieval", "--noise_floor"]
+    argv += ["--schemes", "uniform"]
     assert script.main(argv) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
