@@ -13,7 +13,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo real-model cuda test test-mutations test-faults test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -46,6 +46,12 @@ demo: $(RUNNABLE) ## Prefill, encode, decode and answer a question with the bund
 REAL_MODEL := models/smollm2-135m
 real-model: $(INSTALLED) ## Get SmolLM2-135M-Instruct into models/smollm2-135m: a download of 93 MB
 	@$(BIN)/python tools/get_small_model.py $(REAL_MODEL)
+
+# REAL_DATA: a folder of texts (docs/datasets.md); without it, the repository's own. REAL_REPORT: further flags.
+REAL_DATA ?=
+REAL_REPORT ?=
+real-report: real-model ## Measure that model, every method beside the usual ones: docs/results/smollm2; about an hour
+	@$(IN_VENV) python scripts/real_report.py --model_id $(REAL_MODEL) $(if $(REAL_DATA),--path_to_data $(REAL_DATA)) $(REAL_REPORT)
 
 cuda: $(INSTALLED) ## Compile the CUDA module for all GPUs that are supported; needs nvcc, no GPU
 	@CACHEGEN_CUDA=all $(BIN)/python setup.py build_ext --inplace

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Measure bytes against quality: every context, by every method and setting, against its uncompressed cache.
 
-Writes results.csv (a row per method and setting), contexts.csv (and context), table.md and plot.png. An interrupted
-run resumes where it stopped; results are measured anew when what they depend on has changed.
+Writes results.csv (a row per method and setting), contexts.csv (and context), table.md and plot.png, and answers.csv
+with --answers. An interrupted run resumes where it stopped; results are measured anew when what they depend on has
+changed.
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ from pathlib import Path
 
 from cachegen import command_line
 from cachegen.comparison.datasets import fit_contexts, read_contexts, tokenize_context
-from cachegen.comparison.rate_distortion import Study, measure
-from cachegen.comparison.report import format_table, summarize, write_csv, write_per_context_csv, write_plot
-from cachegen.comparison.schemes import make_schemes
+from cachegen.comparison.rate_distortion import PROTOCOLS, Study, measure
+from cachegen.comparison.report import (
+    format_table,
+    summarize,
+    write_answers_csv,
+    write_csv,
+    write_per_context_csv,
+    write_plot,
+)
+from cachegen.comparison.schemes import UncompressedScheme, choose_schemes, make_schemes
 from cachegen.device import DTYPES, resolve_device, resolve_dtype
-from cachegen.errors import ConfigError
 from cachegen.files import write_file
 from cachegen.methods.transform.profile import load_profile
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
@@ -36,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--path_to_context",
         type=Path,
         default=ROOT / "9k_prompts",
-        help="a folder of N.txt and questions.json, records of a data set (.jsonl), or a text",
+        help="a folder of N.txt with or without questions.json, records of a data set (.jsonl), or a text",
     )
     add("--path_to_calibration", type=Path, default=ROOT / "9k_prompts/calibration", help="the same, to fit methods on")
     add(
@@ -55,7 +62,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat_template", action="store_true", help="put the prompts of a data set into the model's chat template")
     add("--num_questions", type=command_line.positive_int, help="ask only the first questions of each context")
     add("--num_calibration", type=command_line.positive_int, help="fit on the first calibration contexts only")
-    add("--schemes", nargs="+", metavar="NAME", help="measure only these; None: all")
+    add(
+        "--schemes",
+        nargs="+",
+        metavar="NAME[=SETTING,...]",
+        help="measure only these, at all their settings or at those given; None: all",
+    )
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="tail",
+        help="encode all but the last 256 tokens and compare on those, or the first half and compare on the second",
+    )
+    add("--noise_floor", action="store_true", help="measure the uncompressed cache in the checkpoint's dtype, too")
+    add("--answers", action="store_true", help="let the model answer in its own words, from each cache")
     add("--no_retrieval", action="store_true", help="ask no questions; a later run without it asks them")
     add("--no_plot", action="store_true", help="draw no plot (it needs matplotlib)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
@@ -79,11 +99,9 @@ def _measure(args: argparse.Namespace) -> None:
     profile = load_profile(args.profile, for_encoding=True) if args.profile != "none" else None
     schemes = make_schemes(profile)
     if args.schemes is not None:
-        unknown = sorted(set(args.schemes) - {scheme.name for scheme in schemes})
-        if unknown:
-            known = ", ".join(scheme.name for scheme in schemes)
-            raise ConfigError(f"--schemes: there is no scheme {unknown[0]} (known: {known})")
-        schemes = [scheme for scheme in schemes if scheme.name in args.schemes]
+        schemes = choose_schemes(schemes, args.schemes)
+    if args.noise_floor:
+        schemes.insert(0, UncompressedScheme())
     contexts = read_contexts(args.path_to_context, args.num_contexts, args.num_questions)
     calibration = read_contexts(args.path_to_calibration, args.num_calibration)
     device = resolve_device(args.device)
@@ -104,6 +122,8 @@ def _measure(args: argparse.Namespace) -> None:
         kv_folder=args.kv_folder or args.output_path / "kv",
         with_retrieval=not args.no_retrieval,
         block_size=args.block_size,
+        protocol=args.protocol,
+        with_answers=args.answers,
     )
     for context in study.contexts:
         num_tokens = len(tokenize_context(loaded, context))
@@ -115,6 +135,8 @@ def _measure(args: argparse.Namespace) -> None:
     table = format_table(rows)
     write_csv(args.output_path / "results.csv", rows)
     write_per_context_csv(args.output_path / "contexts.csv", results)
+    if args.answers:
+        write_answers_csv(args.output_path / "answers.csv", results)
     write_file(args.output_path / "table.md", table.encode())
     if not args.no_plot:
         write_plot(args.output_path / "plot.png", rows)

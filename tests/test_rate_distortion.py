@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from cachegen.comparison import rate_distortion
 from cachegen.comparison.datasets import Question, read_contexts
 from cachegen.comparison.report import COLUMNS
 from cachegen.comparison.retrieval import expect_answers, score_retrieval, write_answers
+from cachegen.comparison.scoring import wilson_interval
 from cachegen.kv_cache import from_planes, load_kv_cache, save_kv_cache
 from cachegen.pipeline.generate import generate_answer
 from cachegen.pipeline.model import LoadedModel, load_model
@@ -174,6 +176,72 @@ def test_records_of_a_data_set_are_measured_with_their_question(inputs, tmp_path
     assert max(int(row["right"]) for row in rows) == 1
 
 
+def test_the_second_half_is_scored_from_the_first(inputs, tmp_path) -> None:
+    run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1")
+    tail = read_rows(tmp_path / "contexts.csv")
+    run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1", "--protocol", "half")
+    half = read_rows(tmp_path / "contexts.csv")
+    assert {row["protocol"] for row in half} == {"half"} and {row["protocol"] for row in tail} == {"tail"}
+    num_tokens = len(load_kv_cache(tmp_path / "kv/test/test_kv_0.pkl")[1].token_ids) + 1
+    values_per_token = 6 * 2 * 128
+    assert {int(row["num_values"]) for row in half} == {num_tokens // 2 * values_per_token}
+    assert {int(row["scored_tokens"]) for row in half} == {(num_tokens + 1) // 2 - 1}  # the last has no follower
+    results = (tmp_path / "results.csv").read_bytes()
+    run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1")  # each protocol's results are kept
+    assert read_rows(tmp_path / "contexts.csv") == tail
+    run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1", "--protocol", "half")
+    assert (tmp_path / "results.csv").read_bytes() == results
+
+
+def test_the_noise_floor_is_the_first_row_and_smaller_than_any_loss(inputs, tmp_path) -> None:
+    run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1", "--noise_floor")
+    first, *others = read_rows(tmp_path / "results.csv")
+    assert (first["method"], float(first["bits_per_value"])) == ("uncompressed", 16)
+    assert 0 < float(first["kl"]) < min(float(row["kl"]) for row in others if row["setting"] == "4-bit")
+
+
+def test_perplexity_bytes_and_quantile_are_those_of_the_scored_text(inputs, tmp_path) -> None:
+    run(inputs, tmp_path, "--no_retrieval")
+    row = read_rows(tmp_path / "results.csv")[0]
+    stored = [json.loads((tmp_path / f"rows/{i}/uniform_4-bit.json").read_text()) for i in (0, 1)]
+    nll = sum(s["nll"]["decoded"] for s in stored)
+    assert float(row["perplexity"]) == pytest.approx(math.exp(nll / sum(s["nll"]["tokens"] for s in stored)), rel=1e-4)
+    tail = (Path(inputs[1]) / "0.txt").read_bytes()[-int(stored[0]["nll"]["bytes"]) :].decode()
+    loaded_tokens = len(stored[0]["kl_of_tokens"])
+    assert stored[0]["nll"]["tokens"] == loaded_tokens - 1 and tail.endswith("register " + tail.split("register ")[-1])
+    assert float(row["bits_per_byte"]) == pytest.approx(
+        nll / math.log(2) / sum(s["nll"]["bytes"] for s in stored), rel=1e-4
+    )
+    pooled = sorted(x for s in stored for x in s["kl_of_tokens"])
+    assert pooled[-2] <= float(row["kl_quantile"]) * (1 + 1e-5) and float(row["kl_quantile"]) <= pooled[-1] * (1 + 1e-5)
+
+
+def test_a_folder_of_texts_is_measured_without_questions(inputs, tmp_path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in (10, 2):
+        text = (ROOT / "9k_prompts/3.txt").read_text()[100 * number : 100 * number + 1500]
+        (tmp_path / f"texts/{number}.txt").write_text(text)
+    run(inputs, tmp_path / "out", "--path_to_context", str(tmp_path / "texts"))
+    assert [row["context"] for row in read_rows(tmp_path / "out/contexts.csv")][::9] == ["2.txt", "10.txt"]
+
+
+def test_answers_in_own_words_are_paired_with_the_uncompressed_ones(inputs, tmp_path) -> None:
+    prompt = (Path(inputs[1]) / "0.txt").read_text()
+    answer = json.loads((Path(inputs[1]) / "questions.json").read_text())[0]["answer"]
+    records = [{"input": prompt, "outputs": [answer]}, {"input": prompt, "outputs": [answer, "no such thing"]}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = ["--path_to_context", str(tmp_path / "x.jsonl"), "--answers", "--no_retrieval"]
+    run(inputs, tmp_path / "out", *flags, schemes=("uniform=8-bit",))
+    (row,) = (r for r in read_rows(tmp_path / "out/results.csv") if r["method"] == "uniform")
+    assert (row["written_questions"], row["written_right_reference"], row["written_lost"]) == ("2", "1", "0")
+    low, high = wilson_interval(0, 1)
+    assert float(row["written_lost_low"]) == low and float(row["written_lost_high"]) == pytest.approx(high, rel=1e-4)
+    answers = [r for r in read_rows(tmp_path / "out/answers.csv") if r["method"] == "uniform"]
+    found = [(r["context"], r["score_reference"], r["score"]) for r in answers]
+    assert found == [("x-0", "1", "1"), ("x-1", "0.5", "0.5")]
+    assert "| 1 of 2 | 0 (0 to 79 %) | 0 |" in (tmp_path / "out/table.md").read_text()
+
+
 def test_a_context_that_is_too_long_for_the_model_is_warned_about(inputs, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(LoadedModel, "max_tokens", 100)
     run(inputs, tmp_path, "--no_retrieval", "--num_contexts", "1")
@@ -202,7 +270,8 @@ def test_questions_can_be_asked_later(inputs, tmp_path) -> None:
 
 def test_a_plot_is_drawn(inputs, tmp_path) -> None:
     pytest.importorskip("matplotlib")
-    argv = [*inputs, "--output_path", str(tmp_path), "--num_contexts", "1", "--no_retrieval", "--schemes", "uniform"]
+    argv = [*inputs, "--output_path", str(tmp_path), "--num_contexts", "1", "--no_retrieval", "--noise_floor"]
+    argv += ["--schemes", "uniform"]
     assert script.main(argv) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

@@ -8,13 +8,15 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import run_encoding
-from cachegen.comparison.schemes import SavedCache, make_schemes
+from cachegen.comparison.schemes import SavedCache, UncompressedScheme, choose_schemes, make_schemes
 from cachegen.comparison.schemes.absmax import CacheGenScheme, UniformScheme
 from cachegen.comparison.schemes.anchor_delta import GROUP_BINS, GROUP_TOKENS, AnchorDeltaScheme
 from cachegen.comparison.schemes.base import SymbolCoder, pack_bits, unpack_bits
-from cachegen.comparison.schemes.grouped import GroupedScheme
+from cachegen.comparison.schemes.blocks import BlockScheme
+from cachegen.comparison.schemes.grouped import GroupedScheme, KiviScheme
 from cachegen.comparison.schemes.pca import PcaScheme, _allocate, _group_bits, _measure_groups
 from cachegen.comparison.schemes.rotary import rotate_keys
+from cachegen.comparison.schemes.rotated import SHRINKS, HadamardScheme, SpectralScheme
 from cachegen.errors import ConfigError
 from cachegen.kv_cache import KVCache, RotaryEmbedding, save_kv_cache
 from cachegen.methods import load_config
@@ -49,7 +51,16 @@ def squared_error(a: KVCache, b: KVCache) -> float:
     return sum(float((x.float() - y.float()).square().sum()) for x, y in zip(a.planes, b.planes, strict=True))
 
 
-@pytest.mark.parametrize("name", [scheme.name for scheme in make_schemes()])
+def test_the_exact_scheme_loses_nothing(fitted) -> None:
+    recoded = fitted["lossless"].recode(SAVED, "exact")
+    assert are_equal(recoded.cache, SAVED.cache)
+    assert 0 < recoded.bytes_of["lossless"].tables < recoded.bytes_of["lossless"].encoded
+    counts = [np.unique(plane.view(torch.uint16).numpy(), return_counts=True)[1] for plane in SAVED.cache.planes]
+    bits = sum(float((count * np.log2(count.sum() / count)).sum()) for count in counts)
+    assert recoded.bytes_of["lossless-order-0"].encoded == round(bits / 8)
+
+
+@pytest.mark.parametrize("name", [scheme.name for scheme in make_schemes() if scheme.name != "lossless"])
 def test_a_finer_setting_costs_more_and_errs_less(fitted, name) -> None:
     scheme = fitted[name]
     settings = [setting for setting in scheme.settings if "per token" not in setting]
@@ -185,6 +196,155 @@ def test_grouped_integers_refuse_channels_that_fill_no_group() -> None:
     saved = SavedCache(make_cache(300, head_dim=8), make_metadata(300))
     with pytest.raises(ConfigError, match="multiple of 64"):
         GroupedScheme().fit([saved])
+
+
+def test_kivi_has_groups_of_32(fitted) -> None:
+    num_quantized = (341 - 128) // 32 * 32
+    recoded = fitted["kivi"].recode(SAVED, "2-bit")
+    num_values = 6 * 128 * num_quantized
+    exempt_bytes = 6 * 128 * 2 * (341 - num_quantized)
+    assert recoded.bytes_of["kivi"].encoded == num_values * 2 // 8 + num_values // 32 * 4 + exempt_bytes
+    group = SAVED.cache.keys[0][32:64, 1, 5].float().numpy()  # of one channel
+    zero = np.float16(group.min())
+    scale = np.float16((group.max() - np.float32(zero)) / 3)
+    codes = np.rint((group - np.float32(zero)) / np.float32(scale)).clip(0, 3)
+    expected = torch.from_numpy(codes * np.float32(scale) + np.float32(zero)).bfloat16()
+    assert torch.equal(recoded.cache.keys[0][32:64, 1, 5], expected)
+
+
+# --- llama.cpp's types ------------------------------------------------------------------------------------------------
+
+
+def recode_block_plainly(block: list[float], cache_type: str) -> list[float]:
+    """One block of 32, a value at a time, in fp32."""
+    f32 = np.float32
+    if cache_type == "q8_0":
+        scale = f32(max(abs(x) for x in block)) / f32(127)
+        inverse = f32(1) / scale if scale else f32(0)
+        products = [float(f32(x) * inverse) for x in block]
+        codes = [int(abs(p) + 0.5) * (1 if p >= 0 else -1) for p in products]
+        return [float(f32(np.float16(scale)) * f32(code)) for code in codes]
+    largest = f32(0)
+    for x in block:
+        if abs(f32(x)) > abs(largest):
+            largest = f32(x)
+    scale = largest / f32(-8)
+    inverse = f32(1) / scale if scale else f32(0)
+    codes = [min(15, int(f32(x) * inverse + f32(8.5))) for x in block]
+    return [float(f32(np.float16(scale)) * f32(code - 8)) for code in codes]
+
+
+@pytest.mark.parametrize(
+    ("setting", "key_type", "value_type", "bytes_per_two_blocks"),
+    [("q8_0", "q8_0", "q8_0", 34 + 34), ("K8V4", "q8_0", "q4_0", 34 + 18), ("q4_0", "q4_0", "q4_0", 18 + 18)],
+)
+def test_blocks_are_those_of_a_plain_computation(setting, key_type, value_type, bytes_per_two_blocks) -> None:
+    saved = make_saved(9, seed=5)
+    saved.cache.values[1][3, 0, :32] = 0  # a block without a scale
+    recoded = BlockScheme().recode(saved, setting)
+    for kind, planes, decoded in (
+        (key_type, saved.cache.keys, recoded.cache.keys),
+        (value_type, saved.cache.values, recoded.cache.values),
+    ):
+        for plane, output in zip(planes, decoded, strict=True):
+            blocks = plane.float().reshape(-1, 32).tolist()
+            expected = torch.tensor([recode_block_plainly(block, kind) for block in blocks]).reshape(plane.shape)
+            assert torch.equal(output, expected.bfloat16())
+    num_blocks = 3 * 9 * 4  # layers, tokens, blocks of a row; of keys, and as many of values
+    assert recoded.bytes_of["llama.cpp"].encoded == num_blocks * bytes_per_two_blocks
+
+
+def test_blocks_refuse_channels_that_fill_none() -> None:
+    saved = SavedCache(make_cache(5, num_kv_heads=1, head_dim=8), make_metadata(5))
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        BlockScheme().recode(saved, "q8_0")
+
+
+# --- rotations --------------------------------------------------------------------------------------------------------
+
+
+def recode_vector_plainly(vector: np.ndarray, rotation: np.ndarray, num_bits: int, shrink: float) -> np.ndarray:
+    rotated = vector @ rotation
+    shift = float(np.float16(rotated.min() * shrink))
+    scale = float(np.float16((rotated.max() * shrink - shift) / (2**num_bits - 1)))
+    codes = [min(max(round((x - shift) / scale), 0), 2**num_bits - 1) for x in rotated]
+    return np.array([code * scale + shift for code in codes]) @ rotation.T
+
+
+HADAMARD = np.array([[(-1) ** bin(i & j).count("1") for j in range(64)] for i in range(64)]) / 8
+
+
+def test_hadamard_is_a_plain_computation() -> None:
+    recoded = HadamardScheme().recode(SAVED, "4-bit")
+    for token, head in ((0, 0), (17, 1), (340, 0)):
+        vector = SAVED.cache.keys[1][token, head].double().numpy()
+        expected = recode_vector_plainly(vector, HADAMARD, 4, 1.0)
+        np.testing.assert_allclose(recoded.cache.keys[1][token, head].float(), expected, rtol=0.01, atol=0.01)
+    assert recoded.bytes_of["hadamard"].encoded == 6 * 341 * 2 * (64 * 4 // 8 + 4)
+
+
+def test_hadamard_refuses_a_head_that_is_no_power_of_two() -> None:
+    with pytest.raises(ConfigError, match="power of two, got 24"):
+        HadamardScheme().recode(SavedCache(make_cache(5, head_dim=24), make_metadata(5)), "4-bit")
+
+
+def test_spectral_is_a_plain_computation_between_sinks_and_window(fitted) -> None:
+    scheme: SpectralScheme = fitted["spectral"]
+    recoded = scheme.recode(SAVED, "2-bit")
+    for index, (plane, decoded) in enumerate(zip(SAVED.cache.planes, recoded.cache.planes, strict=True)):
+        assert torch.equal(plane[:4], decoded[:4]) and torch.equal(plane[-128:], decoded[-128:])
+        rotation, shrink = scheme._rotations[index][1].astype(float), float(scheme._shrinks["2-bit"][index][1, 0])
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(64), atol=0.01)
+        assert min(abs(shrink - s) for s in SHRINKS) < 1e-6
+        expected = recode_vector_plainly(plane[50, 1].double().numpy(), rotation, 2, shrink)
+        np.testing.assert_allclose(decoded[50, 1].float(), expected, rtol=0.01, atol=0.02)
+    count = recoded.bytes_of["spectral"]
+    assert count.encoded == 6 * 2 * ((341 - 132) * (64 * 2 // 8 + 4) + 132 * 64 * 2)
+    assert count.profile == 6 * 2 * (64 * 64 * 2 + 1)
+
+
+def test_spectral_axes_are_those_of_the_calibration_caches(fitted) -> None:
+    scheme: SpectralScheme = fitted["spectral"]
+    vectors = torch.cat([saved.cache.values[2][4:, 0] for saved in CALIBRATION]).double().numpy()
+    axes = scheme._rotations[5][0] @ HADAMARD.T  # takes Hadamard off again
+    moments = axes.T @ (vectors.T @ vectors) @ axes
+    variances = np.diag(moments)
+    assert np.abs(moments - np.diag(variances)).max() < 0.01 * variances.max()
+    assert (np.diff(variances) <= 0.01 * variances.max()).all()
+
+
+# --- which are measured -----------------------------------------------------------------------------------------------
+
+
+def test_the_uncompressed_cache_is_16_bits() -> None:
+    recoded = UncompressedScheme().recode(SAVED, UncompressedScheme.settings[0])
+    assert are_equal(recoded.cache, SAVED.cache)
+    assert recoded.bytes_of["uncompressed"].encoded == 2 * SAVED.cache.num_values
+
+
+def test_schemes_and_settings_are_chosen_in_the_tables_order() -> None:
+    chosen = choose_schemes(make_schemes(), ["kivi", "uniform=8-bit,4-bit"])
+    assert [(s.name, s.settings) for s in chosen] == [("uniform", ("4-bit", "8-bit")), ("kivi", KiviScheme.settings)]
+
+
+@pytest.mark.parametrize("settings", [("1 bit",), ("0.5 bit", "4 bit")])
+def test_a_chosen_setting_gives_what_it_gives_among_all(fitted, settings) -> None:
+    (chosen,) = choose_schemes(make_schemes(), [f"pca={','.join(settings)}"])
+    chosen.fit(CALIBRATION)
+    for setting in settings:
+        a, b = (scheme.recode(SAVED, setting) for scheme in (chosen, fitted["pca"]))
+        assert are_equal(a.cache, b.cache) and a.bytes_of == b.bytes_of
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"), [("nothing", "no scheme nothing"), ("uniform=9-bit", "uniform has no setting '9-bit'")]
+)
+def test_a_scheme_or_setting_that_is_not_there_is_refused(wanted, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        choose_schemes(make_schemes(), [wanted])
+
+
+# --- PCA and rotary embeddings ----------------------------------------------------------------------------------------
 
 
 def test_pca_keeps_the_first_four_tokens(fitted) -> None:

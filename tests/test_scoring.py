@@ -8,6 +8,7 @@ import pytest
 
 from cachegen.comparison.scoring import (
     bits_per_byte,
+    is_right,
     normalize,
     perplexity,
     score_all,
@@ -16,6 +17,7 @@ from cachegen.comparison.scoring import (
     score_f1,
     score_number,
     score_topic,
+    wilson_interval,
 )
 
 
@@ -89,3 +91,20 @@ def test_perplexity_and_bits_per_byte_are_of_the_sum_over_tokens():
         perplexity(1.0, 0)
     with pytest.raises(ValueError, match="num_bytes"):
         bits_per_byte(1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "score", "expected"), [("all", 0.75, False), ("all", 1, True), ("f1", 0.5, True), ("f1", 0.4, False)]
+)
+def test_right_is_a_full_score_or_half_of_f1(metric, score, expected):
+    assert is_right(metric, score) is expected
+
+
+def test_wilsons_interval_is_that_of_its_quadratic_equation():
+    for hits, trials in ((0, 10), (3, 10), (10, 10), (1, 400)):
+        low, high = wilson_interval(hits, trials)
+        for bound in (low, high):  # (bound - share)^2 = z^2 bound (1 - bound) / trials
+            assert (bound - hits / trials) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / trials, abs=1e-9)
+        assert low < high
+    with pytest.raises(ValueError, match="num_trials"):
+        wilson_interval(0, 0)

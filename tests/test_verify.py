@@ -11,7 +11,14 @@ from cachegen.pipeline import verify
 from cachegen.pipeline.model_cache import PreallocatedLayer, allocate_cache, set_length, view_kv_cache
 from cachegen.pipeline.prefill import prefill
 from cachegen.pipeline.session import Session
-from cachegen.pipeline.verify import Fidelity, compare_caches, compare_with_text, count_verified_tokens
+from cachegen.pipeline.verify import (
+    Fidelity,
+    compare_caches,
+    compare_with_predictions,
+    compare_with_text,
+    count_verified_tokens,
+    predict_from,
+)
 from tests.fixtures.models import make_named, make_token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,6 +81,37 @@ def test_the_numbers_are_those_of_a_plain_computation(num_tokens, num_decoded):
     assert fidelity.nll_delta == pytest.approx(nll_delta.item(), rel=1e-3, abs=1e-5)
     assert fidelity.next_token_agreement == pytest.approx(agreement.item(), abs=1e-6)
     assert fidelity.verified_tokens == len(expected_decoded)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_decoded"), [(600, 344), (600, 500), (31, 10)])
+def test_kept_predictions_give_the_same_numbers_to_the_bit(num_tokens, num_decoded):
+    token_ids = make_token_ids(num_tokens)
+    pair = make_pair(token_ids, num_decoded, noise=0.3)
+    start = num_tokens - count_verified_tokens(num_tokens)
+    before = [plane.clone() for plane in view_kv_cache(pair[0], num_tokens - 1).planes]
+    kept = predict_from(LOADED, token_ids, pair[0], start=start, num_held_tokens=num_tokens - 1)
+    assert all(map(torch.equal, before, view_kv_cache(pair[0], num_tokens - 1).planes))
+    found = compare_with_predictions(LOADED, token_ids, kept, pair[1], num_decoded_tokens=num_decoded)
+    assert found.fidelity == compare(token_ids, pair, num_decoded)
+
+
+def test_a_comparison_has_each_token_and_both_likelihoods():
+    token_ids = make_token_ids(600)
+    pair = make_pair(token_ids, 300, noise=0.3)
+    kept = predict_from(LOADED, token_ids, pair[0], start=300, num_held_tokens=599)
+    found = compare_with_predictions(LOADED, token_ids, kept, pair[1], num_decoded_tokens=300)
+    with torch.inference_mode():
+        plain = DynamicCache()
+        held = view_kv_cache(pair[1], 300)
+        for i in range(held.num_layers):
+            plain.update(held.keys[i].permute(1, 0, 2)[None], held.values[i].permute(1, 0, 2)[None], i)
+        decoded = LOADED.model(token_ids[300:].long()[None], past_key_values=plain).logits[0].log_softmax(-1)
+    kl = torch.nn.functional.kl_div(decoded, kept, log_target=True, reduction="none").sum(-1)
+    assert found.kl_of_tokens == pytest.approx(kl.tolist(), rel=1e-2, abs=1e-6)
+    rows, followers = torch.arange(299), token_ids[301:].long()
+    assert found.nll_reference == pytest.approx(-kept[rows, followers].sum().item(), rel=1e-5)
+    assert found.nll_decoded == pytest.approx(-decoded[rows, followers].sum().item(), rel=1e-5)
+    assert found.num_followers == 299
 
 
 @pytest.mark.parametrize(("num_tokens", "num_decoded"), [(600, 599), (600, 300), (31, 30)])

@@ -1,4 +1,4 @@
-"""The contexts that a study reads: a prompts folder, JSON Lines of the usual data sets, or a plain text.
+"""The contexts that a study reads: a prompts folder, texts, or JSON Lines of the usual data sets.
 
 A context's own question is the end of its text. Reading needs no model; `fit_contexts` then cuts texts to a number of
 tokens and puts prompts into the model's chat template. docs/datasets.md lists the kinds of records and their fields.
@@ -89,13 +89,15 @@ def read_contexts(path: Path, count: int | None = None, num_questions: int | Non
     A text is one context without questions, whatever `count` is: `fit_contexts` cuts it.
 
     Args:
-        path: a folder of N.txt and questions.json, a file of records (.jsonl), or any other file of UTF-8 text.
+        path: a folder of N.txt and questions.json, a folder of texts without it, a file of records (.jsonl), or any
+            other file of UTF-8 text.
 
     Raises:
         InputError: it is none of these, is damaged, or has fewer contexts.
     """
     if not path.is_file():
-        contexts = read_prompts(path)
+        texts = [] if (path / "questions.json").exists() else sorted(path.glob(f"*{_TEXT_SUFFIX}"), key=_numbers_first)
+        contexts = [PromptContext(text.name, read_context(text), ()) for text in texts] or read_prompts(path)
     elif path.suffix == _RECORDS_SUFFIX:
         contexts = _read_records(path, count)
     elif path.suffix == ".json":
@@ -107,6 +109,10 @@ def read_contexts(path: Path, count: int | None = None, num_questions: int | Non
     if count is not None and len(contexts) < count:
         raise InputError(f"{path}: has only {len(contexts)} contexts, {count} were asked for")
     return [dataclasses.replace(c, questions=c.questions[:num_questions]) for c in contexts[:count]]
+
+
+def _numbers_first(path: Path) -> tuple[bool, int, str]:
+    return (not path.stem.isdecimal(), int(path.stem) if path.stem.isdecimal() else 0, path.name)
 
 
 def read_prompts(folder: Path) -> list[PromptContext]:

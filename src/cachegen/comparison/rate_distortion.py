@@ -1,8 +1,9 @@
 """Bytes against quality: every context, recoded by every scheme at every setting, against its uncompressed cache.
 
-All but the last 256 tokens of a context are encoded. Those 256 are forced through the model on the decoded and on the
-uncompressed cache, and the predictions compared; then, with the 256 recomputed on the decoded cache, it is asked all
-questions of the context. Each result is a file of its own, written whole, so that a run can be interrupted and resumed.
+All but the last tokens of a context are encoded: the last 256 (protocol `tail`) or its second half (`half`). Those are
+forced through the model on the decoded and on the uncompressed cache, and the predictions compared; then, with them
+recomputed on the decoded cache, it is asked the questions of the context. Each result is a file of its own, written
+whole, so that a run can be interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,15 @@ import torch
 from transformers.cache_utils import Cache
 
 from cachegen.comparison.datasets import PromptContext, tokenize_context
-from cachegen.comparison.retrieval import count_packed_tokens, expect_answers, score_retrieval
-from cachegen.comparison.schemes import ByteCount, SavedCache, Scheme
+from cachegen.comparison.retrieval import (
+    WrittenAnswer,
+    count_packed_tokens,
+    count_written_tokens,
+    expect_answers,
+    score_retrieval,
+    write_answers,
+)
+from cachegen.comparison.schemes import ByteCount, SavedCache, Scheme, UncompressedScheme
 from cachegen.errors import BitstreamError, CacheGenError, InputError, MismatchError
 from cachegen.files import read_file, write_file
 from cachegen.kv_archive import is_damaged_kv_file
@@ -27,12 +35,14 @@ from cachegen.kv_cache import KVCache, hash_planes, hash_token_prefixes, load_kv
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
 from cachegen.pipeline.prefill import extend_cache, prefill_context
-from cachegen.pipeline.verify import compare_caches, count_verified_tokens
+from cachegen.pipeline.verify import Comparison, compare_with_predictions, count_verified_tokens, predict_from
 
 # A result is measured anew when this changes: with the measurement itself.
 MEASUREMENT_VERSION = 1
-MAX_ROW_BYTES = 1 << 20
+MAX_ROW_BYTES = 1 << 24
 ROWS_FOLDER = "rows"
+PROTOCOLS = ("tail", "half")
+"""What is encoded: all but the last 256 tokens, or the first half."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +56,27 @@ class Result:
         bytes_of: per method name.
         cache_hashes: of the uncompressed cache, then of those that the scheme was fitted on.
         fidelity: fields of `Fidelity`.
+        kl_of_tokens: KL of each scored token, in nats.
+        nll: of the scored text: summed negative log-likelihood in nats, `reference` and `decoded`, its `tokens` and
+            its `bytes` in UTF-8.
         retrieval: fields of `RetrievalScore`; None: not asked yet.
+        answers: of each question in the model's own words, its `metric`, the `score` and the `reference` score, which
+            is the uncompressed cache's; None: not written yet.
     """
 
     key: str
     context: str
+    protocol: str
     scheme: str
     setting: str
     num_values: int
     bytes_of: Mapping[str, ByteCount]
     cache_hashes: Sequence[str]
     fidelity: Mapping[str, float]
+    kl_of_tokens: Sequence[float]
+    nll: Mapping[str, float]
     retrieval: Mapping[str, int] | None
+    answers: Sequence[Mapping[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -74,8 +93,10 @@ class Study:
         output: folder of the results.
         kv_folder: folder of the saved caches, `test/test_kv_N.pkl` and `calibration/test_kv_N.pkl`; those that are
             missing are computed and saved there.
-        with_retrieval: whether to ask questions.
+        with_retrieval: whether to ask questions whose right answers are to be written exactly.
         block_size: tokens per prefill step.
+        protocol: one of `PROTOCOLS`.
+        with_answers: whether to let the model answer in its own words.
     """
 
     loaded: LoadedModel
@@ -87,6 +108,16 @@ class Study:
     kv_folder: Path
     with_retrieval: bool
     block_size: int
+    protocol: str = "tail"
+    with_answers: bool = False
+
+    def has_all(self, result: Result | None) -> bool:
+        """Tell whether a result has all that is measured."""
+        return (
+            result is not None
+            and (result.retrieval is not None or not self.with_retrieval)
+            and (result.answers is not None or not self.with_answers)
+        )
 
 
 def measure(study: Study, report: Callable[[str], None]) -> list[Result]:
@@ -109,11 +140,11 @@ def measure(study: Study, report: Callable[[str], None]) -> list[Result]:
         ]
         keys = {scheme.name: _result_key(study, profiles, context, token_ids, scheme) for scheme in study.schemes}
         found = [_read_result(_row_path(study, context, *task), keys[task[0].name], cache_hashes) for task in tasks]
-        if not all(result and (result.retrieval or not study.with_retrieval) for result in found):
+        if not all(map(study.has_all, found)):
             bench = _Bench(study, context, token_ids)
             for index, (scheme, setting) in enumerate(tasks):
                 known = found[index]
-                if known is None or (known.retrieval is None and study.with_retrieval):
+                if not study.has_all(known):
                     profiles.fit(scheme)
                     result = bench.measure(scheme, setting, keys[scheme.name], known, profiles.cache_hashes)
                     _write_result(_row_path(study, context, scheme, setting), result)
@@ -150,61 +181,117 @@ class _Profiles:
 
 
 class _Bench:
-    """One context: its uncompressed cache, what that answers, and a cache to decode into."""
+    """One context: its uncompressed cache, what that predicts and answers, and a cache to decode into."""
 
     def __init__(self, study: Study, context: PromptContext, token_ids: torch.Tensor) -> None:
         self._study, self._context, self._token_ids = study, context, token_ids
-        self._start = len(token_ids) - count_verified_tokens(len(token_ids))
-        saved = next(iter(load_caches(study, [context], "test")))
-        self._saved = saved
-        capacity = len(token_ids) + count_packed_tokens(study.loaded, context.questions)
-        self._reference = self._allocate(saved.cache, capacity)
-        self._decoded = self._allocate(saved.cache, capacity)
-        _fill(self._reference, saved.cache)
+        num_scored = count_verified_tokens(len(token_ids)) if study.protocol == "tail" else (len(token_ids) + 1) // 2
+        self._start = len(token_ids) - num_scored
+        self._saved = next(iter(load_caches(study, [context], "test")))
+        num_questions_tokens = count_packed_tokens(study.loaded, context.questions) if study.with_retrieval else 0
+        if study.with_answers:
+            num_questions_tokens = max(num_questions_tokens, count_written_tokens(study.loaded, context.questions))
+        self._capacity = len(token_ids) + num_questions_tokens
+        self._reference = self._allocate(study.loaded, self._capacity)
+        _fill(self._reference, self._saved.cache)
+        self._decoded = self._allocate(study.loaded, self._capacity)
+        self._tail_bytes = len(study.loaded.tokenizer.decode(token_ids[self._start + 1 :]).encode())
+        self._predictions = None
         self._expected = None
+        self._answers: list[WrittenAnswer] | None = None
 
     def measure(self, scheme: Scheme, setting: str, key: str, known: Result | None, fitted_on: Sequence[str]) -> Result:
-        """Recode the cache and compare; with a known result only ask the questions."""
+        """Recode the cache and compare; with a known result only ask what was not asked."""
         study, encoded = self._study, self._saved.slice(self._start)
         recoded = scheme.recode(encoded, setting)
-        _fill(self._decoded, recoded.cache)
-        fidelity = known.fidelity if known else self._compare()
+        loaded, decoded = study.loaded, self._decoded
+        if isinstance(scheme, UncompressedScheme):
+            loaded = study.load_for_prefill()
+            decoded = self._allocate(loaded, self._capacity)
+        _fill(decoded, recoded.cache)
+        if known is None:
+            comparison = self._compare(loaded, decoded)
+            fidelity, kl_of_tokens = asdict(comparison.fidelity), comparison.kl_of_tokens
+            nll = {
+                "reference": comparison.nll_reference,
+                "decoded": comparison.nll_decoded,
+                "tokens": comparison.num_followers,
+                "bytes": self._tail_bytes,
+            }
+        else:
+            fidelity, kl_of_tokens, nll = known.fidelity, known.kl_of_tokens, known.nll
+        retrieval, answers = (known.retrieval, known.answers) if known else (None, None)
+        has_all_tokens = False
+        if study.with_retrieval and retrieval is None:
+            self._extend(loaded, decoded)
+            has_all_tokens = True
+            retrieval = self._ask(loaded, decoded)
+        if study.with_answers and answers is None:
+            if not has_all_tokens:
+                self._extend(loaded, decoded)
+            answers = self._let_answer(loaded, decoded)
         return Result(
             key=key,
             context=self._context.name,
+            protocol=study.protocol,
             scheme=scheme.name,
             setting=setting,
             num_values=encoded.cache.num_values,
             bytes_of=recoded.bytes_of,
             cache_hashes=[str(self._saved.metadata.cache_hash), *fitted_on],
             fidelity=fidelity,
-            retrieval=self._ask() if study.with_retrieval else None,
+            kl_of_tokens=kl_of_tokens,
+            nll=nll,
+            retrieval=retrieval,
+            answers=answers,
         )
 
-    def _compare(self) -> Mapping[str, float]:
-        fidelity = compare_caches(
-            self._study.loaded,
+    def _compare(self, loaded: LoadedModel, decoded: Cache) -> Comparison:
+        block_size = self._study.block_size
+        if self._predictions is None:
+            self._predictions = predict_from(
+                self._study.loaded,
+                self._token_ids,
+                self._reference,
+                start=self._start,
+                num_held_tokens=len(self._token_ids) - 1,
+                block_size=block_size,
+            )
+        return compare_with_predictions(
+            loaded,
             self._token_ids,
-            self._reference,
-            self._decoded,
-            num_reference_tokens=len(self._token_ids) - 1,
+            self._predictions,
+            decoded,
             num_decoded_tokens=self._start,
-            block_size=self._study.block_size,
+            block_size=block_size,
         )
-        return asdict(fidelity)
 
-    def _ask(self) -> Mapping[str, int]:
-        loaded, token_ids = self._study.loaded, self._token_ids
+    def _extend(self, loaded: LoadedModel, decoded: Cache) -> None:
+        """Recompute what was not encoded on the decoded cache."""
+        set_length(decoded, self._start)
+        extend_cache(loaded, decoded, self._token_ids[self._start : -1], self._study.block_size)
+
+    def _ask(self, loaded: LoadedModel, decoded: Cache) -> Mapping[str, int]:
         if self._expected is None:
-            self._expected = expect_answers(loaded, self._reference, token_ids, self._context.questions)
-            set_length(self._reference, len(token_ids) - 1)
-        set_length(self._decoded, self._start)
-        extend_cache(loaded, self._decoded, token_ids[self._start : -1], self._study.block_size)
-        return asdict(score_retrieval(loaded, self._decoded, token_ids, self._expected))
+            questions = self._context.questions
+            self._expected = expect_answers(self._study.loaded, self._reference, self._token_ids, questions)
+            set_length(self._reference, len(self._token_ids) - 1)
+        return asdict(score_retrieval(loaded, decoded, self._token_ids, self._expected))
 
-    def _allocate(self, like: KVCache, capacity: int) -> Cache:
-        shapes = [(plane.shape[1], plane.shape[2]) for plane in like.planes]
-        return allocate_cache(shapes, capacity, self._study.loaded.dtype, self._study.loaded.layer_devices)
+    def _let_answer(self, loaded: LoadedModel, decoded: Cache) -> list[Mapping[str, Any]]:
+        questions = self._context.questions
+        if self._answers is None:
+            self._answers = write_answers(self._study.loaded, self._reference, self._token_ids, questions)
+            set_length(self._reference, len(self._token_ids) - 1)
+        answers = write_answers(loaded, decoded, self._token_ids, questions)
+        return [
+            {"metric": question.metric, "score": answer.score, "reference": reference.score}
+            for question, answer, reference in zip(questions, answers, self._answers, strict=True)
+        ]
+
+    def _allocate(self, loaded: LoadedModel, capacity: int) -> Cache:
+        shapes = [(plane.shape[1], plane.shape[2]) for plane in self._saved.cache.planes]
+        return allocate_cache(shapes, capacity, loaded.dtype, loaded.layer_devices)
 
 
 def load_caches(study: Study, contexts: Sequence[PromptContext], kind: str) -> Iterator[SavedCache]:
@@ -275,12 +362,15 @@ def _result_key(
         profiles.identity,
         scheme.identity,
     ]
+    if study.protocol != "tail":
+        parts.append(study.protocol)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _row_path(study: Study, context: PromptContext, scheme: Scheme, setting: str) -> Path:
     name = f"{scheme.name}_{setting}".replace(" ", "-").replace("/", "-")
-    return study.output / ROWS_FOLDER / context.stem / f"{name}.json"
+    folder = ROWS_FOLDER if study.protocol == "tail" else f"{ROWS_FOLDER}_{study.protocol}"
+    return study.output / folder / context.stem / f"{name}.json"
 
 
 def _write_result(path: Path, result: Result) -> None:
@@ -318,4 +408,7 @@ def _describe(result: Result) -> str:
     text += f", KL {result.fidelity['kl']:.5f}"
     if result.retrieval:
         text += f", right {result.retrieval['right']} of {result.retrieval['questions']}"
+    if result.answers:
+        written, reference = (sum(answer[field] for answer in result.answers) for field in ("score", "reference"))
+        text += f", answers score {written:g}, uncompressed {reference:g}"
     return text

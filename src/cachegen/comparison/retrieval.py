@@ -152,6 +152,15 @@ def count_packed_tokens(loaded: LoadedModel, questions: Sequence[Question]) -> i
     return 2 * sum(size + 4 for size in sizes)
 
 
+def count_written_tokens(loaded: LoadedModel, questions: Sequence[Question]) -> int:
+    """Return for how many tokens behind the context a cache must have room for `write_answers`."""
+    sizes = [
+        len(tokenize(loaded, question.text, add_special_tokens=False)) + MAX_NEW_TOKENS[question.metric]
+        for question in questions
+    ]
+    return max(sizes, default=0)
+
+
 @torch.inference_mode()
 def _write_answers(
     loaded: LoadedModel,

@@ -101,6 +101,29 @@ MAX_NEW_TOKENS: Mapping[str, int] = {"exact": 32, "contained": 128, "all": 128, 
 """How many tokens the authors of the data sets let a model write, by metric; LongBench more for some of its tasks."""
 
 
+def is_right(metric: str, score: float) -> bool:
+    """Tell whether an answer counts as right: a full score, or of F1 at least a half."""
+    return score >= (0.5 if metric == "f1" else 1.0)
+
+
+def wilson_interval(num_hits: int, num_trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share, 0 to 1.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
+
+    Raises:
+        ValueError: there are no trials.
+    """
+    if num_trials < 1:
+        raise ValueError(f"`num_trials` must be at least 1, got {num_trials}")
+    z = 1.959964
+    share = num_hits / num_trials
+    center = share + z * z / (2 * num_trials)
+    width = z * math.sqrt(share * (1 - share) / num_trials + z * z / (4 * num_trials**2))
+    low, high = ((center + sign * width) / (1 + z * z / num_trials) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
 def perplexity(nll_sum: float, num_tokens: int) -> float:
     """Return the perplexity of a text; it does not compare between tokenizers.
 

@@ -37,6 +37,25 @@ class Fidelity:
     verified_tokens: int
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets of predictions of the same tokens, in full.
+
+    Attributes:
+        fidelity: their summary.
+        kl_of_tokens: KL(reference || decoded) of each position, in nats.
+        nll_reference: summed negative log-likelihood, in nats, of the tokens that really follow.
+        nll_decoded: the same of the decoded cache.
+        num_followers: how many tokens follow: one less than there are positions.
+    """
+
+    fidelity: Fidelity
+    kl_of_tokens: tuple[float, ...]
+    nll_reference: float
+    nll_decoded: float
+    num_followers: int
+
+
 def count_verified_tokens(num_tokens: int) -> int:
     """Return how many of a context's last tokens are verified: 256, or half of a context shorter than 512."""
     return min(MAX_VERIFIED_TOKENS, num_tokens // 2)
@@ -92,6 +111,69 @@ def compare_caches(
             token_ids[start:],
             _predict_on(loaded, reference_cache, num_reference_tokens, token_ids, start, block_size),
             _predict_on(loaded, decoded_cache, num_decoded_tokens, token_ids, start, block_size),
+        ).fidelity
+
+
+@torch.inference_mode()
+def predict_from(
+    loaded: LoadedModel,
+    token_ids: torch.Tensor,
+    cache: Cache,
+    *,
+    start: int,
+    num_held_tokens: int,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+) -> torch.Tensor:
+    """Force the tokens of a context from `start` on through the model, once for many comparisons.
+
+    Args:
+        loaded: the model.
+        token_ids: the whole context, integers `[num_tokens]`.
+        cache: as in `compare_caches`; it holds the same tokens afterwards as before.
+        start: the first token that is fed.
+        num_held_tokens: tokens the cache holds.
+        block_size: as in `compare_caches`.
+
+    Returns:
+        Log-probabilities after each of these tokens, fp32 `[num_tokens - start, vocabulary]`, where the model is.
+    """
+    with preserve_tokens(cache, start, num_held_tokens):
+        predict = _predict_on(loaded, cache, num_held_tokens, token_ids, start, block_size)
+        logs = torch.empty(0)
+        for begin in range(0, len(token_ids) - start, _TOKENS_PER_PIECE):
+            piece = predict(begin, min(begin + _TOKENS_PER_PIECE, len(token_ids) - start))
+            if not begin:
+                logs = torch.empty(len(token_ids) - start, piece.shape[-1], device=piece.device)
+            logs[begin : begin + len(piece)] = piece
+        return logs
+
+
+@torch.inference_mode()
+def compare_with_predictions(
+    loaded: LoadedModel,
+    token_ids: torch.Tensor,
+    reference: torch.Tensor,
+    decoded_cache: Cache,
+    *,
+    num_decoded_tokens: int,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+) -> Comparison:
+    """Compare predictions on a decoded cache with those that `predict_from` has returned, as `compare_caches` does.
+
+    Args:
+        loaded: the model on the decoded cache; the reference may be of one in another dtype.
+        token_ids: the whole context, integers `[num_tokens]`.
+        reference: after the last `len(reference)` tokens, at least one.
+        decoded_cache: with a capacity of `num_tokens` at least; it holds the same tokens afterwards as before.
+        num_decoded_tokens: tokens the decoded cache holds.
+        block_size: as in `compare_caches`.
+    """
+    start = len(token_ids) - len(reference)
+    with preserve_tokens(decoded_cache, start, num_decoded_tokens):
+        return _compare_predictions(
+            token_ids[start:],
+            lambda begin, end: reference[begin:end],
+            _predict_on(loaded, decoded_cache, num_decoded_tokens, token_ids, start, block_size),
         )
 
 
@@ -127,9 +209,9 @@ def compare_with_text(
     with preserve_tokens(decoded_cache, start, num_decoded_tokens):
         return _compare_predictions(
             token_ids[start:],
-            lambda begin, end: logits[begin:end],
+            lambda begin, end: logits[begin:end].float().log_softmax(-1),
             _predict_on(loaded, decoded_cache, num_decoded_tokens, token_ids, start, block_size),
-        )
+        ).fidelity
 
 
 def _first_verified(token_ids: torch.Tensor, *caches: Cache) -> int:
@@ -149,38 +231,49 @@ def _predict_on(
     """Crop or extend a cache to end before token `start`, and return what feeds it the tokens from there on."""
     set_length(cache, min(num_held, start))
     extend_cache(loaded, cache, token_ids[min(num_held, start) : start], block_size)
-    return lambda begin, end: run_model(loaded, cache, token_ids[start + begin : start + end], end - begin)
+
+    def predict(begin: int, end: int) -> torch.Tensor:
+        return run_model(loaded, cache, token_ids[start + begin : start + end], end - begin).float().log_softmax(-1)
+
+    return predict
 
 
 def _compare_predictions(
     token_ids: torch.Tensor,
     predict_reference: Callable[[int, int], torch.Tensor],
     predict_decoded: Callable[[int, int], torch.Tensor],
-) -> Fidelity:
+) -> Comparison:
     """Compare the log-probabilities after each token.
 
     Args:
         token_ids: the verified ones.
-        predict_reference, predict_decoded: give the logits `[num_tokens, vocabulary]` after tokens `begin` to `end` of
-            these, for consecutive pieces.
+        predict_reference, predict_decoded: give the log-probabilities, fp32 `[num_tokens, vocabulary]`, after tokens
+            `begin` to `end` of these, for consecutive pieces.
     """
-    kl = agreement = nll_delta = 0.0
+    kl = agreement = nll_delta = nll_reference = nll_decoded = 0.0
+    kl_of_tokens: list[float] = []
     for start in range(0, len(token_ids), _TOKENS_PER_PIECE):
         piece = token_ids[start : start + _TOKENS_PER_PIECE]
-        reference_logs = predict_reference(start, start + len(piece)).float().log_softmax(-1)
-        decoded_logs = predict_decoded(start, start + len(piece)).float().log_softmax(-1)
+        reference_logs = predict_reference(start, start + len(piece))
+        decoded_logs = predict_decoded(start, start + len(piece))
+        if decoded_logs.device != reference_logs.device:
+            decoded_logs = decoded_logs.to(reference_logs.device)
         differences = reference_logs - decoded_logs
         # A token of probability zero adds nothing, also where the other cache agrees and the difference is NaN.
         terms = (reference_logs.exp() * differences).masked_fill_(reference_logs == -torch.inf, 0.0)
         kl += terms.sum(dtype=torch.float64).item()
+        kl_of_tokens += terms.sum(-1, dtype=torch.float64).tolist()
         agreement += (reference_logs.argmax(-1) == decoded_logs.argmax(-1)).sum().item()
         followers = token_ids[start + 1 : start + 1 + len(piece)].to(device=differences.device, dtype=torch.int64)
         rows = torch.arange(len(followers), device=differences.device)
         nll_delta += differences[rows, followers].sum(dtype=torch.float64).item()
+        nll_reference -= reference_logs[rows, followers].sum(dtype=torch.float64).item()
+        nll_decoded -= decoded_logs[rows, followers].sum(dtype=torch.float64).item()
     num_positions = len(token_ids)
-    return Fidelity(
+    fidelity = Fidelity(
         kl=kl / num_positions,
         next_token_agreement=agreement / num_positions,
         nll_delta=nll_delta / max(num_positions - 1, 1),
         verified_tokens=num_positions,
     )
+    return Comparison(fidelity, tuple(kl_of_tokens), nll_reference, nll_decoded, num_positions - 1)

@@ -101,7 +101,7 @@ class UniformScheme(_AbsmaxScheme):
     """The same number of bits for every value."""
 
     name = "uniform"
-    settings = ("4-bit", "6-bit", "8-bit")
+    settings: tuple[str, ...] = ("4-bit", "6-bit", "8-bit")
     variants: ClassVar = {
         "uniform": (Coder.PACKED, False),
         "uniform-rans": (Coder.RANS, False),
@@ -118,7 +118,7 @@ class CacheGenScheme(_AbsmaxScheme):
     """Bins by layer group, in the proportions of the original's config for 7B models."""
 
     name = "cachegen"
-    settings = ("16/8 bins", "32/16 bins", "64/32 bins", "128/64 bins")
+    settings: tuple[str, ...] = ("16/8 bins", "32/16 bins", "64/32 bins", "128/64 bins")
     variants: ClassVar = {
         "cachegen": (Coder.RANS, False),
         "cachegen-original": (Coder.AC, False),

@@ -30,7 +30,7 @@ class AnchorDeltaScheme:
     """See the module; a setting is the factor on the three bins."""
 
     name = "cachegen-delta"
-    settings = ("bins x1", "bins x1/2", "bins x1/4", "bins x1/8", "bins x1/16")
+    settings: tuple[str, ...] = ("bins x1", "bins x1/2", "bins x1/4", "bins x1/8", "bins x1/16")
 
     def __init__(self) -> None:
         self._deviations: list[float] = []

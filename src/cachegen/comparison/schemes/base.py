@@ -74,10 +74,8 @@ class Scheme(Protocol):
         """The family's name; names of methods begin with it."""
         ...
 
-    @property
-    def settings(self) -> tuple[str, ...]:
-        """The settings' names, from coarse to fine."""
-        ...
+    settings: tuple[str, ...]
+    """The settings' names, from coarse to fine; may be set to some of them before `fit`."""
 
     @property
     def identity(self) -> str:

@@ -1,8 +1,8 @@
 """Coders that lose nothing: this project's method `lossless`, and what general compressors make of the same bits.
 
-`lossless` is a document's files, its tables file included. `zlib` (level 6) and `lzma` (level 1) compress each plane by
-itself, all high bytes before all low ones, which suits them better than the values in order. `order-0` is no coder but
-a bound: the entropy of each plane's values, as if its distribution cost nothing.
+`lossless` is a document's files, its tables file included. `-zlib` (level 6) and `-lzma` (level 1) compress each plane
+by itself, all high bytes before all low ones, which suits them better than the values in order. `-order-0` is no coder
+but a bound: the entropy of each plane's values, as if its distribution cost nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ExactScheme:
     """See the module."""
 
     name = "lossless"
-    settings = ("exact",)
+    settings: tuple[str, ...] = ("exact",)
     identity = f"lossless {DEFAULT_CHUNK_SIZE}"
 
     def fit(self, calibration: Sequence[SavedCache]) -> None:
@@ -51,8 +51,8 @@ class ExactScheme:
             entropy_bits -= float((counts * np.log2(counts / len(values))).sum())
         counts = {
             self.name: ByteCount(num_bytes, len(encoder.tables_file)),
-            "order-0": ByteCount(round(entropy_bits / 8)),
-            "lzma": ByteCount(lzma_bytes),
-            "zlib": ByteCount(zlib_bytes),
+            "lossless-order-0": ByteCount(round(entropy_bits / 8)),
+            "lossless-lzma": ByteCount(lzma_bytes),
+            "lossless-zlib": ByteCount(zlib_bytes),
         }
         return Recoded(output, counts)

@@ -57,7 +57,7 @@ class PcaScheme:
     """See the module; a setting is the target in bits per value before the entropy coder."""
 
     name = "pca"
-    settings = ("0.5 bit", "0.75 bit", "1 bit", "1.5 bit", "2 bit", "3 bit", "4 bit")
+    settings: tuple[str, ...] = ("0.5 bit", "0.75 bit", "1 bit", "1.5 bit", "2 bit", "3 bit", "4 bit")
 
     def __init__(self) -> None:
         self._bases: tuple[_Basis, ...] = ()

@@ -35,10 +35,7 @@ class TransformScheme:
 
     profile: Profile
     name: str = "transform"
-
-    @property
-    def settings(self) -> tuple[str, ...]:
-        return tuple(f"step {step_log:+d}" for step_log in STEP_LOGS)
+    settings: tuple[str, ...] = tuple(f"step {step_log:+d}" for step_log in STEP_LOGS)
 
     @property
     def identity(self) -> str:
@@ -68,10 +65,7 @@ class TransformSinksScheme:
 
     profile: Profile
     name: str = "transform-sinks"
-
-    @property
-    def settings(self) -> tuple[str, ...]:
-        return tuple(f"step {step_log:+d}" for step_log in STEP_LOGS[:5])
+    settings: tuple[str, ...] = tuple(f"step {step_log:+d}" for step_log in STEP_LOGS[:7])
 
     @property
     def identity(self) -> str:
@@ -94,10 +88,7 @@ class TransformLevelsScheme:
 
     profile: Profile
     name: str = "transform-levels"
-
-    @property
-    def settings(self) -> tuple[str, ...]:
-        return tuple(f"levels 1 to {level}" for level in range(1, NUM_LEVELS + 1))
+    settings: tuple[str, ...] = tuple(f"levels 1 to {level}" for level in range(1, NUM_LEVELS + 1))
 
     @property
     def identity(self) -> str:
