@@ -63,14 +63,14 @@ class TestResults:
         assert sorted(path.name for path in output.iterdir()) == [
             "analysis.safetensors",
             "profile.json",
-            "synthesis.safetensors",
+            "synthesis.safetensors.zlib",
         ]
         assert (record["stage"], record["profile_hash"]) == ("profile", profile.profile_hash)
         assert record["profile_bytes"] == profile.num_bytes
         assert (record["num_fitted_contexts"], record["num_held_out_contexts"]) == (2, 1)
         assert record["groups"][0]["num_channels"] == NUM_CHANNELS
-        assert [point["step_log"] for point in record["curve"]] == curve.plan_steps(0.0625)
-        assert [point.step_log for point in profile.curve] == curve.plan_steps(0.0625)
+        assert [point["step_log"] for point in record["curve"]] == curve.plan_steps(0.125)
+        assert [point.step_log for point in profile.curve] == curve.plan_steps(0.125)
         assert {"seconds", "device", "config", "versions"} <= set(record)
         assert "bits per value" in captured.err and "fitted on" in captured.err
         calibration = profile.calibration
@@ -132,7 +132,7 @@ class TestInterruption:
         assert run_calibration.main([*argv, "--no_curve", "--quiet", "--seed", "1", "--overwrite"]) == 0
         assert load_profile(output).profile_hash != before
 
-    @pytest.mark.parametrize("name", ["analysis.safetensors", "synthesis.safetensors", "profile.json"])
+    @pytest.mark.parametrize("name", ["analysis.safetensors", "synthesis.safetensors.zlib", "profile.json"])
     def test_a_damaged_profile_is_made_again_and_the_script_says_so(self, argv, output, capsys, name):
         assert run_calibration.main([*argv, "--no_curve", "--quiet"]) == 0
         whole = {path.name: path.read_bytes() for path in output.iterdir()}

@@ -72,7 +72,7 @@ def make_profile() -> tuple[Profile, dict[str, bytes]]:
         groups.append(TransformGroup(layer, 1, mean, (matrix / 4).half(), scale_logs, (matrix * 4 / len(logs)).half()))
     profile = Profile(MODEL_FINGERPRINT, (ROTARY,), SHAPES, tuple(groups), (), {"text": "none: a golden profile"})
     with tempfile.TemporaryDirectory() as folder:
-        profile = save_profile(folder, profile)
+        profile = save_profile(folder, profile, compression=0)
         return profile, {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 

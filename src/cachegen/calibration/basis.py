@@ -9,8 +9,9 @@ Source: Karhunen-Loeve transform with a weighted error measure; reverse water-fi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -21,6 +22,10 @@ Weights = Literal["fisher", "diagonal", "none"]
 WEIGHTS: tuple[Weights, ...] = ("fisher", "diagonal", "none")
 RIDGE = 1e-3
 """Added to the eigenvalues of the weights, in units of their mean: no direction is free of cost."""
+ROUNDING_SHARE = 0.3
+"""How much of the loss at the finest step comes from rounding the matrices."""
+LEAST_ROW_LEVELS = 4
+"""The largest value of a row is at least so many of its steps."""
 MIN_SCALE_LOG = -30
 """16 log2 of the smallest standard deviation, in steps, that is coded: scale index 0 of component_tables lies below."""
 
@@ -31,7 +36,8 @@ class Basis:
 
     Attributes:
         analysis: fp16 `[num_channels, num_components]`.
-        synthesis: fp16 `[num_components, num_channels]`, its inverse on the components that are kept.
+        synthesis: fp32 `[num_components, num_channels]`, its inverse on the components that are kept; rows are integers
+            of 16 bits times a power of two.
         scale_logs: int16 `[num_components]`, 16 log2 of the standard deviations.
     """
 
@@ -67,13 +73,40 @@ def fit_basis(
     finest_log = round(SCALE_LOGS_PER_OCTAVE * torch.tensor(finest_step, dtype=torch.float64).log2().item())
     count = max(1, int((scale_logs - finest_log >= MIN_SCALE_LOG).sum()))
     count = min(count, max_components or count)
+    analysis = root @ vectors[:, :count]
+    synthesis = _round_rows(
+        vectors[:, :count].T @ inverse_root, scale_logs[:count], finest_step, root.square().sum().item()
+    )
+    # What is lost by rounding is not made good by components, but they stay independent of each other.
+    product = synthesis @ analysis
+    analysis = analysis @ cast("torch.Tensor", torch.linalg.pinv(product))  # pyright: ignore[reportUnknownMemberType]
+    variances = (analysis.T @ covariance * analysis.T).sum(1).clamp_min(smallest)
+    scale_logs = torch.round(0.5 * SCALE_LOGS_PER_OCTAVE * variances.log2()).cummin(0).values
     basis = Basis(
-        analysis=(root @ vectors[:, :count]).half().contiguous().cpu(),
-        synthesis=(vectors[:, :count].T @ inverse_root).half().contiguous().cpu(),
-        scale_logs=scale_logs[:count].to(torch.int16).cpu(),
+        analysis=analysis.half().contiguous().cpu(),
+        synthesis=synthesis.float().contiguous().cpu(),
+        scale_logs=scale_logs.to(torch.int16).cpu(),
     )
     _check_inverse(basis)
     return basis
+
+
+def _round_rows(rows: torch.Tensor, scale_logs: torch.Tensor, finest_step: float, weight: float) -> torch.Tensor:
+    """Round rows of a synthesis matrix to integers times a power of two, finer where their components are larger.
+
+    A rounding error does harm in proportion to the component. All rows do the same harm then, together
+    `ROUNDING_SHARE` of what quantizing as many components at the finest step does.
+
+    Args:
+        rows: fp64 `[num_components, num_channels]`.
+        weight: trace of the weights, what an error of one in every channel costs.
+    """
+    deviations = torch.exp2(scale_logs / SCALE_LOGS_PER_OCTAVE)
+    steps = math.sqrt(ROUNDING_SHARE / weight) * finest_step / deviations
+    largest = rows.abs().amax(1).clamp_min(1e-30)
+    exponents = torch.minimum(steps, largest / LEAST_ROW_LEVELS).log2().floor()
+    exponents = torch.maximum(exponents, (largest / 32767).log2().ceil())
+    return torch.exp2(exponents)[:, None] * (rows * torch.exp2(-exponents)[:, None]).round()
 
 
 def weigh(fisher: torch.Tensor, weights: Weights) -> torch.Tensor | None:

@@ -26,5 +26,5 @@ class CalibrationSettings:
     fisher_tokens: int = 1024
     fisher_samples: int = 2
     seed: int = 0
-    finest_step: float = 0.0625
+    finest_step: float = 0.125
     max_components: int | None = None

@@ -1,8 +1,8 @@
 """What calibration learnt about a model: the transform's bases, its components' scales, and the measured curve.
 
-A profile is a folder: `profile.json`, `synthesis.safetensors`, which every decoder needs, and `analysis.safetensors`,
-which only encoders read. The JSON holds the SHA-256 of both, and its own SHA-256 is the profile's hash, which stands in
-every chunk. Nothing in the folder can run. docs/profile.md is the specification.
+A profile is a folder: `profile.json`, `synthesis.safetensors.zlib`, which every decoder needs, and
+`analysis.safetensors`, which only encoders read. The JSON holds the SHA-256 of both, and its own SHA-256 is the
+profile's hash, which stands in every chunk. Nothing in the folder can run. docs/profile.md is the specification.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.kv_cache import RotaryEmbedding, hash_rotary_embeddings, read_rotary_embeddings
 
 PROFILE_NAME = "profile.json"
-SYNTHESIS_NAME = "synthesis.safetensors"
+SYNTHESIS_NAME = "synthesis.safetensors.zlib"
 ANALYSIS_NAME = "analysis.safetensors"
 FILE_FORMAT = "cachegen-profile"
 FILE_VERSION = 1
@@ -42,6 +43,8 @@ _MAX_CURVE_POINTS = 1 << 10
 _MAX_COMPONENTS = (1 << 16) - 1
 _HINT = "`profile` takes a folder of run_calibration.py"
 _MAX_SCALE_LOG = 1 << 14
+MAX_EXPONENT = 100
+"""Of a power of two that a row's integers are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class TransformGroup:
     Attributes:
         first_layer, num_layers: the group's layers.
         mean: fp32 `[num_channels]`, of the vectors.
-        synthesis: fp16 `[num_components, num_channels]`.
+        synthesis: `[num_components, num_channels]`; of a saved profile fp32, each row integers of 16 bits times a
+            power of two.
         scale_logs: int16 `[num_components]`, not increasing: 16 log2 of each component's standard deviation.
         analysis: fp16 `[num_channels, num_components]`; None where only decoding was asked for.
     """
@@ -196,8 +200,11 @@ class Profile:
         return None
 
 
-def save_profile(folder: str | os.PathLike[str], profile: Profile) -> Profile:
+def save_profile(folder: str | os.PathLike[str], profile: Profile, *, compression: int = 9) -> Profile:
     """Write a profile's three files, `profile.json` last, each whole or not at all.
+
+    Args:
+        compression: zlib's level, 0 to 9; which bytes it gives depends on the library, but for level 0.
 
     Returns:
         The profile with its hash and size filled in.
@@ -205,13 +212,13 @@ def save_profile(folder: str | os.PathLike[str], profile: Profile) -> Profile:
     Raises:
         OutputError: a file cannot be written.
     """
-    contents, complete = pack_profile(profile)
+    contents, complete = pack_profile(profile, compression)
     for name, content in contents.items():
         write_file(Path(folder) / name, content)
     return complete
 
 
-def pack_profile(profile: Profile) -> tuple[dict[str, bytes], Profile]:
+def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, bytes], Profile]:
     """Return a profile's files by their names, `profile.json` last, and the profile as those who read them have it."""
     synthesis: dict[str, torch.Tensor] = {}
     analysis: dict[str, torch.Tensor] = {}
@@ -219,10 +226,17 @@ def pack_profile(profile: Profile) -> tuple[dict[str, bytes], Profile]:
         if group.analysis is None:
             raise ValueError(f"`analysis` of group {index} is needed to save a profile")
         synthesis[f"mean.{index}"] = group.mean.float().contiguous()
-        synthesis[f"synthesis.{index}"] = group.synthesis.half().contiguous()
+        rows, exponents = round_rows(group.synthesis)
+        # All high bytes before all low ones: that compresses better.
+        synthesis[f"synthesis_high.{index}"] = (rows >> 8).to(torch.int8)
+        synthesis[f"synthesis_low.{index}"] = (rows & 255).to(torch.uint8)
+        synthesis[f"exponents.{index}"] = exponents
         synthesis[f"scale_logs.{index}"] = group.scale_logs.to(torch.int16).contiguous()
         analysis[f"analysis.{index}"] = group.analysis.half().contiguous()
-    contents = {SYNTHESIS_NAME: save_tensors(synthesis), ANALYSIS_NAME: save_tensors(analysis)}
+    contents = {
+        SYNTHESIS_NAME: zlib.compress(save_tensors(synthesis), compression),
+        ANALYSIS_NAME: save_tensors(analysis),
+    }
     record = {
         "format": FILE_FORMAT,
         "version": FILE_VERSION,
@@ -244,7 +258,7 @@ def pack_profile(profile: Profile) -> tuple[dict[str, bytes], Profile]:
         dataclasses.replace(
             group,
             mean=synthesis[f"mean.{index}"],
-            synthesis=synthesis[f"synthesis.{index}"],
+            synthesis=_join_rows(synthesis, index),
             scale_logs=synthesis[f"scale_logs.{index}"],
             analysis=analysis[f"analysis.{index}"],
         )
@@ -281,13 +295,16 @@ def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) 
         layers = _parse_layers(fields, profile)
         hashes = {name: fields.object("sha256").hash(name) for name in (SYNTHESIS_NAME, ANALYSIS_NAME)}
         num_values = [
-            profile.channels_of(first, count) * (num_components + 4) for first, count, num_components in layers
+            profile.channels_of(first, count) * (num_components + 8) for first, count, num_components in layers
         ]
         max_bytes = 2 * sum(num_values) + _MAX_HEADER_BYTES
-        synthesis, num_bytes = _load_tensors(folder / SYNTHESIS_NAME, hashes[SYNTHESIS_NAME], max_bytes)
+        content = _read_hashed(folder / SYNTHESIS_NAME, hashes[SYNTHESIS_NAME], max_bytes)
+        num_bytes = len(content)
+        synthesis = _load_tensors(folder / SYNTHESIS_NAME, _inflate(folder / SYNTHESIS_NAME, content, max_bytes))
         analysis: dict[str, torch.Tensor] = {}
         if for_encoding:
-            analysis, _ = _load_tensors(folder / ANALYSIS_NAME, hashes[ANALYSIS_NAME], max_bytes)
+            content = _read_hashed(folder / ANALYSIS_NAME, hashes[ANALYSIS_NAME], max_bytes)
+            analysis = _load_tensors(folder / ANALYSIS_NAME, content)
         groups = tuple(
             _parse_group(index, *group, profile, synthesis, analysis if for_encoding else None)
             for index, group in enumerate(layers)
@@ -378,11 +395,16 @@ def _parse_group(
     analysis: dict[str, torch.Tensor] | None,
 ) -> TransformGroup:
     num_channels = profile.channels_of(first_layer, num_layers)
+    for name, dtype in (("high", torch.int8), ("low", torch.uint8)):
+        _tensor(synthesis, f"synthesis_{name}.{index}", dtype, [num_components, num_channels])
+    exponents = _tensor(synthesis, f"exponents.{index}", torch.int8, [num_components])
+    if exponents.int().abs().max() > MAX_EXPONENT:
+        raise BitstreamError(f"must lie within {MAX_EXPONENT} of 0", field=f"exponents.{index}")
     group = TransformGroup(
         first_layer,
         num_layers,
         _tensor(synthesis, f"mean.{index}", torch.float32, [num_channels]),
-        _tensor(synthesis, f"synthesis.{index}", torch.float16, [num_components, num_channels]),
+        _join_rows(synthesis, index),
         _tensor(synthesis, f"scale_logs.{index}", torch.int16, [num_components]),
         None
         if analysis is None
@@ -405,12 +427,53 @@ def _tensor(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype, sha
     return tensor
 
 
-def _load_tensors(path: Path, expected_hash: str, max_bytes: int) -> tuple[dict[str, torch.Tensor], int]:
+def round_rows(synthesis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of a synthesis matrix as integers, and the power of two of each.
+
+    Rows that are integers of 16 bits times a power of two already come out as they are.
+
+    Returns:
+        int32 within 2^15 - 1 of 0, `[num_components, num_channels]`, and int8 `[num_components]`: the exponents.
+    """
+    rows = synthesis.double()
+    largest = rows.abs().amax(1).clamp_min(2.0 ** (15 - MAX_EXPONENT))
+    exponents = (largest / 32767).log2().ceil().clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    integers = (rows * torch.exp2(-exponents)[:, None]).round().clamp(-32767, 32767).to(torch.int32)
+    for _ in range(15):
+        # Halve rows of even integers: fewer digits say the same.
+        is_even = ((integers & 1) == 0).all(1) & (integers != 0).any(1) & (exponents < MAX_EXPONENT)
+        integers = torch.where(is_even[:, None], integers >> 1, integers)
+        exponents = exponents + is_even
+    return integers, exponents.to(torch.int8)
+
+
+def _join_rows(synthesis: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+    """Return a group's synthesis matrix, fp32, from the tensors of the file."""
+    high, low = (synthesis[f"synthesis_{name}.{index}"].float() for name in ("high", "low"))
+    return (256 * high + low) * torch.exp2(synthesis[f"exponents.{index}"].float())[:, None]
+
+
+def _read_hashed(path: Path, expected_hash: str, max_bytes: int) -> bytes:
     content = read_file(path, max_bytes, hint=_HINT)
     if hashlib.sha256(content).hexdigest() != expected_hash:
         raise BitstreamError(f"is not the file that {PROFILE_NAME} names, or has changed", path=path, field="sha256")
+    return content
+
+
+def _inflate(path: Path, content: bytes, max_bytes: int) -> bytes:
+    inflater = zlib.decompressobj()
     try:
-        return load_tensors(content), len(content)
+        inflated = inflater.decompress(content, max_bytes)
+    except zlib.error as error:
+        raise BitstreamError(f"is not compressed data ({error})", path=path) from None
+    if not inflater.eof or inflater.unused_data:
+        raise BitstreamError(f"holds more than the {max_bytes} bytes that {PROFILE_NAME} announces", path=path)
+    return inflated
+
+
+def _load_tensors(path: Path, content: bytes) -> dict[str, torch.Tensor]:
+    try:
+        return load_tensors(content)
     except Exception as error:  # a library's own errors over a dtype or a shape that it does not know
         raise BitstreamError(f"not a safetensors file ({str(error)[:120]})", path=path) from error
 
