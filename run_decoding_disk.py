@@ -58,7 +58,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     resolve_device(args.device)
     dtype = resolve_dtype(args.dtype)
     chosen = choose_kernels(args.device)
-    find_profile = profile_finder(args.profile, (args.model_id, SCRIPT_FOLDER / "models"))
+    find_profile = profile_finder(args.profile, (args.path_to_encoded_kv, args.model_id, SCRIPT_FOLDER / "models"))
     folder = EncodedFolder(
         args.path_to_encoded_kv, num_threads, chosen.kernels, find_profile=find_profile, level=args.level
     )

@@ -26,6 +26,7 @@ from cachegen.format import MAX_LEVELS, Coder  # noqa: E402
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks  # noqa: E402
 
 if TYPE_CHECKING:
+    from cachegen.kv_cache import ContextMetadata, KVCache
     from cachegen.methods.base import Encoder, MethodConfig
     from cachegen.pipeline.encode import EncodeResult
 
@@ -50,7 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"tokens per chunk, {DEFAULT_CHUNK_SIZE} where --num_chunks is not given either; "
         "with --num_chunks, tokens beyond their product stay uncovered and are recomputed from text at decoding",
     )
-    add("--profile", help="a profile's folder, for method transform; None takes the config's")
+    add(
+        "--profile",
+        help="a profile's folder, for method transform; None takes the config's, or makes one of the document alone",
+    )
     add(
         "--levels",
         metavar="1,2,...",
@@ -125,6 +129,9 @@ def _encode(args: argparse.Namespace) -> None:
         )
     chunk_tokens = plan_chunks(num_coded, args.num_chunks, args.chunk_size)
     num_tokens = sum(chunk_tokens)
+    own_bytes = 0
+    if config.needs_profile:
+        config, own_bytes = _use_own_profile(config, cache, metadata, args, report)
 
     start = time.perf_counter()
     encoder = make_encoder(config, cache, metadata, chunk_tokens, num_threads=num_threads, kernels=chosen.kernels)
@@ -147,17 +154,18 @@ def _encode(args: argparse.Namespace) -> None:
         "num_reused_chunks": result.num_reused_chunks,
         "repaired_files": list(result.repaired),
         "kv_bytes": BYTES_PER_FP16 * num_values,
-        "encoded_bytes": sizes.total,
+        "encoded_bytes": sizes.total + own_bytes,
         "bytes_by_part": {
             "header": sizes.header,
             "tables": sizes.tables,
             "scales": sizes.scales,
             "payload": sizes.payload,
+            **({"profile": own_bytes} if own_bytes else {}),
         },
-        "bits_per_value": 8 * sizes.total / num_values,
+        "bits_per_value": 8 * (sizes.total + own_bytes) / num_values,
         **_describe_levels(encoder, result, num_values),
-        "ratio_vs_fp16": BYTES_PER_FP16 * num_values / sizes.total,
-        "ratio_vs_int8": num_values / sizes.total,
+        "ratio_vs_fp16": BYTES_PER_FP16 * num_values / (sizes.total + own_bytes),
+        "ratio_vs_int8": num_values / (sizes.total + own_bytes),
         "seconds": seconds,
         "device": str(chosen.device),
         "threads": num_threads,
@@ -175,6 +183,28 @@ def _load_config(args: argparse.Namespace) -> MethodConfig:
     flags = {"profile": args.profile, "levels": args.levels, "coder": Coder[args.coder.upper()] if args.coder else None}
     flags |= {"target_bits": args.target_bits, "target_kl": args.target_kl}
     return load_config(args.quantization_config).with_flags({k: v for k, v in flags.items() if v is not None})
+
+
+def _use_own_profile(
+    config: MethodConfig,
+    cache: KVCache,
+    metadata: ContextMetadata,
+    args: argparse.Namespace,
+    report: command_line.Reporter,
+) -> tuple[MethodConfig, int]:
+    """Return a config with a profile of the document's own, and that profile's bytes; the default for a short one."""
+    from cachegen.calibration.own import measure_own_profile, use_own_profile
+    from cachegen.methods import default_config
+    from cachegen.pipeline.profiles import OWN_PROFILE_FOLDER
+
+    folder = Path(args.output_path) / OWN_PROFILE_FOLDER
+    own = use_own_profile(config, cache, metadata, folder, overwrite=args.overwrite)
+    if own is not None:
+        return own, measure_own_profile(folder)
+    if args.levels is not None:
+        raise ConfigError(f"{cache.num_tokens} tokens are too few for a profile of their own: --levels needs --profile")
+    report.warn(f"{cache.num_tokens} tokens are too few for a profile of their own: coded with method cachegen instead")
+    return default_config(cache.num_layers), 0
 
 
 def _describe_levels(encoder: Encoder, result: EncodeResult, num_values: int) -> dict[str, Any]:

@@ -43,7 +43,8 @@ TEXT_SCHEMES = (
     "hadamard",
     "spectral=2-bit",
     "pca=1 bit,2 bit,3 bit",
-    "transform-sinks=step +28,step +20,step +12,step +4,step -8,step -24",
+    "transform-sinks=step +28,step +20,step +12,step +4,step -8,step -24,step -40,step -66",
+    "lossless",
 )
 ANSWER_SCHEMES = (
     "uniform=8-bit",

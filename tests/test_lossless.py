@@ -17,7 +17,7 @@ from cachegen.methods.lossless import fit
 from cachegen.methods.lossless.codec import LosslessDocument, LosslessEncoder, join_bits
 from cachegen.methods.lossless.headers import BLOCK_TOKENS, PlaneShape
 from cachegen.methods.lossless.model import NO_WEIGHTS, Model, describe_layers, unpack_model
-from tests.fixtures.caches import allocate_like, make_metadata, make_shaped_cache
+from tests.fixtures.caches import allocate_like, make_correlated_cache, make_metadata, make_shaped_cache
 from tests.golden import make_lossless_golden as golden
 from tests.golden.make_golden import FOLDER
 from tests.reference import lossless as reference
@@ -30,15 +30,7 @@ ROTARY = RotaryEmbedding("rotary_emb", "default", (1.0, 0.3, 0.01), 1.0)
 
 
 def make_correlated(num_tokens: int, dtype: torch.dtype, seed: int = 0) -> KVCache:
-    """A cache all of whose channels follow from a few numbers per token, and noise."""
-    generator = torch.Generator().manual_seed(seed)
-    causes = torch.randn(num_tokens, 5, generator=generator)
-    planes = []
-    for heads, dims in SHAPES:
-        mixed = causes @ torch.randn(5, heads * dims, generator=generator)
-        mixed += 0.05 * torch.randn(mixed.shape, generator=generator) + torch.randn(heads * dims, generator=generator)
-        planes.append(mixed.view(num_tokens, heads, dims).to(dtype))
-    return from_planes(planes)
+    return make_correlated_cache(SHAPES, num_tokens, dtype, seed)
 
 
 def encode(cache: KVCache, chunk_tokens: tuple[int, ...], rotary=ROTARY, **options) -> tuple[bytes, list[bytes]]:

@@ -347,6 +347,11 @@ class MethodConfig(ABC):
     def model_fingerprint(self) -> str | None:
         return None
 
+    @property
+    def needs_profile(self) -> bool:
+        """Whether the config is of a method that needs a profile, and names none."""
+        return False
+
     def read_files(self) -> MethodConfig:
         """Return the config with the files that it names in memory; encoding reads those that are not.
 

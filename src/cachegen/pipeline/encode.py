@@ -16,6 +16,7 @@ from cachegen.format.files import CHUNK_SUFFIX, TABLES_NAME, chunk_name, read_wh
 from cachegen.format.headers import DocumentHeader
 from cachegen.methods import parse_chunk, parse_chunk_header, parse_document
 from cachegen.methods.base import Encoder, ErrorMeasure
+from cachegen.pipeline.profiles import OWN_PROFILE_FOLDER
 from cachegen.store.catalog import EncodedLevel
 
 _CHUNK_NAME = re.compile(r"chunk_\d{5,}\.L\d" + re.escape(CHUNK_SUFFIX))
@@ -287,8 +288,9 @@ def _claim_folder(folder: Path, encoder: Encoder, overwrite: bool) -> _Claim:
     tables_path = folder / TABLES_NAME
     has_tables, is_damaged = TABLES_NAME in names, False
     if not overwrite:
-        if names and not chunks and not has_tables:
-            raise OutputError(f"{folder}: is not empty and holds no {TABLES_NAME} ({names[0]}); {remedy}")
+        others = [name for name in names if name != OWN_PROFILE_FOLDER]
+        if others and not chunks and not has_tables:
+            raise OutputError(f"{folder}: is not empty and holds no {TABLES_NAME} ({others[0]}); {remedy}")
         if has_tables:
             content = read_whole(tables_path)
             is_damaged = content != encoder.tables_file

@@ -12,6 +12,9 @@ from cachegen.errors import CacheGenError, InputError
 from cachegen.files import read_file
 from cachegen.methods.transform.profile import MAX_PROFILE_BYTES, PROFILE_NAME, Profile, load_profile
 
+OWN_PROFILE_FOLDER = "profile"
+"""Of a profile that is a document's own, in the folder of its files."""
+
 
 def profile_finder(
     named: str | os.PathLike[str] | Profile | None,

@@ -65,7 +65,7 @@ class TransformSinksScheme:
 
     profile: Profile
     name: str = "transform-sinks"
-    settings: tuple[str, ...] = tuple(f"step {step_log:+d}" for step_log in STEP_LOGS[:7])
+    settings: tuple[str, ...] = tuple(f"step {step_log:+d}" for step_log in STEP_LOGS)
 
     @property
     def identity(self) -> str:

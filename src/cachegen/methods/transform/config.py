@@ -49,6 +49,11 @@ class TransformConfig(MethodConfig):
     def model_fingerprint(self) -> str | None:
         return self.profile.model_fingerprint if isinstance(self.profile, Profile) else None
 
+    @property
+    def needs_profile(self) -> bool:
+        """See `MethodConfig.needs_profile`."""
+        return self.profile is None
+
     def read_files(self) -> TransformConfig:
         """See `MethodConfig.read_files`: the profile."""
         return dataclasses.replace(self, profile=self.load_profile())

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from cachegen.kv_cache import KVCache
 from cachegen.methods.base import ErrorMeasure
 from cachegen.methods.transform.exact_values import ExactValues, gather_exact_values
+from cachegen.methods.transform.transform import usual_size
 
 EXPECTED_ERRORS = 32.0
 """A value travels exactly where the transform misses it by more than so many times the error to expect of its channel,
@@ -44,8 +45,9 @@ class LossMeter:
         """
         info = torch.finfo(dtype)
         magnitudes = values.abs()
-        bound = EXPECTED_ERRORS * expected + info.eps * magnitudes + _ROUNDING * magnitudes.amax(dim=1, keepdim=True)
         errors = (values - decoded.to(dtype).float()).abs_()
+        expected = torch.maximum(expected, usual_size(errors))
+        bound = EXPECTED_ERRORS * expected + info.eps * magnitudes + _ROUNDING * magnitudes.amax(dim=1, keepdim=True)
         # Not `>`: an error that is no number is out of bounds. Another device may round away from zero where ours did
         # not, so that what comes near the largest number of the dtype must not be left to it.
         is_exact = ~((errors <= bound) & (decoded.abs() <= info.max * (1 - _MARGIN)))

@@ -28,6 +28,8 @@ LEVEL_RATIO_LOG = 25  # 16 log2 3, rounded
 SINK_TOKENS = 4
 """First tokens that a model computes itself: much attention rests on them, and they are unlike all others."""
 BLOCK_TOKENS = 512  # at a time, so that temporaries stay small
+LEAST_TOKENS = 64
+"""Of a block whose own values tell what is usual in a channel."""
 OUTLIER_DEVIATIONS = 32.0
 """Values further from the mean, in standard deviations of their channel by the profile, are not transformed."""
 
@@ -88,8 +90,9 @@ class GroupTransform:
         it costs nothing but itself.
         """
         distance = (vectors - self._mean).abs()
+        deviations = torch.maximum(self._deviations, usual_size(distance))
         # Not `>`: what is no number is far, too.
-        return torch.where(distance <= OUTLIER_DEVIATIONS * self._deviations, vectors, self._mean)
+        return torch.where(distance <= OUTLIER_DEVIATIONS * deviations, vectors, self._mean)
 
     def synthesize(self, components: torch.Tensor, step: float, output: KVCache, first_token: int) -> None:
         """Write the keys and values that quantized components stand for.
@@ -171,6 +174,17 @@ class GroupTransform:
         if self._rotary is None or not self._rotary.inv_freq:
             return None
         return rotation_of(self._rotary, num_tokens, first_token, self._device)
+
+
+def usual_size(sizes: torch.Tensor) -> torch.Tensor:
+    """Return the mean size in each channel of a block, `[num_channels]`; zero for a block too short to tell.
+
+    A profile that leaves out most of a channel's components knows too little of it; a few sizes far from the others
+    hardly move the mean.
+    """
+    if len(sizes) < LEAST_TOKENS:
+        return torch.zeros_like(sizes[0])
+    return sizes.mean(0).nan_to_num(0.0, 0.0, 0.0)
 
 
 def join_planes(
