@@ -1,4 +1,4 @@
-"""A document's own profile: made where there is none, kept beside the files, found again, and left out where it does not pay."""
+"""A document's own profile: made where there is none, found again, and left out where it does not pay."""
 
 from __future__ import annotations
 
@@ -48,9 +48,8 @@ def test_it_is_kept_with_the_files_and_found_there(kv_path, tmp_path):
     step = 2.0 ** (folder.document.header.step_log / 16)
     values = torch.cat([plane.double().flatten(1) for plane in cache.planes], dim=1)
     assert step == pytest.approx(STEP_DEVIATIONS * values.var(0, correction=0).mean().sqrt().item(), rel=0.03)
-    errors = torch.cat(
-        [(a.double() - b.double()).flatten(1) for a, b in zip(output.planes, cache.planes, strict=True)], 1
-    )
+    pairs = zip(output.planes, cache.planes, strict=True)
+    errors = torch.cat([(a.double() - b.double()).flatten(1) for a, b in pairs], dim=1)
     assert errors.square().mean().sqrt() < step / 2
 
 
