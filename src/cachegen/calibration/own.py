@@ -22,7 +22,7 @@ from cachegen.methods.transform.config import TransformConfig
 from cachegen.methods.transform.profile import PROFILE_NAME, SCALE_LOGS_PER_OCTAVE, Profile, load_profile
 
 LAYERS_PER_GROUP = 2
-STEP_DEVIATIONS = 1.5
+STEP_DEVIATIONS = 1.2
 """The step, in root mean squares of the values' distance from their means."""
 TOKENS_PER_CHANNEL = 2
 """Of a group of layers: a document with fewer tokens pays more for its bases than they save."""
