@@ -18,7 +18,6 @@ from cachegen.calibration.settings import CalibrationSettings
 from cachegen.errors import InputError
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import MethodConfig
-from cachegen.methods.transform.config import TransformConfig
 from cachegen.methods.transform.profile import PROFILE_NAME, SCALE_LOGS_PER_OCTAVE, Profile, load_profile
 
 LAYERS_PER_GROUP = 2
@@ -39,7 +38,7 @@ def use_own_profile(
     """Give a config that lacks a profile the document's own.
 
     Args:
-        config: of method `transform`, without a profile; a step that it names is kept, a target is not: nothing is
+        config: one that `needs_profile`; a step that it names is kept, a target is not: nothing is
             known of what a step loses.
         folder: where the profile is kept; one that is there already and is this document's is used again.
         overwrite: replace another profile there.
@@ -51,9 +50,7 @@ def use_own_profile(
         OutputError: another profile is there.
         InputError: the cache holds NaN or infinity, or a file of a profile there cannot be read.
     """
-    if not isinstance(config, TransformConfig):
-        raise ValueError(f"`config` must be of method transform, got {config.method}")
-    step_log = config.step_log
+    step_log = config.named_step_log
     if step_log is None:
         step_log = round(SCALE_LOGS_PER_OCTAVE * math.log2(STEP_DEVIATIONS * _root_mean_square(cache)))
     settings = _choose_settings(cache, 2.0 ** (step_log / SCALE_LOGS_PER_OCTAVE))
@@ -65,7 +62,7 @@ def use_own_profile(
         profile = calibrate([context], None, settings, device=torch.device("cpu"), work_folder=folder)
         profile.save(folder, overwrite=overwrite)
         profile = load_profile(folder, for_encoding=True)
-    return dataclasses.replace(config, profile=profile, step_log=step_log, target_bits=None, target_kl=None)
+    return config.with_own_profile(profile, step_log)
 
 
 def measure_own_profile(folder: Path) -> int:

@@ -352,6 +352,20 @@ class MethodConfig(ABC):
         """Whether the config is of a method that needs a profile, and names none."""
         return False
 
+    @property
+    def named_step_log(self) -> int | None:
+        """16 log2 of the quantization step that the config names; None where it names none."""
+        return None
+
+    def with_own_profile(self, profile: Any, step_log: int) -> MethodConfig:
+        """Return the config with a profile that was made of the document alone, for one step.
+
+        Args:
+            profile: what the method calls a profile, loaded for encoding.
+            step_log: 16 log2 of the step, in the place of any target.
+        """
+        raise ValueError(f"method {self.method} needs no profile, got {profile!r} for step {step_log}")
+
     def read_files(self) -> MethodConfig:
         """Return the config with the files that it names in memory; encoding reads those that are not.
 

@@ -54,6 +54,15 @@ class TransformConfig(MethodConfig):
         """See `MethodConfig.needs_profile`."""
         return self.profile is None
 
+    @property
+    def named_step_log(self) -> int | None:
+        """See `MethodConfig.named_step_log`."""
+        return self.step_log
+
+    def with_own_profile(self, profile: Profile, step_log: int) -> TransformConfig:
+        """See `MethodConfig.with_own_profile`."""
+        return dataclasses.replace(self, profile=profile, step_log=step_log, target_bits=None, target_kl=None)
+
     def read_files(self) -> TransformConfig:
         """See `MethodConfig.read_files`: the profile."""
         return dataclasses.replace(self, profile=self.load_profile())
