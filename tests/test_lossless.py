@@ -85,6 +85,11 @@ class TestRoundTrip:
         assert encode(cache, (cache.num_tokens,), num_threads=3) == files
         assert np.array_equal(bits_of(decode(cache, *files, num_threads=3)), bits_of(cache))
 
+    def test_it_says_that_nothing_is_lost(self):
+        encoder = LosslessEncoder(make_correlated(10, torch.bfloat16), make_metadata(10), (10,))
+        error = encoder.read_error(0, 1, encoder.encode_chunk(0))
+        assert (encoder.expected_kl(1), error.largest, error.mean) == (0.0, 0.0, 0.0)
+
     def test_values_of_32_bits_are_refused(self):
         with pytest.raises(InputError, match="16 bits per value, this one is float32"):
             encode(make_shaped_cache(SHAPES, 10, torch.float32), (10,))

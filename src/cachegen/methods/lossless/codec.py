@@ -154,6 +154,10 @@ class LosslessEncoder(Encoder):
         """Return zero: nothing is lost."""
         return ErrorMeasure(0.0, 0.0)
 
+    def expected_kl(self, level: int) -> float:
+        """Return zero: nothing is lost."""
+        return 0.0
+
 
 def join_bits(tokens: KVCache) -> NDArray[np.uint16]:
     """Return the bits of all values, `[num_tokens, num_channels]`, layer after layer, keys before values."""
