@@ -27,6 +27,8 @@ with atheris.instrument_imports(include=["cachegen"]):
     from cachegen.methods import open_document, parse_chunk, parse_document
     from cachegen.methods.absmax.codec import AbsmaxDocument
     from cachegen.methods.absmax.headers import AbsmaxChunkHeader
+    from cachegen.methods.lossless.codec import LosslessDocument
+    from cachegen.methods.lossless.headers import LosslessChunkHeader
     from cachegen.methods.transform.codec import METHOD_NUMBER, TransformDocument
     from cachegen.methods.transform.headers import TransformChunkHeader
     from cachegen.methods.transform.profile import load_profile
@@ -45,11 +47,11 @@ GROUPS_AT, EXACT_AT, LENGTHS_AT = 212, 224, 236  # in a chunk of method transfor
 
 
 @cache
-def golden_document(index: int) -> AbsmaxDocument | TransformDocument:
+def golden_document(index: int) -> AbsmaxDocument | TransformDocument | LosslessDocument:
     folder = FOLDERS[index]
     content = (folder / TABLES_NAME).read_bytes()
     document = open_document(content, find_profile=lambda _: load_profile(folder / "profile"))
-    assert isinstance(document, AbsmaxDocument | TransformDocument)
+    assert isinstance(document, AbsmaxDocument | TransformDocument | LosslessDocument)
     return document
 
 
@@ -195,12 +197,15 @@ class OnePath(CpuKernels):
         return lambda: None
 
 
-def check_chunk(content: bytes, golden: AbsmaxDocument | TransformDocument) -> None:
+def check_chunk(content: bytes, golden: AbsmaxDocument | TransformDocument | LosslessDocument) -> None:
     header = parse_chunk(content).header
     if header.pack() != content[: header.header_bytes]:
         raise AssertionError("the header of the chunk is not what packing it gives")
     if isinstance(header, TransformChunkHeader):
         check_component_chunk(content, header)
+        return
+    if isinstance(header, LosslessChunkHeader):
+        check_lossless_chunk(content, header)
         return
     if not isinstance(golden, AbsmaxDocument):
         return
@@ -229,6 +234,27 @@ def decode(content: bytes, header: AbsmaxChunkHeader, document: AbsmaxDocument, 
     except BitstreamError as error:
         return str(error)
     return b"".join(plane.view(torch.uint8).numpy().tobytes() for plane in planes)
+
+
+def check_lossless_chunk(content: bytes, header: LosslessChunkHeader) -> None:
+    """Decode a chunk whatever document it names."""
+    (index,) = (index for index, folder in enumerate(FOLDERS) if folder.name == "lossless")
+    golden = golden_document(index)
+    assert isinstance(golden, LosslessDocument)
+    shapes = golden.header.planes
+    if header.num_tokens * sum(shape.num_channels for shape in shapes) > MAX_VALUES or header.first_token >= MAX_TOKENS:
+        return
+    names = ("model_fingerprint", "rope_hash", "dtype", "profile_hash")
+    expected = dataclasses.replace(golden.header, **{name: getattr(header, name) for name in names})
+    tables = (FOLDERS[index] / TABLES_NAME).read_bytes()[golden.header.header_bytes :]
+    dtype = cpu.TORCH_DTYPES[header.dtype]
+    planes = [torch.zeros(header.num_tokens, shape.num_kv_heads, shape.head_dim, dtype=dtype) for shape in shapes]
+    LosslessDocument(expected, header.tables_hash, tables).decode(
+        [content],
+        KVCache(planes[0::2], planes[1::2]),
+        first_token=header.first_token,
+        token_hash=header.token_hash,
+    )
 
 
 def check_component_chunk(content: bytes, header: TransformChunkHeader) -> None:
