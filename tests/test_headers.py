@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from cachegen.coder.component_tables import HALF_STEPS, component_frequencies
 from cachegen.errors import BitstreamError, UnsupportedVersionError
 from cachegen.format import NO_HASH, Coder, Dtype, PlaneLayout, StreamEntry, round_up
-from cachegen.format.headers import ChunkHeader, DocumentHeader
+from cachegen.format.headers import ChunkHeader, DocumentHeader, PlaneShape
 from cachegen.methods.absmax.headers import AbsmaxChunkHeader, AbsmaxDocumentHeader, PlaneRecord, count_streams
 from cachegen.methods.lossless.headers import LosslessDocumentHeader
 from cachegen.methods.transform.headers import (
     MAX_STEP_LOG,
-    PlaneShape,
     TransformChunkHeader,
     TransformDocumentHeader,
 )

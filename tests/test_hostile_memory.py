@@ -21,11 +21,11 @@ import pytest
 from cachegen import _native
 from cachegen.format import NO_HASH, Coder, Dtype, PlaneLayout
 from cachegen.format.files import read_whole
-from cachegen.format.headers import DocumentHeader
+from cachegen.format.headers import DocumentHeader, PlaneShape
 from cachegen.methods import parse_chunk
 from cachegen.methods.absmax.headers import AbsmaxChunkHeader, AbsmaxDocumentHeader
 from cachegen.methods.transform.exact_values import unpack_exact_values
-from cachegen.methods.transform.headers import PlaneShape, TransformChunkHeader, TransformDocumentHeader
+from cachegen.methods.transform.headers import TransformChunkHeader, TransformDocumentHeader
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILE_FACTOR = 16

@@ -11,12 +11,13 @@ import torch
 
 from cachegen import _native
 from cachegen.errors import BitstreamError, InputError
+from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import KVCache, RotaryEmbedding, from_planes
 from cachegen.methods import open_document, parse_chunk
 from cachegen.methods.lossless import fit
-from cachegen.methods.lossless.codec import LosslessDocument, LosslessEncoder, join_bits
-from cachegen.methods.lossless.headers import BLOCK_TOKENS, PlaneShape
-from cachegen.methods.lossless.model import NO_WEIGHTS, Model, describe_layers, unpack_model
+from cachegen.methods.lossless.codec import LosslessDocument, LosslessEncoder
+from cachegen.methods.lossless.headers import BLOCK_TOKENS
+from cachegen.methods.lossless.model import NO_WEIGHTS, Model, describe_layers, join_bits, unpack_model
 from tests.fixtures.caches import allocate_like, make_correlated_cache, make_metadata, make_shaped_cache
 from tests.golden import make_lossless_golden as golden
 from tests.golden.make_golden import FOLDER

@@ -19,44 +19,18 @@ from cachegen.fields import Fields
 from cachegen.format import ALIGNMENT, NO_HASH, Coder, StreamEntry, round_up
 from cachegen.format.files import Chunk, join_chunk
 from cachegen.format.framing import Buffer
-from cachegen.format.headers import ChunkHeader, DocumentHeader, check_channels
-from cachegen.format.layout import Record, u16
+from cachegen.format.headers import ChunkHeader, PlaneShape, ShapesDocumentHeader
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import Document, Encoder, ErrorMeasure, FindProfile, Method, MethodConfig
 
 NUMBER = 200
 
 
-@dataclass(frozen=True)
-class Shape(Record):
-    num_kv_heads: int = u16("")
-    head_dim: int = u16("")
-
-    @property
-    def num_channels(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-
 @dataclass(frozen=True, kw_only=True)
-class ToyDocumentHeader(DocumentHeader):
-    planes: tuple[Shape, ...] = ()
-
+class ToyDocumentHeader(ShapesDocumentHeader):
     @property
     def tables_bytes(self) -> int:
         return 0
-
-    @classmethod
-    def plane_record(cls) -> type[Shape]:
-        return Shape
-
-    def pack_planes(self) -> bytes:
-        return b"".join(plane.pack_record() for plane in self.planes)
-
-    @classmethod
-    def unpack_planes(cls, records: Sequence[Shape]) -> dict[str, Any]:
-        for record in records:
-            check_channels(record.num_kv_heads, record.head_dim, cls.first_offset)
-        return {"planes": tuple(records)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +103,7 @@ class ToyEncoder(Encoder):
             coder=Coder.PACKED,
             num_levels=1,
             profile_hash=NO_HASH,
-            planes=tuple(Shape(plane.shape[1], plane.shape[2]) for plane in cache.planes),
+            planes=tuple(PlaneShape(plane.shape[1], plane.shape[2]) for plane in cache.planes),
         )
         self.tables_file = header.pack()
         self.document = ToyDocument(header, self._hash_tables())

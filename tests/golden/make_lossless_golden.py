@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from cachegen import _native
 from cachegen.format import ALIGNMENT, NO_HASH, Coder, Dtype, StreamEntry, round_up
 from cachegen.format.files import TABLES_NAME, chunk_name, join_chunk
+from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import hash_token_prefixes
 from cachegen.methods.lossless.codec import METHOD_NUMBER
-from cachegen.methods.lossless.headers import LosslessChunkHeader, LosslessDocumentHeader, PlaneShape
+from cachegen.methods.lossless.headers import LosslessChunkHeader, LosslessDocumentHeader
 from cachegen.methods.lossless.model import NO_WEIGHTS, Model
 
 NAME = "lossless"

@@ -36,7 +36,7 @@ METHOD_OFFSET = 38
 """Where both kinds of file name their method."""
 
 
-class PlaneShape(Protocol):
+class Plane(Protocol):
     """What every method knows of one layer's keys or values."""
 
     @property
@@ -80,7 +80,7 @@ class DocumentHeader(Record):
 
     @property
     @abstractmethod
-    def planes(self) -> Sequence[PlaneShape]: ...
+    def planes(self) -> Sequence[Plane]: ...
 
     @property
     @abstractmethod
@@ -174,6 +174,43 @@ def check_channels(num_kv_heads: int, head_dim: int, offset: int) -> None:
     num_channels = num_kv_heads * head_dim
     if not 0 < num_channels <= MAX_CHANNELS:
         raise BitstreamError(f"{num_channels} channels are not 1 to {MAX_CHANNELS}", offset=offset, field="shape")
+
+
+@dataclass(frozen=True)
+class PlaneShape(Record):
+    """The shape of one layer's keys or values, per token: all that some methods say of them."""
+
+    num_kv_heads: int = u16("num_kv_heads x head_dim, the number of channels, is 1 to 65536")
+    head_dim: int = u16("")
+
+    @property
+    def num_channels(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @classmethod
+    def unpack_record(cls, content: Buffer, at: int, end: int) -> Self:
+        fields = cls.unpack_fields(content, at, end)
+        check_channels(fields["num_kv_heads"], fields["head_dim"], at)
+        return cls(**fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesDocumentHeader(DocumentHeader):
+    """The header of a method whose planes have nothing but their shapes; see `DocumentHeader`."""
+
+    # A field of a frozen dataclass is as read-only as the property.
+    planes: tuple[PlaneShape, ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    @classmethod
+    def plane_record(cls) -> type[PlaneShape]:
+        return PlaneShape
+
+    def pack_planes(self) -> bytes:
+        return b"".join(plane.pack_record() for plane in self.planes)
+
+    @classmethod
+    def unpack_planes(cls, records: Sequence[PlaneShape]) -> dict[str, Any]:
+        return {"planes": tuple(records)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cachegen import _native
 from cachegen.coder.cpu_kernels import CPU
@@ -17,11 +16,12 @@ from cachegen.errors import BitstreamError, InputError
 from cachegen.format import ALIGNMENT, NO_HASH, Coder, StreamEntry, round_up
 from cachegen.format.files import Chunk, join_chunk
 from cachegen.format.framing import Buffer
+from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import Document, Encoder, ErrorMeasure
 from cachegen.methods.lossless.fit import fit_model
-from cachegen.methods.lossless.headers import LosslessChunkHeader, LosslessDocumentHeader, PlaneShape
-from cachegen.methods.lossless.model import unpack_model
+from cachegen.methods.lossless.headers import LosslessChunkHeader, LosslessDocumentHeader
+from cachegen.methods.lossless.model import join_bits, unpack_model
 
 METHOD_NUMBER = 4
 """How files call the method."""
@@ -157,9 +157,3 @@ class LosslessEncoder(Encoder):
     def expected_kl(self, level: int) -> float:
         """Return zero: nothing is lost."""
         return 0.0
-
-
-def join_bits(tokens: KVCache) -> NDArray[np.uint16]:
-    """Return the bits of all values, `[num_tokens, num_channels]`, layer after layer, keys before values."""
-    rows = torch.cat([plane.flatten(1) for plane in tokens.planes], dim=1)
-    return rows.contiguous().view(torch.uint16).numpy()

@@ -7,6 +7,7 @@ weight once. The computation runs on one thread, so that a machine fits the same
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from cachegen import _native
+from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import KVCache, RotaryEmbedding
-from cachegen.methods.lossless.headers import PlaneShape
-from cachegen.methods.lossless.model import MAX_BEFORE, MAX_CONTEXT, NO_WEIGHTS, NUM_SYMBOLS, Model
+from cachegen.methods.lossless.model import MAX_BEFORE, MAX_CONTEXT, NO_WEIGHTS, NUM_SYMBOLS, Model, join_bits
 from cachegen.methods.rotary import rotation_of, undo_rotation
 
 MAX_FIT_TOKENS = 8192
@@ -76,10 +77,9 @@ def _fit(cache: KVCache, rotary: RotaryEmbedding | None) -> Model:
     counts = np.zeros((len(planes), NUM_SYMBOLS), np.uint32)
     start = max(0, (cache.num_tokens - COUNTED_TOKENS) // 2)
     counted = cache.slice(start, min(start + COUNTED_TOKENS, cache.num_tokens))
-    bits = torch.cat([plane.flatten(1) for plane in counted.planes], dim=1).contiguous().view(torch.uint16).numpy()
     arguments = model.native_arguments(planes, is_float16=cache.dtype == torch.float16)
-    _native.lossless_count(bits, start, **arguments, counts=counts)
-    return Model(model.channels, model.layers_before, model.weights, _normalize(counts.astype(np.int64)), model.turns)
+    _native.lossless_count(join_bits(counted), start, **arguments, counts=counts)
+    return dataclasses.replace(model, frequencies=_normalize(counts.astype(np.int64)))
 
 
 def turn_of(frequency: float) -> int:

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from cachegen import _native
 from cachegen.errors import BitstreamError
 from cachegen.format.constants import Coder, Dtype
 from cachegen.format.framing import Buffer, require
-from cachegen.format.headers import ChunkHeader, DocumentHeader, check_channels
-from cachegen.format.layout import Record, u16, u32
+from cachegen.format.headers import ChunkHeader, ShapesDocumentHeader
+from cachegen.format.layout import u32
 
 BLOCK_TOKENS = 256
 """Tokens of a stream."""
-
-
-@dataclass(frozen=True)
-class PlaneShape(Record):
-    """The shape of one layer's keys or values, per token."""
-
-    num_kv_heads: int = u16("num_kv_heads x head_dim, the number of channels, is 1 to 65536")
-    head_dim: int = u16("")
-
-    @property
-    def num_channels(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @classmethod
-    def unpack_record(cls, content: Buffer, at: int, end: int) -> Self:
-        fields = cls.unpack_fields(content, at, end)
-        check_channels(fields["num_kv_heads"], fields["head_dim"], at)
-        return cls(**fields)
 
 
 def _check_coding(coder: Coder, dtype: Dtype, coder_at: int, dtype_at: int) -> None:
@@ -43,28 +24,15 @@ def _check_coding(coder: Coder, dtype: Dtype, coder_at: int, dtype_at: int) -> N
 
 
 @dataclass(frozen=True, kw_only=True)
-class LosslessDocumentHeader(DocumentHeader):
+class LosslessDocumentHeader(ShapesDocumentHeader):
     """See `DocumentHeader`."""
 
     model_bytes: int = u32("length of the compressed [model](#the-model), which follows the header")
     model_crc: int = u32("CRC of the compressed model")
-    # A field of a frozen dataclass is as read-only as the property.
-    planes: tuple[PlaneShape, ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @property
     def tables_bytes(self) -> int:
         return self.model_bytes
-
-    @classmethod
-    def plane_record(cls) -> type[PlaneShape]:
-        return PlaneShape
-
-    def pack_planes(self) -> bytes:
-        return b"".join(plane.pack_record() for plane in self.planes)
-
-    @classmethod
-    def unpack_planes(cls, records: Sequence[PlaneShape]) -> dict[str, Any]:
-        return {"planes": tuple(records)}
 
     def check_tables(self, tables: bytes) -> None:
         if _native.crc32c(tables) != self.model_crc:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cachegen.errors import BitstreamError
-from cachegen.methods.lossless.headers import PlaneShape
+from cachegen.format.headers import PlaneShape
+from cachegen.kv_cache import KVCache
 
 NUM_SYMBOLS = 64
 MAX_CONTEXT = 4096
@@ -128,6 +130,12 @@ def describe_layers(planes: Sequence[PlaneShape], layers_before: Sequence[int]) 
         for layer, before in enumerate(layers_before)
     ]
     return np.array(rows, np.int32).reshape(-1, 5)
+
+
+def join_bits(tokens: KVCache) -> NDArray[np.uint16]:
+    """Return the bits of all values, `[num_tokens, num_channels]`, layer after layer, keys before values."""
+    rows = torch.cat([plane.flatten(1) for plane in tokens.planes], dim=1)
+    return rows.contiguous().view(torch.uint16).numpy()
 
 
 class _Reader:

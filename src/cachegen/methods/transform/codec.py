@@ -23,6 +23,7 @@ from cachegen.errors import BitstreamError, InputError, MismatchError, not_finit
 from cachegen.format import ALIGNMENT, LANES, MAX_LEVELS, Coder, StreamEntry, round_up
 from cachegen.format.files import Chunk, header_crc, join_chunk
 from cachegen.format.framing import PREFIX, Buffer
+from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import Document, Encoder, ErrorMeasure, cut_streams, naming_level
 from cachegen.methods.transform.exact_values import (
@@ -33,7 +34,6 @@ from cachegen.methods.transform.exact_values import (
 )
 from cachegen.methods.transform.headers import (
     MAX_STEP_LOG,
-    PlaneShape,
     TransformChunkHeader,
     TransformDocumentHeader,
 )

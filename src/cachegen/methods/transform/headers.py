@@ -8,36 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from cachegen import _native
 from cachegen.errors import BitstreamError
 from cachegen.format.constants import ALIGNMENT, LANES, MAX_CHUNK_TOKENS, Coder, round_up
 from cachegen.format.framing import Buffer, require, unpack_record
-from cachegen.format.headers import ChunkHeader, DocumentHeader, check_channels
-from cachegen.format.layout import Record, f32, i32, reserved16, u16, u32, u64
+from cachegen.format.headers import ChunkHeader, ShapesDocumentHeader
+from cachegen.format.layout import f32, i32, reserved16, u16, u32, u64
 
 MAX_STEP_LOG = 1 << 10  # steps, and all that components of 2^24 of them stand for, stay within fp32
-
-
-@dataclass(frozen=True)
-class PlaneShape(Record):
-    """The shape of one layer's keys or values, per token."""
-
-    num_kv_heads: int = u16("num_kv_heads x head_dim, the number of channels, is 1 to 65536")
-    head_dim: int = u16("")
-
-    @property
-    def num_channels(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @classmethod
-    def unpack_record(cls, content: Buffer, at: int, end: int) -> Self:
-        fields = cls.unpack_fields(content, at, end)
-        check_channels(fields["num_kv_heads"], fields["head_dim"], at)
-        return cls(**fields)
 
 
 def _require_rans(coder: Coder, offset: int) -> None:
@@ -45,7 +26,7 @@ def _require_rans(coder: Coder, offset: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformDocumentHeader(DocumentHeader):
+class TransformDocumentHeader(ShapesDocumentHeader):
     """See `DocumentHeader`.
 
     Attributes:
@@ -53,23 +34,10 @@ class TransformDocumentHeader(DocumentHeader):
     """
 
     step_log: int = i32("16 log2 of level 1's step, -1024 to 1024", least=-MAX_STEP_LOG, most=MAX_STEP_LOG)
-    # A field of a frozen dataclass is as read-only as the property.
-    planes: tuple[PlaneShape, ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @property
     def tables_bytes(self) -> int:
         return 0
-
-    @classmethod
-    def plane_record(cls) -> type[PlaneShape]:
-        return PlaneShape
-
-    def pack_planes(self) -> bytes:
-        return b"".join(plane.pack_record() for plane in self.planes)
-
-    @classmethod
-    def unpack_planes(cls, records: Sequence[PlaneShape]) -> dict[str, Any]:
-        return {"planes": tuple(records)}
 
     def check_file(self) -> None:
         _require_rans(self.coder, self.offset_of("coder"))
