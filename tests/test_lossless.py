@@ -198,9 +198,9 @@ class TestHostile:
         padded = [stream.ljust(-(-len(stream) // 16) * 16, b"\0") for stream in streams]
         index = np.array([[len(stream), 0, 0] for stream in streams], np.uint32)
         values = np.zeros((30, sum(plane.num_channels for plane in self.PLANES)), np.uint16)
-        coding = (model or golden.make_model()).native_arguments(self.PLANES, is_float16=False)
+        coding = (model or golden.make_model()).for_native(self.PLANES, is_float16=False)
         payload = np.frombuffer(b"".join(padded), np.uint8)
-        return _native.lossless_decode(payload, index, values, 261, **coding, num_threads=1)
+        return _native.lossless_decode(payload, index, values, 261, coding, 1)
 
     def test_changed_streams_are_noticed_or_decode_to_other_values(self):
         streams = split_streams(GOLDEN_FILES["chunk_00001.L1.cgc"])
@@ -274,7 +274,7 @@ class TestHostile:
         )
         values = np.zeros((1, 4224), np.uint16)
         with pytest.raises(ValueError, match="context out of range"):
-            _native.lossless_encode(values, 0, **model.native_arguments(planes, is_float16=False), num_threads=1)
+            _native.lossless_encode(values, 0, model.for_native(planes, is_float16=False), 1)
 
     def test_short_caches_carry_no_weights(self):
         cache = make_correlated(40, torch.bfloat16)

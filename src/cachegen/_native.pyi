@@ -1,6 +1,7 @@
 """Types of the native CPU module; src/csrc/cpu/bindings.cpp says what the functions do."""
 
 import enum
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,38 +114,22 @@ def decode_components(
     tokens_per_stream: int,
     num_threads: int,
 ) -> tuple[int, int]: ...
+
+LosslessModel: TypeAlias = tuple[
+    NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint32], bool
+]
+
 def lossless_encode(
-    values: NDArray[np.uint16],
-    first_token: int,
-    channels: NDArray[np.int32],
-    layers: NDArray[np.int32],
-    weights: NDArray[np.uint8],
-    frequencies: NDArray[np.uint16],
-    turns: NDArray[np.uint32],
-    is_float16: bool,
-    num_threads: int,
+    values: NDArray[np.uint16], first_token: int, model: LosslessModel, num_threads: int
 ) -> list[bytes]: ...
 def lossless_count(
-    values: NDArray[np.uint16],
-    first_token: int,
-    channels: NDArray[np.int32],
-    layers: NDArray[np.int32],
-    weights: NDArray[np.uint8],
-    frequencies: NDArray[np.uint16],
-    turns: NDArray[np.uint32],
-    is_float16: bool,
-    counts: NDArray[np.uint32],
+    values: NDArray[np.uint16], first_token: int, model: LosslessModel, counts: NDArray[np.uint32]
 ) -> None: ...
 def lossless_decode(
     payload: NDArray[np.uint8],
     index: NDArray[np.uint32],
     values: NDArray[np.uint16],
     first_token: int,
-    channels: NDArray[np.int32],
-    layers: NDArray[np.int32],
-    weights: NDArray[np.uint8],
-    frequencies: NDArray[np.uint16],
-    turns: NDArray[np.uint32],
-    is_float16: bool,
+    model: LosslessModel,
     num_threads: int,
 ) -> tuple[int, int]: ...

@@ -92,11 +92,11 @@ def make_files() -> dict[str, bytes]:
         planes=planes,
     )
     files = {TABLES_NAME: header.pack() + content, VALUES_NAME: bits[: sum(CHUNK_TOKENS)].astype("<u2").tobytes()}
-    coding = model.native_arguments(planes, is_float16=False)
+    coding = model.for_native(planes, is_float16=False)
     first = 0
     for index, num_tokens in enumerate(CHUNK_TOKENS):
         stop = first + num_tokens
-        encoded = _native.lossless_encode(bits[first:stop], first, **coding, num_threads=1)
+        encoded = _native.lossless_encode(bits[first:stop], first, coding, 1)
         payloads = [stream.ljust(round_up(len(stream), ALIGNMENT), b"\0") for stream in encoded]
         streams = [
             StreamEntry(len(stream), 0, _native.crc32c(padded))

@@ -18,6 +18,7 @@
 #include "cpu/planes.h"
 #include "cpu/python_classes.h"
 #include "cpu/python_interface.h"
+#include "cpu/python_lossless.h"
 #include "cpu/table_set.h"
 
 namespace cachegen {
@@ -399,98 +400,14 @@ Reference decode_components_of(const Arguments& arguments) {
 
 // --- method lossless -------------------------------------------------------------------------------------------------
 
-// The arguments that describe a model; see cachegen/methods/lossless/native.py.
-class LosslessModel {
-  public:
-    LosslessModel(PyObject* channels, PyObject* layers, PyObject* weights, PyObject* frequencies, PyObject* turns,
-                  int is_float16)
-        : channels_(channels, "channels"),
-          layers_(layers, "layers"),
-          weights_(weights, "weights"),
-          frequencies_(frequencies, "frequencies"),
-          turns_(turns, "turns") {
-        if (channels_.num_dimensions() != 2 || channels_.shape(1) != 6 || layers_.num_dimensions() != 2 ||
-            layers_.shape(1) != 5 || frequencies_.size() != layers_.shape(0) * 2 * lossless::kNumSymbols ||
-            turns_.num_dimensions() != 2 || turns_.shape(1) != 2)
-            throw ValueError("an array of the model has another shape");
-        model_.is_float16 = is_float16 != 0;
-        for (int64_t i = 0; i < turns_.shape(0); ++i)
-            model_.turns.push_back(uint64_t{turns_.at(i, 1)} << 32 | turns_.at(i, 0));
-        for (int64_t i = 0; i < channels_.shape(0); ++i) add_channel(i);
-        int64_t first = 0, used = 0;
-        for (int64_t i = 0; i < layers_.shape(0); ++i) add_layer(i, first, used);
-        if (first != channels_.shape(0) || used != weights_.size())
-            throw ValueError("the layers have other channels or weights than there are");
-    }
-
-    const lossless::Model& get() const { return model_; }
-
-  private:
-    void add_channel(int64_t i) {
-        const lossless::Channel channel = {channels_.at(i, 0), channels_.at(i, 1), channels_.at(i, 2),
-                                           channels_.at(i, 3), channels_.at(i, 4), channels_.at(i, 5)};
-        if (std::abs(int64_t{channel.mean}) > int64_t{1} << 30 || channel.shift < 0 || channel.shift > 62 ||
-            std::abs(channel.exponent) > 100 || channel.history_shift < 0 || channel.history_shift > 40 ||
-            channel.step < 1 || channel.step > lossless::kMaxStep)
-            throw ValueError("channel " + std::to_string(i) + " has a parameter out of range");
-        model_.channels.push_back(channel);
-    }
-
-    void add_layer(int64_t i, int64_t& first, int64_t& used) {
-        const int64_t key_channels = layers_.at(i, 0), value_channels = layers_.at(i, 1);
-        const int64_t head_dim = layers_.at(i, 2), before = layers_.at(i, 3);
-        const std::string name = "layer " + std::to_string(i);
-        const auto num_pairs = static_cast<int64_t>(model_.turns.size());
-        if (key_channels < 1 || value_channels < 1 || head_dim < 1 || key_channels % head_dim != 0 ||
-            2 * num_pairs > head_dim || key_channels + value_channels > channels_.shape(0) - first)
-            throw ValueError(name + " has other channels than the model");
-        const int64_t num_channels = key_channels + value_channels;
-        const bool has_weights = layers_.at(i, 4) != 0;
-        if (before < 0 || before > first || (has_weights && before + num_channels > lossless::kMaxContext))
-            throw ValueError(name + " has a context out of range");
-        const int64_t num_weights = has_weights ? num_channels * (before + num_channels) : 0;
-        if (num_weights > weights_.size() - used) throw ValueError(name + " has too few weights");
-        const uint16_t* frequencies = frequencies_.data() + i * 2 * lossless::kNumSymbols;
-        for (int kind = 0; kind < 2; ++kind) {
-            uint32_t total = 0;
-            for (int symbol = 0; symbol < lossless::kNumSymbols; ++symbol) {
-                const uint32_t frequency = frequencies[kind * lossless::kNumSymbols + symbol];
-                if (frequency == 0) throw ValueError(name + " has a symbol without frequency");
-                total += frequency;
-            }
-            if (total != kFrequencyTotal) throw ValueError(name + " has frequencies of another sum");
-        }
-        const auto* weights = reinterpret_cast<const int8_t*>(weights_.data()) + used;
-        model_.layers.push_back({first, num_channels, first - before, has_weights ? weights : nullptr, key_channels,
-                                 head_dim, frequencies});
-        first += num_channels;
-        used += num_weights;
-    }
-
-    Array<int32_t> channels_, layers_;
-    Array<uint8_t> weights_;
-    Array<uint16_t> frequencies_;
-    Array<uint32_t> turns_;
-    lossless::Model model_;
-};
-
-lossless::Values to_values(const Array<uint16_t>& array, const lossless::Model& model, long long first_token) {
-    const auto num_channels = static_cast<int64_t>(model.channels.size());
-    if (array.num_dimensions() != 2 || array.shape(1) != num_channels || array.shape(0) < 1)
-        throw ValueError("values must be [num_tokens, " + std::to_string(num_channels) + "]");
-    return {array.mutable_data(), array.shape(0), num_channels, first_token};
-}
-
 // Returns the streams as bytes: for each block of tokens one per layer.
 Reference lossless_encode(const Arguments& arguments) {
-    static const char* const kNames[] = {"values",      "first_token", "channels",   "layers",      "weights",
-                                         "frequencies", "turns",       "is_float16", "num_threads", nullptr};
-    PyObject *object, *channels, *layers, *weights, *frequencies, *turns;
+    static const char* const kNames[] = {"values", "first_token", "model", "num_threads", nullptr};
+    PyObject *object, *parts;
     long long first_token;
-    int is_float16, num_threads;
-    arguments.read("OLOOOOOpi:lossless_encode", kNames, &object, &first_token, &channels, &layers, &weights,
-                   &frequencies, &turns, &is_float16, &num_threads);
-    const LosslessModel model(channels, layers, weights, frequencies, turns, is_float16);
+    int num_threads;
+    arguments.read("OLOi:lossless_encode", kNames, &object, &first_token, &parts, &num_threads);
+    const LosslessModel model(parts);
     const Array<uint16_t> array(object, "values");
     const lossless::Values values = to_values(array, model.get(), first_token);
     std::vector<std::vector<uint8_t>> streams;
@@ -506,14 +423,11 @@ Reference lossless_encode(const Arguments& arguments) {
 
 // Adds to counts uint32 [num_layers * 2, 64].
 Reference lossless_count(const Arguments& arguments) {
-    static const char* const kNames[] = {"values",      "first_token", "channels",   "layers", "weights",
-                                         "frequencies", "turns",       "is_float16", "counts", nullptr};
-    PyObject *object, *channels, *layers, *weights, *frequencies, *turns, *counts_object;
+    static const char* const kNames[] = {"values", "first_token", "model", "counts", nullptr};
+    PyObject *object, *parts, *counts_object;
     long long first_token;
-    int is_float16;
-    arguments.read("OLOOOOOpO:lossless_count", kNames, &object, &first_token, &channels, &layers, &weights,
-                   &frequencies, &turns, &is_float16, &counts_object);
-    const LosslessModel model(channels, layers, weights, frequencies, turns, is_float16);
+    arguments.read("OLOO:lossless_count", kNames, &object, &first_token, &parts, &counts_object);
+    const LosslessModel model(parts);
     const Array<uint16_t> array(object, "values");
     const Array<uint32_t> counts(counts_object, "counts", true);
     const lossless::Values values = to_values(array, model.get(), first_token);
@@ -528,14 +442,13 @@ Reference lossless_count(const Arguments& arguments) {
 
 // Fills values from the streams. Returns (stream, status) of the first that is corrupt, or (0, 0).
 Reference lossless_decode(const Arguments& arguments) {
-    static const char* const kNames[] = {"payload", "index",       "values", "first_token", "channels",    "layers",
-                                         "weights", "frequencies", "turns",  "is_float16",  "num_threads", nullptr};
-    PyObject *payload_object, *index_object, *object, *channels, *layers, *weights, *frequencies, *turns;
+    static const char* const kNames[] = {"payload", "index", "values", "first_token", "model", "num_threads", nullptr};
+    PyObject *payload_object, *index_object, *object, *parts;
     long long first_token;
-    int is_float16, num_threads;
-    arguments.read("OOOLOOOOOpi:lossless_decode", kNames, &payload_object, &index_object, &object, &first_token,
-                   &channels, &layers, &weights, &frequencies, &turns, &is_float16, &num_threads);
-    const LosslessModel model(channels, layers, weights, frequencies, turns, is_float16);
+    int num_threads;
+    arguments.read("OOOLOi:lossless_decode", kNames, &payload_object, &index_object, &object, &first_token, &parts,
+                   &num_threads);
+    const LosslessModel model(parts);
     const Array<uint8_t> payload(payload_object, "payload");
     const Array<uint32_t> index(index_object, "index");
     const Array<uint16_t> array(object, "values", true);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,14 +36,14 @@ class LosslessDocument(Document):
         self._tables = tables
 
     @cached_property
-    def coding(self) -> dict[str, Any]:
+    def coding(self) -> _native.LosslessModel:
         """What the native coder takes of the model.
 
         Raises:
             BitstreamError: the model is corrupt.
         """
         model = unpack_model(self._tables, self.header.planes)
-        return model.native_arguments(self.header.planes, is_float16=self.dtype == torch.float16)
+        return model.for_native(self.header.planes, is_float16=self.dtype == torch.float16)
 
     def prepare(self) -> None:
         """See `Document.prepare`."""
@@ -70,12 +69,7 @@ class LosslessDocument(Document):
         index = np.frombuffer(chunk.header.stream_index, "<u4").reshape(-1, len(StreamEntry._fields))
         try:
             failed, status = _native.lossless_decode(
-                np.frombuffer(chunk.payload, np.uint8),
-                index,
-                values,
-                first_token,
-                **self.coding,
-                num_threads=num_threads,
+                np.frombuffer(chunk.payload, np.uint8), index, values, first_token, self.coding, num_threads
             )
         except ValueError as error:
             raise BitstreamError(str(error), field="model") from None
@@ -144,7 +138,7 @@ class LosslessEncoder(Encoder):
         streams: list[StreamEntry] = []
         payloads: list[bytes | memoryview] = []
         bits, coding = join_bits(tokens), self.document.coding
-        for stream in _native.lossless_encode(bits, header.first_token, **coding, num_threads=self._num_threads):
+        for stream in _native.lossless_encode(bits, header.first_token, coding, self._num_threads):
             padded = stream.ljust(round_up(len(stream), ALIGNMENT), b"\0")
             streams.append(StreamEntry(len(stream), 0, _native.crc32c(padded)))
             payloads.append(padded)

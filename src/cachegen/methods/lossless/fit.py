@@ -77,8 +77,8 @@ def _fit(cache: KVCache, rotary: RotaryEmbedding | None) -> Model:
     counts = np.zeros((len(planes), NUM_SYMBOLS), np.uint32)
     start = max(0, (cache.num_tokens - COUNTED_TOKENS) // 2)
     counted = cache.slice(start, min(start + COUNTED_TOKENS, cache.num_tokens))
-    arguments = model.native_arguments(planes, is_float16=cache.dtype == torch.float16)
-    _native.lossless_count(join_bits(counted), start, **arguments, counts=counts)
+    native = model.for_native(planes, is_float16=cache.dtype == torch.float16)
+    _native.lossless_count(join_bits(counted), start, native, counts)
     return dataclasses.replace(model, frequencies=_normalize(counts.astype(np.int64)))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cachegen import _native
 from cachegen.errors import BitstreamError
 from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import KVCache
@@ -50,16 +51,10 @@ class Model:
     frequencies: NDArray[np.uint16]
     turns: NDArray[np.uint32]
 
-    def native_arguments(self, planes: Sequence[PlaneShape], *, is_float16: bool) -> dict[str, Any]:
-        """Return what the native functions take."""
-        return {
-            "channels": self.channels,
-            "layers": describe_layers(planes, self.layers_before),
-            "weights": self.weights,
-            "frequencies": self.frequencies,
-            "turns": self.turns,
-            "is_float16": is_float16,
-        }
+    def for_native(self, planes: Sequence[PlaneShape], *, is_float16: bool) -> _native.LosslessModel:
+        """Return what the native functions take as `model`."""
+        layers = describe_layers(planes, self.layers_before)
+        return self.channels, layers, self.weights, self.frequencies, self.turns, is_float16
 
     def pack(self, compression: int = 9) -> bytes:
         """Return the model's bytes, compressed by zlib at a level from 0 to 9."""
