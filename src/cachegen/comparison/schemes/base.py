@@ -20,6 +20,7 @@ from cachegen.coder.symbol_model import choose_weight_classes, normalize, pack_t
 from cachegen.format import MAX_LOW_BITS, TABLE_SIZE
 from cachegen.kv_cache import ContextMetadata, KVCache
 
+_WHOLE = np.float32(1)
 _ESCAPE_BYTES = 6  # position in the plane (u32) and the value's distance from the alphabet's edge (i16)
 
 
@@ -182,6 +183,22 @@ def tables_of_counts(counts: NDArray[np.int64], alphabet_sizes: NDArray[np.int64
     smoothed = np.where(is_possible, 1000 * counts.astype(np.int64) + 1, 0)
     classes = choose_weight_classes(smoothed)  # pyright: ignore[reportArgumentType]  (any integers do)
     return _native.TableSet.from_frequencies(normalize(classes)), len(pack_tables(classes))
+
+
+def quantize_range(
+    values: NDArray[np.float32], num_bits: int, shrink: NDArray[np.float32] | np.float32 = _WHOLE
+) -> tuple[NDArray[np.int64], NDArray[np.float16], NDArray[np.float16]]:
+    """Quantize rows, the last axis, between their smallest and largest value, each times `shrink`.
+
+    Returns:
+        Codes, shifts and scales; the latter two have one value per row.
+    """
+    largest_code = (1 << num_bits) - 1
+    shifts = (values.min(axis=-1, keepdims=True) * shrink).astype(np.float16)
+    spans = values.max(axis=-1, keepdims=True) * shrink - shifts.astype(np.float32)
+    scales = np.maximum(spans / largest_code, np.finfo(np.float16).tiny).astype(np.float16)
+    codes = np.rint((values - shifts.astype(np.float32)) / scales.astype(np.float32)).clip(0, largest_code)
+    return codes.astype(np.int64), shifts, scales
 
 
 def pack_bits(codes: NDArray[np.int64], num_bits: int) -> bytes:

@@ -22,7 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache, SymbolCoder, pack_bits
+from cachegen.comparison.schemes.base import (
+    ByteCount,
+    Recoded,
+    SavedCache,
+    SymbolCoder,
+    pack_bits,
+    quantize_range,
+)
 from cachegen.comparison.schemes.rotary import rotate_keys
 from cachegen.kv_cache import KVCache
 
@@ -84,7 +91,7 @@ class PcaScheme:
             restored = np.zeros_like(coefficients)
             for group in groups:
                 part = coefficients[:, group.start : group.stop]
-                codes, shifts, scales = _quantize(part, group.num_bits)
+                codes, shifts, scales = quantize_range(part, group.num_bits)
                 read, num_coded = group.coder.recode(codes.T)
                 if not np.array_equal(read.T, codes):
                     raise AssertionError(f"{setting}: the coder does not decode to the same integers")
@@ -139,18 +146,6 @@ def _fit_basis(features: Sequence[NDArray[np.float32]]) -> _Basis:
     return _Basis(means, axes, rows[:: max(1, len(rows) // _ALLOCATION_TOKENS)] @ axes)
 
 
-def _quantize(
-    values: NDArray[np.float32], num_bits: int
-) -> tuple[NDArray[np.int64], NDArray[np.float16], NDArray[np.float16]]:
-    """Quantize rows between their smallest and largest value; returns codes, shifts and scales."""
-    largest_code = (1 << num_bits) - 1
-    shifts = values.min(axis=1, keepdims=True).astype(np.float16)
-    spans = values.max(axis=1, keepdims=True) - shifts.astype(np.float32)
-    scales = np.maximum(spans / largest_code, np.finfo(np.float16).tiny).astype(np.float16)
-    codes = np.rint((values - shifts.astype(np.float32)) / scales.astype(np.float32)).clip(0, largest_code)
-    return codes.astype(np.int64), shifts, scales
-
-
 def _measure_groups(samples: NDArray[np.float32]) -> dict[tuple[int, int, int], float]:
     """Return the mean squared error per token of every (start, stop, num_bits) that may be a group."""
     errors, num_components = {}, samples.shape[1]
@@ -159,7 +154,7 @@ def _measure_groups(samples: NDArray[np.float32]) -> dict[tuple[int, int, int], 
             part = samples[:, start:stop]
             errors[start, stop, 0] = float((part**2).sum() / len(part))
             for num_bits in range(1, MAX_BITS + 1):
-                codes, shifts, scales = _quantize(part, num_bits)
+                codes, shifts, scales = quantize_range(part, num_bits)
                 restored = codes * scales.astype(np.float32) + shifts.astype(np.float32)
                 errors[start, stop, num_bits] = float(((part - restored) ** 2).sum() / len(part))
     return errors
@@ -203,7 +198,7 @@ def _group_bits(start: int, stop: int, num_bits: int) -> int:
 
 
 def _fit_group(samples: NDArray[np.float32], start: int, stop: int, num_bits: int) -> _Group:
-    codes, _, _ = _quantize(samples[:, start:stop], num_bits)
+    codes, _, _ = quantize_range(samples[:, start:stop], num_bits)
     return _Group(start, stop, num_bits, SymbolCoder.fit(codes.T))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache, pack_bits, unpack_bits
+from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache, pack_bits, quantize_range, unpack_bits
 from cachegen.errors import ConfigError
 from cachegen.kv_cache import from_planes
 
@@ -121,18 +121,6 @@ def _rotate(vectors: NDArray[np.float32], rotation: NDArray[np.float32]) -> NDAr
     return np.matmul(vectors.transpose(1, 0, 2), rotation).transpose(1, 0, 2)
 
 
-def _quantize(
-    values: NDArray[np.float32], num_bits: int, shrink: NDArray[np.float32] | np.float32
-) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
-    """Quantize along the last axis between the smallest and largest value, each times `shrink`."""
-    largest_code = (1 << num_bits) - 1
-    shifts = (values.min(axis=-1, keepdims=True) * shrink).astype(np.float16)
-    spans = values.max(axis=-1, keepdims=True) * shrink - shifts.astype(np.float32)
-    scales = np.maximum(spans / largest_code, np.finfo(np.float16).tiny).astype(np.float16)
-    codes = np.rint((values - shifts.astype(np.float32)) / scales.astype(np.float32)).clip(0, largest_code)
-    return codes.astype(np.uint8), shifts, scales
-
-
 def _restore(
     codes: NDArray[np.integer], shifts: NDArray[np.float16], scales: NDArray[np.float16]
 ) -> NDArray[np.float32]:
@@ -143,13 +131,13 @@ def _recode_vectors(
     values: NDArray[np.float32], num_bits: int, shrink: NDArray[np.float32] | np.float32
 ) -> tuple[NDArray[np.float32], int]:
     """Quantize vectors `[T, H, D]`, pack them, and return what is read again and the bytes."""
-    codes, shifts, scales = _quantize(values, num_bits, shrink)
-    packed = pack_bits(codes.astype(np.int64), num_bits)
+    codes, shifts, scales = quantize_range(values, num_bits, shrink)
+    packed = pack_bits(codes, num_bits)
     unpacked = unpack_bits(packed, num_bits, codes.shape)
     return _restore(unpacked, shifts, scales), len(packed) + shifts.nbytes + scales.nbytes
 
 
 def _measure_error(samples: NDArray[np.float32], num_bits: int, shrink: float) -> NDArray[np.float32]:
     """Return the summed squared error of each head."""
-    difference = samples - _restore(*_quantize(samples, num_bits, np.float32(shrink)))
+    difference = samples - _restore(*quantize_range(samples, num_bits, np.float32(shrink)))
     return (difference**2).sum(axis=(0, 2))
