@@ -26,6 +26,7 @@ from cachegen.format import MAX_LEVELS, Coder  # noqa: E402
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks  # noqa: E402
 
 if TYPE_CHECKING:
+    from cachegen.calibration.own import OwnProfile
     from cachegen.kv_cache import ContextMetadata, KVCache
     from cachegen.methods.base import Encoder, MethodConfig
     from cachegen.pipeline.encode import EncodeResult
@@ -129,15 +130,23 @@ def _encode(args: argparse.Namespace) -> None:
         )
     chunk_tokens = plan_chunks(num_coded, args.num_chunks, args.chunk_size)
     num_tokens = sum(chunk_tokens)
-    own_bytes = 0
-    if config.needs_profile:
-        config, own_bytes = _use_own_profile(config, cache, metadata, args, report)
+    own = _make_own_profile(config, cache, metadata, args) if config.needs_profile else None
+    if own is not None:
+        config = own.config
+    elif config.needs_profile:
+        config = _do_without_profile(cache, args, report)
+    own_bytes = own.profile.num_bytes if own is not None else 0
 
     start = time.perf_counter()
     encoder = make_encoder(config, cache, metadata, chunk_tokens, num_threads=num_threads, kernels=chosen.kernels)
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         result = encode_document(
-            encoder, args.output_path, overwrite=args.overwrite, max_error=args.max_error, progress=bar.update
+            encoder,
+            args.output_path,
+            overwrite=args.overwrite,
+            max_error=args.max_error,
+            own_profile=own.profile if own is not None and not own.is_kept else None,
+            progress=bar.update,
         )
     seconds = time.perf_counter() - start
 
@@ -185,26 +194,25 @@ def _load_config(args: argparse.Namespace) -> MethodConfig:
     return load_config(args.quantization_config).with_flags({k: v for k, v in flags.items() if v is not None})
 
 
-def _use_own_profile(
-    config: MethodConfig,
-    cache: KVCache,
-    metadata: ContextMetadata,
-    args: argparse.Namespace,
-    report: command_line.Reporter,
-) -> tuple[MethodConfig, int]:
-    """Return a config with a profile of the document's own, and that profile's bytes; the default for a short one."""
-    from cachegen.calibration.own import measure_own_profile, use_own_profile
-    from cachegen.methods import default_config
+def _make_own_profile(
+    config: MethodConfig, cache: KVCache, metadata: ContextMetadata, args: argparse.Namespace
+) -> OwnProfile | None:
+    """Return a profile of the document alone; None for a short one."""
+    from cachegen.calibration.own import make_own_profile
     from cachegen.pipeline.profiles import OWN_PROFILE_FOLDER
 
     folder = Path(args.output_path) / OWN_PROFILE_FOLDER
-    own = use_own_profile(config, cache, metadata, folder, overwrite=args.overwrite)
-    if own is not None:
-        return own, measure_own_profile(folder)
+    return make_own_profile(config, cache, metadata, folder, overwrite=args.overwrite)
+
+
+def _do_without_profile(cache: KVCache, args: argparse.Namespace, report: command_line.Reporter) -> MethodConfig:
+    """Return the default config, and say so."""
+    from cachegen.methods import default_config
+
     if args.levels is not None:
         raise ConfigError(f"{cache.num_tokens} tokens are too few for a profile of their own: --levels needs --profile")
     report.warn(f"{cache.num_tokens} tokens are too few for a profile of their own: coded with method cachegen instead")
-    return default_config(cache.num_layers), 0
+    return default_config(cache.num_layers)
 
 
 def _describe_levels(encoder: Encoder, result: EncodeResult, num_values: int) -> dict[str, Any]:

@@ -80,6 +80,31 @@ def test_another_documents_is_not_replaced_unless_asked(kv_path, tmp_path, capsy
     assert encode(other, tmp_path / "out", "--overwrite") == 0
 
 
+def test_a_folder_that_is_refused_stays_as_it_was(kv_path, tmp_path, capsys):
+    assert encode(kv_path, tmp_path / "out", config=REPOSITORY / "config" / "quantization_7b.json") == 0
+    before = read_folder(tmp_path / "out")
+    assert encode(kv_path, tmp_path / "out") != 0
+    assert "holds the encoding of another cache or configuration" in capsys.readouterr().err
+    assert read_folder(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", ["synthesis.safetensors.zlib", "analysis.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"damaged"])
+def test_a_damaged_one_is_made_again(kv_path, tmp_path, name, content):
+    assert encode(kv_path, tmp_path / "out") == 0
+    before = read_folder(tmp_path / "out")
+    path = tmp_path / "out" / OWN_PROFILE_FOLDER / name
+    path.unlink() if content is None else path.write_bytes(content)
+    assert encode(kv_path, tmp_path / "out") == 0
+    assert read_folder(tmp_path / "out") == before
+
+
+def test_where_an_error_is_too_large_nothing_is_left_and_the_folder_can_be_used(kv_path, tmp_path, capsys):
+    assert encode(kv_path, tmp_path / "out", "--max_error", "0.001") != 0
+    assert "--max_error" in capsys.readouterr().err and list((tmp_path / "out").iterdir()) == []
+    assert encode(kv_path, tmp_path / "out") == 0
+
+
 def test_a_short_document_is_coded_without_and_that_is_said(tmp_path, capsys):
     short = save(tmp_path / "short.pkl", num_tokens=100)
     assert encode(short, tmp_path / "out") == 0

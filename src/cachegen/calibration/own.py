@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cachegen.calibration.calibrate import CalibrationContext, calibrate, plane_shapes_of
 from cachegen.calibration.settings import CalibrationSettings
-from cachegen.errors import InputError
+from cachegen.errors import CacheGenError, InputError
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import MethodConfig
-from cachegen.methods.transform.profile import PROFILE_NAME, SCALE_LOGS_PER_OCTAVE, Profile, load_profile
+from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile, load_profile, pack_profile
 
 LAYERS_PER_GROUP = 2
 STEP_DEVIATIONS = 1.2
@@ -27,28 +28,38 @@ TOKENS_PER_CHANNEL = 2
 """Of a group of layers: a document with fewer tokens pays more for its bases than they save."""
 
 
-def use_own_profile(
-    config: MethodConfig,
-    cache: KVCache,
-    metadata: ContextMetadata,
-    folder: Path,
-    *,
-    overwrite: bool = False,
-) -> MethodConfig | None:
-    """Give a config that lacks a profile the document's own.
+@dataclass(frozen=True)
+class OwnProfile:
+    """A document's own profile.
+
+    Attributes:
+        config: with the profile and the step that it was made for.
+        profile: loaded for encoding.
+        is_kept: whether it stands in its folder already, whole.
+    """
+
+    config: MethodConfig
+    profile: Profile
+    is_kept: bool
+
+
+def make_own_profile(
+    config: MethodConfig, cache: KVCache, metadata: ContextMetadata, folder: Path, *, overwrite: bool = False
+) -> OwnProfile | None:
+    """Give a config that lacks a profile the document's own; nothing is written.
 
     Args:
-        config: one that `needs_profile`; a step that it names is kept, a target is not: nothing is
-            known of what a step loses.
-        folder: where the profile is kept; one that is there already and is this document's is used again.
-        overwrite: replace another profile there.
+        config: one that `needs_profile`; a step that it names is kept, a target is not: nothing is known of what a step
+            loses.
+        folder: where the profile will be kept; a whole one that is there already and is this document's is used again.
+        overwrite: another profile may be there.
 
     Returns:
-        The config; None where the document is too short for a profile of its own to pay.
+        None where the document is too short for a profile of its own to pay.
 
     Raises:
         OutputError: another profile is there.
-        InputError: the cache holds NaN or infinity, or a file of a profile there cannot be read.
+        InputError: the cache holds NaN or infinity.
     """
     step_log = config.named_step_log
     if step_log is None:
@@ -57,17 +68,14 @@ def use_own_profile(
     if settings is None:
         return None
     context = CalibrationContext("the KV cache", cache, metadata)
-    profile = _find(folder, context, settings)
-    if profile is None:
-        profile = calibrate([context], None, settings, device=torch.device("cpu"), work_folder=folder)
-        profile.save(folder, overwrite=overwrite)
-        profile = load_profile(folder, for_encoding=True)
-    return config.with_own_profile(profile, step_log)
-
-
-def measure_own_profile(folder: Path) -> int:
-    """Return the bytes of a profile that decoding needs."""
-    return load_profile(folder).num_bytes
+    kept = _find(folder, context, settings)
+    if kept is not None:
+        return OwnProfile(config.with_own_profile(kept, step_log), kept, is_kept=True)
+    made = calibrate([context], None, settings, device=torch.device("cpu"), work_folder=folder)
+    profile = pack_profile(made)[1]
+    if not overwrite:
+        profile.refuse_other(folder)
+    return OwnProfile(config.with_own_profile(profile, step_log), profile, is_kept=False)
 
 
 def _root_mean_square(cache: KVCache) -> float:
@@ -95,12 +103,11 @@ def _choose_settings(cache: KVCache, step: float) -> CalibrationSettings | None:
 
 
 def _find(folder: Path, context: CalibrationContext, settings: CalibrationSettings) -> Profile | None:
-    """Return the document's own profile where it was made before."""
-    if not (folder / PROFILE_NAME).exists():
+    """Return the document's own profile where it was made before and is whole."""
+    try:
+        profile = load_profile(folder, for_encoding=True)
+    except CacheGenError:
         return None
-    profile = load_profile(folder, for_encoding=True)
-    made_of = profile.calibration
-    is_own = made_of.get("token_hashes") == [context.token_hash] and made_of.get("settings") == dataclasses.asdict(
-        settings
-    )
+    expected = {"token_hashes": [context.token_hash], "settings": dataclasses.asdict(settings)}
+    is_own = all(profile.calibration.get(name) == value for name, value in expected.items())
     return profile if is_own and profile.model_fingerprint == context.metadata.model_fingerprint else None

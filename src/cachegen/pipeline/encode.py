@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -16,7 +17,8 @@ from cachegen.format.files import CHUNK_SUFFIX, TABLES_NAME, chunk_name, read_wh
 from cachegen.format.headers import DocumentHeader
 from cachegen.methods import parse_chunk, parse_chunk_header, parse_document
 from cachegen.methods.base import Encoder, ErrorMeasure
-from cachegen.pipeline.profiles import OWN_PROFILE_FOLDER
+from cachegen.methods.transform.profile import Profile
+from cachegen.pipeline.profiles import OWN_PROFILE_FOLDER, keep_own_profile
 from cachegen.store.catalog import EncodedLevel
 
 _CHUNK_NAME = re.compile(r"chunk_\d{5,}\.L\d" + re.escape(CHUNK_SUFFIX))
@@ -69,6 +71,7 @@ def encode_document(
     *,
     overwrite: bool = False,
     max_error: float | None = None,
+    own_profile: Profile | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> EncodeResult:
     """Write a document's tables file and chunk files.
@@ -80,6 +83,7 @@ def encode_document(
     Args:
         overwrite: replace the files of another document or configuration.
         max_error: refuse a document whose last level decodes a value further from the cache's than this.
+        own_profile: a profile of this document alone, which is to be kept beside its files.
         progress: called with the number of tokens after each chunk.
 
     Raises:
@@ -91,6 +95,8 @@ def encode_document(
     _make_folder(folder)
     with lock_folder(folder):
         writer = _ChunkWriter(encoder, folder, _claim_folder(folder, encoder, overwrite))
+        if own_profile is not None:
+            writer.written += keep_own_profile(own_profile, folder)
         try:
             for index in range(encoder.num_chunks):
                 writer.write(index, max_error)
@@ -98,6 +104,9 @@ def encode_document(
                     progress(encoder.document.header.chunk_tokens[index])
         except ConfigError:
             _remove(reversed(writer.written))
+            if own_profile is not None:
+                with contextlib.suppress(OSError):  # it holds something else
+                    (folder / OWN_PROFILE_FOLDER).rmdir()
             raise
     return writer.result
 
@@ -288,9 +297,8 @@ def _claim_folder(folder: Path, encoder: Encoder, overwrite: bool) -> _Claim:
     tables_path = folder / TABLES_NAME
     has_tables, is_damaged = TABLES_NAME in names, False
     if not overwrite:
-        others = [name for name in names if name != OWN_PROFILE_FOLDER]
-        if others and not chunks and not has_tables:
-            raise OutputError(f"{folder}: is not empty and holds no {TABLES_NAME} ({others[0]}); {remedy}")
+        if names and not chunks and not has_tables:
+            raise OutputError(f"{folder}: is not empty and holds no {TABLES_NAME} ({names[0]}); {remedy}")
         if has_tables:
             content = read_whole(tables_path)
             is_damaged = content != encoder.tables_file

@@ -10,7 +10,14 @@ from pathlib import Path
 
 from cachegen.errors import CacheGenError, InputError
 from cachegen.files import read_file
-from cachegen.methods.transform.profile import MAX_PROFILE_BYTES, PROFILE_NAME, Profile, load_profile
+from cachegen.methods.transform.profile import (
+    ANALYSIS_NAME,
+    MAX_PROFILE_BYTES,
+    PROFILE_NAME,
+    SYNTHESIS_NAME,
+    Profile,
+    load_profile,
+)
 
 OWN_PROFILE_FOLDER = "profile"
 """Of a profile that is a document's own, in the folder of its files."""
@@ -63,6 +70,20 @@ def profile_finder(
         )
 
     return find
+
+
+def keep_own_profile(profile: Profile, folder: Path) -> list[Path]:
+    """Write a document's own profile beside its files, in the place of another; returns the files.
+
+    Args:
+        folder: the document's, which the caller has claimed.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    place = folder / OWN_PROFILE_FOLDER
+    profile.save(place, overwrite=True)
+    return [place / name for name in (SYNTHESIS_NAME, ANALYSIS_NAME, PROFILE_NAME)]
 
 
 def _list_profiles(places: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:

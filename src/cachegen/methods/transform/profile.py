@@ -150,14 +150,23 @@ class Profile:
         Raises:
             OutputError: another profile is there, or the folder cannot be written.
         """
+        if not overwrite:
+            self.refuse_other(folder)
+        save_profile(folder, self)
+
+    def refuse_other(self, folder: str | os.PathLike[str]) -> None:
+        """Refuse a folder that holds another profile.
+
+        Raises:
+            OutputError: it does.
+        """
         path = Path(folder) / PROFILE_NAME
-        if not overwrite and os.path.lexists(path):
+        if os.path.lexists(path):
             found = read_file(path, MAX_PROFILE_BYTES)
             if hashlib.sha256(found).hexdigest() != self.profile_hash:
                 raise OutputError(
                     f"{path}: another profile is there; give another folder, or `overwrite` to replace it"
                 )
-        save_profile(folder, self)
 
     def choose_step(self, *, bits_per_value: float | None = None, kl: float | None = None) -> int:
         """Return the largest step that keeps a target, by interpolation in the measured curve.
