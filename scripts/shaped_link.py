@@ -8,6 +8,7 @@ prediction. Needs root, iproute2 and nginx; the traffic stays on this machine.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
 import shutil
@@ -27,7 +28,8 @@ sys.path.append(str(REPOSITORY / "src"))
 from cachegen import command_line  # noqa: E402
 from cachegen.errors import BackendUnavailableError  # noqa: E402
 
-CLIENT_ADDRESS, SERVER_ADDRESS = "198.18.77.1", "198.18.77.2"  # RFC 2544: set aside for measuring
+ADDRESSES = ipaddress.IPv4Network("198.18.0.0/15")
+"""Of links: set aside for measuring (RFC 2544). Each process has four of its own, so that links side by side work."""
 PORT = 8077
 # What is left of a link's rate for a body: 1448 bytes of every Ethernet frame's 1514, which is what tbf counts.
 GOODPUT = 1448 / 1514
@@ -69,16 +71,18 @@ class ShapedLink:
         self._outside, self._inside = f"cgo{os.getpid()}", f"cgi{os.getpid()}"
         self._folder = tempfile.TemporaryDirectory(prefix="cachegen-nginx-")
         self._server: subprocess.Popen[bytes] | None = None
-        self.url = f"http://{SERVER_ADDRESS}:{PORT}"
+        first = os.getpid() * 4 % ADDRESSES.num_addresses
+        self._client_address, self._server_address = str(ADDRESSES[first + 1]), str(ADDRESSES[first + 2])
+        self.url = f"http://{self._server_address}:{PORT}"
 
     def __enter__(self) -> ShapedLink:
         try:
             _run("ip", "netns", "add", self._namespace)
             _run("ip", "link", "add", self._outside, "type", "veth", "peer", "name", self._inside)
             _run("ip", "link", "set", self._inside, "netns", self._namespace)
-            _run("ip", "address", "add", f"{CLIENT_ADDRESS}/30", "dev", self._outside)
+            _run("ip", "address", "add", f"{self._client_address}/30", "dev", self._outside)
             _run("ip", "link", "set", self._outside, "up")
-            self._run_inside("ip", "address", "add", f"{SERVER_ADDRESS}/30", "dev", self._inside)
+            self._run_inside("ip", "address", "add", f"{self._server_address}/30", "dev", self._inside)
             self._run_inside("ip", "link", "set", self._inside, "up")
             self.set_rate(self._mbps)
             self.start_server()
@@ -110,7 +114,7 @@ class ShapedLink:
     def start_server(self) -> None:
         """Start nginx and wait until it answers."""
         folder = Path(self._folder.name)
-        text = NGINX_CONF.format(folder=folder, address=SERVER_ADDRESS, port=PORT, root=self._root)
+        text = NGINX_CONF.format(folder=folder, address=self._server_address, port=PORT, root=self._root)
         (folder / "nginx.conf").write_text("user root;" + text)
         command = ["ip", "netns", "exec", self._namespace, _find("nginx"), "-c", str(folder / "nginx.conf")]
         self._server = subprocess.Popen([_find(command[0]), *command[1:]], stderr=subprocess.DEVNULL)
@@ -118,7 +122,7 @@ class ShapedLink:
 
         for _ in range(200):
             try:
-                socket.create_connection((SERVER_ADDRESS, PORT), timeout=0.1).close()
+                socket.create_connection((self._server_address, PORT), timeout=0.1).close()
                 return
             except OSError:
                 time.sleep(0.02)
