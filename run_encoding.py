@@ -26,8 +26,6 @@ from cachegen.format import MAX_LEVELS, Coder  # noqa: E402
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks  # noqa: E402
 
 if TYPE_CHECKING:
-    from cachegen.calibration.own import OwnProfile
-    from cachegen.kv_cache import ContextMetadata, KVCache
     from cachegen.methods.base import Encoder, MethodConfig
     from cachegen.pipeline.encode import EncodeResult
 
@@ -130,14 +128,29 @@ def _encode(args: argparse.Namespace) -> None:
         )
     chunk_tokens = plan_chunks(num_coded, args.num_chunks, args.chunk_size)
     num_tokens = sum(chunk_tokens)
-    own = _make_own_profile(config, cache, metadata, args) if config.needs_profile else None
-    if own is not None:
-        config = own.config
-    elif config.needs_profile:
-        config = _do_without_profile(cache, args, report)
-    own_bytes = own.profile.num_bytes if own is not None else 0
-
     start = time.perf_counter()
+    profile = None
+    if config.needs_profile:
+        from cachegen.calibration.choose_profile import choose_profile  # imports transformers, which takes seconds
+
+        profile = choose_profile(
+            config,
+            cache,
+            metadata,
+            chunk_tokens,
+            chosen.kernels,
+            places=(metadata.model_id, SCRIPT_FOLDER / "models"),
+            num_threads=num_threads,
+            folder=Path(args.output_path),
+            overwrite=args.overwrite,
+        )
+        if profile.config.method == config.method:
+            report.row("profile", profile.note)
+        else:
+            report.warn(profile.note)
+        config = profile.config
+    own = None if profile is None else profile.own
+    own_bytes = 0 if own is None else own.num_bytes
     encoder = make_encoder(config, cache, metadata, chunk_tokens, num_threads=num_threads, kernels=chosen.kernels)
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         result = encode_document(
@@ -145,7 +158,7 @@ def _encode(args: argparse.Namespace) -> None:
             args.output_path,
             overwrite=args.overwrite,
             max_error=args.max_error,
-            own_profile=own.profile if own is not None and not own.is_kept else None,
+            own_profile=None if profile is None or profile.is_kept else own,
             progress=bar.update,
         )
     seconds = time.perf_counter() - start
@@ -192,27 +205,6 @@ def _load_config(args: argparse.Namespace) -> MethodConfig:
     flags = {"profile": args.profile, "levels": args.levels, "coder": Coder[args.coder.upper()] if args.coder else None}
     flags |= {"target_bits": args.target_bits, "target_kl": args.target_kl}
     return load_config(args.quantization_config).with_flags({k: v for k, v in flags.items() if v is not None})
-
-
-def _make_own_profile(
-    config: MethodConfig, cache: KVCache, metadata: ContextMetadata, args: argparse.Namespace
-) -> OwnProfile | None:
-    """Return a profile of the document alone; None for a short one."""
-    from cachegen.calibration.own import make_own_profile
-    from cachegen.pipeline.profiles import OWN_PROFILE_FOLDER
-
-    folder = Path(args.output_path) / OWN_PROFILE_FOLDER
-    return make_own_profile(config, cache, metadata, folder, overwrite=args.overwrite)
-
-
-def _do_without_profile(cache: KVCache, args: argparse.Namespace, report: command_line.Reporter) -> MethodConfig:
-    """Return the default config, and say so."""
-    from cachegen.methods import default_config
-
-    if args.levels is not None:
-        raise ConfigError(f"{cache.num_tokens} tokens are too few for a profile of their own: --levels needs --profile")
-    report.warn(f"{cache.num_tokens} tokens are too few for a profile of their own: coded with method cachegen instead")
-    return default_config(cache.num_layers)
 
 
 def _describe_levels(encoder: Encoder, result: EncodeResult, num_values: int) -> dict[str, Any]:

@@ -44,6 +44,7 @@ TEXT_SCHEMES = (
     "spectral=2-bit",
     "pca=1 bit,2 bit,3 bit",
     "transform-sinks=step +28,step +20,step +12,step +4,step -8,step -24,step -40,step -66",
+    "transform-own=step +24,step +16,step +8,step +0",
     "lossless",
 )
 ANSWER_SCHEMES = (
@@ -53,7 +54,8 @@ ANSWER_SCHEMES = (
     "kivi=2-bit",
     "hadamard",
     "spectral=2-bit",
-    "transform-sinks=step +12,step -8,step -24",
+    "transform-sinks=step +20,step +12,step +4,step -8",
+    "transform-own=step +8",
 )
 PARTS = ("tail", "half", "answers")
 
@@ -66,7 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_path", type=Path, default=ROOT / "docs/results/smollm2", help="folder of the results")
     add("--work_path", type=Path, default=ROOT / "data/real_report", help="folder of texts, caches, profile and rows")
     add("--profile", type=Path, help="the model's profile; None makes it")
-    add("--layers_per_group", type=command_line.positive_int, default=5, help="of the profile that is made")
+    add(
+        "--layers_per_group",
+        type=command_line.positive_int,
+        help="of the profile that is made; None: as many as run_calibration.py takes",
+    )
     add("--context_tokens", type=command_line.positive_int, default=4096, help="tokens of a context")
     add(
         "--half_tokens",
@@ -117,7 +123,7 @@ def _report(args: argparse.Namespace) -> None:
     if args.profile is None and not (profile / "profile.json").exists():
         calibration = ["--path_to_context", work / "calibration", "--save_dir", kv / "calibration"]
         _run("main.py", *model, *calibration, "--device", args.device)
-        groups = ["--layers_per_group", args.layers_per_group]
+        groups = ["--layers_per_group", args.layers_per_group] if args.layers_per_group else []
         folders = ["--path_to_kv", kv / "calibration", "--output_path", profile]
         _run("run_calibration.py", *model, *folders, *groups, "--no_curve", "--device", args.device)
     measure = ["scripts/rate_distortion.py", *model, "--path_to_calibration", work / "calibration"]

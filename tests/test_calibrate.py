@@ -171,7 +171,7 @@ class TestFit:
         covariance = components.T @ components / len(components)
         deviations = covariance.diagonal().sqrt()
         correlation = covariance / torch.outer(deviations, deviations)
-        assert (correlation - torch.diag(correlation.diagonal())).abs().max() < 0.1  # matrices are rounded
+        assert (correlation - torch.diag(correlation.diagonal())).abs().max() < 0.2  # matrices are rounded
         scale_logs = profile.groups[0].scale_logs.double()
         torch.testing.assert_close(16 * deviations.log2(), scale_logs, atol=0.7, rtol=0)
 

@@ -20,6 +20,8 @@ from cachegen.errors import BitstreamError, CacheGenError, InputError, MismatchE
 from cachegen.kv_cache import RotaryEmbedding
 from cachegen.methods.transform.profile import (
     ANALYSIS_NAME,
+    MAX_CHANNEL_EXPONENT,
+    MAX_ROW_EXPONENT,
     PROFILE_NAME,
     SYNTHESIS_NAME,
     CurvePoint,
@@ -83,12 +85,14 @@ def tensors_of(profile: Profile, name: str) -> dict[str, torch.Tensor]:
             assert group.analysis is not None
             tensors[f"analysis.{index}"] = group.analysis
         else:
-            rows, exponents = round_rows(group.synthesis)
+            of_channels = torch.zeros(group.num_channels, dtype=torch.int8)
+            rows, exponents = round_rows(group.synthesis, of_channels)
             tensors |= {
                 f"mean.{index}": group.mean,
-                f"synthesis_high.{index}": (rows >> 8).to(torch.int8),
-                f"synthesis_low.{index}": (rows & 255).to(torch.uint8),
-                f"exponents.{index}": exponents,
+                f"synthesis_high.{index}": ((rows - rows.to(torch.int8)) >> 8).to(torch.int8),
+                f"synthesis_low.{index}": rows.to(torch.int8),
+                f"row_exponents.{index}": exponents,
+                f"channel_exponents.{index}": of_channels,
                 f"scale_logs.{index}": group.scale_logs,
             }
     return tensors
@@ -120,9 +124,22 @@ class TestRoundTrip:
 
     def test_integers_times_powers_of_two_keep_their_digits(self):
         rows = torch.tensor([[3.0, -5.0, 0.0], [96.0, -160.0, 32.0], [0.0, 0.0, 0.0], [2.0**-30, 0.0, 2.0**-20]])
-        integers, exponents = round_rows(rows)
+        integers, exponents = round_rows(rows, torch.zeros(3, dtype=torch.int8))
         assert exponents.tolist()[:2] == [0, 5] and integers[:2].tolist() == [[3, -5, 0], [3, -5, 1]]
         assert integers[2].tolist() == [0, 0, 0] and integers[3].tolist() == [1, 0, 1 << 10]
+
+    def test_the_largest_integers_and_powers_of_two_of_channels_are_kept(self, tmp_path):
+        of_channels = torch.tensor([-MAX_CHANNEL_EXPONENT, 0, MAX_CHANNEL_EXPONENT, 1] * 8, dtype=torch.int8)
+        integers = torch.tensor([32767, -32767, 32640, -129] * 8).float()
+        profile = make_profile()
+        group = dataclasses.replace(
+            profile.groups[1],
+            synthesis=(integers * torch.exp2(of_channels.float())).expand(profile.groups[1].num_components, -1),
+            channel_exponents=of_channels,
+        )
+        save_profile(tmp_path, dataclasses.replace(profile, groups=(profile.groups[0], group)))
+        loaded = load_profile(tmp_path, for_encoding=True).groups[1]
+        assert loaded.synthesis.equal(group.synthesis) and loaded.channel_exponents.equal(of_channels)
 
     def test_hash_and_size_are_those_of_the_files(self, tmp_path):
         saved = save_profile(tmp_path, make_profile())
@@ -345,11 +362,15 @@ class TestHostile:
         with pytest.raises(BitstreamError, match="NaN"):
             load_profile(folder, for_encoding=True)
 
-    def test_exponents_beyond_their_range_are_refused(self, folder):
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("row_exponents.0", MAX_ROW_EXPONENT + 1), ("channel_exponents.0", -MAX_CHANNEL_EXPONENT - 1)],
+    )
+    def test_exponents_beyond_their_range_are_refused(self, folder, name, value):
         tensors = tensors_of(make_profile(), SYNTHESIS_NAME)
-        tensors["exponents.0"][1] = 101
+        tensors[name][1] = value
         replace_tensors(folder, SYNTHESIS_NAME, tensors)
-        with pytest.raises(BitstreamError, match=r"exponents\.0"):
+        with pytest.raises(BitstreamError, match=name):
             load_profile(folder)
 
     def test_a_file_that_grows_without_bounds_is_refused(self, folder):

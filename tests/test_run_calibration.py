@@ -69,8 +69,8 @@ class TestResults:
         assert record["profile_bytes"] == profile.num_bytes
         assert (record["num_fitted_contexts"], record["num_held_out_contexts"]) == (2, 1)
         assert record["groups"][0]["num_channels"] == NUM_CHANNELS
-        assert [point["step_log"] for point in record["curve"]] == curve.plan_steps(0.125)
-        assert [point.step_log for point in profile.curve] == curve.plan_steps(0.125)
+        assert [point["step_log"] for point in record["curve"]] == curve.plan_steps(0.25)
+        assert [point.step_log for point in profile.curve] == curve.plan_steps(0.25)
         assert {"seconds", "device", "config", "versions"} <= set(record)
         assert "bits per value" in captured.err and "fitted on" in captured.err
         calibration = profile.calibration

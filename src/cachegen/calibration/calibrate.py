@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
 import cachegen
-from cachegen.calibration.basis import fit_basis, weigh
+from cachegen.calibration.basis import diagonal_of, fit_basis, weigh
 from cachegen.calibration.fisher import accumulate_fisher, add_outer_products
 from cachegen.calibration.settings import CalibrationSettings
 from cachegen.errors import BitstreamError, InputError, MismatchError
@@ -26,6 +26,8 @@ from cachegen.pipeline.model import LoadedModel
 
 MAX_GROUP_CHANNELS = 4096
 """Of a group of layers, unless told otherwise: its two matrices then take at most 67 MB in fp16."""
+LEAST_VARIANCE = 1e-12
+"""Of a plane, for its weight."""
 FISHER_NAME = "fisher.safetensors"
 MIN_TOKENS = SINK_TOKENS + 2
 """Of a context to calibrate on."""
@@ -39,7 +41,7 @@ class CalibrationContext:
 
     Attributes:
         path: its file, or what it is called in messages.
-        metadata: with `cache_hash`.
+        metadata: the cache's.
     """
 
     path: Path | str
@@ -52,12 +54,12 @@ class CalibrationContext:
         return hash_token_prefixes(self.metadata.token_ids, [self.cache.num_tokens])[0]
 
     def check_values(self) -> None:
-        """Read all values and see that they are those that were saved.
+        """Read all values and see that they are those that were saved, if they were.
 
         Raises:
             BitstreamError: they are not.
         """
-        if hash_planes(self.cache) != self.metadata.cache_hash:
+        if self.metadata.cache_hash is not None and hash_planes(self.cache) != self.metadata.cache_hash:
             problem = "its values are not what was saved, the file is damaged: run main.py again"
             raise BitstreamError(problem, path=self.path, field="cache_hash")
 
@@ -211,7 +213,7 @@ def calibrate(
             raise ValueError(f"`loaded` is needed for weights {settings.weights!r}")
         fisher = _measure_fisher(loaded, contexts, layer_groups, num_channels, settings, device, work_folder, progress)
         # One unit for all groups, so that one step costs all of them the same. It keeps matrices well within fp16.
-        unit = sum(total.trace().item() for total in fisher) / sum(num_channels)
+        unit = sum(diagonal_of(total).sum().item() for total in fisher) / sum(num_channels)
         if not unit > 0:
             raise InputError("the model's predictions do not depend on its cache: the gradients are zero or NaN")
         for total in fisher:
@@ -219,17 +221,19 @@ def calibrate(
     if fisher is None:
         for context in contexts:
             context.check_values()
-    means, covariances = _measure_covariances(contexts, layer_groups, num_channels, device, progress)
-    groups = []
+    means, covariances = measure_covariances(contexts, layer_groups, num_channels, device, progress)
+    groups: list[TransformGroup] = []
     for index, (first_layer, num_layers) in enumerate(layer_groups):
+        planes = shapes[2 * first_layer : 2 * (first_layer + num_layers)]
         basis = fit_basis(
             covariances[index],
-            None if fisher is None else weigh(fisher[index], settings.weights),
+            weigh(fisher[index], settings.weights) if fisher is not None else weigh_planes(planes, covariances[index]),
             finest_step=settings.finest_step,
             max_components=settings.max_components,
         )
         mean = means[index].float().cpu()
-        groups.append(TransformGroup(first_layer, num_layers, mean, basis.synthesis, basis.scale_logs, basis.analysis))
+        matrices = (basis.synthesis, basis.scale_logs, basis.analysis, basis.channel_exponents)
+        groups.append(TransformGroup(first_layer, num_layers, mean, *matrices))
     calibration = {
         "cachegen": cachegen.__version__,
         "model_id": metadata.model_id,
@@ -239,6 +243,20 @@ def calibrate(
         "settings": asdict(settings),
     }
     return Profile(metadata.model_fingerprint, rotary, shapes, tuple(groups), (), calibration)
+
+
+def weigh_planes(plane_shapes: Sequence[tuple[int, int]], covariance: torch.Tensor) -> torch.Tensor:
+    """Return weights for values of which nothing is known but their size: one over the mean variance of the plane.
+
+    Args:
+        plane_shapes: (num_kv_heads, head_dim) of each plane of the group.
+        covariance: fp64 `[num_channels, num_channels]`.
+
+    Returns:
+        fp64 `[num_channels]`.
+    """
+    parts = covariance.diagonal().split([heads * dim for heads, dim in plane_shapes])
+    return 1 / torch.cat([part.mean().clamp_min(LEAST_VARIANCE).expand(len(part)) for part in parts])
 
 
 def _measure_fisher(
@@ -251,7 +269,7 @@ def _measure_fisher(
     work_folder: Path,
     progress: Progress,
 ) -> list[torch.Tensor]:
-    """Return the sum of outer products per group, going on where an interrupted run stopped."""
+    """Return the sum of outer products per group, or its diagonal, going on where an interrupted run stopped."""
     path = work_folder / FISHER_NAME
     for context in contexts:
         context.check_values()  # before an hour is spent on them
@@ -264,11 +282,12 @@ def _measure_fisher(
         "first_token": SINK_TOKENS,
         "settings": [settings.fisher_tokens, settings.fisher_samples, settings.seed],
     }
-    totals, done = _load_fisher(path, key, num_channels, device)
+    shapes = [[n] if settings.weights == "diagonal" else [n, n] for n in num_channels]
+    totals, done = _load_fisher(path, key, shapes, device)
     if done != identities[: len(done)]:
         totals, done = None, []
     if totals is None:
-        totals = [torch.zeros(n, n, dtype=torch.float64, device=device) for n in num_channels]
+        totals = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
     progress(len(done))
     for context in contexts[len(done) :]:
         try:
@@ -296,7 +315,7 @@ def _measure_fisher(
 
 
 def _load_fisher(
-    path: Path, key: dict[str, Any], num_channels: Sequence[int], device: torch.device
+    path: Path, key: dict[str, Any], shapes: Sequence[list[int]], device: torch.device
 ) -> tuple[list[torch.Tensor] | None, list[str]]:
     """Return what an interrupted run has summed up and the contexts it has done.
 
@@ -308,14 +327,13 @@ def _load_fisher(
             metadata = file.metadata() or {}
             if metadata.get("key") != json.dumps(key):
                 return None, []
-            totals = [file.get_tensor(f"fisher.{index}").to(device) for index in range(len(num_channels))]
+            totals = [file.get_tensor(f"fisher.{index}").to(device) for index in range(len(shapes))]
             done = json.loads(metadata["done"])
     except (InputError, OSError, SafetensorError, KeyError, ValueError):
         return None, []
     if metadata.get("sha256") != _hash_totals(totals):
         return None, []
-    shapes = [(list(total.shape), total.dtype) for total in totals]
-    if shapes != [([n, n], torch.float64) for n in num_channels]:
+    if [(list(total.shape), total.dtype) for total in totals] != [(shape, torch.float64) for shape in shapes]:
         return None, []
     return totals, done
 
@@ -327,12 +345,12 @@ def _hash_totals(totals: Sequence[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _measure_covariances(
+def measure_covariances(
     contexts: Sequence[CalibrationContext],
     layer_groups: Sequence[tuple[int, int]],
     num_channels: Sequence[int],
     device: torch.device,
-    progress: Progress,
+    progress: Progress = lambda _: None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return mean and covariance per group, fp64, over all tokens but the first ones of each context."""
     sums = [torch.zeros(n, dtype=torch.float64, device=device) for n in num_channels]

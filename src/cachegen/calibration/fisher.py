@@ -59,7 +59,8 @@ def accumulate_fisher(
         cache: the context's, on any device.
         metadata: the cache's.
         layer_groups: (first layer, number of layers) of each group.
-        totals: fp64 `[num_channels, num_channels]` per group; they are added to, on their own device.
+        totals: fp64 `[num_channels, num_channels]` per group, or `[num_channels]` for the diagonals alone; they are
+            added to, on their own device.
         num_forced: tokens forced in all.
         num_samples: label samples per window.
         first_token: of those whose gradients count; see `SINK_TOKENS`.
@@ -104,10 +105,11 @@ def plan_windows(num_tokens: int, num_forced: int) -> list[tuple[int, int]]:
 def add_outer_products(total: torch.Tensor, vectors: torch.Tensor) -> None:
     """Add the sum of x x^T over the rows of `vectors` to `total`, fp64 `[num_channels, num_channels]`.
 
-    The rows, a block of at most `BLOCK_TOKENS`, are multiplied in fp32; only blocks are summed in fp64.
+    Where `total` is `[num_channels]`, only the diagonal is added. The rows, a block of at most `BLOCK_TOKENS`, are
+    multiplied in fp32; only blocks are summed in fp64.
     """
     rows = vectors.to(device=total.device, dtype=torch.float32)
-    total += rows.T @ rows
+    total += rows.T @ rows if total.dim() == 2 else rows.square().sum(0)
 
 
 def _sample_gradients(

@@ -22,9 +22,9 @@ class CalibrationSettings:
     """
 
     layers_per_group: int | None = None
-    weights: Weights = "fisher"
+    weights: Weights = "diagonal"
     fisher_tokens: int = 1024
     fisher_samples: int = 2
     seed: int = 0
-    finest_step: float = 0.125
+    finest_step: float = 0.25
     max_components: int | None = None

@@ -335,6 +335,7 @@ class MethodConfig(ABC):
         method: the method's name.
         coder: the default of this config.
         source: the file, for messages.
+        num_levels: of a document; see `Encoder.levels`.
         model_fingerprint: of the only model that the config is for, 64 hex digits; None where any will do, or nobody
             knows before `read_files`.
     """
@@ -342,6 +343,7 @@ class MethodConfig(ABC):
     method: str
     coder: Coder
     source: str
+    num_levels: int = 1
 
     @property
     def model_fingerprint(self) -> str | None:

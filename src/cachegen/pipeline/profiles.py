@@ -72,6 +72,25 @@ def profile_finder(
     return find
 
 
+def find_profile_of_model(
+    places: Sequence[str | os.PathLike[str]], model_fingerprint: str, *, needs_curve: bool = False
+) -> Profile | None:
+    """Return the first profile of a model that can be read, loaded for encoding; None where there is none.
+
+    Args:
+        places: as for `profile_finder`.
+        model_fingerprint: 64 hex digits.
+        needs_curve: pass by those without one, which tell no step for a target.
+    """
+    for path in _list_profiles(places):
+        with contextlib.suppress(CacheGenError):
+            if model_fingerprint.encode() in read_file(path, MAX_PROFILE_BYTES):
+                profile = load_profile(path.parent, for_encoding=True)
+                if profile.model_fingerprint == model_fingerprint and (profile.curve or not needs_curve):
+                    return profile
+    return None
+
+
 def keep_own_profile(profile: Profile, folder: Path) -> list[Path]:
     """Write a document's own profile beside its files, in the place of another; returns the files.
 

@@ -12,7 +12,12 @@ from cachegen.comparison.schemes.exact import ExactScheme
 from cachegen.comparison.schemes.grouped import GroupedScheme, KiviScheme
 from cachegen.comparison.schemes.pca import PcaScheme
 from cachegen.comparison.schemes.rotated import HadamardScheme, SpectralScheme
-from cachegen.comparison.schemes.transform import TransformLevelsScheme, TransformScheme, TransformSinksScheme
+from cachegen.comparison.schemes.transform import (
+    TransformLevelsScheme,
+    TransformOwnScheme,
+    TransformScheme,
+    TransformSinksScheme,
+)
 from cachegen.comparison.schemes.uncompressed import UncompressedScheme
 from cachegen.errors import ConfigError
 from cachegen.methods.transform.profile import Profile
@@ -37,6 +42,7 @@ def make_schemes(profile: Profile | None = None) -> list[Scheme]:
         SpectralScheme(),
         PcaScheme(),
         ExactScheme(),
+        TransformOwnScheme(),
     ]
     if profile is not None:
         schemes += [TransformScheme(profile), TransformSinksScheme(profile), TransformLevelsScheme(profile)]

@@ -6,20 +6,27 @@ is fitted here: run_calibration.py made the profile, from other text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from cachegen.calibration.own import make_own_profile
+from cachegen.coder.cpu_kernels import CPU
 from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache
+from cachegen.errors import InputError
 from cachegen.kv_cache import KVCache, from_planes
 from cachegen.methods.transform.codec import TransformEncoder
+from cachegen.methods.transform.config import TransformConfig
 from cachegen.methods.transform.profile import Profile
 from cachegen.methods.transform.transform import SINK_TOKENS
 from cachegen.pipeline.chunking import plan_chunks
 
 STEP_LOGS = (28, 20, 12, 4, -8, -24, -40, -66)
 """Of one level each: 16 log2 of the step."""
+OWN_STEP_LOGS = (24, 16, 8, 0, -16, -32)
+"""The same with the document's own profile, whose steps are in deviations of a plane."""
 LEVELS_STEP_LOG = 24
 """Of level 1 of the document of three levels."""
 NUM_LEVELS = 3
@@ -80,6 +87,32 @@ class TransformSinksScheme:
         for plane, source in zip(cache.planes, saved.cache.planes, strict=True):
             plane[:SINK_TOKENS] = source[:SINK_TOKENS]
         return Recoded(cache, {self.name: ByteCount(num_bytes, 0, self.profile.num_bytes)})
+
+
+@dataclass
+class TransformOwnScheme:
+    """One document per step, with a profile of its own whose bytes are counted; its first tokens are recomputed."""
+
+    name: str = "transform-own"
+    settings: tuple[str, ...] = tuple(f"step {step_log:+d}" for step_log in OWN_STEP_LOGS)
+
+    @property
+    def identity(self) -> str:
+        return f"{self.name} {SINK_TOKENS}"
+
+    def fit(self, calibration: Sequence[SavedCache]) -> None:
+        """Do nothing: each document has its own."""
+
+    def recode(self, saved: SavedCache, setting: str) -> Recoded:
+        num_tokens, step_log = saved.cache.num_tokens, int(setting.split()[1])
+        config = TransformConfig(None, step_log, None, None)
+        own = make_own_profile(config, saved.cache, saved.metadata, [num_tokens], CPU, max_share=math.inf)
+        if own is None:
+            raise InputError(f"`schemes`: {num_tokens} tokens are too few for {self.name}")
+        cache, num_bytes = _recode(saved, own.profile, step_log, 1, 1, num_tokens)
+        for plane, source in zip(cache.planes, saved.cache.planes, strict=True):
+            plane[:SINK_TOKENS] = source[:SINK_TOKENS]
+        return Recoded(cache, {self.name: ByteCount(num_bytes + own.profile.num_bytes, own.profile.num_bytes)})
 
 
 @dataclass

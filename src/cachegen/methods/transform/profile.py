@@ -43,8 +43,10 @@ _MAX_CURVE_POINTS = 1 << 10
 _MAX_COMPONENTS = (1 << 16) - 1
 _HINT = "`profile` takes a folder of run_calibration.py"
 _MAX_SCALE_LOG = 1 << 14
-MAX_EXPONENT = 100
-"""Of a power of two that a row's integers are multiplied by."""
+MAX_INTEGER = (1 << 15) - 1
+"""Of a synthesis matrix."""
+MAX_ROW_EXPONENT, MAX_CHANNEL_EXPONENT = 80, 30
+"""Of the powers of two that an integer is multiplied by: fp32 has all products exactly."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ class TransformGroup:
     Attributes:
         first_layer, num_layers: the group's layers.
         mean: fp32 `[num_channels]`, of the vectors.
-        synthesis: `[num_components, num_channels]`; of a saved profile fp32, each row integers of 16 bits times a
-            power of two.
+        synthesis: fp32 `[num_components, num_channels]`; of a saved profile integers of 16 bits, times a power of two
+            for each component and one for each channel.
         scale_logs: int16 `[num_components]`, not increasing: 16 log2 of each component's standard deviation.
         analysis: fp16 `[num_channels, num_components]`; None where only decoding was asked for.
+        channel_exponents: int8 `[num_channels]`, the logarithms of the channels' powers of two; None: all zero.
     """
 
     first_layer: int
@@ -69,6 +72,7 @@ class TransformGroup:
     synthesis: torch.Tensor
     scale_logs: torch.Tensor
     analysis: torch.Tensor | None = None
+    channel_exponents: torch.Tensor | None = None
 
     @property
     def num_components(self) -> int:
@@ -235,15 +239,22 @@ def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, byte
         if group.analysis is None:
             raise ValueError(f"`analysis` of group {index} is needed to save a profile")
         synthesis[f"mean.{index}"] = group.mean.float().contiguous()
-        rows, exponents = round_rows(group.synthesis)
-        # All high bytes before all low ones: that compresses better.
-        synthesis[f"synthesis_high.{index}"] = (rows >> 8).to(torch.int8)
-        synthesis[f"synthesis_low.{index}"] = (rows & 255).to(torch.uint8)
-        synthesis[f"exponents.{index}"] = exponents
+        of_channels = group.channel_exponents
+        if of_channels is None:
+            of_channels = torch.zeros(group.num_channels, dtype=torch.int8)
+        integers, exponents = round_rows(group.synthesis, of_channels)
+        # All high bytes before all low ones, and those of small integers zero: that compresses better.
+        low = integers.to(torch.int8)  # modulo 2^8
+        synthesis[f"synthesis_high.{index}"] = ((integers - low) >> 8).to(torch.int8)  # the same
+        synthesis[f"synthesis_low.{index}"] = low
+        synthesis[f"row_exponents.{index}"] = exponents
+        synthesis[f"channel_exponents.{index}"] = of_channels.to(torch.int8).contiguous()
         synthesis[f"scale_logs.{index}"] = group.scale_logs.to(torch.int16).contiguous()
         analysis[f"analysis.{index}"] = group.analysis.half().contiguous()
+    # Runs of zeros, and else a code for each byte: nothing here repeats.
+    compressor = zlib.compressobj(compression, strategy=zlib.Z_RLE)
     contents = {
-        SYNTHESIS_NAME: zlib.compress(save_tensors(synthesis), compression),
+        SYNTHESIS_NAME: compressor.compress(save_tensors(synthesis)) + compressor.flush(),
         ANALYSIS_NAME: save_tensors(analysis),
     }
     record = {
@@ -270,6 +281,7 @@ def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, byte
             synthesis=_join_rows(synthesis, index),
             scale_logs=synthesis[f"scale_logs.{index}"],
             analysis=analysis[f"analysis.{index}"],
+            channel_exponents=synthesis[f"channel_exponents.{index}"],
         )
         for index, group in enumerate(profile.groups)
     )
@@ -404,11 +416,15 @@ def _parse_group(
     analysis: dict[str, torch.Tensor] | None,
 ) -> TransformGroup:
     num_channels = profile.channels_of(first_layer, num_layers)
-    for name, dtype in (("high", torch.int8), ("low", torch.uint8)):
-        _tensor(synthesis, f"synthesis_{name}.{index}", dtype, [num_components, num_channels])
-    exponents = _tensor(synthesis, f"exponents.{index}", torch.int8, [num_components])
-    if exponents.int().abs().max() > MAX_EXPONENT:
-        raise BitstreamError(f"must lie within {MAX_EXPONENT} of 0", field=f"exponents.{index}")
+    for name in ("synthesis_high", "synthesis_low"):
+        _tensor(synthesis, f"{name}.{index}", torch.int8, [num_components, num_channels])
+    for name, length, limit in (
+        ("row_exponents", num_components, MAX_ROW_EXPONENT),
+        ("channel_exponents", num_channels, MAX_CHANNEL_EXPONENT),
+    ):
+        exponents = _tensor(synthesis, f"{name}.{index}", torch.int8, [length])
+        if exponents.int().abs().max() > limit:
+            raise BitstreamError(f"must lie within {limit} of 0", field=f"{name}.{index}")
     group = TransformGroup(
         first_layer,
         num_layers,
@@ -418,6 +434,7 @@ def _parse_group(
         None
         if analysis is None
         else _tensor(analysis, f"analysis.{index}", torch.float16, [num_channels, num_components]),
+        synthesis[f"channel_exponents.{index}"],
     )
     logs = group.scale_logs
     if (logs[1:] > logs[:-1]).any() or logs.int().abs().max() > _MAX_SCALE_LOG:
@@ -436,21 +453,25 @@ def _tensor(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype, sha
     return tensor
 
 
-def round_rows(synthesis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows of a synthesis matrix as integers, and the power of two of each.
+def round_rows(synthesis: torch.Tensor, channel_exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a synthesis matrix, over the channels' powers of two, as integers and a power of two for each row.
 
     Rows that are integers of 16 bits times a power of two already come out as they are.
 
+    Args:
+        synthesis: `[num_components, num_channels]`.
+        channel_exponents: `[num_channels]`.
+
     Returns:
-        int32 within 2^15 - 1 of 0, `[num_components, num_channels]`, and int8 `[num_components]`: the exponents.
+        int32 within `MAX_INTEGER` of 0, `[num_components, num_channels]`, and int8 `[num_components]`: the exponents.
     """
-    rows = synthesis.double()
-    largest = rows.abs().amax(1).clamp_min(2.0 ** (15 - MAX_EXPONENT))
-    exponents = (largest / 32767).log2().ceil().clamp(-MAX_EXPONENT, MAX_EXPONENT)
-    integers = (rows * torch.exp2(-exponents)[:, None]).round().clamp(-32767, 32767).to(torch.int32)
+    rows = synthesis.double() * torch.exp2(-channel_exponents.double())
+    largest = rows.abs().amax(1).clamp_min(2.0 ** (15 - MAX_ROW_EXPONENT))
+    exponents = (largest / MAX_INTEGER).log2().ceil().clamp(-MAX_ROW_EXPONENT, MAX_ROW_EXPONENT)
+    integers = (rows * torch.exp2(-exponents)[:, None]).round().clamp(-MAX_INTEGER, MAX_INTEGER).to(torch.int32)
     for _ in range(15):
         # Halve rows of even integers: fewer digits say the same.
-        is_even = ((integers & 1) == 0).all(1) & (integers != 0).any(1) & (exponents < MAX_EXPONENT)
+        is_even = ((integers & 1) == 0).all(1) & (integers != 0).any(1) & (exponents < MAX_ROW_EXPONENT)
         integers = torch.where(is_even[:, None], integers >> 1, integers)
         exponents = exponents + is_even
     return integers, exponents.to(torch.int8)
@@ -458,8 +479,10 @@ def round_rows(synthesis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _join_rows(synthesis: dict[str, torch.Tensor], index: int) -> torch.Tensor:
     """Return a group's synthesis matrix, fp32, from the tensors of the file."""
-    high, low = (synthesis[f"synthesis_{name}.{index}"].float() for name in ("high", "low"))
-    return (256 * high + low) * torch.exp2(synthesis[f"exponents.{index}"].float())[:, None]
+    high, low = (synthesis[f"synthesis_{name}.{index}"].to(torch.int16) for name in ("high", "low"))
+    of_rows, of_channels = (torch.exp2(synthesis[f"{name}_exponents.{index}"].float()) for name in ("row", "channel"))
+    integers = ((high << 8) + low).float()  # modulo 2^16
+    return integers * of_rows[:, None] * of_channels
 
 
 def _read_hashed(path: Path, expected_hash: str, max_bytes: int) -> bytes:
