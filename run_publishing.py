@@ -48,6 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="expected loss of each folder's level, as run_decoding_disk.py --verify reports it; "
         "None lets clients weigh the levels by their bits",
     )
+    add(
+        "--profile",
+        metavar="FOLDER",
+        help="the model's profile, for method transform: put it into the store as well, so that clients need none",
+    )
     command_line.add_common_flags(parser)
     return parser
 
@@ -65,7 +70,7 @@ def _publish(args: argparse.Namespace) -> None:
     from cachegen.store.store import WRITING, open_store
 
     report = command_line.Reporter(args)
-    levels = read_encoded_levels(args.path_to_encoded_kv, args.kl)
+    levels = read_encoded_levels(args.path_to_encoded_kv, args.kl, args.profile)
     _, metadata = load_kv_cache(args.path_to_kv)
     store = open_store(args.path_to_store, retry=WRITING, create=True)
     start = time.perf_counter()

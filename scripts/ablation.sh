@@ -23,17 +23,17 @@ measure() {
         return
     fi
     rm -f "$output/$name.inputs"
-    python "$root/run_calibration.py" --path_to_kv "$caches" --model_id "$model" \
+    python "$root/run_calibration.py" --path_to_kv "$caches" --model_id "$model" --finest_step 0.0625 \
         --output_path "$output/$name" --overwrite --quiet --json "$output/$name.json" "$@"
     echo "$wanted" >"$output/$name.inputs"
 }
 
-measure all-layers-fisher
+measure all-layers-fisher --weights fisher
 measure all-layers-diagonal --weights diagonal
 measure all-layers-none --weights none
-measure 3-layers-fisher --layers_per_group 3
-measure 2-layers-fisher --layers_per_group 2
-measure 1-layer-fisher --layers_per_group 1
+measure 3-layers-fisher --weights fisher --layers_per_group 3
+measure 2-layers-fisher --weights fisher --layers_per_group 2
+measure 1-layer-fisher --weights fisher --layers_per_group 1
 
 python - "$output" <<'PYTHON'
 import json

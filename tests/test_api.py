@@ -133,12 +133,24 @@ def test_a_profile_may_be_given_beside_the_config(tmp_path):
         api.compress(run_model(load_plain(), IDS), IDS, load_plain(), config, profile=profile).save(tmp_path / name)
         assert read_folder(tmp_path / name) == read_folder(tmp_path / "expected"), name
         assert api.load(tmp_path / name, profile=profile).to_cache(load_plain(), IDS).get_seq_length() == NUM_TOKENS
-    with pytest.raises(ConfigError, match="has no field profile"):
-        api.compress(run_model(load_plain(), IDS), IDS, load_plain(), config)
     with pytest.raises(ConfigError, match="`profile` is not for method cachegen"):
         api.compress(run_model(load_plain(), IDS), IDS, load_plain(), profile=folder)
     with pytest.raises(ValueError, match="without its analysis"):
         api.compress(run_model(load_plain(), IDS), IDS, load_plain(), config, profile=load_profile(folder))
+
+
+def test_without_a_profile_a_cache_gets_one_of_its_own_where_that_pays(tmp_path):
+    ids, config = make_token_ids(700), {"method": "transform", "target_kl": 0.03}
+    cache = run_model(load_plain(), ids)
+    own = api.compress(cache, ids, load_plain(), config)
+    assert own.own_profile is not None and own.num_bytes < api.compress(cache, ids, load_plain()).num_bytes
+    own.save(tmp_path / "own")
+    stored = api.load(tmp_path / "own")
+    assert stored.num_bytes == own.num_bytes and stored.bits_per_value == own.bits_per_value
+    assert stored.to_cache(load_plain(), ids).get_seq_length() == len(ids)
+    with pytest.warns(UserWarning, match="60 tokens are too few .* method cachegen instead"):
+        short = api.compress(run_model(load_plain(), IDS), IDS, load_plain(), config)
+    assert short.own_profile is None and short.num_tokens == NUM_TOKENS
 
 
 @pytest.mark.parametrize("num_layers, name", [(32, "quantization_7b"), (6, "quantization_tiny")])

@@ -132,6 +132,23 @@ def test_levels_of_transform_are_published_as_they_are_with_the_loss_of_the_prof
     assert 0 < reports[0].expected_loss < 0.01
 
 
+def test_a_profile_of_its_own_is_published_with_a_cache_and_fetched_from_there(tmp_path):
+    config = {"method": "transform", "step_log": 0}
+    one = api.compress(run_model(load_plain(), IDS), IDS, load_plain(), config, chunk_tokens=CHUNK_TOKENS)
+    assert one.own_profile is not None
+    one.save(tmp_path / "folder")
+    api.publish(tmp_path / "store", one)
+    expected = api.load(tmp_path / "folder").to_cache(load_plain(), PROMPT)
+    opened = api.load(tmp_path / "store", level=1)
+    assert are_equal(planes_of_cache(opened.to_cache(load_plain(), PROMPT)), planes_of_cache(expected))
+    place = tmp_path / "store" / "profiles" / one.own_profile.profile_hash
+    assert sorted(path.name for path in place.iterdir()) == ["profile.json", "synthesis.safetensors.zlib"]
+    (place / "synthesis.safetensors.zlib").write_bytes(b"damaged")
+    reports: list[LoadResult] = []
+    api.load(tmp_path / "store", level=1, report=reports.append).to_cache(load_plain(), PROMPT)
+    assert {chunk.source for chunk in reports[0].chunks} == {"text"} and "has changed" in reports[0].problems[0]
+
+
 def test_two_caches_of_one_store_are_two(store):
     opened = api.load(store, level=2)
     first, second = (opened.to_cache(llama(), PROMPT) for _ in range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from cachegen import __main__ as command
 from cachegen.kv_cache import save_kv_cache
 from cachegen.methods import load_config, make_encoder
+from cachegen.methods.transform.profile import load_profile
 from cachegen.pipeline.encode import encode_document
 from tests.fixtures.caches import make_metadata, make_shaped_cache
 
@@ -135,6 +137,72 @@ class TestStore:
         assert command.main(["verify", str(store)]) == 4
 
 
+class TestProfiles:
+    @pytest.fixture
+    def zoo(self, tmp_path) -> Path:
+        """Two profiles of one model, in a folder of their own and in the model's."""
+        for place in ("fine", "model/profile"):
+            shutil.copytree(ROOT / "models" / "tiny-mistral" / "profile", tmp_path / "zoo" / place)
+        return tmp_path / "zoo"
+
+    def test_they_are_listed_with_their_sizes(self, zoo, capsys) -> None:
+        record = look(capsys, "profiles", zoo)
+        assert [profile["path"] for profile in record["profiles"]] == [
+            str(zoo / "fine"),
+            str(zoo / "model" / "profile"),
+        ]
+        one, other = ({**profile, "path": None} for profile in record["profiles"])
+        assert one == other and one["num_layers"] == 6 and one["can_encode"] and record["problems"] == []
+        sizes = [(zoo / "fine" / name).stat().st_size for name in ("profile.json", "synthesis.safetensors.zlib")]
+        assert one["bytes"] == sum(sizes) and 0 < one["finest_kl"] < one["finest_bits_per_value"]
+        assert look(capsys, "inspect", zoo / "fine") == {**record["profiles"][0], "problems": []}
+
+    def test_a_damaged_one_is_an_error_that_names_it(self, zoo, capsys) -> None:
+        (zoo / "fine" / "analysis.safetensors").write_bytes(b"")
+        assert command.main(["profiles", str(zoo)]) == 4
+        assert f"{zoo}/fine/analysis.safetensors" in capsys.readouterr().err
+
+    def test_a_place_without_any_is_an_error(self, tmp_path, capsys) -> None:
+        assert command.main(["profiles", str(tmp_path)]) == 3
+        assert "no profile is here" in capsys.readouterr().err
+
+    def test_one_goes_into_a_store_where_clients_have_none(self, zoo, tmp_path, capsys) -> None:
+        import run_publishing
+
+        profile = load_profile(zoo / "fine", for_encoding=True)
+        cache, metadata = make_shaped_cache(profile.plane_shapes, 90, torch.float16), make_metadata(90)
+        metadata = dataclasses.replace(
+            metadata,
+            model_fingerprint=profile.model_fingerprint,
+            rotary_embeddings=profile.rotary_embeddings,
+            cache_hash=None,
+        )
+        save_kv_cache(tmp_path / "kv.pkl", cache, metadata)
+        config = load_config(ROOT / "config" / "transform_tiny.json").with_flags({"profile": profile})
+        encode_document(make_encoder(config, cache, metadata, (90,)), tmp_path / "encoded")
+        argv = [
+            "--path_to_kv",
+            tmp_path / "kv.pkl",
+            "--path_to_store",
+            tmp_path / "s",
+            "--quiet",
+            "--profile",
+            zoo / "fine",
+        ]
+        argv = [*map(str, argv), "--path_to_encoded_kv"]
+        assert run_publishing.main([*argv, str(tmp_path / "encoded")]) == 0
+        record = look(capsys, "inspect", tmp_path / "s")
+        assert record["profile_hashes"] == [profile.profile_hash] and record["problems"] == []
+        (tmp_path / "s" / "profiles" / profile.profile_hash / "synthesis.safetensors.zlib").write_bytes(b"")
+        assert command.main(["verify", str(tmp_path / "s")]) == 4
+        encode_document(
+            make_encoder(load_config(ROOT / "config" / "uniform_4bit.json"), cache, metadata, (90,)), tmp_path / "plain"
+        )
+        capsys.readouterr()
+        assert run_publishing.main([*argv, str(tmp_path / "plain")]) != 0
+        assert "no folder was encoded with this profile (--profile)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("content", "code"), [(None, 3), (b"", 4), (b"Dear diary", 4)])
 def test_what_is_not_ours(tmp_path, capsys, content: bytes | None, code: int) -> None:
     path = tmp_path / "x"
@@ -146,7 +214,7 @@ def test_what_is_not_ours(tmp_path, capsys, content: bytes | None, code: int) ->
 
 def test_a_folder_without_anything_of_ours(tmp_path, capsys) -> None:
     assert command.main(["inspect", str(tmp_path)]) == 3
-    assert "no folder of chunks and no store" in capsys.readouterr().err
+    assert "no folder of chunks, no store and no profile" in capsys.readouterr().err
 
 
 def test_the_report_has_a_row_for_each_level(folder, capsys) -> None:

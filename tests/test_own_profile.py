@@ -10,6 +10,7 @@ import torch
 
 import run_encoding
 from cachegen.calibration.own import STEP_LOG
+from cachegen.inspection import inspect
 from cachegen.kv_cache import from_planes, load_kv_cache, save_kv_cache
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.profiles import OWN_PROFILE_FOLDER, profile_finder
@@ -59,6 +60,16 @@ def test_its_bytes_are_counted_and_fewer_than_without_a_transform(kv_path, tmp_p
     decoding = [content for name, content in files.items() if not name.endswith("analysis.safetensors")]
     assert own["encoded_bytes"] == sum(map(len, decoding)) and own["bytes_by_part"]["profile"] > 0
     assert own["bits_per_value"] < plain["bits_per_value"]
+
+
+def test_inspect_counts_it_and_names_its_damage(kv_path, tmp_path, capsys):
+    assert encode(kv_path, tmp_path / "out") == 0
+    expected = json.loads((tmp_path / "out.json").read_text())
+    record = inspect(str(tmp_path / "out"))
+    assert record["bytes"] == expected["encoded_bytes"] and record["problems"] == []
+    assert record["bytes_by_part"]["profile"] == expected["bytes_by_part"]["profile"]
+    (tmp_path / "out" / OWN_PROFILE_FOLDER / "synthesis.safetensors.zlib").write_bytes(b"damaged")
+    assert "has changed" in inspect(str(tmp_path / "out"))["problems"][0]
 
 
 def test_a_second_run_uses_it_again(kv_path, tmp_path):

@@ -26,6 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "verify":
             command.add_argument("--model_id", help="a model that must be the one whose cache it is")
         command_line.add_common_flags(command)
+    purpose = "list the profiles of models in some folders, and check them; a damaged one is an error"
+    command = commands.add_parser("profiles", help=purpose, description=purpose)
+    command.add_argument(
+        "places", nargs="*", default=["models"], metavar="FOLDER", help="a profile's, a model's, or one that holds such"
+    )
+    command_line.add_common_flags(command)
     return parser
 
 
@@ -35,23 +41,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _look(args: argparse.Namespace) -> None:
     from cachegen.errors import BitstreamError
-    from cachegen.inspection import describe_lines, inspect
+    from cachegen.inspection import describe_lines, inspect, inspect_profiles
 
     report = command_line.Reporter(args)
-    record = inspect(args.path)
-    if args.command == "verify":
-        if args.model_id is not None:
-            _check_model(record, args.model_id)
-        if record["problems"]:
-            first, *others = record["problems"]
-            more = f" (and {len(others)} more: cachegen inspect lists them)" if others else ""
-            raise BitstreamError(f"{first}{more}")
-        report.row("whole", args.path)
-    else:
+    record = inspect_profiles(args.places) if args.command == "profiles" else inspect(args.path)
+    if args.command != "verify":
         for label, value in describe_lines(record):
             report.row(label, value)
         for problem in record["problems"]:
             report.row("problem", problem)
+    elif args.model_id is not None:
+        _check_model(record, args.model_id)
+    if args.command != "inspect" and record["problems"]:
+        first, *others = record["problems"]
+        more = f" (and {len(others)} more: cachegen inspect lists them)" if others else ""
+        raise BitstreamError(f"{first}{more}")
+    if args.command == "verify":
+        report.row("whole", args.path)
     if args.json is not None:
         command_line.write_json(args.json, record)
 

@@ -19,9 +19,12 @@ from cachegen.format.headers import ChunkHeader, DocumentHeader
 from cachegen.kv_cache import check_planes, load_kv_cache
 from cachegen.methods import method_of, parse_chunk, parse_document
 from cachegen.methods.base import Document
+from cachegen.methods.transform.profile import ANALYSIS_NAME, PROFILE_NAME, load_profile
 from cachegen.pipeline.decode import EncodedFolder
+from cachegen.pipeline.profiles import list_profiles, read_own_profile
 from cachegen.store.index import STORE_INFO_NAME, read_info, read_manifest
 from cachegen.store.manifest import Manifest
+from cachegen.store.profiles import fetch_profile
 from cachegen.store.store import Store, open_store
 
 _BITS_OF_FP16 = 16
@@ -31,8 +34,8 @@ def inspect(path: str) -> dict[str, Any]:
     """Describe what is at a path or a store's URL.
 
     Args:
-        path: a chunk file, a tables file, a KV file, a folder of run_encoding.py, or a store: a folder, or an s3://,
-            gs:// or az:// URL. A web server cannot be listed.
+        path: a chunk file, a tables file, a KV file, a folder of run_encoding.py, a profile's folder, or a store: a
+            folder, or an s3://, gs:// or az:// URL. A web server cannot be listed.
 
     Raises:
         InputError: there is nothing of ours.
@@ -47,14 +50,62 @@ def inspect(path: str) -> dict[str, Any]:
             return _inspect_folder(place)
         if (place / STORE_INFO_NAME).exists():
             return _inspect_store(open_store(path))
+        if (place / PROFILE_NAME).exists():
+            return _describe_profile(place)
         raise InputError(
-            f"{path}: neither {TABLES_NAME} nor {STORE_INFO_NAME} is here: it is no folder of chunks and no store"
+            f"{path}: neither {TABLES_NAME} nor {STORE_INFO_NAME} nor {PROFILE_NAME} is here: it is no folder of "
+            "chunks, no store and no profile"
         )
     with open_file(place) as stream:
         magic = stream.read(len(CHUNK_MAGIC))
     if magic in (CHUNK_MAGIC, TABLES_MAGIC):
         return _inspect_file(place, is_chunk=magic == CHUNK_MAGIC)
     return _inspect_kv_file(place)
+
+
+def inspect_profiles(places: Sequence[str]) -> dict[str, Any]:
+    """Describe the profiles in some places.
+
+    Args:
+        places: profiles' folders, or as for `profile_finder`.
+
+    Raises:
+        InputError: there is none.
+    """
+    folders = [Path(place) for place in places if (Path(place) / PROFILE_NAME).exists()]
+    folders += [path.parent for path in list_profiles(places)]
+    if not folders:
+        raise InputError(f"{', '.join(places)}: no profile is here; run_calibration.py makes one")
+    profiles = [_describe_profile(folder) for folder in dict.fromkeys(folders)]
+    problems = [problem for profile in profiles for problem in profile.pop("problems")]
+    return {"kind": "profiles", "profiles": profiles, "problems": problems}
+
+
+def _describe_profile(folder: Path) -> dict[str, Any]:
+    """Describe a profile; one without analysis matrices is whole for decoding."""
+    problems: list[str] = []
+    profile = None
+    can_encode = (folder / ANALYSIS_NAME).exists()
+    try:
+        profile = load_profile(folder, for_encoding=can_encode)
+    except (InputError, BitstreamError) as error:
+        problems.append(str(error))
+    record: dict[str, Any] = {"kind": "profile", "path": str(folder), "can_encode": can_encode}
+    if profile is not None:
+        curve = profile.curve
+        record |= {
+            "profile_hash": profile.profile_hash,
+            "model_id": profile.calibration.get("model_id"),
+            "model_fingerprint": profile.model_fingerprint,
+            "num_layers": profile.num_layers,
+            "num_groups": len(profile.groups),
+            "num_components": sum(group.num_components for group in profile.groups),
+            "num_channels": sum(group.num_channels for group in profile.groups),
+            "bytes": profile.num_bytes,
+            "finest_bits_per_value": curve[-1].bits_per_value if curve else None,
+            "finest_kl": curve[-1].kl if curve else None,
+        }
+    return record | {"problems": problems}
 
 
 def _inspect_file(path: Path, *, is_chunk: bool) -> dict[str, Any]:
@@ -119,6 +170,13 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
     problems: list[str] = []
     levels, num_bytes = [], header.header_bytes + header.tables_bytes
     parts = {"header": header.header_bytes, "tables": header.tables_bytes}
+    try:
+        profile = read_own_profile(folder, header.profile_hash)
+    except (InputError, BitstreamError) as error:
+        profile, problems = {}, [str(error)]
+    if profile:
+        parts["profile"] = sum(map(len, profile.values()))
+        num_bytes += parts["profile"]
     refined: dict[int, ChunkHeader] = {}
     num_values = sum(header.chunk_tokens) * header.values_per_token
     for level in header.levels:
@@ -207,7 +265,19 @@ def _inspect_store(store: Store) -> dict[str, Any]:
             documents.append({"name": name, **_describe_manifest(store, read_manifest(store, name), problems)})
         except (StoreError, BitstreamError) as error:
             problems.append(str(error))
-    return {"kind": "store", "path": store.url, "documents": documents, "problems": problems}
+    hashes = sorted({name.split("/")[1] for name in store.list("profiles/")})
+    for profile_hash in hashes:
+        try:
+            fetch_profile(store, profile_hash)
+        except (StoreError, BitstreamError) as error:
+            problems.append(str(error))
+    return {
+        "kind": "store",
+        "path": store.url,
+        "documents": documents,
+        "profile_hashes": hashes,
+        "problems": problems,
+    }
 
 
 def _describe_manifest(store: Store, manifest: Manifest, problems: list[str]) -> dict[str, Any]:
@@ -250,6 +320,9 @@ def describe_lines(record: dict[str, Any]) -> Sequence[tuple[str, object]]:
         rows.append(("document", document["name"]))
         rows.append(("", _line_of({k: v for k, v in document.items() if k not in ("name", "levels")})))
         rows += [(f"level {level['level']}", _line_of(level)) for level in document["levels"]]
+    for profile in record.get("profiles", ()):
+        rows.append(("profile", _line_of({k: v for k, v in profile.items() if k != "kind"})))
+    rows += [("profile", profile_hash) for profile_hash in record.get("profile_hashes", ())]
     return rows
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cachegen.api.arguments import check_cache, choose_config, read_cache, read_token_ids
+from cachegen.api.arguments import CLONE, check_cache, choose_config, read_cache, read_token_ids
 from cachegen.api.measured import Measured
+from cachegen.calibration.choose_profile import choose_profile
 from cachegen.coder.cpu import default_num_threads
 from cachegen.config import parse_coder
 from cachegen.device import choose_kernels
@@ -18,12 +21,12 @@ from cachegen.format import Coder
 from cachegen.kv_cache import ContextMetadata
 from cachegen.methods import make_encoder
 from cachegen.methods.base import MethodConfig
-from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile import Profile, pack_profile
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
 from cachegen.pipeline.encode import encode_document, order_levels
 from cachegen.pipeline.kept import KeptEncoding
 from cachegen.pipeline.model import LoadedModel, identify_model
-from cachegen.store.catalog import publish_document
+from cachegen.store.catalog import EncodedLevel, publish_document
 from cachegen.store.store import WRITING, Store, open_store
 
 if TYPE_CHECKING:
@@ -38,11 +41,18 @@ class CompressedCache(Measured):
         num_values: numbers in the cache: keys and values of all layers.
         num_bytes: of all files that `save` writes.
         encoding, metadata: the files, and what they were made from.
+        own_profile: a profile that was made of this cache alone, which belongs to the files.
     """
 
-    def __init__(self, encoding: KeptEncoding, metadata: ContextMetadata) -> None:
-        super().__init__(encoding.document.header, encoding.num_bytes)
-        self.encoding, self.metadata = encoding, metadata
+    def __init__(self, encoding: KeptEncoding, metadata: ContextMetadata, own_profile: Profile | None = None) -> None:
+        profile_bytes = 0 if own_profile is None else own_profile.num_bytes
+        super().__init__(encoding.document.header, encoding.num_bytes + profile_bytes)
+        self.encoding, self.metadata, self.own_profile = encoding, metadata, own_profile
+
+    def list_levels(self) -> list[tuple[int, EncodedLevel]]:
+        """Return bytes of the chunks and the level itself, to be published."""
+        files = {} if self.own_profile is None else pack_profile(self.own_profile)[0]
+        return [(size, dataclasses.replace(level, profile=files)) for size, level in self.encoding.list_levels()]
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the files, each whole or not at all; those of this very cache that are there already stay.
@@ -54,7 +64,7 @@ class CompressedCache(Measured):
         Raises:
             OutputError: the folder holds something else, another process writes into it, or it cannot be written.
         """
-        encode_document(self.encoding, folder, overwrite=overwrite)
+        encode_document(self.encoding, folder, overwrite=overwrite, own_profile=self.own_profile)
 
 
 def compress(
@@ -89,7 +99,8 @@ def compress(
             ("quantization_7b"), its content as a dictionary (`{"method": "uniform", "bits": 8}`), or what
             `cachegen.methods.load_config` returned. None is method `cachegen` with 32 and 16 bins, as for 7B models.
         profile: for method `transform`: what `calibrate` returned, or the folder that it was saved in. None takes the
-            one that the config names.
+            one that the config names, else that of a `LoadedModel` in a clone's models, else makes one of this cache,
+            which is part of the files. Where that would not pay, the method is `cachegen`, with a warning.
         chunk_tokens: tokens per file, at least 1.
         coder: "rans", "packed" or "ac"; None takes the config's.
         block_size: tokens per prefill step that the cache was computed with, 1 to 2^32 - 1; kept in the files. None
@@ -140,14 +151,18 @@ def compress(
     if coder is not None:
         name = coder.name.lower() if isinstance(coder, Coder) else coder
         chosen = chosen.with_flags({"coder": parse_coder(name, "`coder`")})
-    chosen = chosen.read_files()
+    if not chosen.needs_profile:
+        chosen = chosen.read_files()
     loaded = identify_model(model, chosen.model_fingerprint)
     check_cache(planes, loaded)
     metadata = ContextMetadata(loaded.model_id, loaded.fingerprint, ids, loaded.rotary_embeddings, block_size)
     threads = num_threads or default_num_threads()
     chunks = plan_chunks(planes.num_tokens, None, chunk_tokens)
-    encoder = make_encoder(chosen, planes, metadata, chunks, num_threads=threads, kernels=kernels)
-    return CompressedCache(KeptEncoding(encoder, threads), metadata)
+    picked = choose_profile(chosen, planes, metadata, chunks, kernels, places=(CLONE / "models",), num_threads=threads)
+    if picked.config.method != chosen.method:
+        warnings.warn(picked.note, stacklevel=2)
+    encoder = make_encoder(picked.config, planes, metadata, chunks, num_threads=threads, kernels=kernels)
+    return CompressedCache(KeptEncoding(encoder, threads), metadata, picked.own)
 
 
 def publish(
@@ -197,6 +212,6 @@ def publish(
     for one in several:
         if not isinstance(one, CompressedCache):  # pyright: ignore[reportUnnecessaryIsInstance]  (callers have no types)
             raise TypeError(f"`compressed` must be what `compress` returned, got {type(one).__name__}")
-    levels = order_levels([one.encoding.list_levels() for one in several], kl)
+    levels = order_levels([one.list_levels() for one in several], kl)
     store = place if isinstance(place, Store) else open_store(place, retry=WRITING, create=True)
     publish_document(store, levels, several[0].metadata)

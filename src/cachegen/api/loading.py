@@ -116,7 +116,7 @@ def load(
         level: decode levels 1 to this one; None is all that there are. Of a store: take every chunk at this level,
             whatever the objective.
         profile: for method `transform`: what `calibrate` returned, or the folder that it was saved in. None finds the
-            one that the files name, beside a clone's models.
+            one that the files name: beside them, in the store, or beside a clone's models.
         slo: of a store: the objective for the time to the first token, in seconds from the call of `to_cache`, with
             which the loader chooses levels and what to compute instead; None is 1.
         target_kl: of a store: expected loss that is good enough, in nats per token, so that nothing waits to get below
@@ -175,7 +175,7 @@ def load(
             raise ValueError(f"`{name}` is for stores, and {os.fspath(place)} is none")
     if not (Path(place) / TABLES_NAME).exists():
         raise InputError(f"{os.fspath(place)}: holds neither compressed files ({TABLES_NAME}) nor a store")
-    find_profile = profile_finder(profile, (CLONE / "models",))
+    find_profile = profile_finder(profile, (place, CLONE / "models"))
     return StoredCache(EncodedFolder(place, threads, choice.kernels, find_profile=find_profile, level=level))
 
 

@@ -26,6 +26,7 @@ from cachegen.format.files import TABLES_NAME, chunk_name, read_whole
 from cachegen.kv_cache import KVCache, describe_difference, hash_rotary_embeddings, hash_token_prefixes
 from cachegen.methods import open_document
 from cachegen.methods.base import Document, FindProfile, check_output
+from cachegen.pipeline.profiles import measure_own_profile
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import LoadedModel
@@ -89,7 +90,7 @@ class EncodedFolder:
                 raise
             raise error.at(self.tables_path) from error
         self._parse_seconds = time.perf_counter() - start
-        self._tables_bytes = len(content)
+        self._shared_bytes = len(content) + measure_own_profile(self.path, self.document.header.profile_hash)
         self._levels = self._select_levels(level)
 
     def select_chunks(self, num_chunks: int | None) -> tuple[int, ...]:
@@ -174,7 +175,7 @@ class EncodedFolder:
             hashes = [bytes.fromhex(digest) for digest in hash_token_prefixes(token_ids, stops)]
         self._prepare(output)
         load_seconds, decode_seconds = self._read_seconds, self._parse_seconds
-        encoded_bytes = self._tables_bytes
+        encoded_bytes = self._shared_bytes
         in_flight: deque[tuple[int, Callable[[], None]]] = deque()
 
         def finish_until(num_left: int) -> None:
@@ -261,13 +262,13 @@ class EncodedFolder:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tables file and of the chunk files of the levels that are decoded.
+        """Bytes of the tables file, of a profile of the document's own, and of the chunk files that are decoded.
 
         Raises:
             InputError: a chunk file is missing.
         """
         names = [chunk_name(i, level) for i in range(self.document.header.num_chunks) for level in self._levels]
-        return self._tables_bytes + sum(_measure_file(self.path / name) for name in names)
+        return self._shared_bytes + sum(_measure_file(self.path / name) for name in names)
 
     @property
     def plane_shapes(self) -> list[tuple[int, int]]:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachegen.errors import BitstreamError, ConfigError, OutputError, UnsupportedVersionError
+from cachegen.errors import BitstreamError, ConfigError, MismatchError, OutputError, UnsupportedVersionError
 from cachegen.files import atomic_write, is_temporary, lock_folder, remove_stale_temporaries, write_file
 from cachegen.format.files import CHUNK_SUFFIX, TABLES_NAME, chunk_name, read_whole
 from cachegen.format.headers import DocumentHeader
 from cachegen.methods import parse_chunk, parse_chunk_header, parse_document
 from cachegen.methods.base import Encoder, ErrorMeasure
-from cachegen.methods.transform.profile import Profile
-from cachegen.pipeline.profiles import OWN_PROFILE_FOLDER, keep_own_profile
+from cachegen.methods.transform.profile import PROFILE_NAME, Profile
+from cachegen.pipeline.profiles import OWN_PROFILE_FOLDER, keep_own_profile, read_decoding_files, read_own_profile
 from cachegen.store.catalog import EncodedLevel
 
 _CHUNK_NAME = re.compile(r"chunk_\d{5,}\.L\d" + re.escape(CHUNK_SUFFIX))
@@ -218,7 +219,9 @@ def _join_errors(errors: Sequence[ErrorMeasure], chunk_tokens: Sequence[int]) ->
 
 
 def read_encoded_levels(
-    folders: Sequence[str | os.PathLike[str]], kl: Sequence[float] | None = None
+    folders: Sequence[str | os.PathLike[str]],
+    kl: Sequence[float] | None = None,
+    profile: str | os.PathLike[str] | None = None,
 ) -> list[EncodedLevel]:
     """Open encodings of one cache as the levels of a document, the smallest first; chunks are read when asked for.
 
@@ -226,13 +229,18 @@ def read_encoded_levels(
         folders: written by `encode_document`: several whose files stand alone, or one of method `transform`, whose
             levels refine each other.
         kl: the expected loss of each level, in nats per token.
+        profile: a profile's folder, for clients that have it not; a document's own one goes with it in any case.
 
     Raises:
         InputError: a file is missing.
-        BitstreamError: a tables file is corrupt.
+        BitstreamError: a tables file or a profile is corrupt.
+        MismatchError: the profile is not one that the folders name.
         ConfigError: not one loss per level, losses that grow with the size, or levels that do not go together.
     """
     documents: list[list[tuple[int, EncodedLevel]]] = []
+    given = {} if profile is None else read_decoding_files(profile)
+    given_hash = hashlib.sha256(given[PROFILE_NAME]).digest() if given else b""
+    named: set[bytes] = set()
     for folder in map(Path, folders):
         tables_file = read_whole(folder / TABLES_NAME)
         try:
@@ -240,12 +248,17 @@ def read_encoded_levels(
         except BitstreamError as error:
             raise error.at(folder / TABLES_NAME) from error
         levels: list[tuple[int, EncodedLevel]] = []
+        named.add(header.profile_hash)
+        files = given if header.profile_hash == given_hash else read_own_profile(folder, header.profile_hash)
         for level in header.levels:
             paths = [folder / chunk_name(i, level) for i in range(header.num_chunks)]
             chunks = [functools.partial(read_whole, path) for path in paths]
             num_bytes = sum(path.stat().st_size for path in paths if path.is_file())
-            levels.append((num_bytes, EncodedLevel(tables_file, chunks, refines=level - 1 if level > 1 else None)))
+            refines = level - 1 if level > 1 else None
+            levels.append((num_bytes, EncodedLevel(tables_file, chunks, refines=refines, profile=files)))
         documents.append(levels)
+    if given and given_hash not in named:
+        raise MismatchError(f"{profile}: no folder was encoded with this profile (`profile`)")
     return order_levels(documents, kl)
 
 

@@ -17,6 +17,7 @@ from cachegen.methods.transform.profile import (
     SYNTHESIS_NAME,
     Profile,
     load_profile,
+    read_profile,
 )
 
 OWN_PROFILE_FOLDER = "profile"
@@ -40,7 +41,7 @@ def profile_finder(
     """
     in_memory: dict[bytes, Profile] = {}
     if model_fingerprint is not None and named is None:
-        for path in _list_profiles(places):
+        for path in list_profiles(places):
             with contextlib.suppress(CacheGenError):
                 content = read_file(path, MAX_PROFILE_BYTES)
                 if model_fingerprint.encode() in content:
@@ -58,7 +59,7 @@ def profile_finder(
             return load_profile(named)
         if profile_hash in in_memory:
             return in_memory[profile_hash]
-        for path in _list_profiles(places):
+        for path in list_profiles(places):
             content = b""
             with contextlib.suppress(CacheGenError):  # another model's profile, or a pipe there
                 content = read_file(path, MAX_PROFILE_BYTES)
@@ -82,13 +83,63 @@ def find_profile_of_model(
         model_fingerprint: 64 hex digits.
         needs_curve: pass by those without one, which tell no step for a target.
     """
-    for path in _list_profiles(places):
+    for path in list_profiles(places):
         with contextlib.suppress(CacheGenError):
             if model_fingerprint.encode() in read_file(path, MAX_PROFILE_BYTES):
                 profile = load_profile(path.parent, for_encoding=True)
                 if profile.model_fingerprint == model_fingerprint and (profile.curve or not needs_curve):
                     return profile
     return None
+
+
+def read_decoding_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Return the files of a profile that decoding needs, by their names.
+
+    Raises:
+        InputError, BitstreamError: as `load_profile`.
+    """
+    files: dict[str, bytes] = {}
+
+    def read(name: str, max_bytes: int) -> bytes:
+        files[name] = read_file(Path(folder) / name, max_bytes)
+        return files[name]
+
+    read_profile(read, os.fspath(folder))
+    return files
+
+
+def read_own_profile(folder: Path, profile_hash: bytes) -> dict[str, bytes]:
+    """Return the files that decoding needs of a document's own profile; empty where it has none.
+
+    Args:
+        folder: the document's.
+        profile_hash: 32 bytes, as the document names it.
+
+    Raises:
+        InputError, BitstreamError: it is damaged.
+    """
+    place = folder / OWN_PROFILE_FOLDER
+    try:
+        content = read_file(place / PROFILE_NAME, MAX_PROFILE_BYTES)
+    except InputError:
+        return {}
+    if hashlib.sha256(content).digest() != profile_hash:
+        return {}
+    return read_decoding_files(place)
+
+
+def measure_own_profile(folder: Path, profile_hash: bytes) -> int:
+    """Return the bytes that decoding reads of a document's own profile; 0 where it has none.
+
+    Args:
+        folder, profile_hash: as for `read_own_profile`.
+    """
+    place = folder / OWN_PROFILE_FOLDER
+    with contextlib.suppress(CacheGenError, OSError):
+        content = read_file(place / PROFILE_NAME, MAX_PROFILE_BYTES)
+        if hashlib.sha256(content).digest() == profile_hash:
+            return len(content) + (place / SYNTHESIS_NAME).stat().st_size
+    return 0
 
 
 def keep_own_profile(profile: Profile, folder: Path) -> list[Path]:
@@ -105,8 +156,12 @@ def keep_own_profile(profile: Profile, folder: Path) -> list[Path]:
     return [place / name for name in (SYNTHESIS_NAME, ANALYSIS_NAME, PROFILE_NAME)]
 
 
-def _list_profiles(places: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
-    """Yield the paths of the profiles' records below some places."""
+def list_profiles(places: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+    """Yield the paths of profile.json of the profiles in some places.
+
+    Args:
+        places: as for `profile_finder`.
+    """
     for place in places:
         folder = Path(place).parent if os.path.isfile(place) else Path(place)
         for pattern in ("profile", "*", "*/profile"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from cachegen.store.manifest import (
     tables_object,
     unpack_manifest,
 )
+from cachegen.store.profiles import profile_objects
 from cachegen.store.store import Store
 from cachegen.store.writer import StoreWriter
 
@@ -45,12 +46,14 @@ class EncodedLevel:
         chunks: one file per chunk; read when asked for, so that a document need not fit into memory.
         refines: the level whose files these refine; None where they stand alone.
         kl: as in `manifest.Level`.
+        profile: the files of a profile that clients are to find in the store; None where they have it.
     """
 
     tables_file: bytes
     chunks: Sequence[Callable[[], bytes]]
     refines: int | None = None
     kl: float | None = None
+    profile: Mapping[str, bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,9 @@ def publish_document(
     descriptions, chunk_files = [], []
     chunks: list[ChunkHeader] = []
     for number, (level, document) in enumerate(zip(levels, documents, strict=True), 1):
+        if level.profile:
+            for name, content in profile_objects(level.profile).items():
+                writer.put_bytes(name, content)
         tables = tables_object(level.tables_file)
         writer.put(tables, level.tables_file)
         refined = chunks if level.refines is not None else None

@@ -11,12 +11,14 @@ import torch
 
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
-from cachegen.errors import BitstreamError, ConfigError, MismatchError, StoreError
+from cachegen.errors import BitstreamError, ConfigError, InputError, MismatchError, StoreError
 from cachegen.kv_cache import KVCache, describe_difference
 from cachegen.methods import open_document
 from cachegen.methods.base import Document, FindProfile
+from cachegen.methods.transform.profile import Profile
 from cachegen.store.catalog import FoundDocument, find_document
 from cachegen.store.manifest import Manifest, StoredObject
+from cachegen.store.profiles import fetch_profile
 from cachegen.store.store import Store
 from cachegen.streaming.policy import ChunkLevels
 
@@ -146,13 +148,32 @@ class RemoteDocument:
                         content,
                         num_threads=self._num_threads,
                         kernels=self._kernels,
-                        find_profile=self._find_profile,
+                        find_profile=self._find_profile_or_fetch,
                     )
                 except BitstreamError as error:
                     raise error.at(self.describe(tables)) from error
                 self._check_document(document, self.describe(tables))
                 self._documents[tables.sha256] = document
             return self._documents[tables.sha256]
+
+    def _find_profile_or_fetch(self, profile_hash: bytes) -> Profile:
+        """Return the profile that is at hand, or else the store's.
+
+        Raises:
+            InputError: there is neither.
+            StoreError, BitstreamError: the store's cannot be read, or is damaged.
+        """
+        try:
+            if self._find_profile is None:
+                raise InputError(f"no profile is at hand, and the document names {profile_hash.hex()[:12]}")
+            return self._find_profile(profile_hash)
+        except InputError as error:
+            try:
+                return fetch_profile(self._store, profile_hash.hex())
+            except StoreError as missing:
+                if missing.is_missing:
+                    raise InputError(f"{error}; the store has none either") from missing
+                raise
 
     def fetch(self, chunk: int, level: int, on_bytes: Callable[[int], object] | None = None) -> FetchedFile:
         """Fetch one file, whole and checked.

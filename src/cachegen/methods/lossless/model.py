@@ -70,7 +70,9 @@ class Model:
             self.frequencies.astype("<u2").tobytes(),
             self.weights.tobytes(),
         ]
-        return zlib.compress(b"".join(parts), compression)
+        # Runs, and else a code for each byte: weights do not repeat, but layers without any do.
+        compressor = zlib.compressobj(compression, strategy=zlib.Z_RLE)
+        return compressor.compress(b"".join(parts)) + compressor.flush()
 
 
 def unpack_model(content: bytes, planes: Sequence[PlaneShape]) -> Model:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -295,19 +295,34 @@ def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, byte
 
 
 def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) -> Profile:
-    """Read a profile.
-
-    Args:
-        for_encoding: read the analysis matrices as well.
+    """Read a profile; see `read_profile`.
 
     Raises:
         InputError: there is none.
+        BitstreamError, UnsupportedVersionError: as `read_profile`.
+    """
+    return read_profile(
+        lambda name, max_bytes: read_file(Path(folder) / name, max_bytes, hint=_HINT),
+        os.fspath(folder),
+        for_encoding=for_encoding,
+    )
+
+
+def read_profile(read: Callable[[str, int], bytes], place: str, *, for_encoding: bool = False) -> Profile:
+    """Read a profile from wherever its files are.
+
+    Args:
+        read: returns a file by its name, or fails where it has more bytes than are given.
+        place: what holds them, for messages.
+        for_encoding: read the analysis matrices as well.
+
+    Raises:
+        CacheGenError: whatever `read` raises.
         BitstreamError: a file is corrupt or not a profile's.
         UnsupportedVersionError: it was written by a later release.
     """
-    folder = Path(folder)
-    path = folder / PROFILE_NAME
-    text = read_file(path, MAX_PROFILE_BYTES, hint=_HINT)
+    path = f"{place}/{PROFILE_NAME}"
+    text = read(PROFILE_NAME, MAX_PROFILE_BYTES)
     fields = parse_fields(text, refuse_file(path))
     fields.check_format("format", FILE_FORMAT, "a profile of run_calibration.py")
     fields.check_version("version", FILE_VERSION)
@@ -319,13 +334,17 @@ def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) 
             profile.channels_of(first, count) * (num_components + 8) for first, count, num_components in layers
         ]
         max_bytes = 2 * sum(num_values) + _MAX_HEADER_BYTES
-        content = _read_hashed(folder / SYNTHESIS_NAME, hashes[SYNTHESIS_NAME], max_bytes)
+        content = read(SYNTHESIS_NAME, max_bytes)
+        _check_hash(f"{place}/{SYNTHESIS_NAME}", content, hashes[SYNTHESIS_NAME])
         num_bytes = len(content)
-        synthesis = _load_tensors(folder / SYNTHESIS_NAME, _inflate(folder / SYNTHESIS_NAME, content, max_bytes))
+        synthesis = _load_tensors(
+            f"{place}/{SYNTHESIS_NAME}", _inflate(f"{place}/{SYNTHESIS_NAME}", content, max_bytes)
+        )
         analysis: dict[str, torch.Tensor] = {}
         if for_encoding:
-            content = _read_hashed(folder / ANALYSIS_NAME, hashes[ANALYSIS_NAME], max_bytes)
-            analysis = _load_tensors(folder / ANALYSIS_NAME, content)
+            content = read(ANALYSIS_NAME, max_bytes)
+            _check_hash(f"{place}/{ANALYSIS_NAME}", content, hashes[ANALYSIS_NAME])
+            analysis = _load_tensors(f"{place}/{ANALYSIS_NAME}", content)
         groups = tuple(
             _parse_group(index, *group, profile, synthesis, analysis if for_encoding else None)
             for index, group in enumerate(layers)
@@ -485,14 +504,12 @@ def _join_rows(synthesis: dict[str, torch.Tensor], index: int) -> torch.Tensor:
     return integers * of_rows[:, None] * of_channels
 
 
-def _read_hashed(path: Path, expected_hash: str, max_bytes: int) -> bytes:
-    content = read_file(path, max_bytes, hint=_HINT)
+def _check_hash(path: str, content: bytes, expected_hash: str) -> None:
     if hashlib.sha256(content).hexdigest() != expected_hash:
         raise BitstreamError(f"is not the file that {PROFILE_NAME} names, or has changed", path=path, field="sha256")
-    return content
 
 
-def _inflate(path: Path, content: bytes, max_bytes: int) -> bytes:
+def _inflate(path: str, content: bytes, max_bytes: int) -> bytes:
     inflater = zlib.decompressobj()
     try:
         inflated = inflater.decompress(content, max_bytes)
@@ -503,7 +520,7 @@ def _inflate(path: Path, content: bytes, max_bytes: int) -> bytes:
     return inflated
 
 
-def _load_tensors(path: Path, content: bytes) -> dict[str, torch.Tensor]:
+def _load_tensors(path: str, content: bytes) -> dict[str, torch.Tensor]:
     try:
         return load_tensors(content)
     except Exception as error:  # a library's own errors over a dtype or a shape that it does not know

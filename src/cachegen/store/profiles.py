@@ -1,0 +1,54 @@
+"""Profiles in a store, by their hash: for clients that have no folder of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from cachegen.errors import BitstreamError
+from cachegen.methods.transform.profile import PROFILE_NAME, SYNTHESIS_NAME, Profile, read_profile
+from cachegen.store.store import Store
+
+DECODING_NAMES = (SYNTHESIS_NAME, PROFILE_NAME)
+"""The files of a profile that a client needs, the one that names the others last."""
+
+
+def profile_object(profile_hash: str, name: str) -> str:
+    """Return the name of a profile's file in a store.
+
+    Args:
+        profile_hash: 64 hex digits.
+    """
+    return f"profiles/{profile_hash}/{name}"
+
+
+def profile_objects(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return what a store keeps of a profile, by the objects' names, in the order of writing.
+
+    Args:
+        files: those of `DECODING_NAMES` at least.
+    """
+    profile_hash = hashlib.sha256(files[PROFILE_NAME]).hexdigest()
+    return {profile_object(profile_hash, name): files[name] for name in DECODING_NAMES}
+
+
+def fetch_profile(store: Store, profile_hash: str) -> Profile:
+    """Return a profile, for decoding.
+
+    Args:
+        profile_hash: 64 hex digits.
+
+    Raises:
+        StoreError: it is not there, or cannot be read.
+        BitstreamError: it is damaged, or another one.
+        UnsupportedVersionError: it was written by a later release.
+    """
+    profile = read_profile(
+        lambda name, max_bytes: store.get(profile_object(profile_hash, name), max_bytes),
+        store.describe(f"profiles/{profile_hash}"),
+    )
+    if profile.profile_hash != profile_hash:
+        raise BitstreamError(
+            "is not the profile of its name", path=store.describe(profile_object(profile_hash, PROFILE_NAME))
+        )
+    return profile
