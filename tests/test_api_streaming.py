@@ -16,7 +16,9 @@ from cachegen import api
 from cachegen.errors import BitstreamError, ConfigError, InputError, MismatchError, StoreError
 from cachegen.kv_cache import KVCache
 from cachegen.pipeline.model_cache import planes_of_cache
+from cachegen.store.profiles import ProfileFetcher
 from cachegen.store.store import RetryRule, open_store
+from cachegen.streaming import remote
 from cachegen.streaming.load_report import LoadResult
 from cachegen.streaming.policy import TEXT
 from tests.fixtures import REPOSITORY
@@ -132,7 +134,7 @@ def test_levels_of_transform_are_published_as_they_are_with_the_loss_of_the_prof
     assert 0 < reports[0].expected_loss < 0.01
 
 
-def test_a_profile_of_its_own_is_published_with_a_cache_and_fetched_from_there(tmp_path):
+def test_a_profile_of_its_own_is_published_with_a_cache_and_fetched_from_there(tmp_path, monkeypatch):
     config = {"method": "transform", "step_log": 0}
     one = api.compress(run_model(load_plain(), IDS), IDS, load_plain(), config, chunk_tokens=CHUNK_TOKENS)
     assert one.own_profile is not None
@@ -144,6 +146,8 @@ def test_a_profile_of_its_own_is_published_with_a_cache_and_fetched_from_there(t
     place = tmp_path / "store" / "profiles" / one.own_profile.profile_hash
     assert sorted(path.name for path in place.iterdir()) == ["profile.json", "synthesis.safetensors.zlib"]
     (place / "synthesis.safetensors.zlib").write_bytes(b"damaged")
+    api.load(tmp_path / "store", level=1).to_cache(load_plain(), PROMPT)  # from memory
+    monkeypatch.setattr(remote, "_PROFILES", ProfileFetcher())
     reports: list[LoadResult] = []
     api.load(tmp_path / "store", level=1, report=reports.append).to_cache(load_plain(), PROMPT)
     assert {chunk.source for chunk in reports[0].chunks} == {"text"} and "has changed" in reports[0].problems[0]

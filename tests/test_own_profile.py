@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,18 @@ def test_another_documents_is_not_replaced_unless_asked(kv_path, tmp_path, capsy
     assert encode(other, tmp_path / "out") != 0
     assert "another profile is there" in capsys.readouterr().err and read_folder(tmp_path / "out") == before
     assert encode(other, tmp_path / "out", "--overwrite") == 0
+
+
+def test_one_that_nothing_uses_any_more_is_removed(kv_path, tmp_path):
+    assert encode(kv_path, tmp_path / "out") == 0
+    plain = REPOSITORY / "config" / "quantization_7b.json"
+    assert encode(kv_path, tmp_path / "out", "--overwrite", config=plain) == 0
+    place = tmp_path / "out" / OWN_PROFILE_FOLDER
+    assert not place.exists()
+    shutil.copytree(REPOSITORY / "models" / "tiny-mistral" / "profile", place)
+    before = read_folder(place)
+    assert encode(kv_path, tmp_path / "out", "--overwrite", config=plain) == 0
+    assert read_folder(place) == before, "a model's profile, which is nobody's to remove"
 
 
 def test_a_folder_that_is_refused_stays_as_it_was(kv_path, tmp_path, capsys):

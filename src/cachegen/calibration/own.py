@@ -36,7 +36,7 @@ from cachegen.methods import default_config, make_encoder
 from cachegen.methods.base import MethodConfig
 from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile, load_profile, pack_profile
 from cachegen.methods.transform.transform import LEVEL_RATIO_LOG, SINK_TOKENS, step_of_level
-from cachegen.pipeline.profiles import OWN_PROFILE_FOLDER
+from cachegen.pipeline.profiles import MADE_OF_CACHE, OWN_PROFILE_FOLDER
 
 STEP_LOG = 8
 """16 log2 of the step, in deviations of a plane, where the config names none."""
@@ -109,7 +109,7 @@ def make_own_profile(
             return None
     settings = dataclasses.replace(settings, layers_per_group=layers)
     made = calibrate([context], None, settings, device=torch.device("cpu"), work_folder=Path())
-    made.calibration["cache_hash"] = metadata.cache_hash
+    made.calibration[MADE_OF_CACHE] = metadata.cache_hash
     profile = pack_profile(made)[1]
     if place is not None and not overwrite:
         profile.refuse_other(place)
@@ -205,7 +205,7 @@ def _find(
     expected = dataclasses.asdict(settings)
     is_own = (
         metadata.cache_hash is not None
-        and made_of.get("cache_hash") == metadata.cache_hash
+        and made_of.get(MADE_OF_CACHE) == metadata.cache_hash
         and made_of.get("token_hashes") == [context.token_hash]
         and isinstance(found, dict)
         and {**found, "layers_per_group": None} == expected

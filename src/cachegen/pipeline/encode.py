@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +18,13 @@ from cachegen.format.headers import DocumentHeader
 from cachegen.methods import parse_chunk, parse_chunk_header, parse_document
 from cachegen.methods.base import Encoder, ErrorMeasure
 from cachegen.methods.transform.profile import PROFILE_NAME, Profile
-from cachegen.pipeline.profiles import OWN_PROFILE_FOLDER, keep_own_profile, read_decoding_files, read_own_profile
+from cachegen.pipeline.profiles import (
+    keep_own_profile,
+    measure_own_profile,
+    read_decoding_files,
+    read_own_profile,
+    remove_own_profile,
+)
 from cachegen.store.catalog import EncodedLevel
 
 _CHUNK_NAME = re.compile(r"chunk_\d{5,}\.L\d" + re.escape(CHUNK_SUFFIX))
@@ -97,7 +102,9 @@ def encode_document(
     with lock_folder(folder):
         writer = _ChunkWriter(encoder, folder, _claim_folder(folder, encoder, overwrite))
         if own_profile is not None:
-            writer.written += keep_own_profile(own_profile, folder)
+            keep_own_profile(own_profile, folder)
+        elif overwrite and not measure_own_profile(folder, encoder.document.header.profile_hash):
+            remove_own_profile(folder)
         try:
             for index in range(encoder.num_chunks):
                 writer.write(index, max_error)
@@ -106,8 +113,7 @@ def encode_document(
         except ConfigError:
             _remove(reversed(writer.written))
             if own_profile is not None:
-                with contextlib.suppress(OSError):  # it holds something else
-                    (folder / OWN_PROFILE_FOLDER).rmdir()
+                remove_own_profile(folder)
             raise
     return writer.result
 

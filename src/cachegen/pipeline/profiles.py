@@ -22,6 +22,8 @@ from cachegen.methods.transform.profile import (
 
 OWN_PROFILE_FOLDER = "profile"
 """Of a profile that is a document's own, in the folder of its files."""
+MADE_OF_CACHE = "cache_hash"
+"""In the calibration record of a document's own profile: which cache it was made of."""
 
 
 def profile_finder(
@@ -142,8 +144,8 @@ def measure_own_profile(folder: Path, profile_hash: bytes) -> int:
     return 0
 
 
-def keep_own_profile(profile: Profile, folder: Path) -> list[Path]:
-    """Write a document's own profile beside its files, in the place of another; returns the files.
+def keep_own_profile(profile: Profile, folder: Path) -> None:
+    """Write a document's own profile beside its files, in the place of another.
 
     Args:
         folder: the document's, which the caller has claimed.
@@ -151,9 +153,18 @@ def keep_own_profile(profile: Profile, folder: Path) -> list[Path]:
     Raises:
         OutputError: it cannot be written.
     """
+    profile.save(folder / OWN_PROFILE_FOLDER, overwrite=True)
+
+
+def remove_own_profile(folder: Path) -> None:
+    """Remove a document's own profile, and its folder unless that holds something else; a model's profile stays."""
     place = folder / OWN_PROFILE_FOLDER
-    profile.save(place, overwrite=True)
-    return [place / name for name in (SYNTHESIS_NAME, ANALYSIS_NAME, PROFILE_NAME)]
+    with contextlib.suppress(CacheGenError, OSError):
+        if MADE_OF_CACHE not in load_profile(place).calibration:
+            return
+        for name in (PROFILE_NAME, ANALYSIS_NAME, SYNTHESIS_NAME):
+            (place / name).unlink(missing_ok=True)
+        place.rmdir()
 
 
 def list_profiles(places: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:

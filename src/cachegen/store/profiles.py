@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping
 
 from cachegen.errors import BitstreamError
@@ -30,6 +31,24 @@ def profile_objects(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """
     profile_hash = hashlib.sha256(files[PROFILE_NAME]).hexdigest()
     return {profile_object(profile_hash, name): files[name] for name in DECODING_NAMES}
+
+
+class ProfileFetcher:
+    """Fetches profiles, and keeps the last ones in memory: a hash stands for the same profile in any store."""
+
+    def __init__(self, num_kept: int = 2) -> None:
+        self._num_kept = num_kept
+        self._kept: dict[str, Profile] = {}
+        self._lock = threading.Lock()
+
+    def fetch(self, store: Store, profile_hash: str) -> Profile:
+        """Return a profile; see `fetch_profile`."""
+        with self._lock:
+            profile = self._kept.pop(profile_hash, None) or fetch_profile(store, profile_hash)
+            self._kept[profile_hash] = profile  # the last one used is the last
+            while len(self._kept) > self._num_kept:
+                del self._kept[next(iter(self._kept))]
+            return profile
 
 
 def fetch_profile(store: Store, profile_hash: str) -> Profile:

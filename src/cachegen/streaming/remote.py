@@ -18,9 +18,12 @@ from cachegen.methods.base import Document, FindProfile
 from cachegen.methods.transform.profile import Profile
 from cachegen.store.catalog import FoundDocument, find_document
 from cachegen.store.manifest import Manifest, StoredObject
-from cachegen.store.profiles import fetch_profile
+from cachegen.store.profiles import ProfileFetcher
 from cachegen.store.store import Store
 from cachegen.streaming.policy import ChunkLevels
+
+_PROFILES = ProfileFetcher()
+"""Of all documents: one request after the other asks for the same."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class RemoteDocument:
             return self._find_profile(profile_hash)
         except InputError as error:
             try:
-                return fetch_profile(self._store, profile_hash.hex())
+                return _PROFILES.fetch(self._store, profile_hash.hex())
             except StoreError as missing:
                 if missing.is_missing:
                     raise InputError(f"{error}; the store has none either") from missing
