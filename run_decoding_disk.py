@@ -49,6 +49,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     from cachegen.coder.cpu import default_num_threads
     from cachegen.config import load_model_config
     from cachegen.methods import check_config, load_config, method_of
+    from cachegen.pipeline.break_even import beats_fp16_below, beats_text_above
     from cachegen.pipeline.decode import EncodedFolder
     from cachegen.pipeline.profiles import profile_finder
 
@@ -110,6 +111,11 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
         "device": str(loaded.device),
         "decoding_device": str(chosen.device),
     }
+    fp16_bytes = 2 * header.values_per_token * num_cached
+    record["beats_fp16_below_gbps"] = beats_fp16_below(fp16_bytes, decoded.encoded_bytes, decoded.decode_seconds) / 1e9
+    if fidelity is not None:
+        above = beats_text_above(decoded.encoded_bytes, ttft_seconds, record["text_prefill_seconds"])
+        record["beats_text_above_gbps"] = None if above is None else above / 1e9
     report.row("decoding on", chosen)
     _report(report, record)
     command_line.finish(args, record)
@@ -124,7 +130,16 @@ def _report(report: command_line.Reporter, record: dict[str, Any]) -> None:
     report.row(
         "first token after", f"{record['ttft_seconds']:.3f} s, {record['prefill_seconds']:.3f} s of it the model"
     )
+    link = f"links below {_format_link(record['beats_fp16_below_gbps'])} (beyond, fp16 as it is)"
+    if "beats_text_above_gbps" in record:
+        above = record["beats_text_above_gbps"]
+        link += "; none, the text is faster" if above is None else f", above {_format_link(above)} (below, the text)"
+    report.row("pays over", link)
     report_answers(report, record)
+
+
+def _format_link(gbps: float) -> str:
+    return f"{gbps:.3g} Gbit/s" if gbps >= 1 else f"{1000 * gbps:.3g} Mbit/s"
 
 
 if __name__ == "__main__":
