@@ -174,7 +174,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
         "lookup_seconds": lookup_seconds,
         "ready_seconds": loading.ready_seconds,
         "prefill_seconds": answers[0].prefill_seconds,
-        **_describe_loading(loading, len(token_ids)),
+        **_describe_loading(loading, len(token_ids), has_known_losses=document.has_known_losses),
         **session.describe(answers, fidelity),
         **_describe_run(document, loaded, str(chosen.device), loading),
     }
@@ -255,7 +255,7 @@ def _check_configs(args: argparse.Namespace, document: RemoteDocument) -> None:
             check(header, document.describe(level.tables))
 
 
-def _describe_loading(loading: LoadResult, num_prompt_tokens: int) -> dict[str, Any]:
+def _describe_loading(loading: LoadResult, num_prompt_tokens: int, *, has_known_losses: bool) -> dict[str, Any]:
     """Return the counts and times of the disk script's JSON, and those that only a network has."""
     num_exact = sum(chunk.num_exact_tokens for chunk in loading.chunks if chunk.source == "text")
     num_tokens = sum(chunk.num_tokens for chunk in loading.chunks)
@@ -272,7 +272,7 @@ def _describe_loading(loading: LoadResult, num_prompt_tokens: int) -> dict[str, 
         "decode_seconds": seconds_of("decode"),
         "copy_seconds": seconds_of("copy"),
         "compute_seconds": seconds_of("compute"),
-        "expected_kl": loading.expected_loss,
+        "expected_kl": loading.expected_loss if has_known_losses else None,
     }
 
 
@@ -307,7 +307,8 @@ def _report(report: command_line.Reporter, record: dict[str, Any]) -> None:
     report.row(
         "first token after", f"{record['ttft_seconds']:.3f} s; objective of {record['slo_seconds']:g} s {verdict}"
     )
-    report.row("expected KL", f"{record['expected_kl']:.6f} nats")
+    if record["expected_kl"] is not None:
+        report.row("expected KL", f"{record['expected_kl']:.6f} nats")
     report_answers(report, record)
 
 

@@ -102,6 +102,11 @@ class RemoteDocument:
         """Tokens that the shared chunks hold."""
         return self.manifest.chunks[self.num_chunks - 1].end_token
 
+    @property
+    def has_known_losses(self) -> bool:
+        """Whether the manifest says what every level loses, in nats per token; otherwise losses only order levels."""
+        return all(level.kl is not None for level in self.manifest.levels)
+
     def limit_chunks(self, num_chunks: int | None) -> None:
         """Use only the first chunks; None uses all that the text shares.
 
@@ -120,7 +125,7 @@ class RemoteDocument:
         """
         levels = self.manifest.levels
         known = [level.kl for level in levels if level.kl is not None]
-        losses = known if len(known) == len(levels) else [math.exp2(-2 * level.bits_per_value) for level in levels]
+        losses = known if self.has_known_losses else [math.exp2(-2 * level.bits_per_value) for level in levels]
         for i in range(1, len(losses)):
             losses[i] = min(losses[i], losses[i - 1])
         share = 1 / self.num_tokens
