@@ -23,7 +23,7 @@ from cachegen.methods.transform.profile import Profile
 from cachegen.methods.transform.transform import SINK_TOKENS
 from cachegen.pipeline.chunking import plan_chunks
 
-STEP_LOGS = (28, 20, 12, 4, -8, -24, -40, -66)
+STEP_LOGS = (28, 20, 12, 4, -8, -24, -40, -66, -90)
 """Of one level each: 16 log2 of the step."""
 OWN_STEP_LOGS = (24, 16, 8, 0, -16, -32)
 """The same with the document's own profile, whose steps are in deviations of a plane."""
