@@ -110,4 +110,6 @@ def _find(folder: Path, context: CalibrationContext, settings: CalibrationSettin
         return None
     expected = {"token_hashes": [context.token_hash], "settings": dataclasses.asdict(settings)}
     is_own = all(profile.calibration.get(name) == value for name, value in expected.items())
-    return profile if is_own and profile.model_fingerprint == context.metadata.model_fingerprint else None
+    metadata = context.metadata
+    is_own = is_own and profile.plane_rotations == metadata.plane_rotations
+    return profile if is_own and profile.model_fingerprint == metadata.model_fingerprint else None
