@@ -118,6 +118,7 @@ def _prefill_documents(args: argparse.Namespace) -> None:
     from cachegen.pipeline.limits import check_context
     from cachegen.pipeline.model import load_model
     from cachegen.pipeline.prefill import tokenize
+    from cachegen.pipeline.rotation import find_rotations
 
     loaded = load_model(
         args.model_id,
@@ -151,6 +152,9 @@ def _prefill_documents(args: argparse.Namespace) -> None:
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         for document, token_ids, (state, num_values) in zip(documents, ids_of_documents, states, strict=True):
             records.append(_prefill_document(document, loaded, token_ids, args, state, num_values, bar))
+    doubt = None if all(record["skipped"] for record in records) else find_rotations(loaded).describe_doubt()
+    if doubt is not None:
+        report.warn(f"{loaded.model_id}: {doubt}")
     for record in records:
         _report_document(report, record)
     command_line.finish(

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from cachegen.calibration.fisher import accumulate_fisher, plan_windows
-from cachegen.kv_cache import KVCache, from_planes
-from cachegen.methods.rotary import apply_rotation, rotation_of
+from cachegen.kv_cache import KVCache, from_planes, rotations_by_rule
+from cachegen.methods.rotary import Turns
 from cachegen.methods.transform.transform import join_planes
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
@@ -54,14 +54,11 @@ def predict(loaded: LoadedModel, before: KVCache, window: torch.Tensor) -> torch
 def change(loaded: LoadedModel, before: KVCache, changes: torch.Tensor) -> KVCache:
     """Add vectors `[num_tokens, num_channels]` to a cache, in the keys before their rotary embedding is applied."""
     planes = []
-    for index, (plane, part) in enumerate(
-        zip(before.planes, changes.split([p.shape[1] * p.shape[2] for p in before.planes], dim=1), strict=True)
-    ):
-        part = part.view(plane.shape)
-        if index % 2 == 0 and loaded.rotary_embeddings:
-            rotation = rotation_of(loaded.rotary_embeddings[0], NUM_BEFORE, 0, torch.device("cpu"))
-            part = apply_rotation(part, *rotation)
-        planes.append(plane + part)
+    turns = Turns(NUM_BEFORE, 0, torch.device("cpu"))
+    rotations = rotations_by_rule(loaded.rotary_embeddings, [plane.shape[2] for plane in before.planes])
+    parts = changes.split([p.shape[1] * p.shape[2] for p in before.planes], dim=1)
+    for plane, part, rotation in zip(before.planes, parts, rotations, strict=True):
+        planes.append(plane + turns.apply(part.view(plane.shape), rotation))
     return from_planes(planes)
 
 
@@ -84,7 +81,7 @@ def test_the_quadratic_form_is_the_divergence_that_a_change_causes(model):
     before, window = cache.slice(0, NUM_BEFORE), metadata.token_ids[NUM_BEFORE:]
     reference = predict(loaded, before, window)
     generator = torch.Generator().manual_seed(1)
-    spread = join_planes(before.planes, None, 0, torch.device("cpu")).std().item()
+    spread = join_planes(before.planes, [None] * len(before.planes), 0, torch.device("cpu")).std().item()
     is_key = torch.cat([torch.full((p.shape[1] * p.shape[2],), i % 2 == 0) for i, p in enumerate(before.planes)])
     for mask in (is_key, ~is_key):
         direction = 0.01 * spread * torch.randn(num_channels, generator=generator) * mask

@@ -193,6 +193,7 @@ class TestHostile:
     """Bytes whose checksums are right and whose content is not."""
 
     PLANES = tuple(PlaneShape(*shape) for shape in golden.SHAPES)
+    COUNTS = np.zeros((6, 64), np.uint32)
 
     def decode_streams(self, streams: list[bytes], model: Model | None = None) -> tuple[int, int]:
         padded = [stream.ljust(-(-len(stream) // 16) * 16, b"\0") for stream in streams]
@@ -232,6 +233,26 @@ class TestHostile:
         with pytest.raises(ValueError, match="channel 3 has a parameter out of range"):
             self.decode_streams([b"", b"", b""], model)
 
+    @pytest.mark.parametrize(
+        ("place", "row"),
+        [
+            (0, (-1, 0)),  # a second one without a first one
+            (0, (2, 2)),  # its second one has no first one
+            (0, (5, 0)),  # not a second one
+            (0, (40, 0)),  # in another plane
+            (0, (2, 3)),  # no such turn
+            (0, (2, -1)),
+            (2, (0, 0)),  # a first one without a second one
+            (1, (1, 0)),  # two have one second one
+        ],
+    )
+    def test_pairs_of_other_channels_are_refused(self, place, row):
+        *parts, pairs, is_float16 = golden.make_model().for_native(self.PLANES, is_float16=False)
+        assert pairs[:4].tolist() == [[2, 0], [2, 1], [-1, 0], [-1, 0]]
+        pairs[place] = row if row != (2, 2) else (0, 0)
+        with pytest.raises(ValueError, match=r"layer 0 has (a pair of other channels|half a pair)"):
+            _native.lossless_count(np.zeros((1, len(pairs)), np.uint16), 0, (*parts, pairs, is_float16), self.COUNTS)
+
     def test_a_corrupt_model_is_a_corrupt_file(self):
         model = golden.make_model()
         model.frequencies[1, 0] = 0
@@ -246,8 +267,12 @@ class TestHostile:
         [
             (lambda content: content[:-1], "ends too early"),
             (lambda content: content + b"\0", "longer than it must be"),
-            (lambda content: b"\xff\xff" + content[2:], "ends too early"),
-            (lambda content: content[:18] + b"\x01" + content[19:], "layer 0 is predicted from 1 layers before it"),
+            (lambda content: content[:5] + b"\xff\xff" + content[7:], "ends too early"),
+            (lambda content: content[:2] + b"\x02" + content[3:], "pairs dims in an unknown way"),
+            (lambda content: content[:3] + b"\x03" + content[4:], "not there or of more dims"),
+            (lambda content: content[:36] + b"\x03" + content[37:], "not there or of more dims"),
+            (lambda content: content[:36] + b"\x02" + content[37:], "rotations of no plane"),
+            (lambda content: content[:48] + b"\x01" + content[49:], "layer 0 is predicted from 1 layers before it"),
         ],
     )
     def test_a_model_of_another_length_is_refused(self, change, message):
@@ -270,7 +295,8 @@ class TestHostile:
             (0,),
             np.zeros(4224 * 4224, np.uint8),
             np.full((2, 64), 64, np.uint16),
-            np.zeros((0, 2), np.uint32),
+            (),
+            (0, 0),
         )
         values = np.zeros((1, 4224), np.uint16)
         with pytest.raises(ValueError, match="context out of range"):

@@ -18,7 +18,7 @@ from cachegen.comparison.schemes.pca import PcaScheme, _allocate, _group_bits, _
 from cachegen.comparison.schemes.rotary import rotate_keys
 from cachegen.comparison.schemes.rotated import SHRINKS, HadamardScheme, SpectralScheme
 from cachegen.errors import ConfigError
-from cachegen.kv_cache import KVCache, RotaryEmbedding, save_kv_cache
+from cachegen.kv_cache import KVCache, RotaryEmbedding, rotations_by_rule, save_kv_cache
 from cachegen.methods import load_config
 from tests.fixtures.absmax import quantize_and_dequantize
 from tests.fixtures.caches import are_equal, make_cache, make_metadata
@@ -369,19 +369,18 @@ def test_pca_allocates_what_is_asked_and_cuts_all_components() -> None:
 def test_rotation_is_the_models_and_its_inverse() -> None:
     keys = SAVED.cache.keys[0].float()
     metadata = make_metadata(341, rotary_embeddings=(RotaryEmbedding("r", "yarn", FREQUENCIES, 1.2),))
-    rotated = rotate_keys(keys, metadata, undo=False)
+    (rotation,) = rotations_by_rule(metadata.rotary_embeddings, [keys.shape[2]])
+    rotated = rotate_keys(keys, rotation, undo=False)
     angles = torch.arange(341.0)[:, None] * torch.tensor(FREQUENCIES)
     cosines, sines = (1.2 * torch.cat([f(angles)] * 2, dim=1)[None] for f in (torch.cos, torch.sin))
     expected, _ = apply_rotary_pos_emb(keys.transpose(0, 1)[None], keys.transpose(0, 1)[None], cosines, sines)
     torch.testing.assert_close(rotated, expected[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(rotate_keys(rotated, metadata, undo=True), keys, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rotate_keys(rotated, rotation, undo=True), keys, rtol=1e-4, atol=1e-4)
 
 
-def test_rotation_of_a_model_without_or_with_several() -> None:
+def test_keys_that_do_not_turn_stay() -> None:
     keys = SAVED.cache.keys[0]
-    assert torch.equal(rotate_keys(keys, make_metadata(341, rotary_embeddings=()), undo=True), keys.float())
-    with pytest.raises(ConfigError, match="several"):
-        rotate_keys(keys, make_metadata(341, rotary_embeddings=(ROTARY, ROTARY)), undo=True)
+    assert torch.equal(rotate_keys(keys, None, undo=True), keys.float())
 
 
 def test_every_scheme_has_names_of_its_own(fitted) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cachegen.kv_cache import RotaryEmbedding, from_planes
-from cachegen.methods.rotary import apply_rotation, rotation_of, undo_rotation
+from cachegen.methods.rotary import angles_of, apply_rotation, undo_rotation
 from cachegen.methods.transform.transform import (
     LEVEL_RATIO_LOG,
     MAX_COMPONENT,
@@ -17,6 +17,7 @@ from cachegen.methods.transform.transform import (
     quantize_components,
     step_of_level,
 )
+from cachegen.rotation import PAIRINGS, Pairing, Rotation
 from tests.fixtures.transform import allocate_for, make_components, make_profile, make_transformed_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,29 +31,40 @@ SHAPES = [(2, 8), (1, 12), (1, 6), (3, 5)]
 
 @pytest.mark.parametrize("scaling", [1.0, 1.25])
 @pytest.mark.parametrize("first_token", [0, 7, 100_000])
-def test_undoing_a_rotation_gives_the_keys_back(first_token: int, scaling: float) -> None:
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("offset", [0, 3, 4])
+def test_undoing_a_rotation_gives_the_keys_back(
+    first_token: int, scaling: float, pairing: Pairing, offset: int
+) -> None:
     keys = torch.randn(20, 3, 10, generator=torch.Generator().manual_seed(0))
-    rotation = rotation_of(RotaryEmbedding("r", "default", (1.0, 0.3, 0.01), scaling), 20, first_token, CPU)
-    rotated = apply_rotation(keys, *rotation)
-    torch.testing.assert_close(undo_rotation(rotated, *rotation), keys, rtol=1e-5, atol=1e-5)
-    assert torch.equal(rotated[..., 6:], keys[..., 6:])
-    torch.testing.assert_close(rotated[..., :6].norm(dim=-1), scaling * keys[..., :6].norm(dim=-1))
+    rotation = Rotation((1.0, 0.3, -0.01), pairing, offset, scaling)
+    angles = angles_of(rotation, 20, first_token, CPU)
+    rotated = apply_rotation(keys, rotation, angles)
+    torch.testing.assert_close(undo_rotation(rotated, rotation, angles), keys, rtol=1e-5, atol=1e-5)
+    stop = offset + 6
+    assert torch.equal(rotated[..., :offset], keys[..., :offset]) and torch.equal(rotated[..., stop:], keys[..., stop:])
+    torch.testing.assert_close(rotated[..., offset:stop].norm(dim=-1), scaling * keys[..., offset:stop].norm(dim=-1))
 
 
-def test_a_rotation_turns_the_pairs_of_a_head_by_position_times_frequency() -> None:
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_a_rotation_turns_the_pairs_of_a_head_by_position_times_frequency(pairing: Pairing) -> None:
     keys = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
-    rotated = apply_rotation(keys, *rotation_of(RotaryEmbedding("r", "default", (0.5, 0.125), 2.0), 1, 3, CPU))
+    if pairing == "interleaved":
+        keys = keys[..., [0, 2, 1, 3]]
+    rotation = Rotation((0.5, 0.125), pairing, attention_scaling=2.0)
+    rotated = apply_rotation(keys, rotation, angles_of(rotation, 1, 3, CPU))
     expected = []
     for first, second, angle in ((1.0, 3.0, 1.5), (2.0, 4.0, 0.375)):
         expected.append(2 * (first * math.cos(angle) - second * math.sin(angle)))
         expected.append(2 * (second * math.cos(angle) + first * math.sin(angle)))
-    found = rotated.ravel()[[0, 2, 1, 3]]
+    found = rotated.ravel()[[0, 2, 1, 3] if pairing == "halves" else [0, 1, 2, 3]]
     torch.testing.assert_close(found, torch.tensor(expected))
 
 
 def test_token_zero_is_not_turned() -> None:
     keys = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(apply_rotation(keys, *rotation_of(RotaryEmbedding("r", "d", (1.0, 0.5), 1.0), 1, 0, CPU)), keys)
+    rotation = Rotation((1.0, 0.5))
+    assert torch.equal(apply_rotation(keys, rotation, angles_of(rotation, 1, 0, CPU)), keys)
 
 
 # --- matrices ---------------------------------------------------------------------------------------------------------

@@ -116,7 +116,13 @@ def decode_components(
 ) -> tuple[int, int]: ...
 
 LosslessModel: TypeAlias = tuple[
-    NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint32], bool
+    NDArray[np.int32],
+    NDArray[np.int32],
+    NDArray[np.uint8],
+    NDArray[np.uint16],
+    NDArray[np.uint32],
+    NDArray[np.int32],
+    bool,
 ]
 
 def lossless_encode(

@@ -24,6 +24,7 @@ from cachegen.fields import Fields, refuse_file
 from cachegen.files import atomic_write
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.kv_archive import check_archive
+from cachegen.rotation import PlaneRotations, Rotation, pack_rotations, read_rotations
 
 FILE_FORMAT = "cachegen-kv"
 FILE_VERSION = 2
@@ -66,6 +67,21 @@ def hash_rotary_embeddings(rotary_embeddings: Sequence[RotaryEmbedding]) -> str:
     return digest.hexdigest()
 
 
+def rotations_by_rule(rotary_embeddings: Sequence[RotaryEmbedding], head_dims: Sequence[int]) -> PlaneRotations:
+    """Return what is undone where nothing better was found: the first rotary embedding, as halves, in all keys.
+
+    Args:
+        head_dims: of each plane; keys with fewer dims than the rotary embedding has are taken as they are.
+    """
+    first: Rotation | None = None
+    if rotary_embeddings and rotary_embeddings[0].inv_freq:
+        first = Rotation(rotary_embeddings[0].inv_freq, attention_scaling=rotary_embeddings[0].attention_scaling)
+    return tuple(
+        first if first is not None and index % 2 == 0 and first.fits(head_dim) else None
+        for index, head_dim in enumerate(head_dims)
+    )
+
+
 @dataclass(frozen=True)
 class ContextMetadata:
     """What a cache was computed from; every field is a gate at decoding.
@@ -79,6 +95,7 @@ class ContextMetadata:
         cache_hash: `hash_planes` of the cache, as its file records it; None for a cache that no file holds. What reads
             all values anyway compares them with it.
         load_in_8bit: whether the model's weights were rounded to 8 bits.
+        plane_rotations: how each plane is turned; None: as `rotations_by_rule` says. No gate: it only says how to code.
     """
 
     model_id: str
@@ -88,6 +105,13 @@ class ContextMetadata:
     block_size: int
     cache_hash: str | None = None
     load_in_8bit: bool = False
+    plane_rotations: PlaneRotations | None = None
+
+    def rotations_of(self, cache: KVCache) -> PlaneRotations:
+        """Return how each plane of the context's cache is turned."""
+        if self.plane_rotations is not None:
+            return self.plane_rotations
+        return rotations_by_rule(self.rotary_embeddings, [plane.shape[2] for plane in cache.planes])
 
     @property
     def rope_hash(self) -> str:
@@ -294,6 +318,8 @@ def save_kv_cache(
         "keys": cache.keys,
         "values": cache.values,
     }
+    if metadata.plane_rotations is not None:
+        content["plane_rotations"] = pack_rotations(metadata.plane_rotations)
     with atomic_write(path, replace=replace) as stream:
         try:
             torch.save(content, stream)
@@ -407,6 +433,7 @@ def _parse(content: object, file_bytes: int) -> tuple[KVCache, ContextMetadata]:
         block_size=fields.integer("block_size", 1, (1 << 32) - 1),
         cache_hash=fields.hash("cache_hash"),
         load_in_8bit=fields.flag("load_in_8bit"),
+        plane_rotations=read_rotations(fields, [plane.shape[2] for plane in cache.planes]),
     )
     if hash_token_prefixes(token_ids, [cache.num_tokens]) != [fields.hash("token_hash")]:
         raise BitstreamError("does not match the token ids", field="token_hash")

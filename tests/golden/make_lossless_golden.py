@@ -1,4 +1,4 @@
-"""The golden document of method lossless: contexts of no, one and two layers, rotated keys, values of every kind.
+"""The golden document of method lossless: contexts of no, one and two layers, rotated planes, values of every kind.
 
 Its model is drawn as integers and its values as bits, so that files match byte for byte on every machine. The model is
 stored without compression, whose bytes depend on the library. make_golden.py writes the files.
@@ -19,12 +19,13 @@ from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import hash_token_prefixes
 from cachegen.methods.lossless.codec import METHOD_NUMBER
 from cachegen.methods.lossless.headers import LosslessChunkHeader, LosslessDocumentHeader
-from cachegen.methods.lossless.model import NO_WEIGHTS, Model
+from cachegen.methods.lossless.model import NO_WEIGHTS, Model, TurningPairs
 
 NAME = "lossless"
 VALUES_NAME = "values.u16"
 SHAPES = ((2, 6), (1, 5), (1, 4), (1, 4), (1, 6), (1, 3))
 LAYERS_BEFORE = (NO_WEIGHTS, 1, 2)
+PLANE_ROTATIONS = (1, 0, 2, 0, 0, 2)
 CHUNK_TOKENS = (261, 30)
 NUM_CACHE_TOKENS = 300
 
@@ -49,8 +50,11 @@ def make_model() -> Model:
     weights = generator.integers(-40, 41, num_weights).astype(np.int8).view(np.uint8)
     frequencies = np.full((len(SHAPES), 64), 40, np.uint16)
     frequencies[:, 31] += 4096 - 64 * 40
-    turns = np.array([[0x12345678, 0x28BE60DB], [7, 0x0050], [0xFFFFFFFF, 0x3FFFFFFF]], np.uint32)[:2]
-    return Model(channels, LAYERS_BEFORE, weights, frequencies, turns)
+    rotations = (
+        TurningPairs((0x28BE60DB12345678, 0x0050 << 32 | 7)),
+        TurningPairs((0xFFFFFFFFFFFFFFFF - 0x0123456789,), "interleaved", 1),
+    )
+    return Model(channels, LAYERS_BEFORE, weights, frequencies, rotations, PLANE_ROTATIONS)
 
 
 def make_bits() -> NDArray[np.uint16]:

@@ -37,8 +37,14 @@ class Model:
             at += struct.calcsize(f"<{count}{form}")
             return list(numbers)
 
-        (num_pairs,) = take("H", 1)
-        self.turns = take("Q", num_pairs)
+        rotations: list[list[tuple[int, int, int]] | None] = [None]  # of each: first dim, second dim, turn
+        for _ in range(*take("H", 1)):
+            (interleaved,), (offset, num_pairs) = take("B", 1), take("H", 2)
+            turns = take("Q", num_pairs)
+            gap = 1 if interleaved else num_pairs
+            firsts = [offset + (2 * i if interleaved else i) for i in range(num_pairs)]
+            rotations.append([(first, first + gap, turn) for first, turn in zip(firsts, turns, strict=True)])
+        self.rotations = [rotations[number] for number in take("H", len(planes))]
         self.before = take("B", len(planes) // 2)
         count = sum(heads * dims for heads, dims in planes)
         columns = [take(form, count) for form in "iiHBbB"]
@@ -147,8 +153,16 @@ def _decode_layer(
     mantissa_bits: int,
 ) -> None:
     base = sum(model.widths[:layer])
-    key_heads, key_dims = model.planes[2 * layer]
-    num_keys, num_pairs = key_heads * key_dims, len(model.turns)
+    num_keys = model.planes[2 * layer][0] * model.planes[2 * layer][1]
+    seconds: dict[int, tuple[int, int]] = {}  # by the first channel of a pair: the second one and the turn
+    plane_base = 0
+    for plane in (2 * layer, 2 * layer + 1):
+        heads, dims = model.planes[plane]
+        for head in range(heads):
+            for first, second, turn_of_pair in model.rotations[plane] or []:
+                seconds[plane_base + head * dims + first] = plane_base + head * dims + second, turn_of_pair
+        plane_base += heads * dims
+    coded_before = {second for second, _ in seconds.values()}
     weights = model.weights[layer]
     begin = base - sum(model.widths[layer - model.before[layer] : layer]) if weights is not None else base
 
@@ -197,16 +211,15 @@ def _decode_layer(
         history[token][base + offset] = max(-4096, min(4096, distance))
 
     for offset in range(model.widths[layer]):
-        dim = offset % key_dims
-        if offset < num_keys and num_pairs <= dim < 2 * num_pairs:
+        if offset in coded_before:
             continue
         for token in range(len(block)):
-            if offset >= num_keys or dim >= num_pairs:
+            if offset not in seconds:
                 note(token, offset, read(token, offset, predict(token, offset)))
                 continue
-            phase = (first_token + token) * model.turns[dim] % (1 << 64)
+            other, turn_of_pair = seconds[offset]
+            phase = (first_token + token) * turn_of_pair % (1 << 64)
             cosine, sin = sine((phase + (1 << 62)) % (1 << 64)), sine(phase)
-            other = offset + num_pairs
             p, q = predict(token, offset), predict(token, other)
             a = read(token, offset, turn(p, cosine, q, -sin))
             b = read(token, other, turn(q, cosine, p, sin))

@@ -31,6 +31,7 @@ from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.model import LoadedModel, identify_checkpoint, identify_model
 from cachegen.pipeline.model_cache import view_kv_cache
 from cachegen.pipeline.prefill import prefill
+from cachegen.pipeline.rotation import find_rotations
 from cachegen.versions import collect_versions
 
 if TYPE_CHECKING:
@@ -176,7 +177,13 @@ def _describe(
     loaded: LoadedModel, ids: torch.Tensor, block_size: int, cache_hash: str | None = None
 ) -> ContextMetadata:
     return ContextMetadata(
-        loaded.model_id, loaded.fingerprint, ids, loaded.rotary_embeddings, block_size, cache_hash=cache_hash
+        loaded.model_id,
+        loaded.fingerprint,
+        ids,
+        loaded.rotary_embeddings,
+        block_size,
+        cache_hash=cache_hash,
+        plane_rotations=find_rotations(loaded).planes,
     )
 
 

@@ -26,6 +26,7 @@ from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
 from cachegen.pipeline.encode import encode_document, order_levels
 from cachegen.pipeline.kept import KeptEncoding
 from cachegen.pipeline.model import LoadedModel, identify_model
+from cachegen.pipeline.rotation import find_rotations
 from cachegen.store.catalog import EncodedLevel, publish_document
 from cachegen.store.store import WRITING, Store, open_store
 
@@ -155,7 +156,14 @@ def compress(
         chosen = chosen.read_files()
     loaded = identify_model(model, chosen.model_fingerprint)
     check_cache(planes, loaded)
-    metadata = ContextMetadata(loaded.model_id, loaded.fingerprint, ids, loaded.rotary_embeddings, block_size)
+    metadata = ContextMetadata(
+        loaded.model_id,
+        loaded.fingerprint,
+        ids,
+        loaded.rotary_embeddings,
+        block_size,
+        plane_rotations=find_rotations(loaded).planes,
+    )
     threads = num_threads or default_num_threads()
     chunks = plan_chunks(planes.num_tokens, None, chunk_tokens)
     picked = choose_profile(chosen, planes, metadata, chunks, kernels, places=(CLONE / "models",), num_threads=threads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cachegen.kv_cache import ContextMetadata, KVCache, hash_planes, hash_token_
 from cachegen.methods.transform.profile import Profile, TransformGroup
 from cachegen.methods.transform.transform import BLOCK_TOKENS, SINK_TOKENS, join_planes
 from cachegen.pipeline.model import LoadedModel
+from cachegen.rotation import pack_rotations
 
 MAX_GROUP_CHANNELS = 4096
 """Of a group of layers, unless told otherwise: its two matrices then take at most 67 MB in fp16."""
@@ -101,6 +102,7 @@ def check_together(contexts: Sequence[CalibrationContext]) -> None:
             ("rope_hash", context.metadata.rope_hash[:12], first.metadata.rope_hash[:12]),
             ("shapes", plane_shapes_of(context.cache), plane_shapes_of(first.cache)),
             ("dtype", context.cache.dtype, first.cache.dtype),
+            ("plane_rotations", *(_name_rotations(of.metadata) for of in (context, first))),
         ):
             if found != expected:
                 raise MismatchError(
@@ -110,6 +112,11 @@ def check_together(contexts: Sequence[CalibrationContext]) -> None:
         twin = paths_of_tokens.setdefault(context.token_hash, context.path)
         if twin is not context.path:
             raise MismatchError(f"{context.path}: the same context as {twin}; remove one of them")
+
+
+def _name_rotations(metadata: ContextMetadata) -> str:
+    rotations = None if metadata.plane_rotations is None else pack_rotations(metadata.plane_rotations)
+    return hashlib.sha256(json.dumps(rotations).encode()).hexdigest()[:12]
 
 
 def split_contexts(contexts: Sequence[CalibrationContext]) -> tuple[list[CalibrationContext], list[CalibrationContext]]:
@@ -204,7 +211,7 @@ def calibrate(
     metadata, shapes = contexts[0].metadata, plane_shapes_of(contexts[0].cache)
     rotary = metadata.rotary_embeddings
     layer_groups = plan_groups(shapes, settings.layers_per_group)
-    outline = Profile(metadata.model_fingerprint, rotary, shapes, (), (), {})
+    outline = Profile(metadata.model_fingerprint, rotary, shapes, (), (), {}, plane_rotations=metadata.plane_rotations)
     num_channels = [outline.channels_of(*group) for group in layer_groups]
     num_tokens = check_tokens(contexts, settings)
     fisher: list[torch.Tensor] | None = None
@@ -242,7 +249,7 @@ def calibrate(
         "token_hashes": [context.token_hash for context in contexts],
         "settings": asdict(settings),
     }
-    return Profile(metadata.model_fingerprint, rotary, shapes, tuple(groups), (), calibration)
+    return replace(outline, groups=tuple(groups), calibration=calibration)
 
 
 def weigh_planes(plane_shapes: Sequence[tuple[int, int]], covariance: torch.Tensor) -> torch.Tensor:
@@ -281,6 +288,7 @@ def _measure_fisher(
         "device": device.type,
         "first_token": SINK_TOKENS,
         "settings": [settings.fisher_tokens, settings.fisher_samples, settings.seed],
+        "plane_rotations": _name_rotations(contexts[0].metadata),
     }
     shapes = [[n] if settings.weights == "diagonal" else [n, n] for n in num_channels]
     totals, done = _load_fisher(path, key, shapes, device)
@@ -357,12 +365,12 @@ def measure_covariances(
     products = [torch.zeros(n, n, dtype=torch.float64, device=device) for n in num_channels]
     num_tokens = 0
     for context in contexts:
-        rotary = context.metadata.rotary_embeddings[0] if context.metadata.rotary_embeddings else None
+        rotations = context.metadata.rotations_of(context.cache)
         for start in range(SINK_TOKENS, context.cache.num_tokens, BLOCK_TOKENS):
             block = context.cache.slice(start, min(start + BLOCK_TOKENS, context.cache.num_tokens))
             for (first_layer, num_layers), total, product in zip(layer_groups, sums, products, strict=True):
-                planes = block.planes[2 * first_layer : 2 * (first_layer + num_layers)]
-                vectors = join_planes(planes, rotary, start, device)
+                planes = slice(2 * first_layer, 2 * (first_layer + num_layers))
+                vectors = join_planes(block.planes[planes], rotations[planes], start, device)
                 total += vectors.sum(0, dtype=torch.float64)
                 add_outer_products(product, vectors)
         sinks = context.cache.slice(0, SINK_TOKENS).planes

@@ -75,18 +75,20 @@ def accumulate_fisher(
     token_hash = hash_token_prefixes(metadata.token_ids, [cache.num_tokens])[0]
     generator = torch.Generator().manual_seed((int(token_hash[:12], 16) + seed) % (1 << 63))
     # The gradient with respect to x of f(a R x) is a R^T times that of f: rotated back, and scaled by a, not by 1 / a.
-    rotary = metadata.rotary_embeddings[0] if metadata.rotary_embeddings else None
-    if rotary is not None:
-        rotary = dataclasses.replace(rotary, attention_scaling=1 / rotary.attention_scaling)
+    rotations = [
+        None if rotation is None else dataclasses.replace(rotation, attention_scaling=1 / rotation.attention_scaling)
+        for rotation in metadata.rotations_of(cache)
+    ]
     count = 0
     for start, stop in plan_windows(cache.num_tokens, num_forced):
         before, window = cache.slice(0, start), metadata.token_ids[start:stop]
         for gradients in _sample_gradients(loaded, before, window, num_samples, generator):
             for (first_layer, num_layers), total in zip(layer_groups, totals, strict=True):
-                planes = gradients[2 * first_layer : 2 * (first_layer + num_layers)]
+                of_group = slice(2 * first_layer, 2 * (first_layer + num_layers))
+                planes = gradients[of_group]
                 for block in range(first_token, start, BLOCK_TOKENS):
                     part = [plane[block : block + BLOCK_TOKENS] for plane in planes]
-                    add_outer_products(total, join_planes(part, rotary, block, total.device))
+                    add_outer_products(total, join_planes(part, rotations[of_group], block, total.device))
             count += max(start - first_token, 0)
     return count
 

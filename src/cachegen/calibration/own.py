@@ -210,5 +210,6 @@ def _find(
         and isinstance(found, dict)
         and {**found, "layers_per_group": None} == expected
         and profile.model_fingerprint == metadata.model_fingerprint
+        and profile.plane_rotations == metadata.plane_rotations
     )
     return profile if is_own else None

@@ -1,44 +1,62 @@
-"""The rotary position embedding of keys, applied and undone.
+"""Rotations of planes, applied and undone.
 
-Source: rotary position embedding (Su et al. 2021), pairs as transformers' Llama has them.
+Source: rotary position embedding (Su et al. 2021).
 """
 
 from __future__ import annotations
 
 import torch
 
-from cachegen.kv_cache import RotaryEmbedding
+from cachegen.rotation import Rotation
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, fp32 `[num_tokens, 1, number of pairs]`."""
 
 
-def rotation_of(
-    rotary: RotaryEmbedding, num_tokens: int, first_token: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return cosines and sines, fp32 `[num_tokens, 1, len(inv_freq)]`, and the attention scaling."""
+def angles_of(rotation: Rotation, num_tokens: int, first_token: int, device: torch.device) -> Angles:
+    """Return the angles of tokens from position `first_token` on."""
     positions = torch.arange(first_token, first_token + num_tokens, dtype=torch.float64, device=device)
-    frequencies = torch.tensor(rotary.inv_freq, dtype=torch.float64, device=device)
+    frequencies = torch.tensor(rotation.inv_freq, dtype=torch.float64, device=device)
     angles = (positions[:, None] * frequencies)[:, None, :]
-    return angles.cos().float(), angles.sin().float(), rotary.attention_scaling
+    return angles.cos().float(), angles.sin().float()
 
 
-def apply_rotation(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Rotate keys `[num_tokens, num_heads, head_dim]` by their positions.
+class Turns:
+    """The angles of a run of tokens, computed once for all planes of one rotation."""
 
-    Dims i and i + n of a head, n = len(inv_freq), are a pair; dims from 2n on are left as they are.
+    def __init__(self, num_tokens: int, first_token: int, device: torch.device) -> None:
+        self._run = num_tokens, first_token, device
+        self._angles: dict[Rotation, Angles] = {}
 
-    Source: rotary position embedding (Su et al. 2021), pairs as transformers' Llama has them.
-    """
-    first, second, rest = split_pairs(keys, cosines.shape[-1])
-    rotated = (first * cosines - second * sines, second * cosines + first * sines)
-    return torch.cat([part * scaling for part in rotated] + [rest], dim=-1)
+    def apply(self, vectors: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+        """Turn vectors `[num_tokens, num_heads, head_dim]` by their positions; as they are where `rotation` is None."""
+        return vectors if rotation is None else apply_rotation(vectors, rotation, self._of(rotation))
+
+    def undo(self, vectors: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+        """Turn vectors back; the inverse of `apply`."""
+        return vectors if rotation is None else undo_rotation(vectors, rotation, self._of(rotation))
+
+    def _of(self, rotation: Rotation) -> Angles:
+        if rotation not in self._angles:
+            self._angles[rotation] = angles_of(rotation, *self._run)
+        return self._angles[rotation]
 
 
-def undo_rotation(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Rotate keys back; the inverse of `apply_rotation`."""
-    first, second, rest = split_pairs(keys, cosines.shape[-1])
-    rotated = (first * cosines + second * sines, second * cosines - first * sines)
-    return torch.cat([part / scaling for part in rotated] + [rest], dim=-1)
+def apply_rotation(vectors: torch.Tensor, rotation: Rotation, angles: Angles) -> torch.Tensor:
+    """Turn vectors `[num_tokens, num_heads, head_dim]`; dims that are of no pair are left as they are."""
+    cosines, sines = angles
+    first, second = vectors[..., rotation.firsts], vectors[..., rotation.seconds]
+    turned = vectors.clone()
+    turned[..., rotation.firsts] = (first * cosines - second * sines) * rotation.attention_scaling
+    turned[..., rotation.seconds] = (second * cosines + first * sines) * rotation.attention_scaling
+    return turned
 
 
-def split_pairs(keys: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the first dims of all pairs, the second ones, and the dims that are not rotated."""
-    return keys[..., :num_pairs], keys[..., num_pairs : 2 * num_pairs], keys[..., 2 * num_pairs :]
+def undo_rotation(vectors: torch.Tensor, rotation: Rotation, angles: Angles) -> torch.Tensor:
+    """Turn vectors back; the inverse of `apply_rotation`."""
+    cosines, sines = angles
+    first, second = vectors[..., rotation.firsts], vectors[..., rotation.seconds]
+    turned = vectors.clone()
+    turned[..., rotation.firsts] = (first * cosines + second * sines) / rotation.attention_scaling
+    turned[..., rotation.seconds] = (second * cosines - first * sines) / rotation.attention_scaling
+    return turned

@@ -51,9 +51,16 @@ class LengthLimit:
     reason: str
 
 
+def decoder_of(model: Any) -> Any:
+    """Return the model's decoder: what holds its layers and its positions."""
+    decoder = model.get_decoder()
+    # ModernBERT's `decoder` is what predicts tokens.
+    return model.base_model if isinstance(decoder, torch.nn.Linear) else decoder
+
+
 def read_length_limit(model: Any) -> LengthLimit | None:
     """Return the lowest limit that a model's own modules set; None where they set none."""
-    limits = [*_position_tables(model), *_rotary_switches(model.get_decoder())]
+    limits = [*_position_tables(model), *_rotary_switches(decoder_of(model))]
     return min(limits, key=lambda limit: limit.num_tokens, default=None)
 
 
@@ -103,7 +110,7 @@ def check_prompts(loaded: LoadedModel, num_context: int, prompts: Sequence[torch
 def _position_tables(model: Any) -> Iterator[LengthLimit]:
     """Yield a limit for every table of positions: embeddings that are not the tokens', and buffers computed once."""
     tokens = model.get_input_embeddings()
-    for module in model.get_decoder().modules():
+    for module in decoder_of(model).modules():
         for name, child in module.named_children():
             if isinstance(child, torch.nn.Embedding) and child is not tokens and _POSITION_TABLE.fullmatch(name):
                 yield _table_limit(child.num_embeddings - _rows_before_the_first(child))

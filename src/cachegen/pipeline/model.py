@@ -46,7 +46,7 @@ from cachegen.pipeline.gguf import (
     split_gguf_name,
     unpacking,
 )
-from cachegen.pipeline.limits import LengthLimit, read_length_limit
+from cachegen.pipeline.limits import LengthLimit, decoder_of, read_length_limit
 from cachegen.pipeline.model_files import CONFIG_NAME, first_line, read_config
 
 BUNDLED_MODEL = "models/tiny-mistral"
@@ -104,7 +104,7 @@ class LoadedModel:
     @property
     def layers(self) -> list[torch.nn.Module]:
         """The decoder's layers in order; empty for a model that does not keep them in one list."""
-        for module in self.model.get_decoder().modules():
+        for module in decoder_of(self.model).modules():
             if isinstance(module, torch.nn.ModuleList) and len(module) == self.num_layers:
                 return list(module)
         return []
@@ -278,7 +278,7 @@ def read_rotary_embeddings(model: Any) -> tuple[RotaryEmbedding, ...]:
         attention have several, a model with learned positions none.
     """
     embeddings = []
-    for module_name, module in model.get_decoder().named_modules():
+    for module_name, module in decoder_of(model).named_modules():
         for buffer_name, buffer in module.named_buffers(recurse=False):
             if not buffer_name.endswith("inv_freq") or buffer_name.endswith("original_inv_freq"):
                 continue

@@ -17,6 +17,7 @@ from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.limits import check_context, check_length
 from cachegen.pipeline.model import LoadedModel, read_rotary_embeddings
 from cachegen.pipeline.model_cache import empty_cache, preallocated_layers, set_length, view_kv_cache
+from cachegen.pipeline.rotation import find_rotations
 
 
 def tokenize(loaded: LoadedModel, text: str, *, add_special_tokens: bool = True) -> torch.Tensor:
@@ -62,6 +63,7 @@ def prefill_context(
         token_ids=cached_ids.to(dtype=torch.int32, device="cpu"),
         rotary_embeddings=loaded.rotary_embeddings,
         block_size=block_size,
+        plane_rotations=find_rotations(loaded).planes,
     )
     return view_kv_cache(cache, len(cached_ids)), metadata
 

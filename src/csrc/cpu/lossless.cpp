@@ -249,27 +249,27 @@ void walk(const Model& model, int64_t num_tokens, int64_t first_token, Code&& co
     static const SineTable sines;
     static const Dot dot = choose_dot();
     const auto num_channels = static_cast<int64_t>(model.channels.size());
-    const auto num_pairs = static_cast<int64_t>(model.turns.size());
+    const auto num_turns = static_cast<int64_t>(model.turns.size());
     std::vector<int16_t> history(num_tokens * num_channels, 0);
-    std::vector<Angle> angles(num_tokens * num_pairs);
-    for (int64_t pair = 0; pair < num_pairs; ++pair)
+    std::vector<Angle> angles(num_tokens * num_turns);
+    for (int64_t index = 0; index < num_turns; ++index)
         for (int64_t token = 0; token < num_tokens; ++token) {
-            const uint64_t phase = static_cast<uint64_t>(first_token + token) * model.turns[pair];
-            angles[pair * num_tokens + token] = {sines.cosine(phase), sines.sine(phase)};
+            const uint64_t phase = static_cast<uint64_t>(first_token + token) * model.turns[index];
+            angles[index * num_tokens + token] = {sines.cosine(phase), sines.sine(phase)};
         }
     for (size_t index = 0; index < model.layers.size(); ++index) {
         const Layer& layer = model.layers[index];
         const int64_t before = layer.first_channel - layer.context_begin;
         const int64_t width = before + layer.num_channels;
         for (int64_t offset = 0; offset < layer.num_channels; ++offset) {
-            const int64_t dim = offset % layer.head_dim;
-            const bool is_key = offset < layer.num_key_channels;
-            if (is_key && dim >= num_pairs && dim < 2 * num_pairs) continue;  // coded with the first of its pair
-            const bool is_pair = is_key && dim < num_pairs;
-            const int64_t first = layer.first_channel + offset, second = first + num_pairs;
-            const Channel &one = model.channels[first], &two = model.channels[is_pair ? second : first];
+            const int64_t first = layer.first_channel + offset;
+            const Channel& one = model.channels[first];
+            if (one.distance < 0) continue;  // coded with the first of its pair
+            const bool is_pair = one.distance > 0;
+            const int64_t second = first + one.distance;
+            const Channel& two = model.channels[second];
             const int8_t* weights = layer.weights == nullptr ? nullptr : layer.weights + offset * width;
-            const int8_t* others = weights == nullptr ? nullptr : weights + num_pairs * width;
+            const int8_t* others = weights == nullptr ? nullptr : weights + one.distance * width;
             // A head's channels are not known in order: the whole layer is used, what is not known yet being zero.
             const int64_t count = weights == nullptr ? 0 : width;
             int16_t* row = history.data();
@@ -281,7 +281,7 @@ void walk(const Model& model, int64_t num_tokens, int64_t first_token, Code&& co
                     continue;
                 }
                 const int64_t other = predict(two, count == 0 ? 0 : dot(others, context, count));
-                const auto [cosine, sine] = angles[dim * num_tokens + token];
+                const auto [cosine, sine] = angles[one.turn * num_tokens + token];
                 const int64_t a = code(index, first, token, turn(prediction, cosine, other, -sine));
                 const int64_t b = code(index, second, token, turn(other, cosine, prediction, sine));
                 row[first] = to_history(one, turn(a, cosine, b, sine));

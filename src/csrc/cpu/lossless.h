@@ -30,6 +30,8 @@ struct Channel {
     int exponent;
     int history_shift;  // from units to what predicts other channels
     int step;           // units
+    int64_t distance;   // to the second channel of its rotated pair; 0: it is in no pair; -1: it is a second one
+    int64_t turn;       // of the pair, in `Model::turns`
 };
 
 // A layer's keys and values.
@@ -39,14 +41,13 @@ struct Layer {
     int64_t context_begin;  // the first channel that predicts; the last one is the one before the predicted
     const int8_t* weights;  // [num_channels][first_channel - context_begin + num_channels]; null: none
     int64_t num_key_channels;
-    int64_t head_dim;             // of keys
     const uint16_t* frequencies;  // [2][64], of keys and values
 };
 
 struct Model {
     std::vector<Channel> channels;
     std::vector<Layer> layers;
-    std::vector<uint64_t> turns;  // per pair of dims, the rotation from token to token in 2^-64 turns; empty: none
+    std::vector<uint64_t> turns;  // rotations of pairs from token to token, in 2^-64 turns
     bool is_float16;              // else bfloat16
 };
 

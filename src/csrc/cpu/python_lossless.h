@@ -23,12 +23,14 @@ class LosslessModel {
           layers_(part(parts, 1), "layers"),
           weights_(part(parts, 2), "weights"),
           frequencies_(part(parts, 3), "frequencies"),
-          turns_(part(parts, 4), "turns") {
+          turns_(part(parts, 4), "turns"),
+          pairs_(part(parts, 5), "pairs") {
         if (channels_.num_dimensions() != 2 || channels_.shape(1) != 6 || layers_.num_dimensions() != 2 ||
-            layers_.shape(1) != 5 || frequencies_.size() != layers_.shape(0) * 2 * lossless::kNumSymbols ||
-            turns_.num_dimensions() != 2 || turns_.shape(1) != 2)
+            layers_.shape(1) != 4 || frequencies_.size() != layers_.shape(0) * 2 * lossless::kNumSymbols ||
+            turns_.num_dimensions() != 2 || turns_.shape(1) != 2 || pairs_.num_dimensions() != 2 ||
+            pairs_.shape(0) != channels_.shape(0) || pairs_.shape(1) != 2)
             throw ValueError("an array of the model has another shape");
-        model_.is_float16 = PyObject_IsTrue(part(parts, 5)) == 1;
+        model_.is_float16 = PyObject_IsTrue(part(parts, 6)) == 1;
         for (int64_t i = 0; i < turns_.shape(0); ++i)
             model_.turns.push_back(uint64_t{turns_.at(i, 1)} << 32 | turns_.at(i, 0));
         for (int64_t i = 0; i < channels_.shape(0); ++i) add_channel(i);
@@ -42,13 +44,14 @@ class LosslessModel {
 
   private:
     static PyObject* part(PyObject* parts, Py_ssize_t index) {
-        if (!PyTuple_Check(parts) || PyTuple_Size(parts) != 6) throw ValueError("a model is a tuple of six");
+        if (!PyTuple_Check(parts) || PyTuple_Size(parts) != 7) throw ValueError("a model is a tuple of seven");
         return PyTuple_GetItem(parts, index);
     }
 
     void add_channel(int64_t i) {
         const lossless::Channel channel = {channels_.at(i, 0), channels_.at(i, 1), channels_.at(i, 2),
-                                           channels_.at(i, 3), channels_.at(i, 4), channels_.at(i, 5)};
+                                           channels_.at(i, 3), channels_.at(i, 4), channels_.at(i, 5),
+                                           pairs_.at(i, 0),    pairs_.at(i, 1)};
         if (std::abs(int64_t{channel.mean}) > int64_t{1} << 30 || channel.shift < 0 || channel.shift > 62 ||
             std::abs(channel.exponent) > 100 || channel.history_shift < 0 || channel.history_shift > 40 ||
             channel.step < 1 || channel.step > lossless::kMaxStep)
@@ -58,14 +61,12 @@ class LosslessModel {
 
     void add_layer(int64_t i, int64_t& first, int64_t& used) {
         const int64_t key_channels = layers_.at(i, 0), value_channels = layers_.at(i, 1);
-        const int64_t head_dim = layers_.at(i, 2), before = layers_.at(i, 3);
+        const int64_t before = layers_.at(i, 2);
         const std::string name = "layer " + std::to_string(i);
-        const auto num_pairs = static_cast<int64_t>(model_.turns.size());
-        if (key_channels < 1 || value_channels < 1 || head_dim < 1 || key_channels % head_dim != 0 ||
-            2 * num_pairs > head_dim || key_channels + value_channels > channels_.shape(0) - first)
+        if (key_channels < 1 || value_channels < 1 || key_channels + value_channels > channels_.shape(0) - first)
             throw ValueError(name + " has other channels than the model");
         const int64_t num_channels = key_channels + value_channels;
-        const bool has_weights = layers_.at(i, 4) != 0;
+        const bool has_weights = layers_.at(i, 3) != 0;
         if (before < 0 || before > first || (has_weights && before + num_channels > lossless::kMaxContext))
             throw ValueError(name + " has a context out of range");
         const int64_t num_weights = has_weights ? num_channels * (before + num_channels) : 0;
@@ -80,17 +81,36 @@ class LosslessModel {
             }
             if (total != kFrequencyTotal) throw ValueError(name + " has frequencies of another sum");
         }
+        check_pairs(name, first, key_channels);
+        check_pairs(name, first + key_channels, value_channels);
         const auto* weights = reinterpret_cast<const int8_t*>(weights_.data()) + used;
-        model_.layers.push_back({first, num_channels, first - before, has_weights ? weights : nullptr, key_channels,
-                                 head_dim, frequencies});
+        model_.layers.push_back(
+            {first, num_channels, first - before, has_weights ? weights : nullptr, key_channels, frequencies});
         first += num_channels;
         used += num_weights;
+    }
+
+    // Every first channel of a pair has a second one in its plane, which no other has, and a turn.
+    void check_pairs(const std::string& name, int64_t begin, int64_t count) const {
+        std::vector<bool> is_second(count, false);
+        for (int64_t i = 0; i < count; ++i) {
+            const lossless::Channel& channel = model_.channels[begin + i];
+            if (channel.distance <= 0) continue;
+            if (channel.distance >= count - i || channel.turn < 0 ||
+                channel.turn >= static_cast<int64_t>(model_.turns.size()) ||
+                model_.channels[begin + i + channel.distance].distance >= 0 || is_second[i + channel.distance])
+                throw ValueError(name + " has a pair of other channels");
+            is_second[i + channel.distance] = true;
+        }
+        for (int64_t i = 0; i < count; ++i)
+            if ((model_.channels[begin + i].distance < 0) != is_second[i]) throw ValueError(name + " has half a pair");
     }
 
     Array<int32_t> channels_, layers_;
     Array<uint8_t> weights_;
     Array<uint16_t> frequencies_;
     Array<uint32_t> turns_;
+    Array<int32_t> pairs_;
     lossless::Model model_;
 };
 

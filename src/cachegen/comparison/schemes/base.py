@@ -40,6 +40,7 @@ class SavedCache:
             metadata.token_ids[:stop],
             metadata.rotary_embeddings,
             metadata.block_size,
+            plane_rotations=metadata.plane_rotations,
         )
         return SavedCache(self.cache.slice(0, stop), kept)
 

@@ -120,7 +120,11 @@ class PcaScheme:
 
 def _features(saved: SavedCache) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return keys without rotation and values, each fp32 `[num_tokens, channels of all layers]`."""
-    keys = [rotate_keys(plane, saved.metadata, undo=True).flatten(1) for plane in saved.cache.keys]
+    rotations = saved.metadata.rotations_of(saved.cache)[0::2]
+    keys = [
+        rotate_keys(plane, rotation, undo=True).flatten(1)
+        for plane, rotation in zip(saved.cache.keys, rotations, strict=True)
+    ]
     values = [plane.float().flatten(1) for plane in saved.cache.values]
     return torch.cat(keys, dim=1).numpy(), torch.cat(values, dim=1).numpy()
 
@@ -133,7 +137,11 @@ def _to_cache(features: Sequence[NDArray[np.float32]], saved: SavedCache) -> KVC
         parts = torch.from_numpy(features[kind]).split(sizes, dim=1)
         by_kind.append([part.reshape(plane.shape) for part, plane in zip(parts, planes, strict=True)])
     dtype = saved.cache.dtype
-    keys = [rotate_keys(plane, saved.metadata, undo=False).to(dtype) for plane in by_kind[0]]
+    rotations = saved.metadata.rotations_of(saved.cache)[0::2]
+    keys = [
+        rotate_keys(plane, rotation, undo=False).to(dtype)
+        for plane, rotation in zip(by_kind[0], rotations, strict=True)
+    ]
     return KVCache(keys, [plane.to(dtype) for plane in by_kind[1]])
 
 

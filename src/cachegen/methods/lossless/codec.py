@@ -111,8 +111,7 @@ class LosslessEncoder(Encoder):
             raise InputError(f"method lossless codes caches of 16 bits per value, this one is {dtype}")
         super().__init__(cache, metadata, chunk_tokens, num_threads, kernels)
         planes = tuple(PlaneShape(plane.shape[1], plane.shape[2]) for plane in cache.planes)
-        rotary = metadata.rotary_embeddings[0] if metadata.rotary_embeddings else None
-        tables = fit_model(cache, rotary).pack()
+        tables = fit_model(cache, metadata.rotations_of(cache)).pack()
         header = LosslessDocumentHeader(
             **self._document_fields,
             method=METHOD_NUMBER,

@@ -21,9 +21,19 @@ from numpy.typing import NDArray
 
 from cachegen import _native
 from cachegen.format.headers import PlaneShape
-from cachegen.kv_cache import KVCache, RotaryEmbedding
-from cachegen.methods.lossless.model import MAX_BEFORE, MAX_CONTEXT, NO_WEIGHTS, NUM_SYMBOLS, Model, join_bits
-from cachegen.methods.rotary import rotation_of, undo_rotation
+from cachegen.kv_cache import KVCache
+from cachegen.methods.lossless.model import (
+    MAX_BEFORE,
+    MAX_CONTEXT,
+    NO_WEIGHTS,
+    NUM_SYMBOLS,
+    Model,
+    TurningPairs,
+    describe_pairs,
+    join_bits,
+)
+from cachegen.methods.rotary import angles_of, undo_rotation
+from cachegen.rotation import PlaneRotations, Rotation
 
 MAX_FIT_TOKENS = 8192
 """Of a longer cache every second, third, ... token is fitted on."""
@@ -41,38 +51,43 @@ _CHANNEL_STEPS = (512, 1023)
 _PI = Fraction(5048344754617993871973410141242436836214643421488662971535368, 1 << 200)
 
 
-def fit_model(cache: KVCache, rotary: RotaryEmbedding | None) -> Model:
+def fit_model(cache: KVCache, rotations: PlaneRotations) -> Model:
     """Fit a cache's model.
 
     Args:
         cache: on the CPU, of 16 bits per value; values that are not finite count as zero.
-        rotary: what the keys were rotated with; None: nothing.
+        rotations: how each plane is turned.
     """
     with _one_thread():
-        return _fit(cache, rotary)
+        return _fit(cache, rotations)
 
 
-def _fit(cache: KVCache, rotary: RotaryEmbedding | None) -> Model:
+def _fit(cache: KVCache, rotations: PlaneRotations) -> Model:
     planes = [PlaneShape(plane.shape[1], plane.shape[2]) for plane in cache.planes]
-    inv_freq = rotary.inv_freq if rotary is not None else ()
-    if any(2 * len(inv_freq) > plane.head_dim for plane in planes[::2]):
-        inv_freq = ()  # not of these keys
-    turns = [turn_of(frequency) for frequency in inv_freq]
+    distinct = list(dict.fromkeys(rotation for rotation in rotations if rotation is not None))
+    turning = tuple(
+        TurningPairs(tuple(map(turn_of, rotation.inv_freq)), rotation.pairing, rotation.offset) for rotation in distinct
+    )
+    numbers = tuple(0 if rotation is None else distinct.index(rotation) + 1 for rotation in rotations)
     first = _FIRST_TOKEN if cache.num_tokens > 16 * _FIRST_TOKEN else 0
     stride = -(-(cache.num_tokens - first) // MAX_FIT_TOKENS)
     positions = torch.arange(first, cache.num_tokens, stride)
-    orders = [_coding_order(keys, values, len(turns)) for keys, values in zip(planes[::2], planes[1::2], strict=True)]
+    orders = [
+        _coding_order(describe_pairs(planes[i : i + 2], turning, numbers[i : i + 2])[:, 0].tolist())
+        for i in range(0, len(planes), 2)
+    ]
     fitted: list[_Layer] = []
     covariances = _Covariances()
     for layer, order in enumerate(orders):
-        vectors = _vectors(cache, layer, positions, rotary if turns else None)
+        vectors = _vectors(cache, layer, positions, rotations)
         fitted.append(_fit_layer(vectors, fitted, covariances, order, cache.num_tokens))
     model = Model(
         channels=np.concatenate([layer.channels for layer in fitted]),
         layers_before=tuple(layer.before for layer in fitted),
         weights=np.concatenate([layer.weights.reshape(-1) for layer in fitted]).view(np.uint8),
         frequencies=_normalize(np.zeros((len(planes), NUM_SYMBOLS), np.int64)),
-        turns=np.array([[turn & 0xFFFFFFFF, turn >> 32] for turn in turns], np.uint32).reshape(-1, 2),
+        rotations=turning,
+        plane_rotations=numbers,
     )
     counts = np.zeros((len(planes), NUM_SYMBOLS), np.uint32)
     start = max(0, (cache.num_tokens - COUNTED_TOKENS) // 2)
@@ -102,20 +117,17 @@ class _Order:
     pairs: torch.Tensor
 
 
-def _coding_order(keys: PlaneShape, values: PlaneShape, num_pairs: int) -> _Order:
+def _coding_order(distances: Sequence[int]) -> _Order:
+    """Return the order of a layer whose channels have their partners so far on; see `describe_pairs`."""
     channels: list[int] = []
     partners: list[bool] = []
-    for head in range(keys.num_kv_heads):
-        first = head * keys.head_dim
-        for dim in range(num_pairs):
-            channels += [first + dim, first + dim + num_pairs]
+    for channel, distance in enumerate(distances):
+        if distance == 0:
+            channels.append(channel)
+            partners.append(False)
+        elif distance > 0:
+            channels += [channel, channel + distance]
             partners += [False, True]
-        rest = range(first + 2 * num_pairs, first + keys.head_dim)
-        channels += rest
-        partners += [False] * len(rest)
-    rest = range(keys.num_channels, keys.num_channels + values.num_channels)
-    channels += rest
-    partners += [False] * len(rest)
     seconds = [place for place, is_second in enumerate(partners) if is_second]
     pairs = [(channels[place - 1], channels[place]) for place in seconds]
     return _Order(torch.tensor(channels), torch.tensor(partners), torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2))
@@ -342,13 +354,23 @@ def _history_units(deviations: torch.Tensor) -> torch.Tensor:
     return torch.exp2(logs.floor() - 8 - logs)
 
 
-def _vectors(cache: KVCache, layer: int, positions: torch.Tensor, rotary: RotaryEmbedding | None) -> torch.Tensor:
-    """Return a layer's keys, their rotary embedding undone, and values: fp64 `[num_positions, num_channels]`."""
-    keys, values = (plane[positions].float() for plane in (cache.keys[layer], cache.values[layer]))
-    if rotary is not None:
-        cosines, sines, _ = rotation_of(rotary, int(positions[-1]) + 1, 0, positions.device)
-        keys = undo_rotation(keys, cosines[positions], sines[positions], 1.0)
-    return torch.cat([keys.flatten(1), values.flatten(1)], dim=1).double().nan_to_num(0.0, 0.0, 0.0)
+def _vectors(cache: KVCache, layer: int, positions: torch.Tensor, rotations: PlaneRotations) -> torch.Tensor:
+    """Return a layer's keys and values, their rotations undone: fp64 `[num_positions, num_channels]`."""
+    planes = slice(2 * layer, 2 * layer + 2)
+    parts = [
+        _turned_back(plane[positions].float(), rotation, positions).flatten(1)
+        for plane, rotation in zip(cache.planes[planes], rotations[planes], strict=True)
+    ]
+    return torch.cat(parts, dim=1).double().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _turned_back(vectors: torch.Tensor, rotation: Rotation | None, positions: torch.Tensor) -> torch.Tensor:
+    """Undo the turning of a plane's vectors, but for its scaling."""
+    if rotation is None:
+        return vectors
+    cosines, sines = angles_of(rotation, int(positions[-1]) + 1, 0, positions.device)
+    unscaled = dataclasses.replace(rotation, attention_scaling=1.0)
+    return undo_rotation(vectors, unscaled, (cosines[positions], sines[positions]))
 
 
 def _entropy_bits(weights: NDArray[np.int8]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from cachegen import _native
 from cachegen.errors import BitstreamError
 from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import KVCache
+from cachegen.rotation import PAIRINGS, Pairing, Rotation
 
 NUM_SYMBOLS = 64
 MAX_CONTEXT = 4096
@@ -32,6 +34,62 @@ _CHANNEL = np.dtype(
 
 
 @dataclass(frozen=True)
+class TurningPairs:
+    """A `Rotation` in the integers of the file.
+
+    Attributes:
+        turns: of each pair from token to token, in 2^-64 turns, below 2^64.
+        pairing, offset: as in `Rotation`.
+    """
+
+    turns: tuple[int, ...]
+    pairing: Pairing = "halves"
+    offset: int = 0
+
+    @property
+    def dims(self) -> list[tuple[int, int]]:
+        """The first and the second dim of each pair."""
+        rotation = Rotation((0.0,) * len(self.turns), self.pairing, self.offset)
+        dims = range(self.offset + rotation.num_dims)
+        return list(zip(dims[rotation.firsts], dims[rotation.seconds], strict=True))
+
+    def fits(self, head_dim: int) -> bool:
+        """Tell whether heads of so many dims have all the pairs."""
+        return self.offset + 2 * len(self.turns) <= head_dim
+
+    def pack(self) -> bytes:
+        """Return its bytes in the model."""
+        head = struct.pack("<BHH", PAIRINGS.index(self.pairing), self.offset, len(self.turns))
+        return head + struct.pack(f"<{len(self.turns)}Q", *self.turns)
+
+
+def _read_rotation(reader: _Reader) -> TurningPairs:
+    pairing = int(reader.take("u1", 1)[0])
+    if pairing >= len(PAIRINGS):
+        raise BitstreamError("a rotation pairs dims in an unknown way", field="model")
+    offset, num_pairs = (int(number) for number in reader.take("<u2", 2))
+    return TurningPairs(tuple(map(int, reader.take("<u8", num_pairs))), PAIRINGS[pairing], offset)
+
+
+def describe_pairs(
+    planes: Sequence[PlaneShape], rotations: Sequence[TurningPairs], plane_rotations: Sequence[int]
+) -> NDArray[np.int32]:
+    """Return int32 `[num_channels, 2]`: how far on the second channel of its pair is, and the pair's turn.
+
+    Of all rotations' turns, one after the other. The distance is 0 for a channel of no pair, -1 for a second one.
+    """
+    first_turns = np.cumsum([0, *(len(rotation.turns) for rotation in rotations)])
+    parts: list[NDArray[np.int32]] = []
+    for plane, number in zip(planes, plane_rotations, strict=True):
+        head = np.zeros((plane.head_dim, 2), np.int32)
+        for pair, (first, second) in enumerate(rotations[number - 1].dims if number else ()):
+            head[first] = second - first, first_turns[number - 1] + pair
+            head[second] = -1, 0
+        parts.append(np.tile(head, (plane.num_kv_heads, 1)))
+    return np.ascontiguousarray(np.concatenate(parts))
+
+
+@dataclass(frozen=True)
 class Model:
     """A document's model; the native coder checks the ranges.
 
@@ -41,20 +99,24 @@ class Model:
         layers_before: per layer, how many layers before it predict it, or `NO_WEIGHTS`.
         weights: uint8 holding int8, per layer with weights `[its channels, channels before + its channels]`.
         frequencies: uint16 `[2 * num_layers, 64]`, of the symbols of each plane; every row sums to 4096.
-        turns: uint32 `[num_pairs, 2]`, low word first: the rotation of each pair of a key's dims from token to
-            token, in 2^-64 turns.
+        rotations: the distinct ones of the planes.
+        plane_rotations: per plane, 0 where nothing turns, else one more than the number of its rotation.
     """
 
     channels: NDArray[np.int32]
     layers_before: tuple[int, ...]
     weights: NDArray[np.uint8]
     frequencies: NDArray[np.uint16]
-    turns: NDArray[np.uint32]
+    rotations: tuple[TurningPairs, ...]
+    plane_rotations: tuple[int, ...]
 
     def for_native(self, planes: Sequence[PlaneShape], *, is_float16: bool) -> _native.LosslessModel:
         """Return what the native functions take as `model`."""
         layers = describe_layers(planes, self.layers_before)
-        return self.channels, layers, self.weights, self.frequencies, self.turns, is_float16
+        turns = [turn for rotation in self.rotations for turn in rotation.turns]
+        halves = np.array([[turn & 0xFFFFFFFF, turn >> 32] for turn in turns], np.uint32).reshape(-1, 2)
+        pairs = describe_pairs(planes, self.rotations, self.plane_rotations)
+        return self.channels, layers, self.weights, self.frequencies, halves, pairs, is_float16
 
     def pack(self, compression: int = 9) -> bytes:
         """Return the model's bytes, compressed by zlib at a level from 0 to 9."""
@@ -62,8 +124,9 @@ class Model:
         for index, name in enumerate(("mean", "multiplier", "shift", "exponent", "history", "step")):
             channels[name] = self.channels[:, index]
         parts = [
-            len(self.turns).to_bytes(2, "little"),
-            self.turns.astype("<u4").tobytes(),
+            len(self.rotations).to_bytes(2, "little"),
+            *(rotation.pack() for rotation in self.rotations),
+            np.array(self.plane_rotations, "<u2").tobytes(),
             bytes(self.layers_before),
             # Field after field: numbers of one kind compress better.
             *(channels[name].tobytes() for name in _CHANNEL.names or ()),
@@ -93,8 +156,13 @@ def unpack_model(content: bytes, planes: Sequence[PlaneShape]) -> Model:
     if not inflater.eof or inflater.unused_data:
         raise BitstreamError("is longer than its compressed form may stand for", field="model")
     reader = _Reader(inflated)
-    num_pairs = int(reader.take("<u2", 1)[0])
-    turns = reader.take("<u4", 2 * num_pairs).astype(np.uint32).reshape(-1, 2)
+    rotations = tuple(_read_rotation(reader) for _ in range(int(reader.take("<u2", 1)[0])))
+    plane_rotations = tuple(int(number) for number in reader.take("<u2", len(planes)))
+    for plane, number in zip(planes, plane_rotations, strict=True):
+        if number > len(rotations) or (number and not rotations[number - 1].fits(plane.head_dim)):
+            raise BitstreamError("a plane has a rotation that is not there or of more dims", field="model")
+    if len(rotations) != len(set(plane_rotations) - {0}):
+        raise BitstreamError("has rotations of no plane", field="model")
     layers_before = tuple(int(number) for number in reader.take("u1", len(planes) // 2))
     num_channels = sum(plane.num_channels for plane in planes)
     fields = {name: reader.take(_CHANNEL[name].str, num_channels) for name in _CHANNEL.names or ()}
@@ -107,26 +175,25 @@ def unpack_model(content: bytes, planes: Sequence[PlaneShape]) -> Model:
         if before != NO_WEIGHTS and before > min(layer, MAX_BEFORE):
             raise BitstreamError(f"layer {layer} is predicted from {before} layers before it", field="model")
     layers = describe_layers(planes, layers_before).astype(np.int64)
-    sizes = layers[:, 4] * (layers[:, 0] + layers[:, 1]) * (layers[:, 3] + layers[:, 0] + layers[:, 1])
+    sizes = layers[:, 3] * (layers[:, 0] + layers[:, 1]) * (layers[:, 2] + layers[:, 0] + layers[:, 1])
     weights = reader.take("u1", int(sizes.sum()))
     reader.check_end()
-    return Model(np.ascontiguousarray(channels), layers_before, weights, frequencies, turns)
+    return Model(np.ascontiguousarray(channels), layers_before, weights, frequencies, rotations, plane_rotations)
 
 
 def describe_layers(planes: Sequence[PlaneShape], layers_before: Sequence[int]) -> NDArray[np.int32]:
-    """Return int32 `[num_layers, 5]`: channels of keys and of values, dims of a key, channels before, has weights."""
+    """Return int32 `[num_layers, 4]`: channels of keys and of values, channels before, has weights."""
     widths = [keys.num_channels + values.num_channels for keys, values in zip(planes[::2], planes[1::2], strict=True)]
     rows = [
         (
             planes[2 * layer].num_channels,
             planes[2 * layer + 1].num_channels,
-            planes[2 * layer].head_dim,
             0 if before == NO_WEIGHTS else sum(widths[layer - before : layer]),
             int(before != NO_WEIGHTS),
         )
         for layer, before in enumerate(layers_before)
     ]
-    return np.array(rows, np.int32).reshape(-1, 5)
+    return np.array(rows, np.int32).reshape(-1, 4)
 
 
 def join_bits(tokens: KVCache) -> NDArray[np.uint16]:

@@ -330,7 +330,7 @@ class TransformEncoder(Encoder):
             position = first_token + begin
             vectors = transform.replace_outliers(transform.join(block, position))
             quantized = quantize_components(transform.analyze(vectors, num_coded[-1]), steps[0], num_coded)
-            values = join_planes(transform.planes(block), None, position, self._device)
+            values = join_planes(transform.planes(block), [None] * len(transform.planes(block)), position, self._device)
             for loss, components, step, errors in zip(losses, quantized, steps, expected, strict=True):
                 decoded = torch.cat(
                     [plane.flatten(1) for plane in transform.reconstruct(components, step, position)], 1

@@ -27,7 +27,13 @@ from cachegen.errors import BitstreamError, InputError, MismatchError, OutputErr
 from cachegen.fields import Fields, parse_fields, refuse_file
 from cachegen.files import read_file, write_file
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
-from cachegen.kv_cache import RotaryEmbedding, hash_rotary_embeddings, read_rotary_embeddings
+from cachegen.kv_cache import (
+    RotaryEmbedding,
+    hash_rotary_embeddings,
+    read_rotary_embeddings,
+    rotations_by_rule,
+)
+from cachegen.rotation import PlaneRotations, pack_rotations, read_rotations
 
 PROFILE_NAME = "profile.json"
 SYNTHESIS_NAME = "synthesis.safetensors.zlib"
@@ -53,7 +59,7 @@ MAX_ROW_EXPONENT, MAX_CHANNEL_EXPONENT = 80, 30
 class TransformGroup:
     """Consecutive layers whose keys and values are transformed together, per token.
 
-    Per token the vector x is, layer after layer, the keys with their rotary embedding undone and the values. It is
+    Per token the vector x is, layer after layer, the keys and the values with their rotations undone. It is
     coded as components c = (x - mean) @ analysis and rebuilt as mean + c @ synthesis.
 
     Attributes:
@@ -104,13 +110,14 @@ class Profile:
 
     Attributes:
         model_fingerprint: SHA-256 in hex, as in a KV cache file.
-        rotary_embeddings: the model's; the first one is undone in keys. Empty: keys are taken as they are.
+        rotary_embeddings: the model's.
         plane_shapes: (num_kv_heads, head_dim) of the keys and the values of layer 0, of layer 1, ...
         groups: in layer order, covering all layers.
         curve: in descending order of step; empty where nothing was measured.
         calibration: what the profile was made from, for people.
         profile_hash: SHA-256 in hex of profile.json.
         num_bytes: of the files that decoding needs.
+        plane_rotations: what is undone in each plane; None: as `rotations_by_rule` says.
     """
 
     model_fingerprint: str
@@ -121,6 +128,14 @@ class Profile:
     calibration: dict[str, Any]
     profile_hash: str = ""
     num_bytes: int = 0
+    plane_rotations: PlaneRotations | None = None
+
+    @property
+    def rotations(self) -> PlaneRotations:
+        """What is undone in each plane."""
+        if self.plane_rotations is not None:
+            return self.plane_rotations
+        return rotations_by_rule(self.rotary_embeddings, [dim for _, dim in self.plane_shapes])
 
     @property
     def rope_hash(self) -> str:
@@ -264,6 +279,7 @@ def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, byte
         "rotary_embeddings": [
             {**dataclasses.asdict(rotary), "inv_freq": list(rotary.inv_freq)} for rotary in profile.rotary_embeddings
         ],
+        **({} if profile.plane_rotations is None else {"plane_rotations": pack_rotations(profile.plane_rotations)}),
         "plane_shapes": [list(shape) for shape in profile.plane_shapes],
         "groups": [
             {"first_layer": g.first_layer, "num_layers": g.num_layers, "num_components": g.num_components}
@@ -391,7 +407,8 @@ def _parse(fields: Fields) -> Profile:
     if any(heads * dim > MAX_CHANNELS for heads, dim in shapes):
         raise fields.error("plane_shapes", f"a plane must have at most {MAX_CHANNELS} channels")
     rotary_embeddings = read_rotary_embeddings(fields)
-    for rotary in rotary_embeddings[:1]:
+    plane_rotations = read_rotations(fields, [dim for _, dim in shapes])
+    for rotary in rotary_embeddings[:1] if plane_rotations is None else ():
         if rotary.attention_scaling == 0:
             raise fields.error("attention_scaling", "must not be 0")
         if any(2 * len(rotary.inv_freq) > dim for _, dim in shapes[0::2]):
@@ -405,7 +422,8 @@ def _parse(fields: Fields) -> Profile:
         for point in fields.objects("curve", 0, _MAX_CURVE_POINTS)
     )
     fingerprint, calibration = fields.hash("model_fingerprint"), fields.object("calibration").content
-    return Profile(fingerprint, rotary_embeddings, tuple(shapes), (), curve, dict(calibration))
+    profile = Profile(fingerprint, rotary_embeddings, tuple(shapes), (), curve, dict(calibration))
+    return dataclasses.replace(profile, plane_rotations=plane_rotations)
 
 
 def _parse_layers(fields: Fields, profile: Profile) -> list[tuple[int, int, int]]:

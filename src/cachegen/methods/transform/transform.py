@@ -1,6 +1,6 @@
 """The decorrelating transform: keys and values of a group of layers to components and back, forward and inverse.
 
-Per token, the keys' rotary embedding is undone (keys of one token kind then look alike at every position), keys and
+Per token, the rotation of each plane is undone (keys of one token kind then look alike at every position), keys and
 values of the group's layers are joined to one vector, and the profile's matrices turn it into components that are
 uncorrelated and equally important per unit. One step quantizes all of them; a finer level divides the step by three,
 so that every level refines the one before it and loses nothing for having been sent in two parts.
@@ -18,9 +18,10 @@ from typing import cast
 
 import torch
 
-from cachegen.kv_cache import KVCache, RotaryEmbedding
-from cachegen.methods.rotary import apply_rotation, rotation_of, split_pairs, undo_rotation
+from cachegen.kv_cache import KVCache
+from cachegen.methods.rotary import Turns
 from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile, TransformGroup
+from cachegen.rotation import Rotation
 
 LEVEL_RATIO = 3
 """The step of a level over that of the next one."""
@@ -49,9 +50,9 @@ class GroupTransform:
         in fp16, and a component of hundreds of steps would otherwise leak into others.
         """
         self.group = group
-        self._shapes = profile.plane_shapes[2 * group.first_layer : 2 * (group.first_layer + group.num_layers)]
-        self._rotary = profile.rotary_embeddings[0] if profile.rotary_embeddings else None
-        self._rotary_scaling = self._rotary.attention_scaling if self._rotary is not None else 1.0
+        planes = slice(2 * group.first_layer, 2 * (group.first_layer + group.num_layers))
+        self._shapes = profile.plane_shapes[planes]
+        self._rotations = profile.rotations[planes]
         self._device = device
         self._mean = group.mean.to(device=device, dtype=torch.float32)
         self._synthesis = group.synthesis.to(device=device, dtype=torch.float32)
@@ -70,7 +71,7 @@ class GroupTransform:
             cache: all layers.
             first_token: the position of the cache's first token.
         """
-        return join_planes(self.planes(cache), self._rotary, first_token, self._device)
+        return join_planes(self.planes(cache), self._rotations, first_token, self._device)
 
     def analyze(self, vectors: torch.Tensor, num_components: int | None = None) -> torch.Tensor:
         """Return the components of vectors, fp32 `[num_tokens, num_components]`.
@@ -120,14 +121,12 @@ class GroupTransform:
         """
         block = components.to(device=self._device, dtype=torch.float32) * step
         vectors = torch.addmm(self._mean, block, self._synthesis[: components.shape[1]])
-        rotation = self._rotation(len(components), first_token)
-        planes: list[torch.Tensor] = []
-        for index, (part, shape) in enumerate(
-            zip(torch.split(vectors, [heads * dim for heads, dim in self._shapes], dim=1), self._shapes, strict=True)
-        ):
-            values = part.view(-1, *shape)
-            planes.append(apply_rotation(values, *rotation) if index % 2 == 0 and rotation is not None else values)
-        return planes
+        turns = Turns(len(components), first_token, self._device)
+        parts = torch.split(vectors, [heads * dim for heads, dim in self._shapes], dim=1)
+        return [
+            turns.apply(part.view(-1, *shape), rotation)
+            for part, shape, rotation in zip(parts, self._shapes, self._rotations, strict=True)
+        ]
 
     def planes(self, cache: KVCache) -> Sequence[torch.Tensor]:
         """Return the planes of a whole cache that are the group's."""
@@ -149,16 +148,14 @@ class GroupTransform:
         # torch gives no type for it.
         norms = cast("torch.Tensor", self._synthesis.norm(dim=0))  # pyright: ignore[reportUnknownMemberType]
         spread = torch.hypot(self._spread(errors), left_out * norms)
-        num_pairs = len(self._rotary.inv_freq) if self._rotary is not None else 0
         parts: list[torch.Tensor] = []
-        for index, (part, shape) in enumerate(
-            zip(torch.split(spread, [heads * dim for heads, dim in self._shapes]), self._shapes, strict=True)
-        ):
+        split = torch.split(spread, [heads * dim for heads, dim in self._shapes])
+        for part, shape, rotation in zip(split, self._shapes, self._rotations, strict=True):
             values = part.view(shape).clone()
-            if index % 2 == 0 and num_pairs:
-                first, second, _ = split_pairs(values, num_pairs)
-                larger = torch.maximum(first, second) * self._rotary_scaling
-                values[..., : 2 * num_pairs] = torch.cat([larger, larger], dim=-1)
+            if rotation is not None:
+                larger = torch.maximum(values[..., rotation.firsts], values[..., rotation.seconds])
+                larger = larger * rotation.attention_scaling
+                values[..., rotation.firsts], values[..., rotation.seconds] = larger, larger
             parts.append(values.flatten())
         return torch.cat(parts)
 
@@ -169,11 +166,6 @@ class GroupTransform:
     def _spread(self, component_errors: torch.Tensor) -> torch.Tensor:
         """Return what independent errors of components come to in each channel."""
         return (component_errors.square() @ self._synthesis.square()).sqrt()
-
-    def _rotation(self, num_tokens: int, first_token: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        if self._rotary is None or not self._rotary.inv_freq:
-            return None
-        return rotation_of(self._rotary, num_tokens, first_token, self._device)
 
 
 def usual_size(sizes: torch.Tensor) -> torch.Tensor:
@@ -188,28 +180,24 @@ def usual_size(sizes: torch.Tensor) -> torch.Tensor:
 
 
 def join_planes(
-    planes: Sequence[torch.Tensor], rotary: RotaryEmbedding | None, first_token: int, device: torch.device
+    planes: Sequence[torch.Tensor], rotations: Sequence[Rotation | None], first_token: int, device: torch.device
 ) -> torch.Tensor:
     """Return the vectors that a transform works on.
 
     Args:
         planes: of consecutive layers `[num_tokens, num_heads, head_dim]`, keys then values of each.
-        rotary: what is undone in the keys; None or without frequencies: nothing.
+        rotations: what is undone in each of the planes.
         first_token: the position of the planes' first token.
         device: where the vectors belong.
 
     Returns:
         fp32 `[num_tokens, num_channels]`.
     """
-    rotation = None
-    if rotary is not None and rotary.inv_freq:
-        rotation = rotation_of(rotary, planes[0].shape[0], first_token, device)
-    parts: list[torch.Tensor] = []
-    for index, plane in enumerate(planes):
-        values = plane.to(device=device, dtype=torch.float32)
-        if index % 2 == 0 and rotation is not None:
-            values = undo_rotation(values, *rotation)
-        parts.append(values.flatten(1))
+    turns = Turns(planes[0].shape[0], first_token, device)
+    parts = [
+        turns.undo(plane.to(device=device, dtype=torch.float32), rotation).flatten(1)
+        for plane, rotation in zip(planes, rotations, strict=True)
+    ]
     return torch.cat(parts, dim=1)
 
 
