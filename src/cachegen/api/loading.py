@@ -19,6 +19,7 @@ from cachegen.format.files import TABLES_NAME
 from cachegen.methods import method_of
 from cachegen.methods.transform.profile import Profile, load_profile
 from cachegen.pipeline.decode import EncodedFolder
+from cachegen.pipeline.images import forget_images
 from cachegen.pipeline.model import LoadedModel, identify_model
 from cachegen.pipeline.model_cache import allocate_cache, set_length, to_dynamic_cache, view_kv_cache
 from cachegen.pipeline.prefill import recompute_first_tokens
@@ -93,6 +94,7 @@ class StoredCache(Measured):
         set_length(cache, self.num_tokens)
         if ids is not None:
             recompute_first_tokens(loaded, cache, ids, num_sinks, self.num_tokens)
+        forget_images(loaded.model)
         return to_dynamic_cache(cache)
 
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
+from cachegen.pipeline.images import on_text_alone
 from cachegen.pipeline.limits import check_length
 from cachegen.pipeline.model import LoadedModel, quiet_transformers
 from cachegen.pipeline.model_cache import get_capacity, set_length
@@ -113,7 +114,7 @@ def _generate(
     """Call generate() and time it; `arguments` are for it."""
     clock = _FirstTokenClock()
     inputs = token_ids.to(device=loaded.device, dtype=torch.int64)[None]
-    with quiet_transformers():
+    with quiet_transformers(), on_text_alone(loaded.model):
         output = loaded.model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),

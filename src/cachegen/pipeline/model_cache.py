@@ -198,7 +198,12 @@ def planes_of_cache(cache: Any) -> KVCache:
     if not isinstance(cache, Cache):
         raise TypeError(f"`cache` must be a transformers cache or a KVCache, got {type(cache).__name__}")
     keys, values = [], []
-    for index, layer in enumerate(getattr(cache, "layers", ())):
+    layers = list(getattr(cache, "layers", ()))
+    while layers and type(layers[-1]).__name__ == "DummyLayer":  # of layers that use the keys and values of others
+        layers.pop()
+    for index, layer in enumerate(layers):
+        if not hasattr(layer, "get_seq_length"):
+            raise InputError(f"the cache's layer {index} ({type(layer).__name__}) holds no keys of every token")
         num_tokens = int(layer.get_seq_length())
         for kind, planes in (("keys", keys), ("values", values)):
             states = getattr(layer, kind, None)
