@@ -8,7 +8,12 @@ import transformers
 from transformers import DynamicCache
 
 from cachegen.errors import InputError
-from cachegen.pipeline.architecture import choose_auto_class, count_cached_layers, refuse_unrepresentable
+from cachegen.pipeline.architecture import (
+    choose_auto_class,
+    count_cached_layers,
+    find_cache_argument,
+    refuse_unrepresentable,
+)
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import planes_of_cache, view_kv_cache
 from cachegen.pipeline.prefill import prefill
@@ -88,6 +93,17 @@ def test_a_family_of_hybrids_has_members_that_are_none():
     refuse_unrepresentable("model", attention)
     hybrid = transformers.GraniteMoeHybridConfig(**sizes, layer_types=["linear_attention"] * 3, num_local_experts=0)
     assert "linear_attention" in refusal(hybrid)
+
+
+def test_the_cache_has_the_name_that_the_model_gives_it():
+    class Newer:
+        def forward(self, input_ids, cache=None): ...
+
+    class Without:
+        def forward(self, input_ids): ...
+
+    assert find_cache_argument(transformers.LlamaForCausalLM) in ("past_key_values", "cache")
+    assert (find_cache_argument(Newer), find_cache_argument(Without)) == ("cache", None)
 
 
 def test_models_for_images_are_loaded_whole_where_their_text_part_is_tried():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from cachegen.errors import CacheGenError
 from cachegen.pipeline.model import LoadedModel, load_model, quiet_transformers
@@ -53,7 +53,10 @@ class Specimen:
     def plain(self) -> Any:
         """The model in fp16 as transformers loads it, without this project."""
         with quiet_transformers():
-            model = _published_class(self.family.make_config()).from_pretrained(self.folder, dtype=torch.float16)
+            config = self.family.make_config()
+            is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+            auto_class: Any = transformers.AutoModelForCausalLM if is_causal else _published_class(config)
+            model = auto_class.from_pretrained(self.folder, dtype=torch.float16)
         return model.eval()
 
 

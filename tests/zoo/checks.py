@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 import cachegen
 from cachegen.coder.cpu_kernels import CPU
@@ -68,10 +69,10 @@ def check_python(specimen: Specimen, folder: Path) -> None:
     plain, num_context = specimen.plain, CONTEXTS[1]
     prompt = make_ids(num_context + NUM_QUESTION, seed=2)
     with torch.inference_mode():
-        cache = plain(prompt[None, :num_context], past_key_values=DynamicCache(), use_cache=True)
+        cache = plain(prompt[None, :num_context], **name_cache(plain, DynamicCache()), use_cache=True)
     cachegen.compress(cache, prompt[:num_context], plain, {"method": "lossless"}).save(folder)
     decoded = cachegen.load(folder).to_cache(plain, prompt)
-    answer = generate_plainly(plain, prompt, past_key_values=decoded, use_cache=True)
+    answer = generate_plainly(plain, prompt, **name_cache(plain, decoded), use_cache=True)
     expected = generate_plainly(plain, prompt)
     if answer != expected:
         check_tie(plain, prompt, answer, expected, specimen.family.half_tolerance)
@@ -146,11 +147,17 @@ def predict_from(loaded: LoadedModel, cache: Any, num_cached: int, prompt: torch
 # --- transformers alone -----------------------------------------------------------------------------------------------
 
 
+def name_cache(model: Any, cache: Cache) -> dict[str, Cache]:
+    """Return a cache as an argument of a model; transformers 5.24 has given it another name."""
+    is_old = "past_key_values" in inspect.signature(type(model).forward).parameters
+    return {"past_key_values" if is_old else "cache": cache}
+
+
 @torch.inference_mode()
 def run_plainly(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return keys and values `[num_tokens, heads, dim]` of the layers that have some, of one pass over all tokens."""
     cache = DynamicCache()
-    model(ids[None], past_key_values=cache, use_cache=True)
+    model(ids[None], **name_cache(model, cache), use_cache=True)
     return [
         (layer.keys[0].permute(1, 0, 2), layer.values[0].permute(1, 0, 2))
         for layer in cache.layers
@@ -161,7 +168,8 @@ def run_plainly(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch
 @torch.inference_mode()
 def run_with_own_cache(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return the states that the model's own kind of cache holds after one pass, and see that it holds no others."""
-    cache = model(ids[None], use_cache=True).past_key_values
+    output = model(ids[None], use_cache=True)
+    cache = output["cache"] if "cache" in output else output["past_key_values"]
     held = []
     for layer in cache.layers:
         tensors = {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}

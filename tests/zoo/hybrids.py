@@ -47,7 +47,7 @@ HYBRIDS = [
             n_groups=2,
             ssm_state_size=16,
             num_hidden_layers=None,
-            layers_block_type=["linear_attention", "full_attention", "mlp"],
+            hybrid_override_pattern="M*-",
         ),
     ),
     Family("Falcon-H1", "FalconH1Config", sizes(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16)),

@@ -66,9 +66,7 @@ MIXTURES = [
         ),
     ),
     Family("GLM-4.7 Flash", "Glm4MoeLiteConfig", sizes(**_DEEPSEEK), "latent attention"),
-    Family(
-        "DeepSeek V2", "DeepseekV2Config", sizes(**_DEEPSEEK, topk_method="group_limited_greedy"), "latent attention"
-    ),
+    Family("DeepSeek V2", "DeepseekV2Config", sizes(**_DEEPSEEK), "latent attention"),
     Family(
         "DeepSeek V3, R1, Kimi K2",
         "DeepseekV3Config",
@@ -169,7 +167,7 @@ MIXTURES = [
             max_seq_len=256,
             vocab_size=SIZES["vocab_size"],
             attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-            ffn_config={"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
+            ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
         ),
     ),
     Family("JetMoE", "JetMoeConfig", sizes(head_dim=None, kv_channels=16, num_local_experts=4, num_experts_per_tok=2)),

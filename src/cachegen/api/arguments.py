@@ -29,8 +29,9 @@ _MAX_TOKEN_ID = (1 << 31) - 1
 def read_cache(cache: Any) -> KVCache:
     """Return a cache's planes on the CPU, as views where they are there already."""
     if not isinstance(cache, KVCache):
-        if hasattr(cache, "past_key_values"):
-            cache = cache.past_key_values
+        name = next((name for name in ("cache", "past_key_values") if hasattr(cache, name)), None)
+        if name is not None:
+            cache = getattr(cache, name)
             if cache is None:
                 raise InputError("the model's output has no cache: call the model with use_cache=True")
         cache = planes_of_cache(cache)

@@ -54,10 +54,10 @@ class StoredCache(Measured):
     ) -> DynamicCache:
         """Decode into a new cache, which `model.generate` takes as `past_key_values`.
 
-        `generate` wants the ids of all tokens, those of the context first, and at least one more than the cache holds.
-        Without that one more, transformers gives a wrong answer and no error: to continue the context itself, let the
-        cache end before its last token (`cache.crop(-1)`). It appends to the cache: call `to_cache` for each answer, or
-        give it a `copy.deepcopy`.
+        transformers calls that `cache` from 5.24 on, and takes both. `generate` wants the ids of all tokens, those of
+        the context first, and at least one more than the cache holds. Without that one more, transformers gives a wrong
+        answer and no error: to continue the context itself, let the cache end before its last token
+        (`cache.crop(-1)`). It appends to the cache: call `to_cache` for each answer, or give it a `copy.deepcopy`.
 
         Args:
             model: the one that computed the cache, with the same weights in the same dtype. Files of the scripts name a

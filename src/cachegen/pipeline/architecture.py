@@ -42,6 +42,12 @@ def choose_auto_class(config: Any) -> Any:
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
+def find_cache_argument(model_class: Any) -> str | None:
+    """Return the name by which a model's class takes a cache, another one from transformers 5.24 on; None: by none."""
+    parameters = inspect.signature(model_class.forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in parameters), None)
+
+
 def count_cached_layers(text_config: Any) -> int:
     """Return how many layers keep keys and values of their own: the first ones; the others use theirs.
 
@@ -70,7 +76,7 @@ def refuse_unrepresentable(model_id: str, config: Any) -> None:
         raise InputError(
             f"{name} attends to later tokens (use_bidirectional_attention): its cache depends on the question"
         )
-    if "past_key_values" not in inspect.signature(model_class.forward).parameters:
+    if find_cache_argument(model_class) is None:
         raise InputError(f"{name} is a model without a key-value cache")
     # The class of a family may have members that are not.
     if getattr(model_class, "_is_stateful", False) and getattr(text_config, "layer_types", None) is None:
@@ -88,7 +94,8 @@ def _find_model_class(name: str, config: Any) -> Any:
 
 
 def _refuse_layers(name: str, text_config: Any) -> None:
-    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    listed = getattr(text_config, "layer_types", None) or getattr(text_config, "block_types", None)
+    layer_types = set(listed or ())
     foreign = sorted(layer_types - _REPRESENTABLE_LAYER_TYPES - _CACHELESS_LAYER_TYPES)
     if foreign:
         raise InputError(

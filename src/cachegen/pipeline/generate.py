@@ -82,7 +82,7 @@ def generate_answer(
     # generate() would take all missing tokens in one step, quadratic in their number.
     num_in_blocks = (num_tokens - 1 - num_cached_tokens) // block_size * block_size
     extend_cache(loaded, cache, token_ids[num_cached_tokens : num_cached_tokens + num_in_blocks], block_size)
-    return _generate(loaded, token_ids, max_new_tokens, start_seconds, num_cached_tokens, past_key_values=cache)
+    return _generate(loaded, token_ids, max_new_tokens, start_seconds, num_cached_tokens, **loaded.name_cache(cache))
 
 
 @torch.inference_mode()

@@ -33,7 +33,12 @@ from transformers.utils.hub import cached_file
 
 from cachegen.errors import BackendUnavailableError, CacheGenError, ConfigError, InputError
 from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
-from cachegen.pipeline.architecture import choose_auto_class, count_cached_layers, refuse_unrepresentable
+from cachegen.pipeline.architecture import (
+    choose_auto_class,
+    count_cached_layers,
+    find_cache_argument,
+    refuse_unrepresentable,
+)
 from cachegen.pipeline.fingerprint import compute_fingerprint, compute_memory_fingerprint, find_checkpoint_fingerprint
 from cachegen.pipeline.gguf import (
     GGUF_DTYPE,
@@ -119,6 +124,10 @@ class LoadedModel:
     def length_limit(self) -> LengthLimit | None:
         """The most tokens that may pass through the model; None where it has no such limit of its own."""
         return read_length_limit(self.model)
+
+    def name_cache(self, cache: Any) -> dict[str, Any]:
+        """Return a cache as the argument that the model's forward pass and `generate()` take."""
+        return {find_cache_argument(type(self.model)) or "past_key_values": cache}
 
     @functools.cached_property
     def can_limit_logits(self) -> bool:

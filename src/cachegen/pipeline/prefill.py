@@ -181,7 +181,7 @@ def run_model(loaded: LoadedModel, cache: Cache, token_ids: torch.Tensor, num_lo
     logits_limit = {"logits_to_keep": num_logits} if loaded.can_limit_logits else {}
     inputs = token_ids.to(device=loaded.device, dtype=torch.int64)[None]
     with on_text_alone(loaded.model):
-        output = loaded.model(input_ids=inputs, past_key_values=cache, use_cache=True, **logits_limit)
+        output = loaded.model(input_ids=inputs, **loaded.name_cache(cache), use_cache=True, **logits_limit)
     return output.logits[0, -num_logits:]
 
 
