@@ -52,11 +52,13 @@ class Specimen:
     @functools.cached_property
     def plain(self) -> Any:
         """The model in fp16 as transformers loads it, without this project."""
+        config = self.family.make_config()
+        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        auto_class: Any = transformers.AutoModelForCausalLM if is_causal else _published_class(config)
         with quiet_transformers():
-            config = self.family.make_config()
-            is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-            auto_class: Any = transformers.AutoModelForCausalLM if is_causal else _published_class(config)
             model = auto_class.from_pretrained(self.folder, dtype=torch.float16)
+            if model.dtype != torch.float16:  # transformers 5.10 takes that of a text part from its config
+                model = _published_class(config).from_pretrained(self.folder, dtype=torch.float16)
         return model.eval()
 
 
