@@ -35,6 +35,7 @@ def _write_page(args: argparse.Namespace) -> None:
     from tests.zoo.checkpoints import save_specimen
     from tests.zoo.families import FAMILIES
     from tests.zoo.report import COLUMNS, describe, format_row
+    from tests.zoo.shapes import describe_shapes
 
     report = command_line.Reporter(args)
     page = Path(args.page)
@@ -52,8 +53,12 @@ def _write_page(args: argparse.Namespace) -> None:
             rows.append(describe(specimen))
         num_works += specimen.error is None
         report.row(family.name, "works" if specimen.error is None else "refused")
+    shapes = "\n".join(describe_shapes())
     summary = f"{len(FAMILIES)} families with transformers {version('transformers')}: {num_works} work."
-    write_file(page, "".join([before, BEGIN, "\n\n", summary, "\n\n", "\n".join(rows), "\n\n", END, after]).encode())
+    write_file(
+        page,
+        "".join([before, BEGIN, "\n\n", shapes, "\n\n", summary, "\n\n", "\n".join(rows), "\n\n", END, after]).encode(),
+    )
     report.row("written", page)
 
 

@@ -22,6 +22,7 @@ from cachegen.pipeline.model import LoadedModel, quiet_transformers
 from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
 from cachegen.pipeline.prefill import prefill, prefill_context, run_model
 from cachegen.pipeline.verify import is_saved_cache
+from cachegen.pipeline.windows import find_first_visible
 from tests.zoo.checkpoints import Specimen, make_ids
 from tests.zoo.sizes import WINDOW
 
@@ -89,6 +90,28 @@ def check_questions(specimen: Specimen) -> None:
         for values in view_kv_cache(cache, num_cached).slice(num_cached - 2, num_cached).values:
             values.copy_(values.flip(0))
         assert difference(expected, predict_from(loaded, cache, num_cached, prompt)) > 100 * EXACT_TOLERANCE
+
+
+def check_windows(specimen: Specimen) -> None:
+    """What a layer lets go of may be anything; what is the first to be visible may not."""
+    loaded = specimen.exact
+    for num_context in CONTEXTS:
+        prompt = make_ids(num_context + NUM_QUESTION, seed=3)
+        num_cached = num_context - 1
+        first_visible = find_first_visible(loaded.text_config, num_cached)
+        cache = prefill(loaded, prompt[:num_cached], BLOCK_SIZES[0], capacity=len(prompt))
+        planes = view_kv_cache(cache, num_cached)
+        expected = predict_from(loaded, cache, num_cached, prompt)
+        for layer, first in enumerate(first_visible):
+            for plane in (planes.keys[layer], planes.values[layer]):
+                plane[:first] = 3 * plane[:first].flip(0) + 1
+        assert difference(expected, predict_from(loaded, cache, num_cached, prompt)) < EXACT_TOLERANCE
+        for layer, first in enumerate(first_visible):
+            if 0 < first < num_cached:
+                values = planes.values[layer][first].clone()
+                planes.values[layer][first] = 3 * values + 1
+                assert difference(expected, predict_from(loaded, cache, num_cached, prompt)) > EXACT_TOLERANCE
+                planes.values[layer][first] = values
 
 
 def check_bytes(specimen: Specimen, folder: Path) -> None:

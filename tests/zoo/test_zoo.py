@@ -10,9 +10,18 @@ import pytest
 from cachegen.errors import BackendUnavailableError, InputError
 from tests.fixtures import REPOSITORY
 from tests.zoo.checkpoints import Specimen
-from tests.zoo.checks import check_answers, check_blocks, check_bytes, check_limit, check_python, check_questions
+from tests.zoo.checks import (
+    check_answers,
+    check_blocks,
+    check_bytes,
+    check_limit,
+    check_python,
+    check_questions,
+    check_windows,
+)
 from tests.zoo.families import FAMILIES
 from tests.zoo.report import describe
+from tests.zoo.shapes import SHAPES, describe_shapes
 
 PAGE = REPOSITORY / "docs/models.md"
 CONSTRAINTS = REPOSITORY / "tools/constraints.txt"
@@ -37,6 +46,10 @@ def test_a_notebook_gets_the_answer_from_the_text(working: Specimen, tmp_path: P
 
 def test_predictions_behind_a_context_are_those_of_one_pass(working: Specimen):
     check_questions(working)
+
+
+def test_what_windows_and_chunks_let_go_of_is_seen_by_no_later_token(working: Specimen):
+    check_windows(working)
 
 
 def test_what_transformers_keeps_is_what_is_stored(working: Specimen, tmp_path: Path):
@@ -71,4 +84,10 @@ def test_the_page_says_what_is_found(specimen: Specimen):
 
 def test_the_page_has_no_other_families():
     rows = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| ")]
-    assert {row.split(" | ")[0].removeprefix("| ") for row in rows} - {"family", "|---"} <= set(FAMILIES)
+    others = {row.split(" | ")[0].removeprefix("| ") for row in rows} - set(FAMILIES)
+    assert others == {"family", "model", *SHAPES}
+
+
+def test_the_page_says_how_much_no_later_token_sees():
+    lines = PAGE.read_text("utf-8").splitlines()
+    assert set(describe_shapes()) <= set(lines), "docs/models.md is stale: run scripts/model_zoo.py"
