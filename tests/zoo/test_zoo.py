@@ -85,7 +85,7 @@ def test_the_page_says_what_is_found(specimen: Specimen):
 def test_the_page_has_no_other_families():
     rows = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| ")]
     others = {row.split(" | ")[0].removeprefix("| ") for row in rows} - set(FAMILIES)
-    assert others == {"family", "model", *SHAPES}
+    assert others <= {"family", "model", *SHAPES}
 
 
 def test_the_page_says_how_much_no_later_token_sees():
