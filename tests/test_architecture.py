@@ -7,7 +7,8 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from cachegen.errors import InputError
+import cachegen
+from cachegen.errors import InputError, MismatchError
 from cachegen.pipeline.architecture import (
     choose_auto_class,
     count_cached_layers,
@@ -93,6 +94,50 @@ def test_a_family_of_hybrids_has_members_that_are_none():
     refuse_unrepresentable("model", attention)
     hybrid = transformers.GraniteMoeHybridConfig(**sizes, layer_types=["linear_attention"] * 3, num_local_experts=0)
     assert "linear_attention" in refusal(hybrid)
+
+
+FALCON = transformers.FalconConfig(
+    vocab_size=SMALL_SIZES["vocab_size"],
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    new_decoder_architecture=True,
+    eos_token_id=2,
+)
+
+
+def test_of_heads_that_the_model_repeats_one_is_stored(tmp_path):
+    loaded, ids = make_loaded(FALCON), make_token_ids(40)
+    assert loaded.num_head_repeats == 2 and make_loaded(CONFIGS["llama"]).num_head_repeats == 1
+    with torch.inference_mode():
+        cache = loaded.model(ids.long()[None], use_cache=True).past_key_values
+    assert {plane.shape[1] for plane in planes_of_cache(cache).planes} == {4}
+    compressed = cachegen.compress(cache, ids, loaded.model, {"method": "uniform", "bits": 8})
+    assert compressed.num_values == 2 * 2 * 40 * 2 * 16
+    compressed.save(tmp_path / "encoded")
+    decoded = cachegen.load(tmp_path / "encoded").to_cache(loaded.model, ids)
+    assert {plane.shape[1] for plane in planes_of_cache(decoded).planes} == {4}
+    ours = view_kv_cache(prefill(loaded, ids), 40)
+    assert cachegen.compress(ours, ids, loaded.model, {"method": "uniform", "bits": 8}).num_values == ours.num_values
+
+
+def test_heads_that_should_be_alike_and_are_not_are_refused():
+    loaded, ids = make_loaded(FALCON), make_token_ids(40)
+    with torch.no_grad():
+        cache = loaded.model(ids.long()[None], use_cache=True).past_key_values
+    cache.layers[1].values[0, 3] += 1
+    with pytest.raises(MismatchError, match="must have every head 2 times"):
+        cachegen.compress(cache, ids, loaded.model, {"method": "uniform", "bits": 8})
+
+
+def test_a_model_that_repeats_heads_can_be_calibrated():
+    loaded = make_loaded(FALCON)
+    texts = [make_token_ids(300, seed) for seed in range(2)]
+    caches = [(view_kv_cache(prefill(loaded, ids), 300), ids) for ids in texts]
+    profile = cachegen.calibrate(loaded.model, caches)
+    compressed = cachegen.compress(*caches[0], loaded.model, "transform", profile=profile)
+    assert compressed.num_values == 2 * 2 * 300 * 2 * 16
 
 
 def test_the_cache_has_the_name_that_the_model_gives_it():

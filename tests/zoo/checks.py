@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ values make 0.02 at least."""
 def check_blocks(specimen: Specimen) -> None:
     """A cache that is computed block by block is that of one pass of transformers."""
     loaded, ids = specimen.exact, make_ids(CONTEXTS[-1])
-    expected = run_plainly(loaded.model, ids)
+    expected = [keep_one(pair, loaded) for pair in run_plainly(loaded.model, ids)]
     for block_size in BLOCK_SIZES:
         found = view_kv_cache(prefill(loaded, ids, block_size), len(ids))
         assert found.num_layers == len(expected)
@@ -119,7 +120,7 @@ def check_bytes(specimen: Specimen, folder: Path) -> None:
     loaded, ids = specimen.half, make_ids(WINDOW - 2)
     own = run_with_own_cache(specimen.plain, ids)
     cache, metadata = prefill_context(loaded, torch.cat([ids, ids[:1]]))
-    shapes = [(len(ids), states.shape[1], states.shape[3]) for pair in own for states in pair]
+    shapes = [(len(ids), *states.shape[1:]) for pair in own for states in keep_one(pair, loaded)]
     assert [tuple(plane.shape) for plane in cache.planes] == shapes
     result = encode_document(make_encoder(LosslessConfig(), cache, metadata, [len(ids)]), folder)
     assert result.sizes.payload <= 2 * cache.num_values
@@ -154,11 +155,22 @@ def encode_and_decode(loaded: LoadedModel, context: torch.Tensor, folder: Path, 
     encoded = EncodedFolder(folder, 1, CPU)
     encoded.check_model(loaded)
     encoded.check_context(context, num_cached, "the context")
-    decoded = allocate_cache(encoded.plane_shapes, capacity, encoded.dtype, loaded.layer_devices)
+    decoded = allocate_cache(
+        encoded.plane_shapes, capacity, encoded.dtype, loaded.layer_devices, loaded.num_head_repeats
+    )
     output: KVCache = view_kv_cache(decoded, num_cached)
     encoded.decode_into(output, context, encoded.select_chunks(None))
     assert is_saved_cache(output, encoded.document.header)
     return decoded, num_cached
+
+
+def keep_one(pair: Sequence[torch.Tensor], loaded: LoadedModel) -> list[torch.Tensor]:
+    """Return keys and values `[num_tokens, heads, dim]` with one of each head that the model repeats."""
+    config = loaded.text_config
+    num_repeats = config.num_attention_heads // config.num_kv_heads if loaded.num_head_repeats > 1 else 1
+    for plane in pair:
+        assert plane.equal(plane[:, ::num_repeats].repeat_interleave(num_repeats, dim=1))
+    return [plane[:, ::num_repeats] for plane in pair]
 
 
 def predict_from(loaded: LoadedModel, cache: Any, num_cached: int, prompt: torch.Tensor) -> torch.Tensor:
@@ -199,7 +211,7 @@ def run_with_own_cache(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor
         tensors.pop("_sliding_window_tensor", None)
         if tensors:
             assert set(tensors) == {"keys", "values"}
-            held.append((tensors["keys"], tensors["values"]))
+            held.append(tuple(tensors[name][0].permute(1, 0, 2) for name in ("keys", "values")))
     return held
 
 

@@ -161,7 +161,7 @@ DENSE = [
             new_decoder_architecture=True,
             num_kv_heads=2,
         ),
-        "each head of keys and values is cached once per query head",
+        "the model caches each head once per query head, one is stored",
     ),
     Family(
         "Falcon-RW",

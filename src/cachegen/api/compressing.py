@@ -144,7 +144,7 @@ def compress(
         chosen = chosen.with_flags({"coder": parse_coder(name, "`coder`")})
     chosen = chosen.read_files()
     loaded = identify_model(model, chosen.model_fingerprint)
-    check_cache(planes, loaded)
+    planes = check_cache(planes, loaded)
     refuse_images(loaded, ids, "`token_ids`")
     metadata = ContextMetadata(loaded.model_id, loaded.fingerprint, ids, loaded.rotary_embeddings, block_size)
     threads = num_threads or default_num_threads()

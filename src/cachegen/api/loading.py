@@ -89,7 +89,9 @@ class StoredCache(Measured):
                 f"{folder.path}: caches {self.num_tokens} tokens, `token_ids` has {len(ids)}: it is another context"
             )
         folder.check_model(loaded)
-        cache = allocate_cache(folder.plane_shapes, self.num_tokens, folder.dtype, loaded.layer_devices)
+        cache = allocate_cache(
+            folder.plane_shapes, self.num_tokens, folder.dtype, loaded.layer_devices, loaded.num_head_repeats
+        )
         folder.decode_into(view_kv_cache(cache, self.num_tokens), ids, folder.select_chunks(None))
         set_length(cache, self.num_tokens)
         if ids is not None:

@@ -60,6 +60,16 @@ def count_cached_layers(text_config: Any) -> int:
     return int(text_config.num_hidden_layers) - (getattr(text_config, "num_kv_shared_layers", None) or 0)
 
 
+def count_head_repeats(text_config: Any) -> int:
+    """Return how often a model caches each head of its keys and values, of which one is stored.
+
+    Once, but Falcon 40B and 180B broadcast keys and values to all query heads before they cache them.
+    """
+    if text_config.model_type == "falcon" and text_config.new_decoder_architecture:
+        return text_config.num_attention_heads // text_config.num_kv_heads
+    return 1
+
+
 def refuse_unrepresentable(model_id: str, config: Any) -> None:
     """Refuse, before any weights are read, a model whose cache is not just keys and values of every token.
 

@@ -36,6 +36,7 @@ from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
 from cachegen.pipeline.architecture import (
     choose_auto_class,
     count_cached_layers,
+    count_head_repeats,
     find_cache_argument,
     refuse_unrepresentable,
 )
@@ -97,6 +98,11 @@ class LoadedModel:
     def num_layers(self) -> int:
         """The number of layers that have keys and values of their own: the first ones."""
         return count_cached_layers(self.text_config)
+
+    @property
+    def num_head_repeats(self) -> int:
+        """How often the model caches each head of keys and values; one is stored."""
+        return count_head_repeats(self.text_config)
 
     @property
     def max_tokens(self) -> int | None:

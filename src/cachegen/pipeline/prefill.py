@@ -103,7 +103,7 @@ def prefill(
         raise ValueError("`token_ids` must have at least one token")
     check_length(loaded, num_tokens, "the text to prefill")
     refuse_images(loaded, token_ids, "the text to prefill")
-    cache = empty_cache(loaded.num_layers, max(num_tokens, capacity or 0))
+    cache = empty_cache(loaded.num_layers, max(num_tokens, capacity or 0), loaded.num_head_repeats)
     # What a model keeps shows after the first block, long before the last.
     extend_cache(loaded, cache, token_ids[:block_size], block_size, progress)
     _check_whole(loaded.model_id, cache, min(block_size, num_tokens))
