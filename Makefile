@@ -13,7 +13,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-zoo test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -64,6 +64,9 @@ test-mutations: $(INSTALLED) ## Change lines of the emulated kernels, one by one
 
 test-faults: $(INSTALLED) ## Kill the scripts, fill their disks, deny them memory, lie to them: what docs/reliability.md says
 	@$(BIN)/python -m pytest -m faults -n auto --dist loadfile
+
+test-zoo: $(INSTALLED) ## Try a tiny random model of every family: what docs/models.md says
+	@$(BIN)/python -m pytest tests/zoo -m "zoo or not zoo" -n auto --dist loadgroup
 
 test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU")'

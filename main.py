@@ -35,6 +35,7 @@ from cachegen.errors import (  # noqa: E402
 from cachegen.files import remove_stale_temporaries  # noqa: E402
 from cachegen.kv_archive import is_damaged_kv_file  # noqa: E402
 from cachegen.kv_cache import (  # noqa: E402
+    describe_difference,
     hash_planes,
     hash_rotary_embeddings,
     hash_token_prefixes,
@@ -261,6 +262,8 @@ def _examine(
     """
     if not os.path.lexists(kv_path):
         return FileState.FREE, 0
+    from cachegen.pipeline.prefill import measure_plane_shapes
+
     remedy = "give another --save_dir, or --overwrite to replace it"
     try:
         cache, metadata = load_kv_cache(kv_path)
@@ -270,6 +273,7 @@ def _examine(
             return FileState.DAMAGED, 0
         raise OutputError(f"{error}; {remedy}") from error
     num_cached = len(token_ids) - 1
+    shapes = [(plane.shape[1], plane.shape[2]) for plane in cache.planes]
     differences = {
         "model": metadata.model_fingerprint != loaded.fingerprint,
         "context": hash_token_prefixes(metadata.token_ids, [cache.num_tokens])
@@ -277,6 +281,8 @@ def _examine(
         "dtype": cache.dtype != loaded.dtype,
         "block size": metadata.block_size != args.block_size,
         "precision of the weights (--load_in_8bit)": metadata.load_in_8bit != args.load_in_8bit,
+        # What a model caches has changed between versions of transformers (latent attention).
+        "form of keys and values": describe_difference(shapes, measure_plane_shapes(loaded)) is not None,
         "rotary embedding": metadata.rope_hash != hash_rotary_embeddings(loaded.rotary_embeddings),
     }
     differing = [name for name, differs in differences.items() if differs]

@@ -84,7 +84,9 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     folder.check_model(loaded)
     num_cached = sum(chunk_tokens)
     folder.check_context(token_ids, num_cached, args.path_to_context)
-    cache = allocate_cache(folder.plane_shapes, session.capacity, folder.dtype, loaded.layer_devices)
+    cache = allocate_cache(
+        folder.plane_shapes, session.capacity, folder.dtype, loaded.layer_devices, loaded.num_head_repeats
+    )
 
     # From here on the clock runs: what a server with the model in memory would do.
     start = time.perf_counter()

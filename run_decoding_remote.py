@@ -139,7 +139,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
         loaded = session.loaded
     policy = choose_policy(document, args.policy, args.level)
     num_cached, block_size = document.num_tokens, document.manifest.prefill_block_size
-    cache = empty_cache(loaded.num_layers, session.capacity)
+    cache = empty_cache(loaded.num_layers, session.capacity, loaded.num_head_repeats)
     speeds = measure_speeds(
         loaded, cache, num_cached, token_ids, block_size, chosen.device, num_prompt_tokens=len(session.prompts[0])
     )

@@ -326,6 +326,26 @@ def test_a_model_in_memory_is_hashed_as_documented():
     assert compute_memory_fingerprint(model) == hashlib.sha256(content).hexdigest()
 
 
+def test_adapters_in_memory_count_as_they_are_in_force():
+    """What layers of peft say of themselves, without peft: the tensors are the same whatever is switched on."""
+    model = copy.deepcopy(make_named("llama").model)
+    without = compute_memory_fingerprint(model)
+    layer = model.model.layers[1].self_attn.q_proj
+    found = {without}
+    for changed in (
+        {"active_adapters": ["a"], "disable_adapters": False, "merged_adapters": [], "scaling": {"a": 2.0, "b": 4.0}},
+        {"disable_adapters": True},
+        {"disable_adapters": False, "active_adapters": ["b"]},
+        {"scaling": {"a": 2.0, "b": 5.0}},
+        {"merged_adapters": ["b"]},
+    ):
+        vars(layer).update(changed)
+        found.add(compute_memory_fingerprint(model))
+    assert len(found) == 6
+    layer.scaling["a"] = 3.0  # of one that is not active
+    assert compute_memory_fingerprint(model) in found
+
+
 def test_a_model_in_memory_is_not_known_by_the_files_of_its_checkpoint():
     loaded = load_model(BUNDLED_MODEL, device=CPU)
     assert compute_memory_fingerprint(loaded.model) != loaded.fingerprint

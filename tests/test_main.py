@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import main
-from cachegen.kv_cache import load_kv_cache, save_kv_cache
+from cachegen.kv_cache import from_planes, load_kv_cache, save_kv_cache
 from cachegen.pipeline import model as model_module
 from cachegen.pipeline.fingerprint import compute_fingerprint
 from tests.fixtures import BUNDLED_MODEL, REPOSITORY
@@ -137,6 +137,16 @@ def test_a_cache_of_another_context_is_not_replaced_before_anything_is_computed(
     assert prefill(folder, save_dir) == 7
     assert "test_kv_10.pkl: was made with another context" in read_error(capsys)
     assert [path.name for path in save_dir.iterdir()] == ["test_kv_10.pkl"]
+
+
+def test_a_cache_of_another_form_is_not_replaced(context, save_dir, capsys):
+    """As of a version of transformers that caches something else, of the same weights."""
+    assert prefill(context, save_dir) == 0
+    path = save_dir / "test_kv_3.pkl"
+    cache, metadata = load_kv_cache(path)
+    save_kv_cache(path, from_planes([plane.clone().flatten(1)[:, None] for plane in cache.planes]), metadata)
+    assert prefill(context, save_dir) == 7
+    assert "was made with another form of keys and values" in read_error(capsys)
 
 
 def test_a_cache_of_another_model_is_not_replaced(context, save_dir, tmp_path, capsys):

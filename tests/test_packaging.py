@@ -304,6 +304,13 @@ def test_env_yml_agrees_with_pyproject() -> None:
     assert read_requirements(pip_part[:-1]) == read_requirements(project["dependencies"])
 
 
+def test_the_zoo_runs_on_the_lowest_and_the_newest_transformers() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/zoo.yml").read_text("utf-8"))
+    lowest, newest = workflow["jobs"]["zoo"]["strategy"]["matrix"]["transformers"]
+    (allowed,) = [line for line in read_pyproject()["project"]["dependencies"] if line.startswith("transformers")]
+    assert newest == allowed and lowest == f"{allowed.replace('>=', '==')}.*"
+
+
 # --- what is shipped --------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from cachegen.errors import InputError
 from cachegen.kv_cache import load_kv_cache, save_kv_cache
+from cachegen.pipeline.architecture import find_cache_argument
 from cachegen.pipeline.model_cache import view_kv_cache
 from cachegen.pipeline.prefill import (
     prefill,
@@ -139,7 +140,7 @@ def test_a_layer_that_does_not_hold_every_token_is_refused():
     loaded = make_loaded(CONFIGS["llama"])
 
     def drop_a_token(module, inputs, arguments, output):
-        arguments["past_key_values"].layers[1].crop(-1)
+        arguments[find_cache_argument(type(module))].layers[1].crop(-1)
 
     loaded.model.register_forward_hook(drop_a_token, with_kwargs=True)
     with pytest.raises(InputError, match="layer 1 holds 4 of 5 tokens"):

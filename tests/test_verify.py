@@ -135,7 +135,9 @@ def test_an_uncompressed_cache_differs_from_the_text_by_rounding_only():
 
 def test_a_mistake_in_our_own_prefilling_shows_against_the_text(monkeypatch):
     update = PreallocatedLayer.update
-    monkeypatch.setattr(PreallocatedLayer, "update", lambda self, keys, *rest: update(self, keys * 3, *rest))
+    monkeypatch.setattr(
+        PreallocatedLayer, "update", lambda self, keys, *rest, **more: update(self, keys * 3, *rest, **more)
+    )
     token_ids = make_token_ids(60)
     wrong = prefill(LOADED, token_ids[:-1], 16, capacity=70)
     assert compare_with_text(LOADED, token_ids, wrong, num_decoded_tokens=59).kl > 0.01

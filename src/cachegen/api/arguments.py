@@ -17,7 +17,7 @@ from cachegen.methods.base import MethodConfig
 from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.limits import check_length
 from cachegen.pipeline.model import LoadedModel
-from cachegen.pipeline.model_cache import planes_of_cache
+from cachegen.pipeline.model_cache import keep_distinct_heads, planes_of_cache
 from cachegen.pipeline.prefill import measure_plane_shapes
 
 CLONE = Path(__file__).resolve().parents[3]
@@ -29,8 +29,9 @@ _MAX_TOKEN_ID = (1 << 31) - 1
 def read_cache(cache: Any) -> KVCache:
     """Return a cache's planes on the CPU, as views where they are there already."""
     if not isinstance(cache, KVCache):
-        if hasattr(cache, "past_key_values"):
-            cache = cache.past_key_values
+        name = next((name for name in ("cache", "past_key_values") if hasattr(cache, name)), None)
+        if name is not None:
+            cache = getattr(cache, name)
             if cache is None:
                 raise InputError("the model's output has no cache: call the model with use_cache=True")
         cache = planes_of_cache(cache)
@@ -55,8 +56,11 @@ def read_token_ids(token_ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
     return ids.detach().to(device="cpu", dtype=torch.int32)
 
 
-def check_cache(cache: KVCache, loaded: LoadedModel) -> None:
+def check_cache(cache: KVCache, loaded: LoadedModel) -> KVCache:
     """Refuse a cache that the model cannot have computed, or could not go on from.
+
+    Returns:
+        The cache, with one of each head that the model repeats.
 
     Raises:
         MismatchError: it has another dtype or other shapes.
@@ -64,11 +68,18 @@ def check_cache(cache: KVCache, loaded: LoadedModel) -> None:
     """
     if cache.dtype != loaded.dtype:
         raise MismatchError(f"the cache is {cache.dtype}, but {loaded.model_id} computes in {loaded.dtype}")
+    expected, num_repeats = measure_plane_shapes(loaded), loaded.num_head_repeats
+    if num_repeats > 1 and cache.keys[0].shape[1] == num_repeats * expected[0][0]:
+        try:
+            cache = keep_distinct_heads(cache, num_repeats)
+        except ValueError as error:
+            raise MismatchError(f"the cache is not of {loaded.model_id}: {error}") from error
     shapes = [(plane.shape[1], plane.shape[2]) for plane in cache.planes]
-    difference = describe_difference(measure_plane_shapes(loaded), shapes)
+    difference = describe_difference(expected, shapes)
     if difference is not None:
         raise MismatchError(f"the cache is not of {loaded.model_id}: {difference}")
     check_length(loaded, cache.num_tokens, "the cache")
+    return cache
 
 
 def choose_config(

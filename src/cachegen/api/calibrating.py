@@ -158,7 +158,7 @@ def _open_context(context: Any, name: str, loaded: LoadedModel, tokenizer: Any, 
         ids = read_token_ids(token_ids)
         if len(ids) != cache.num_tokens:
             raise MismatchError(f"{name}: the cache holds {cache.num_tokens} tokens, its token ids are {len(ids)}")
-        check_cache(cache, loaded)
+        cache = check_cache(cache, loaded)
         return CalibrationContext(name, cache, _describe(loaded, ids, cache.num_tokens, hash_planes(cache)))
     if isinstance(context, str):
         tokenizer = tokenizer if tokenizer is not None else loaded.tokenizer

@@ -24,6 +24,7 @@ from cachegen.methods.base import MethodConfig
 from cachegen.methods.transform.profile import Profile, pack_profile
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
 from cachegen.pipeline.encode import encode_document, order_levels
+from cachegen.pipeline.images import refuse_images
 from cachegen.pipeline.kept import KeptEncoding
 from cachegen.pipeline.model import LoadedModel, identify_model
 from cachegen.pipeline.rotation import find_rotations
@@ -115,8 +116,9 @@ def compress(
     Raises:
         MismatchError: cache, tokens and model do not belong together: another number of tokens, another dtype, other
             shapes; or a profile is of another model.
-        InputError: a file is missing; the cache is empty, is a batch, holds NaN or infinity or lacks tokens (a sliding
-            window has dropped them); or the model's state is more than keys and values of every token.
+        InputError: a file is missing; `token_ids` have one that stands for an image; the cache is empty, is a batch,
+            holds NaN or infinity or lacks tokens (a sliding window has dropped them); or the model's state is more than
+            keys and values of every token.
         ConfigError: the config or a name in it is wrong.
         BackendUnavailableError: CUDA was asked for and is not there.
         TypeError, ValueError: an argument is of another type or shape, or the model is in training mode.
@@ -155,7 +157,8 @@ def compress(
     if not chosen.needs_profile:
         chosen = chosen.read_files()
     loaded = identify_model(model, chosen.model_fingerprint)
-    check_cache(planes, loaded)
+    planes = check_cache(planes, loaded)
+    refuse_images(loaded, ids, "`token_ids`")
     metadata = ContextMetadata(
         loaded.model_id,
         loaded.fingerprint,

@@ -19,6 +19,7 @@ from cachegen.format.files import TABLES_NAME
 from cachegen.methods import method_of
 from cachegen.methods.transform.profile import Profile, load_profile
 from cachegen.pipeline.decode import EncodedFolder
+from cachegen.pipeline.images import forget_images
 from cachegen.pipeline.model import LoadedModel, identify_model
 from cachegen.pipeline.model_cache import allocate_cache, set_length, to_dynamic_cache, view_kv_cache
 from cachegen.pipeline.prefill import recompute_first_tokens
@@ -53,10 +54,10 @@ class StoredCache(Measured):
     ) -> DynamicCache:
         """Decode into a new cache, which `model.generate` takes as `past_key_values`.
 
-        `generate` wants the ids of all tokens, those of the context first, and at least one more than the cache holds.
-        Without that one more, transformers gives a wrong answer and no error: to continue the context itself, let the
-        cache end before its last token (`cache.crop(-1)`). It appends to the cache: call `to_cache` for each answer, or
-        give it a `copy.deepcopy`.
+        transformers calls that `cache` from 5.24 on, and takes both. `generate` wants the ids of all tokens, those of
+        the context first, and at least one more than the cache holds. Without that one more, transformers gives a wrong
+        answer and no error: to continue the context itself, let the cache end before its last token
+        (`cache.crop(-1)`). It appends to the cache: call `to_cache` for each answer, or give it a `copy.deepcopy`.
 
         Args:
             model: the one that computed the cache, with the same weights in the same dtype. Files of the scripts name a
@@ -88,11 +89,14 @@ class StoredCache(Measured):
                 f"{folder.path}: caches {self.num_tokens} tokens, `token_ids` has {len(ids)}: it is another context"
             )
         folder.check_model(loaded)
-        cache = allocate_cache(folder.plane_shapes, self.num_tokens, folder.dtype, loaded.layer_devices)
+        cache = allocate_cache(
+            folder.plane_shapes, self.num_tokens, folder.dtype, loaded.layer_devices, loaded.num_head_repeats
+        )
         folder.decode_into(view_kv_cache(cache, self.num_tokens), ids, folder.select_chunks(None))
         set_length(cache, self.num_tokens)
         if ids is not None:
             recompute_first_tokens(loaded, cache, ids, num_sinks, self.num_tokens)
+        forget_images(loaded.model)
         return to_dynamic_cache(cache)
 
 

@@ -18,6 +18,7 @@ from cachegen.device import KernelChoice
 from cachegen.errors import ConfigError, StoreError
 from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
+from cachegen.pipeline.images import forget_images
 from cachegen.pipeline.model import LoadedModel, identify_checkpoint, identify_model
 from cachegen.pipeline.model_cache import allocate_cache, set_length, to_dynamic_cache
 from cachegen.pipeline.prefill import measure_plane_shapes
@@ -106,7 +107,7 @@ class CacheStore:
         document.expect_planes(shapes, loaded.dtype)
         num_tokens = document.num_tokens
         # One more, which measuring generates from.
-        cache = allocate_cache(shapes, num_tokens + 1, loaded.dtype, loaded.layer_devices)
+        cache = allocate_cache(shapes, num_tokens + 1, loaded.dtype, loaded.layer_devices, loaded.num_head_repeats)
         lookup_seconds = time.perf_counter() - start
         speeds = _SPEEDS.get(loaded, document, cache, ids, self._choice.device)
         loader = make_loader(
@@ -127,6 +128,7 @@ class CacheStore:
         if self._report is not None:
             self._report(result)
         set_length(cache, num_tokens)
+        forget_images(loaded.model)
         return to_dynamic_cache(cache)
 
     def _find(self, loaded: LoadedModel, ids: torch.Tensor) -> tuple[LoadedModel, RemoteDocument]:

@@ -88,7 +88,10 @@ def measure_document(
         cache, metadata, profile, chunk_tokens, step_log=step_log, num_threads=num_threads, kernels=kernels
     )
     caches = [
-        allocate_cache(plane_shapes_of(cache), cache.num_tokens, loaded.dtype, loaded.layer_devices) for _ in range(2)
+        allocate_cache(
+            plane_shapes_of(cache), cache.num_tokens, loaded.dtype, loaded.layer_devices, loaded.num_head_repeats
+        )
+        for _ in range(2)
     ]
     reference, decoded = caches
     for target, source in zip(view_kv_cache(reference, cache.num_tokens).planes, cache.planes, strict=True):

@@ -21,6 +21,7 @@ from cachegen.errors import InputError
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes
 from cachegen.methods.transform.transform import BLOCK_TOKENS, join_planes
 from cachegen.pipeline.model import LoadedModel
+from cachegen.pipeline.model_cache import repeat_heads
 
 TOKENS_PER_WINDOW = 256
 """Tokens whose predictions are differentiated at once: what bounds the memory of the backward pass."""
@@ -29,10 +30,13 @@ TOKENS_PER_WINDOW = 256
 class _LeafLayer(DynamicLayer):
     """Hold a layer's saved keys and values as leaves of the graph, `[1, num_kv_heads, num_tokens, head_dim]`."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_head_repeats: int) -> None:
         super().__init__()
         self.leaves = [tensor.detach().requires_grad_(True) for tensor in (keys, values)]
         self.keys, self.values = self.leaves
+        if num_head_repeats > 1:
+            with torch.enable_grad():
+                self.keys, self.values = (repeat_heads(leaf, num_head_repeats) for leaf in self.leaves)
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
@@ -121,11 +125,12 @@ def _sample_gradients(
     layers = []
     for keys, values, device in zip(before.keys, before.values, loaded.layer_devices, strict=True):
         pair = [plane.to(device=device, dtype=loaded.dtype).transpose(0, 1)[None] for plane in (keys, values)]
-        layers.append(_LeafLayer(*pair))
+        layers.append(_LeafLayer(pair[0], pair[1], loaded.num_head_repeats))
     leaves = [leaf for layer in layers for leaf in layer.leaves]
     inputs = window.to(device=loaded.device, dtype=torch.int64)[None]
     with torch.enable_grad():
-        logits = loaded.model(input_ids=inputs, past_key_values=Cache(layers=layers), use_cache=True).logits[0].float()
+        output = loaded.model(input_ids=inputs, **loaded.name_cache(Cache(layers=layers)), use_cache=True)
+        logits = output.logits[0].float()
         if not torch.isfinite(logits).all():
             raise InputError("the model's predictions from it are NaN or infinite; the cache or the model is damaged")
         # Drawn on the CPU, so that every device draws the same from the same probabilities.

@@ -291,7 +291,7 @@ class _Bench:
 
     def _allocate(self, loaded: LoadedModel, capacity: int) -> Cache:
         shapes = [(plane.shape[1], plane.shape[2]) for plane in self._saved.cache.planes]
-        return allocate_cache(shapes, capacity, loaded.dtype, loaded.layer_devices)
+        return allocate_cache(shapes, capacity, loaded.dtype, loaded.layer_devices, loaded.num_head_repeats)
 
 
 def load_caches(study: Study, contexts: Sequence[PromptContext], kind: str) -> Iterator[SavedCache]:

@@ -195,7 +195,7 @@ def _write_answers(
         input_ids=torch.tensor(inputs, device=loaded.device)[None],
         attention_mask=mask[None, None].to(loaded.device),
         position_ids=(num_cached + position)[None].to(loaded.device),
-        past_key_values=cache,
+        **loaded.name_cache(cache),
         use_cache=True,
     )
     set_length(cache, num_cached)

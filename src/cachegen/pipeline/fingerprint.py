@@ -111,9 +111,10 @@ def compute_fingerprint(model_id: str, *, local_files_only: bool = False, load_i
 def compute_memory_fingerprint(model: Any) -> str:
     """Hash a model as it is in memory: its class, its config, and a sample of every tensor of its state.
 
-    For models that were built or changed where no checkpoint says what they are. It is another domain than
-    `compute_fingerprint`: the two never agree, not even for a model that was just loaded from that checkpoint. The
-    dtype of the tensors belongs to it; the device does not, nor does a tokenizer, which the model does not have.
+    Where adapters of peft are in it, also which are in force how strongly. For models that were built or changed where
+    no checkpoint says what they are. It is another domain than `compute_fingerprint`: the two never agree, not even for
+    a model that was just loaded from that checkpoint. The dtype of the tensors belongs to it; the device does not, nor
+    does a tokenizer, which the model does not have.
     docs/format.md (Fingerprint of a model in memory) specifies the bytes.
 
     Args:
@@ -133,6 +134,8 @@ def compute_memory_fingerprint(model: Any) -> str:
         entries.append(_describe_sample(name, tuple(tensor.shape), _sample_rows(tuple(tensor.shape), tensor)))
     for description, sample in sorted(entries):
         _add(digest, f"tensor {description}", sample)
+    for name, state in _list_adapters(model):
+        _add(digest, f"adapters {name}", state.encode())
     return digest.hexdigest()
 
 
@@ -219,6 +222,26 @@ def _pack_config(config: Any) -> bytes:
     content = json.loads(config.to_json_string())
     canonical = {name: value for name, value in content.items() if name not in _CONFIG_FIELDS_OUTSIDE_MEMORY}
     return json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _list_adapters(model: Any) -> Iterator[tuple[str, str]]:
+    """Yield the layers that peft has put adapters into, and which of these are in force how strongly.
+
+    Their tensors are there whether they are switched on or not, and the strength is no tensor at all.
+    """
+    for name, module in sorted(model.named_modules()):
+        active = getattr(module, "active_adapters", None)
+        if not isinstance(active, list | tuple) or not hasattr(module, "disable_adapters"):
+            continue
+        scaling = getattr(module, "scaling", None)
+        strengths = {adapter: str(scaling.get(adapter)) for adapter in active} if isinstance(scaling, dict) else {}
+        state = {
+            "active": list(active),
+            "merged": list(getattr(module, "merged_adapters", ())),
+            "off": bool(module.disable_adapters),
+            "scaling": strengths,
+        }
+        yield name, json.dumps(state, sort_keys=True, separators=(",", ":"))
 
 
 def _list_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
+from cachegen.pipeline.images import on_text_alone
 from cachegen.pipeline.limits import check_length
 from cachegen.pipeline.model import LoadedModel, quiet_transformers
 from cachegen.pipeline.model_cache import get_capacity, set_length
@@ -81,7 +82,7 @@ def generate_answer(
     # generate() would take all missing tokens in one step, quadratic in their number.
     num_in_blocks = (num_tokens - 1 - num_cached_tokens) // block_size * block_size
     extend_cache(loaded, cache, token_ids[num_cached_tokens : num_cached_tokens + num_in_blocks], block_size)
-    return _generate(loaded, token_ids, max_new_tokens, start_seconds, num_cached_tokens, past_key_values=cache)
+    return _generate(loaded, token_ids, max_new_tokens, start_seconds, num_cached_tokens, **loaded.name_cache(cache))
 
 
 @torch.inference_mode()
@@ -113,7 +114,7 @@ def _generate(
     """Call generate() and time it; `arguments` are for it."""
     clock = _FirstTokenClock()
     inputs = token_ids.to(device=loaded.device, dtype=torch.int64)[None]
-    with quiet_transformers():
+    with quiet_transformers(), on_text_alone(loaded.model):
         output = loaded.model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),

@@ -24,17 +24,22 @@ import transformers.utils.logging
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.hub import cached_file
 
 from cachegen.errors import BackendUnavailableError, CacheGenError, ConfigError, InputError
 from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
+from cachegen.pipeline.architecture import (
+    choose_auto_class,
+    count_cached_layers,
+    count_head_repeats,
+    find_cache_argument,
+    refuse_unrepresentable,
+)
 from cachegen.pipeline.fingerprint import compute_fingerprint, compute_memory_fingerprint, find_checkpoint_fingerprint
 from cachegen.pipeline.gguf import (
     GGUF_DTYPE,
@@ -53,8 +58,6 @@ BUNDLED_MODEL = "models/tiny-mistral"
 
 _HUB_TIMEOUT_SECONDS = 5
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-# Layers whose cache is keys and values of every token; a plain cache keeps them all, and only the mask differs.
-_REPRESENTABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,13 @@ class LoadedModel:
 
     @property
     def num_layers(self) -> int:
-        """The number of layers that have keys and values."""
-        return int(self.text_config.num_hidden_layers)
+        """The number of layers that have keys and values of their own: the first ones."""
+        return count_cached_layers(self.text_config)
+
+    @property
+    def num_head_repeats(self) -> int:
+        """How often the model caches each head of keys and values; one is stored."""
+        return count_head_repeats(self.text_config)
 
     @property
     def max_tokens(self) -> int | None:
@@ -103,16 +111,16 @@ class LoadedModel:
 
     @property
     def layers(self) -> list[torch.nn.Module]:
-        """The decoder's layers in order; empty for a model that does not keep them in one list."""
+        """The decoder's layers in order, all; empty for a model that does not keep them in one list."""
         for module in decoder_of(self.model).modules():
-            if isinstance(module, torch.nn.ModuleList) and len(module) == self.num_layers:
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self.text_config.num_hidden_layers:
                 return list(module)
         return []
 
     @property
     def layer_devices(self) -> list[torch.device]:
-        """Where each layer's keys and values belong."""
-        devices = [next(layer.parameters()).device for layer in self.layers]
+        """Where the keys and values belong of each layer that has some."""
+        devices = [next(layer.parameters()).device for layer in self.layers[: self.num_layers]]
         # Weights that accelerate keeps elsewhere show as meta; they are computed where the ids go in.
         return [
             self.device if device.type == "meta" else device for device in devices or [self.device] * self.num_layers
@@ -122,6 +130,10 @@ class LoadedModel:
     def length_limit(self) -> LengthLimit | None:
         """The most tokens that may pass through the model; None where it has no such limit of its own."""
         return read_length_limit(self.model)
+
+    def name_cache(self, cache: Any) -> dict[str, Any]:
+        """Return a cache as the argument that the model's forward pass and `generate()` take."""
+        return {find_cache_argument(type(self.model)) or "past_key_values": cache}
 
     @functools.cached_property
     def can_limit_logits(self) -> bool:
@@ -167,12 +179,12 @@ def load_model(
             dtype = GGUF_DTYPE
         try:
             config = AutoConfig.from_pretrained(place, **source)
-            _refuse_unrepresentable(model_id, config)
+            refuse_unrepresentable(model_id, config)
             fingerprint = compute_fingerprint(model_id, local_files_only=local_files_only, load_in_8bit=load_in_8bit)
             tokenizer = AutoTokenizer.from_pretrained(place, **source)
             if gguf_names is not None:
                 placement["quantization_config"] = unpacking()
-            loading: Any = AutoModelForCausalLM.from_pretrained(
+            loading: Any = choose_auto_class(config).from_pretrained(
                 place, config=config, dtype=dtype, output_loading_info=True, **source, **placement
             )
             model, loading_info = loading
@@ -243,7 +255,7 @@ def identify_model(model: Any, fingerprint: str | None = None) -> LoadedModel:
     if model.training:
         raise ValueError("`model` must be in evaluation mode: call model.eval()")
     name = f"{model.name_or_path or type(model).__name__} (in memory)"
-    _refuse_unrepresentable(name, model.config)
+    refuse_unrepresentable(name, model.config)
     if not model.can_generate():
         raise InputError(f"{name}: {type(model).__name__} has no head that predicts tokens")
     if model.dtype not in SUPPORTED_DTYPES:
@@ -407,30 +419,6 @@ def _is_hub_reachable() -> bool:
         return isinstance(error.reason, ssl.SSLError)  # huggingface_hub has certificates of its own
     except OSError:
         return False
-
-
-def _refuse_unrepresentable(model_id: str, config: Any) -> None:
-    """Refuse, before any weights are read, a model whose cache is not just keys and values of every token."""
-    name = f"{model_id}: {config.model_type}"
-    if config.is_encoder_decoder:
-        raise InputError(f"{name} is an encoder-decoder model; only decoders are supported")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"{name} is not a causal language model")
-    text_config = config.get_text_config(decoder=True)
-    foreign = sorted(set(getattr(text_config, "layer_types", None) or ()) - _REPRESENTABLE_LAYER_TYPES)
-    if foreign:
-        raise InputError(f"{name} has layers of type {', '.join(foreign)}, whose state is not keys and values")
-    if "reuse" in (getattr(text_config, "kv_sharing_modes", None) or ()):
-        raise InputError(f"{name} has layers that share the keys and values of others; not supported")
-    if getattr(text_config, "use_bidirectional_attention", None) in (True, "all"):
-        raise InputError(
-            f"{name} attends to later tokens (use_bidirectional_attention): its cache depends on the question"
-        )
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if "past_key_values" not in inspect.signature(model_class.forward).parameters:
-        raise InputError(f"{name} is a model without a key-value cache")
-    if getattr(model_class, "_is_stateful", False):
-        raise InputError(f"{name} is a stateful model, whose cache is not keys and values")
 
 
 def _keep_special_tokens_only(model: Any) -> None:

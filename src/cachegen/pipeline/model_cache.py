@@ -24,15 +24,17 @@ class PreallocatedLayer(DynamicLayer):
         capacity: the most tokens the layer holds.
         keys, values: views `[1, num_kv_heads, num_tokens, head_dim]` of the buffers; heads and dims of the two may
             differ. None before the first use.
+        num_head_repeats: how often the model repeats each head, of which one is kept.
 
     It is no sliding-window layer, whatever the model: all tokens are kept, and the model's mask does the rest.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, num_head_repeats: int = 1) -> None:
         if capacity < 1:
             raise ValueError(f"`capacity` must be at least 1 token, got {capacity}")
         super().__init__()
         self.capacity = capacity
+        self.num_head_repeats = num_head_repeats
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -51,8 +53,8 @@ class PreallocatedLayer(DynamicLayer):
         if key_states.shape[0] != 1:
             raise ValueError(f"the cache holds one sequence, got a batch of {key_states.shape[0]}")
         self._make_buffers(
-            (key_states.shape[1], key_states.shape[3]),
-            (value_states.shape[1], value_states.shape[3]),
+            (key_states.shape[1] // self.num_head_repeats, key_states.shape[3]),
+            (value_states.shape[1] // self.num_head_repeats, value_states.shape[3]),
             (key_states.dtype, value_states.dtype),
             key_states.device,
         )
@@ -60,7 +62,9 @@ class PreallocatedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append states `[1, num_kv_heads, num_new, head_dim]` and return all keys and values so far, as views.
+        """Append states `[1, num_kv_heads, num_new, head_dim]` and return all keys and values so far.
+
+        They are views, or copies where the model repeats heads.
 
         Raises:
             ValueError: they would outgrow the capacity.
@@ -72,8 +76,10 @@ class PreallocatedLayer(DynamicLayer):
         if stop > self.capacity:
             raise ValueError(f"the cache was allocated for {self.capacity} tokens and cannot hold {stop}")
         for buffer, states in zip(self._buffers or (), (key_states, value_states), strict=True):
-            buffer[:, :, length:stop].copy_(states)
+            buffer[:, :, length:stop].copy_(states[:, :: self.num_head_repeats])
         self.set_length(stop)
+        if self.num_head_repeats > 1:
+            return repeat_heads(self.keys, self.num_head_repeats), repeat_heads(self.values, self.num_head_repeats)
         return self.keys, self.values  # pyright: ignore[reportReturnType]  (tensors after set_length)
 
     def set_length(self, num_tokens: int) -> None:
@@ -129,9 +135,30 @@ class PreallocatedLayer(DynamicLayer):
         self.set_length(0)
 
 
-def empty_cache(num_layers: int, capacity: int) -> Cache:
-    """Return a cache whose layers take the shapes, dtype and device of the first states they are given."""
-    return Cache(layers=[PreallocatedLayer(capacity) for _ in range(num_layers)])
+def repeat_heads(states: Any, num_repeats: int) -> torch.Tensor:
+    """Return states `[1, num_kv_heads, num_tokens, head_dim]` with each head as often as the model has it."""
+    return states.repeat_interleave(num_repeats, dim=1)
+
+
+def keep_distinct_heads(cache: KVCache, num_repeats: int) -> KVCache:
+    """Return views of a cache with one of each head that the model repeats.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for plane in cache.planes:
+        if not all(plane[:, i::num_repeats].equal(plane[:, ::num_repeats]) for i in range(1, num_repeats)):
+            raise ValueError(f"`cache` must have every head {num_repeats} times")
+    return KVCache([k[:, ::num_repeats] for k in cache.keys], [v[:, ::num_repeats] for v in cache.values])
+
+
+def empty_cache(num_layers: int, capacity: int, num_head_repeats: int = 1) -> Cache:
+    """Return a cache whose layers take the shapes, dtype and device of the first states they are given.
+
+    Args:
+        num_head_repeats: how often the model repeats each head.
+    """
+    return Cache(layers=[PreallocatedLayer(capacity, num_head_repeats) for _ in range(num_layers)])
 
 
 def allocate_cache(
@@ -139,6 +166,7 @@ def allocate_cache(
     capacity: int,
     dtype: torch.dtype,
     layer_devices: Sequence[torch.device],
+    num_head_repeats: int = 1,
 ) -> Cache:
     """Return a cache of length 0 to decode into: write through `view_kv_cache`, then `set_length`.
 
@@ -147,6 +175,7 @@ def allocate_cache(
         capacity: the most tokens it will ever hold: context, question and answer.
         dtype: of all planes.
         layer_devices: one device per layer.
+        num_head_repeats: how often the model repeats each head.
     """
     if len(plane_shapes) != 2 * len(layer_devices):
         raise ValueError(
@@ -154,7 +183,7 @@ def allocate_cache(
         )
     layers = []
     for i in range(len(layer_devices)):
-        layer = PreallocatedLayer(capacity)
+        layer = PreallocatedLayer(capacity, num_head_repeats)
         layer.allocate(plane_shapes[2 * i], plane_shapes[2 * i + 1], dtype, layer_devices[i])
         layers.append(layer)
     return Cache(layers=layers)
@@ -198,7 +227,12 @@ def planes_of_cache(cache: Any) -> KVCache:
     if not isinstance(cache, Cache):
         raise TypeError(f"`cache` must be a transformers cache or a KVCache, got {type(cache).__name__}")
     keys, values = [], []
-    for index, layer in enumerate(getattr(cache, "layers", ())):
+    layers = list(getattr(cache, "layers", ()))
+    while layers and type(layers[-1]).__name__ == "DummyLayer":  # of layers that use the keys and values of others
+        layers.pop()
+    for index, layer in enumerate(layers):
+        if not hasattr(layer, "get_seq_length"):
+            raise InputError(f"the cache's layer {index} ({type(layer).__name__}) holds no keys of every token")
         num_tokens = int(layer.get_seq_length())
         for kind, planes in (("keys", keys), ("values", values)):
             states = getattr(layer, kind, None)
@@ -233,6 +267,10 @@ def to_dynamic_cache(cache: Cache) -> DynamicCache:
         grown = DynamicLayer()
         grown.lazy_initialization(layer.keys, layer.values)
         grown.keys, grown.values = layer.keys, layer.values
+        if layer.num_head_repeats > 1:
+            grown.keys, grown.values = (
+                repeat_heads(states, layer.num_head_repeats) for states in (layer.keys, layer.values)
+            )
         dynamic.layers.append(grown)
     return dynamic
 

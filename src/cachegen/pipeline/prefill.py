@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from cachegen.errors import InputError
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
+from cachegen.pipeline.images import on_text_alone, refuse_images
 from cachegen.pipeline.limits import check_context, check_length
 from cachegen.pipeline.model import LoadedModel, read_rotary_embeddings
 from cachegen.pipeline.model_cache import empty_cache, preallocated_layers, set_length, view_kv_cache
@@ -27,9 +28,14 @@ def tokenize(loaded: LoadedModel, text: str, *, add_special_tokens: bool = True)
         loaded: the model whose tokenizer is used.
         text: any text.
         add_special_tokens: with those the tokenizer puts around a text (True for a context, False for what follows).
+
+    Raises:
+        InputError: the text has a token that stands for an image.
     """
     ids = loaded.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int32)
+    token_ids = torch.tensor(ids, dtype=torch.int32)
+    refuse_images(loaded, token_ids, "the text")
+    return token_ids
 
 
 def prefill_context(
@@ -90,15 +96,20 @@ def prefill(
         A cache of preallocated layers that holds `num_tokens` tokens, one sequence.
 
     Raises:
-        InputError: the text is too long for the model (see `limits`), a layer does not hold keys and values of all
-            tokens, or the model's rotary frequencies changed on the way, so that the keys are not all of one kind.
+        InputError: the text is too long for the model (see `limits`) or not only text (see `images`), a layer does not
+            hold keys and values of all tokens, or the model's rotary frequencies changed on the way, so that the keys
+            are not all of one kind.
     """
     num_tokens = len(token_ids)
     if num_tokens < 1:
         raise ValueError("`token_ids` must have at least one token")
     check_length(loaded, num_tokens, "the text to prefill")
-    cache = empty_cache(loaded.num_layers, max(num_tokens, capacity or 0))
-    extend_cache(loaded, cache, token_ids, block_size, progress)
+    refuse_images(loaded, token_ids, "the text to prefill")
+    cache = empty_cache(loaded.num_layers, max(num_tokens, capacity or 0), loaded.num_head_repeats)
+    # What a model keeps shows after the first block, long before the last.
+    extend_cache(loaded, cache, token_ids[:block_size], block_size, progress)
+    _check_whole(loaded.model_id, cache, min(block_size, num_tokens))
+    extend_cache(loaded, cache, token_ids[block_size:], block_size, progress)
     _check_whole(loaded.model_id, cache, num_tokens)
     if read_rotary_embeddings(loaded.model) != loaded.rotary_embeddings:
         rope_types = ", ".join(sorted({rotary.rope_type for rotary in loaded.rotary_embeddings}))
@@ -171,7 +182,8 @@ def run_model(loaded: LoadedModel, cache: Cache, token_ids: torch.Tensor, num_lo
     """
     logits_limit = {"logits_to_keep": num_logits} if loaded.can_limit_logits else {}
     inputs = token_ids.to(device=loaded.device, dtype=torch.int64)[None]
-    output = loaded.model(input_ids=inputs, past_key_values=cache, use_cache=True, **logits_limit)
+    with on_text_alone(loaded.model):
+        output = loaded.model(input_ids=inputs, **loaded.name_cache(cache), use_cache=True, **logits_limit)
     return output.logits[0, -num_logits:]
 
 
