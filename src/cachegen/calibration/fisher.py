@@ -123,7 +123,9 @@ def _sample_gradients(
     leaves = [leaf for layer in layers for leaf in layer.leaves]
     inputs = window.to(device=loaded.device, dtype=torch.int64)[None]
     with torch.enable_grad():
-        logits = loaded.model(input_ids=inputs, past_key_values=Cache(layers=layers), use_cache=True).logits[0].float()
+        with loaded.fixed_frequencies():
+            output = loaded.model(input_ids=inputs, past_key_values=Cache(layers=layers), use_cache=True)
+        logits = output.logits[0].float()
         if not torch.isfinite(logits).all():
             raise InputError("the model's predictions from it are NaN or infinite; the cache or the model is damaged")
         # Drawn on the CPU, so that every device draws the same from the same probabilities.

@@ -100,7 +100,7 @@ def prefill(
     cache = empty_cache(loaded.num_layers, max(num_tokens, capacity or 0))
     extend_cache(loaded, cache, token_ids, block_size, progress)
     _check_whole(loaded.model_id, cache, num_tokens)
-    if read_rotary_embeddings(loaded.model) != loaded.rotary_embeddings:
+    if loaded.total_tokens is None and read_rotary_embeddings(loaded.model) != loaded.rotary_embeddings:
         rope_types = ", ".join(sorted({rotary.rope_type for rotary in loaded.rotary_embeddings}))
         raise InputError(
             f"{loaded.model_id}: its rotary embedding ({rope_types}) changes its frequencies within {num_tokens} "
@@ -171,7 +171,8 @@ def run_model(loaded: LoadedModel, cache: Cache, token_ids: torch.Tensor, num_lo
     """
     logits_limit = {"logits_to_keep": num_logits} if loaded.can_limit_logits else {}
     inputs = token_ids.to(device=loaded.device, dtype=torch.int64)[None]
-    output = loaded.model(input_ids=inputs, past_key_values=cache, use_cache=True, **logits_limit)
+    with loaded.fixed_frequencies():
+        output = loaded.model(input_ids=inputs, past_key_values=cache, use_cache=True, **logits_limit)
     return output.logits[0, -num_logits:]
 
 
