@@ -32,6 +32,7 @@ LAYERS = {
     "versions": 0,
     "kv_archive": 0,
     "kv_cache": 0,
+    "rotation": 0,
     "format": 0,
     "coder": 1,
     "methods": 2,

@@ -98,9 +98,9 @@ def check_together(contexts: Sequence[CalibrationContext]) -> None:
         for field, found, expected in (
             ("model_fingerprint", context.metadata.model_fingerprint[:12], first.metadata.model_fingerprint[:12]),
             ("rope_hash", context.metadata.rope_hash[:12], first.metadata.rope_hash[:12]),
-            ("plane_rotations", *(_name_rotations(of.metadata) for of in (context, first))),
             ("shapes", plane_shapes_of(context.cache), plane_shapes_of(first.cache)),
             ("dtype", context.cache.dtype, first.cache.dtype),
+            ("plane_rotations", *(_name_rotations(of.metadata) for of in (context, first))),
         ):
             if found != expected:
                 raise MismatchError(
