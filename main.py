@@ -92,6 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--load_in_8bit", action="store_true", help="keep the weights in 8 bits (needs bitsandbytes)")
     add("--num_gpus", type=command_line.positive_int, help="spread the layers over so many GPUs (needs accelerate)")
     add("--max_gpu_memory", type=command_line.positive_int, help="GiB of weights on each GPU at most")
+    add(
+        "--max_total_tokens",
+        type=command_line.positive_int,
+        help="of context, question and answer: for rotary embeddings whose frequencies depend on it (longrope, dynamic "
+        "NTK); None leaves room for 256 tokens behind each context",
+    )
     add("--block_size", type=command_line.positive_int, default=DEFAULT_BLOCK_SIZE, help="tokens per prefill step")
     add(
         "--overwrite",
@@ -116,6 +122,7 @@ def _prefill_documents(args: argparse.Namespace) -> None:
     # transformers takes seconds to import, more than it takes to say that a file is missing.
     from tqdm import tqdm
 
+    from cachegen.pipeline.frequencies import DEFAULT_ROOM, choose_frequencies
     from cachegen.pipeline.limits import check_context
     from cachegen.pipeline.model import load_model
     from cachegen.pipeline.prefill import tokenize
@@ -134,15 +141,20 @@ def _prefill_documents(args: argparse.Namespace) -> None:
 
     # All contexts are checked before the first is prefilled: a mistake should not show after an hour.
     ids_of_documents = [tokenize(loaded, text) for text in texts]
+    # The same model, with the frequencies for each document's length.
+    models = [
+        choose_frequencies(loaded, args.max_total_tokens or len(token_ids) + DEFAULT_ROOM)
+        for token_ids in ids_of_documents
+    ]
     states = []
-    for document, token_ids in zip(documents, ids_of_documents, strict=True):
+    for document, token_ids, chosen in zip(documents, ids_of_documents, models, strict=True):
         if len(token_ids) < 2:
             raise InputError(f"{document.context_path}: a context needs at least two tokens, has {len(token_ids)}")
-        check_context(loaded, len(token_ids), document.context_path)
+        check_context(chosen, len(token_ids), document.context_path)
         if loaded.max_tokens is not None and len(token_ids) > loaded.max_tokens:
             made_for = f"more than the {loaded.max_tokens} the model is made for"
             report.warn(f"{document.context_path}: {len(token_ids)} tokens, {made_for}")
-        states.append((FileState.FREE, 0) if args.overwrite else _examine(document.kv_path, loaded, token_ids, args))
+        states.append((FileState.FREE, 0) if args.overwrite else _examine(document.kv_path, chosen, token_ids, args))
 
     num_tokens = sum(
         len(ids) - 1
@@ -151,10 +163,13 @@ def _prefill_documents(args: argparse.Namespace) -> None:
     )
     records = []
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
-        for document, token_ids, (state, num_values) in zip(documents, ids_of_documents, states, strict=True):
-            records.append(_prefill_document(document, loaded, token_ids, args, state, num_values, bar))
-    doubt = None if all(record["skipped"] for record in records) else find_rotations(loaded).describe_doubt()
-    if doubt is not None:
+        for document, token_ids, chosen, (state, num_values) in zip(
+            documents, ids_of_documents, models, states, strict=True
+        ):
+            records.append(_prefill_document(document, chosen, token_ids, args, state, num_values, bar))
+    used = [chosen for chosen, record in zip(models, records, strict=True) if not record["skipped"]]
+    doubts = dict.fromkeys(find_rotations(chosen).describe_doubt() for chosen in used)
+    for doubt in filter(None, doubts):
         report.warn(f"{loaded.model_id}: {doubt}")
     for record in records:
         _report_document(report, record)

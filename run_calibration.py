@@ -116,6 +116,7 @@ def _profile_into(output: Path, args: argparse.Namespace, report: command_line.R
     from cachegen.calibration.complete import make_profile
     from cachegen.coder.cpu import default_num_threads
     from cachegen.pipeline.fingerprint import compute_fingerprint
+    from cachegen.pipeline.frequencies import match_frequencies
     from cachegen.pipeline.gguf import name_gguf_model
     from cachegen.pipeline.model import load_model
 
@@ -139,6 +140,7 @@ def _profile_into(output: Path, args: argparse.Namespace, report: command_line.R
     else:
         loaded = load_model(args.model_id, device=device, dtype=resolve_dtype(args.dtype), gguf_file=args.gguf_file)
         check_model(contexts, loaded.fingerprint, loaded.model_id)
+        loaded = match_frequencies(loaded, contexts[0].metadata.rope_hash)
     profile = make_profile(
         fitted_on,
         held_out,

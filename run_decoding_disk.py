@@ -79,7 +79,8 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
     from cachegen.pipeline.prefill import recompute_first_tokens
 
-    session = open_session(args, text, folder.dtype if dtype == "auto" else dtype)
+    dtype = folder.dtype if dtype == "auto" else dtype
+    session = open_session(args, text, dtype, rope_hash=header.rope_hash.hex())
     loaded, token_ids = session.loaded, session.token_ids
     folder.check_model(loaded)
     num_cached = sum(chunk_tokens)

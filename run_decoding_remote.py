@@ -69,6 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=Objective.target_loss,
         help="expected loss that is good enough, in nats per token: nothing waits to get below it",
     )
+    add(
+        "--max_total_tokens",
+        type=command_line.positive_int,
+        help="as main.py was given it; None as where it was not",
+    )
     add("--num_connections", type=command_line.positive_int, default=1, help="requests in flight together")
     add(
         "--stall_seconds",
@@ -108,10 +113,11 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     text = read_context(Path(args.path_to_context))
 
     # transformers takes seconds to import, more than it takes to say that a file is missing.
+    from cachegen.pipeline.frequencies import match_frequencies
     from cachegen.pipeline.model_cache import empty_cache, set_length
     from cachegen.streaming.client import choose_policy, find_for_model, make_loader, measure_speeds
 
-    session = open_session(args, text, dtype)
+    session = open_session(args, text, dtype, max_total_tokens=args.max_total_tokens)
     loaded, token_ids = session.loaded, session.token_ids
     find_profile = profile_finder(
         args.profile, (args.model_id, SCRIPT_FOLDER / "models"), model_fingerprint=loaded.fingerprint
@@ -135,8 +141,8 @@ def _load_and_answer(args: argparse.Namespace) -> None:
         _answer_from_text(args, report, session, lookup_start, str(error))
         return
     if dtype == "auto" and loaded.dtype != document.dtype:
-        session = dataclasses.replace(session, loaded=load_model_of(args, document.dtype))
-        loaded = session.loaded
+        loaded = match_frequencies(load_model_of(args, document.dtype), document.manifest.rope_hash)
+        session = dataclasses.replace(session, loaded=loaded)
     policy = choose_policy(document, args.policy, args.level)
     num_cached, block_size = document.num_tokens, document.manifest.prefill_block_size
     cache = empty_cache(loaded.num_layers, session.capacity, loaded.num_head_repeats)

@@ -16,11 +16,12 @@ import run_publishing
 from cachegen.errors import InputError
 from cachegen.pipeline import prefill as prefill_module
 from cachegen.pipeline.generate import generate_answer, generate_from_text
-from cachegen.pipeline.model_cache import empty_cache
+from cachegen.pipeline.model_cache import empty_cache, view_kv_cache
 from cachegen.pipeline.prefill import extend_cache, prefill, prefill_context
 from tests.fixtures.absmax import write_config
 from tests.fixtures.models import (
     CONFIGS,
+    SMALL_SIZES,
     VOCABULARY_SIZE,
     load_tokenizer,
     make_loaded,
@@ -155,6 +156,35 @@ def test_every_way_through_the_model_refuses_what_is_too_long(config):
             generate()
 
 
+EARLIER = {
+    **CONFIGS,
+    "alibi (bloom)": transformers.BloomConfig(**_SMALL, hidden_size=32, n_layer=2, n_head=4),
+    "chunks and temperatures (llama 4)": transformers.Llama4TextConfig(
+        **SMALL_SIZES,
+        intermediate_size_mlp=64,
+        num_local_experts=2,
+        no_rope_layers=[1, 1, 0],
+        attention_chunk_size=16,
+        attn_temperature_tuning=True,
+        floor_scale=8,
+        attn_scale=0.5,
+    ),
+    "sinks and experts (gpt-oss)": transformers.GptOssConfig(
+        **SMALL_SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=16
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_later_tokens_do_not_change_what_is_cached_of_earlier_ones(name):
+    loaded = make_loaded(EARLIER[name])
+    ids = make_token_ids(2 * LIMIT)
+    before = view_kv_cache(prefill(loaded, ids[:LIMIT], LIMIT), LIMIT)
+    together = view_kv_cache(prefill(loaded, ids, 2 * LIMIT), LIMIT)
+    for plane, expected in zip(before.planes, together.planes, strict=True):
+        torch.testing.assert_close(plane, expected, rtol=1e-4, atol=1e-4)
+
+
 class TestScripts:
     """One line and exit code 3, before the model computes anything."""
 
@@ -189,7 +219,7 @@ class TestScripts:
     @staticmethod
     def prefill_argv(model_id: Path, context: Path) -> list[str]:
         flags = ["--model_id", model_id, "--path_to_context", context, "--save_dir", context.parent / "data", "--quiet"]
-        return [str(flag) for flag in flags]
+        return [str(flag) for flag in [*flags, "--max_total_tokens", LIMIT]]
 
     @pytest.fixture
     def argv(self, model_id, context, tmp_path) -> list[str]:
@@ -215,9 +245,12 @@ class TestScripts:
         argv = [*argv, "--path_to_encoded_kv", str(context.parent / folder)]
         computed.clear()
         for flags in (["--max_new_tokens", "10"], ["--question", " the waters" * 9, "--max_new_tokens", "1"]):
+            if script is run_decoding_remote:
+                flags = [*flags, "--max_total_tokens", str(LIMIT)]
             error = refuse(script.main, [*argv, *flags], 3)
             assert f"takes {LIMIT}: " in error and "(--question, --max_new_tokens)" in error
         # A single token tells what shapes the model's cache has.
         assert set(computed) <= {1}
-        assert script.main([*argv, "--max_new_tokens", "9", "--verify"]) == 0
+        flags = ["--max_total_tokens", str(LIMIT)] if script is run_decoding_remote else []
+        assert script.main([*argv, *flags, "--max_new_tokens", "9", "--verify"]) == 0
         assert "same answer" in capsys.readouterr().out

@@ -70,11 +70,25 @@ def check_profile_flag(args: argparse.Namespace, method: Method) -> None:
         raise ConfigError(f"--profile is not for method {method.name}, which the document is of")
 
 
-def open_session(args: argparse.Namespace, text: str, dtype: torch.dtype | Literal["auto"]) -> Session:
-    """Load the model that the flags name, and tokenize the context and the questions."""
+def open_session(
+    args: argparse.Namespace,
+    text: str,
+    dtype: torch.dtype | Literal["auto"],
+    *,
+    rope_hash: str | None = None,
+    max_total_tokens: int | None = None,
+) -> Session:
+    """Load the model that the flags name, and tokenize the context and the questions; see `Session.open`."""
     from cachegen.pipeline.session import Session
 
-    return Session.open(load_model_of(args, dtype), text, args.question, args.max_new_tokens)
+    return Session.open(
+        load_model_of(args, dtype),
+        text,
+        args.question,
+        args.max_new_tokens,
+        rope_hash=rope_hash,
+        max_total_tokens=max_total_tokens,
+    )
 
 
 def load_model_of(args: argparse.Namespace, dtype: torch.dtype | Literal["auto"]) -> LoadedModel:

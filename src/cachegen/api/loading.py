@@ -19,6 +19,7 @@ from cachegen.format.files import TABLES_NAME
 from cachegen.methods import method_of
 from cachegen.methods.transform.profile import Profile, load_profile
 from cachegen.pipeline.decode import EncodedFolder
+from cachegen.pipeline.frequencies import match_frequencies
 from cachegen.pipeline.images import forget_images
 from cachegen.pipeline.model import LoadedModel, identify_model
 from cachegen.pipeline.model_cache import allocate_cache, set_length, to_dynamic_cache, view_kv_cache
@@ -88,6 +89,7 @@ class StoredCache(Measured):
             raise MismatchError(
                 f"{folder.path}: caches {self.num_tokens} tokens, `token_ids` has {len(ids)}: it is another context"
             )
+        loaded = match_frequencies(loaded, folder.document.header.rope_hash.hex())
         folder.check_model(loaded)
         cache = allocate_cache(
             folder.plane_shapes, self.num_tokens, folder.dtype, loaded.layer_devices, loaded.num_head_repeats

@@ -129,7 +129,8 @@ def _sample_gradients(
     leaves = [leaf for layer in layers for leaf in layer.leaves]
     inputs = window.to(device=loaded.device, dtype=torch.int64)[None]
     with torch.enable_grad():
-        output = loaded.model(input_ids=inputs, **loaded.name_cache(Cache(layers=layers)), use_cache=True)
+        with loaded.fixed_frequencies():
+            output = loaded.model(input_ids=inputs, **loaded.name_cache(Cache(layers=layers)), use_cache=True)
         logits = output.logits[0].float()
         if not torch.isfinite(logits).all():
             raise InputError("the model's predictions from it are NaN or infinite; the cache or the model is damaged")

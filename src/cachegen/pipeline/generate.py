@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.images import on_text_alone
-from cachegen.pipeline.limits import check_length
+from cachegen.pipeline.limits import check_length, decoder_of, find_rotary_switches
 from cachegen.pipeline.model import LoadedModel, quiet_transformers
 from cachegen.pipeline.model_cache import get_capacity, set_length
 from cachegen.pipeline.prefill import extend_cache
@@ -82,14 +82,18 @@ def generate_answer(
     # generate() would take all missing tokens in one step, quadratic in their number.
     num_in_blocks = (num_tokens - 1 - num_cached_tokens) // block_size * block_size
     extend_cache(loaded, cache, token_ids[num_cached_tokens : num_cached_tokens + num_in_blocks], block_size)
-    return _generate(loaded, token_ids, max_new_tokens, start_seconds, num_cached_tokens, **loaded.name_cache(cache))
+    with loaded.fixed_frequencies():
+        return _generate(
+            loaded, token_ids, max_new_tokens, start_seconds, num_cached_tokens, **loaded.name_cache(cache)
+        )
 
 
 @torch.inference_mode()
 def generate_from_text(loaded: LoadedModel, token_ids: torch.Tensor, max_new_tokens: int) -> Answer:
     """Continue a prompt greedily as transformers does of itself: one pass over all of it, into its own kind of cache.
 
-    What --verify compares with: nothing of this project is in it, neither blocks nor preallocated layers.
+    What --verify compares with: nothing of this project is in it, neither blocks nor preallocated layers. Only where
+    the model by itself would give the prompt other frequencies than were chosen before the prefill, it keeps those.
 
     Args:
         loaded: the model.
@@ -100,7 +104,16 @@ def generate_from_text(loaded: LoadedModel, token_ids: torch.Tensor, max_new_tok
         InputError: prompt and answer are too long for the model.
     """
     check_length(loaded, len(token_ids) + max_new_tokens - 1, "the prompt and its answer")
-    return _generate(loaded, token_ids, max_new_tokens, time.perf_counter(), 0)
+    if _chooses_the_same(loaded, len(token_ids)):
+        return _generate(loaded, token_ids, max_new_tokens, time.perf_counter(), 0)
+    with loaded.fixed_frequencies():
+        return _generate(loaded, token_ids, max_new_tokens, time.perf_counter(), 0)
+
+
+def _chooses_the_same(loaded: LoadedModel, num_tokens: int) -> bool:
+    """Tell whether the model, left alone, gives a prompt and what follows the frequencies that were chosen."""
+    switches = list(find_rotary_switches(decoder_of(loaded.model)))
+    return all(switch.rope_type == "longrope" and num_tokens > switch.num_tokens for switch in switches)
 
 
 def _generate(

@@ -4,8 +4,9 @@ A saved cache is right only while nothing that comes after it would have changed
 loaded here, and what becomes of it:
 
 - Rotary frequencies that depend on the sequence's length: `dynamic` NTK computes them anew for each length beyond the
-  pretraining's, `longrope` has a second set for all of them. The keys of the whole context would be others: refused
-  here, before anything is computed, where context, question or answer reach that length.
+  pretraining's, `longrope` has a second set for all of them. The keys of the whole context would be others. They are
+  chosen before the prefill, for a length that holds question and answer, and kept (`frequencies`); what goes on beyond
+  that length is refused here, before anything is computed.
 - Attention to later tokens (`use_bidirectional_attention`, encoder-decoders, a prefix that sees itself): such models
   are refused on loading. A model whose layers are no decoder's keeps no keys and values and is refused by `prefill`.
 - States that are not per token (convolutions, recurrences): refused on loading, by the type of layer.
@@ -23,7 +24,7 @@ no process survives.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +59,13 @@ def decoder_of(model: Any) -> Any:
     return model.base_model if isinstance(decoder, torch.nn.Linear) else decoder
 
 
-def read_length_limit(model: Any) -> LengthLimit | None:
-    """Return the lowest limit that a model's own modules set; None where they set none."""
-    limits = [*_position_tables(model), *_rotary_switches(decoder_of(model))]
+def read_length_limit(model: Any, total_tokens: int | None = None) -> LengthLimit | None:
+    """Return the lowest limit that a model's own modules set; None where they set none.
+
+    Args:
+        total_tokens: that its frequencies were chosen for; None: those it begins with.
+    """
+    limits = [*_position_tables(model), *_switch_limits(find_rotary_switches(decoder_of(model)), total_tokens)]
     return min(limits, key=lambda limit: limit.num_tokens, default=None)
 
 
@@ -135,9 +140,48 @@ def _rows_before_the_first(table: torch.nn.Embedding) -> int:
     return table.padding_idx + 1 if type(table) is torch.nn.Embedding and table.padding_idx is not None else 0
 
 
-def _rotary_switches(decoder: Any) -> Iterator[LengthLimit]:
-    """Yield a limit for every rotary embedding whose frequencies depend on the length of the sequence."""
-    for module in decoder.modules():
+def _switch_limits(switches: Iterable[RotarySwitch], total_tokens: int | None) -> Iterator[LengthLimit]:
+    """Yield how far each rotary embedding keeps its frequencies, for those that were chosen."""
+    for switch in switches:
+        num_tokens = switch.num_tokens
+        if total_tokens is not None and total_tokens > num_tokens:
+            if switch.rope_type == "longrope":
+                continue  # it has no third set
+            num_tokens = total_tokens
+        yield LengthLimit(
+            num_tokens,
+            f"beyond that its rotary embedding ({switch.rope_type}) changes its frequencies, and with them all keys; "
+            "give a shorter text, or prefill with a larger `max_total_tokens`",
+        )
+
+
+@dataclass(frozen=True)
+class RotarySwitch:
+    """A rotary embedding whose frequencies depend on the length of the sequence.
+
+    Attributes:
+        module: that has it.
+        layer_type: of the layers it is for; None where the module has one for all.
+        rope_type: "longrope", or one with "dynamic" in it.
+        num_tokens: up to which the frequencies are those it begins with.
+        buffer_name: the frequencies' path below the decoder.
+    """
+
+    module: Any
+    layer_type: str | None
+    rope_type: str
+    num_tokens: int
+    buffer_name: str
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the module's buffers and attributes begin with."""
+        return "" if self.layer_type is None else f"{self.layer_type}_"
+
+
+def find_rotary_switches(decoder: Any) -> Iterator[RotarySwitch]:
+    """Yield every rotary embedding of a decoder whose frequencies depend on the length of the sequence."""
+    for name, module in decoder.named_modules():
         rope_types = getattr(module, "rope_type", None)
         if rope_types is None:
             continue
@@ -151,8 +195,5 @@ def _rotary_switches(decoder: Any) -> Iterator[LengthLimit]:
                 num_tokens = module.original_max_seq_len
             else:
                 continue
-            yield LengthLimit(
-                int(num_tokens),
-                f"beyond that its rotary embedding ({rope_type}) changes its frequencies, and with them all keys; "
-                "give a shorter text",
-            )
+            prefix = "" if layer_type is None else f"{layer_type}_"
+            yield RotarySwitch(module, layer_type, str(rope_type), int(num_tokens), f"{name}.{prefix}inv_freq")

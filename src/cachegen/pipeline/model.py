@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,6 +71,7 @@ class LoadedModel:
         fingerprint: SHA-256 in hex of its config, tokenizer and weights; see `fingerprint.compute_fingerprint`, and for
             a model that was given in memory `fingerprint.compute_memory_fingerprint`.
         rotary_embeddings: empty for a model without.
+        total_tokens: that frequencies which depend on it were chosen for; None: those that the model begins with.
     """
 
     model: Any
@@ -78,6 +79,7 @@ class LoadedModel:
     model_id: str
     fingerprint: str
     rotary_embeddings: tuple[RotaryEmbedding, ...]
+    total_tokens: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +131,13 @@ class LoadedModel:
     @functools.cached_property
     def length_limit(self) -> LengthLimit | None:
         """The most tokens that may pass through the model; None where it has no such limit of its own."""
-        return read_length_limit(self.model)
+        return read_length_limit(self.model, self.total_tokens)
+
+    def fixed_frequencies(self) -> AbstractContextManager[None]:
+        """Let the model have the frequencies that were chosen, while anything passes through it."""
+        from cachegen.pipeline.frequencies import keep_frequencies  # which needs this module
+
+        return keep_frequencies(self.model, self.total_tokens)
 
     def name_cache(self, cache: Any) -> dict[str, Any]:
         """Return a cache as the argument that the model's forward pass and `generate()` take."""

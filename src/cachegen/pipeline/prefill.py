@@ -111,7 +111,7 @@ def prefill(
     _check_whole(loaded.model_id, cache, min(block_size, num_tokens))
     extend_cache(loaded, cache, token_ids[block_size:], block_size, progress)
     _check_whole(loaded.model_id, cache, num_tokens)
-    if read_rotary_embeddings(loaded.model) != loaded.rotary_embeddings:
+    if loaded.total_tokens is None and read_rotary_embeddings(loaded.model) != loaded.rotary_embeddings:
         rope_types = ", ".join(sorted({rotary.rope_type for rotary in loaded.rotary_embeddings}))
         raise InputError(
             f"{loaded.model_id}: its rotary embedding ({rope_types}) changes its frequencies within {num_tokens} "
@@ -182,7 +182,7 @@ def run_model(loaded: LoadedModel, cache: Cache, token_ids: torch.Tensor, num_lo
     """
     logits_limit = {"logits_to_keep": num_logits} if loaded.can_limit_logits else {}
     inputs = token_ids.to(device=loaded.device, dtype=torch.int64)[None]
-    with on_text_alone(loaded.model):
+    with on_text_alone(loaded.model), loaded.fixed_frequencies():
         output = loaded.model(input_ids=inputs, **loaded.name_cache(cache), use_cache=True, **logits_limit)
     return output.logits[0, -num_logits:]
 

@@ -149,7 +149,8 @@ def _cache_one_token(loaded: LoadedModel) -> KVCache | None:
     hooks = [layer.register_forward_pre_hook(_repeat_first_state, with_kwargs=True) for layer in loaded.layers]
     logits_limit = {"logits_to_keep": 1} if loaded.can_limit_logits else {}
     try:
-        loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, **logits_limit)
+        with loaded.fixed_frequencies():
+            loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, **logits_limit)
     finally:
         for hook in hooks:
             hook.remove()

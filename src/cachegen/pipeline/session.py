@@ -11,6 +11,7 @@ import torch
 from cachegen.errors import ConfigError
 from cachegen.format.headers import DocumentHeader
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
+from cachegen.pipeline.frequencies import DEFAULT_ROOM, choose_frequencies, match_frequencies
 from cachegen.pipeline.generate import Answer, generate_answer, generate_from_text
 from cachegen.pipeline.limits import check_prompts
 from cachegen.pipeline.model import LoadedModel
@@ -38,14 +39,32 @@ class Session:
     max_new_tokens: int
 
     @classmethod
-    def open(cls, loaded: LoadedModel, text: str, questions: Sequence[str] | None, max_new_tokens: int) -> Session:
+    def open(
+        cls,
+        loaded: LoadedModel,
+        text: str,
+        questions: Sequence[str] | None,
+        max_new_tokens: int,
+        *,
+        rope_hash: str | None = None,
+        max_total_tokens: int | None = None,
+    ) -> Session:
         """Tokenize a context and the questions about it; without questions the context is continued.
+
+        Args:
+            rope_hash: of the document that will be decoded, whose rotary frequencies the model keeps; None: they are
+                chosen as main.py does.
+            max_total_tokens: that main.py was given.
 
         Raises:
             ConfigError: a question is empty.
             InputError: a prompt and its answer are too long for the model.
         """
         token_ids = tokenize(loaded, text)
+        if rope_hash is not None:
+            loaded = match_frequencies(loaded, rope_hash)
+        else:
+            loaded = choose_frequencies(loaded, max_total_tokens or len(token_ids) + DEFAULT_ROOM)
         asked: tuple[str | None, ...] = tuple(questions or (None,))
         prompts = tuple(_append_question(loaded, token_ids, question) for question in asked)
         check_prompts(loaded, len(token_ids), prompts, max_new_tokens)

@@ -205,7 +205,9 @@ def compare_with_text(
     num_verified = len(token_ids) - start
     limit = {"logits_to_keep": num_verified} if loaded.can_limit_logits else {}
     inputs = token_ids.to(device=loaded.device, dtype=torch.int64)[None]
-    logits = loaded.model(input_ids=inputs, **limit).logits[0, -num_verified:]
+    # A context alone may be so short that the model would take the frequencies of short texts.
+    with loaded.fixed_frequencies():
+        logits = loaded.model(input_ids=inputs, **limit).logits[0, -num_verified:]
     with preserve_tokens(decoded_cache, start, num_decoded_tokens):
         return _compare_predictions(
             token_ids[start:],
