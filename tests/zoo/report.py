@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.pipeline.prefill import prefill_context
@@ -24,7 +25,7 @@ def describe(specimen: Specimen) -> str:
         limit = loaded.length_limit
         cells = [
             "yes",
-            describe_rotation(metadata),
+            describe_rotation(cache, metadata),
             describe_planes(cache, loaded.text_config.num_hidden_layers),
             str(limit.num_tokens) if limit is not None else "",
             family.note,
@@ -32,10 +33,36 @@ def describe(specimen: Specimen) -> str:
     return format_row([family.name, family.class_name.removesuffix("Config"), *cells])
 
 
-def describe_rotation(metadata: ContextMetadata) -> str:
-    """Say how the keys of a cache are turned, as its metadata has it."""
-    kinds = [f"{2 * len(rotary.inv_freq)} dims, {rotary.rope_type}" for rotary in metadata.rotary_embeddings]
-    return "; ".join(dict.fromkeys(kinds)) or "not"
+def describe_rotation(cache: KVCache, metadata: ContextMetadata) -> str:
+    """Say how the planes of a cache are turned, as its metadata has it: plane by plane, or by rotary embedding."""
+    rotations_of: Any = getattr(metadata, "rotations_of", None)
+    if rotations_of is None:
+        kinds = [f"{2 * len(rotary.inv_freq)} dims, {rotary.rope_type}" for rotary in metadata.rotary_embeddings]
+        return "; ".join(dict.fromkeys(kinds)) or "not"
+    rotations = rotations_of(cache)
+    frequencies = list(dict.fromkeys(rotation.inv_freq for rotation in rotations if rotation is not None))
+    parts = []
+    for kind, of_kind in (("keys", rotations[0::2]), ("values", rotations[1::2])):
+        described = [_describe_one(rotation, frequencies) for rotation in of_kind]
+        if kind == "values" and set(described) == {"not"}:
+            continue
+        runs = [(text, len(list(run))) for text, run in itertools.groupby(described)]
+        parts.append(f"{kind}: " + (runs[0][0] if len(runs) == 1 else ", ".join(f"{n} × {text}" for text, n in runs)))
+    return "; ".join(parts).removeprefix("keys: ") if len(parts) == 1 else "; ".join(parts)
+
+
+def _describe_one(rotation: Any, frequencies: Sequence[tuple[float, ...]]) -> str:
+    """Say how one plane is turned; which frequencies only where there are several."""
+    if rotation is None:
+        return "not"
+    words = [f"{rotation.num_dims} dims in {'pairs' if rotation.pairing == 'interleaved' else 'halves'}"]
+    if rotation.offset:
+        words.append(f"from dim {rotation.offset} on")
+    if rotation.inv_freq[0] < 0:
+        words.append("backwards")
+    if len(frequencies) > 1:
+        words.append("ABCDEFGH"[frequencies.index(rotation.inv_freq)])
+    return " ".join(words)
 
 
 def describe_planes(cache: KVCache, num_layers: int) -> str:
