@@ -17,6 +17,7 @@ import torch
 
 from cachegen.kv_cache import KVCache, rotations_by_rule
 from cachegen.methods.rotary import Turns
+from cachegen.pipeline.images import on_text_alone
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import empty_cache, preallocated_layers, view_kv_cache
 from cachegen.rotation import PAIRINGS, PlaneRotations, Rotation
@@ -145,12 +146,12 @@ def _cache_one_token(loaded: LoadedModel) -> KVCache | None:
     # Not one of the first ids: a padding token's embedding is zero.
     token_id = loaded.model.get_input_embeddings().num_embeddings // 2
     ids = torch.full((1, num_tokens), token_id, dtype=torch.int64, device=loaded.device)
-    cache = empty_cache(loaded.num_layers, num_tokens)
+    cache = empty_cache(loaded.num_layers, num_tokens, loaded.num_head_repeats)
     hooks = [layer.register_forward_pre_hook(_repeat_first_state, with_kwargs=True) for layer in loaded.layers]
     logits_limit = {"logits_to_keep": 1} if loaded.can_limit_logits else {}
     try:
-        with loaded.fixed_frequencies():
-            loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, **logits_limit)
+        with on_text_alone(loaded.model), loaded.fixed_frequencies():
+            loaded.model(input_ids=ids, **loaded.name_cache(cache), use_cache=True, **logits_limit)
     finally:
         for hook in hooks:
             hook.remove()
