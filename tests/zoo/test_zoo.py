@@ -71,8 +71,8 @@ def test_a_refusal_is_one_line_and_comes_with_the_loading(specimen: Specimen):
 
 
 def test_what_the_page_says_works_works_with_any_transformers(specimen: Specimen):
-    row = next(line for line in PAGE.read_text("utf-8").splitlines() if line.startswith(f"| {specimen.family.name} |"))
-    assert (row.split(" | ")[2] == "yes") == (specimen.error is None)
+    rows = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith(f"| {specimen.family.name} |")]
+    assert (rows[-1].split(" | ")[2] == "yes") == (specimen.error is None)
 
 
 def test_the_page_says_what_is_found(specimen: Specimen):
