@@ -19,6 +19,7 @@ import torch
 
 from cachegen.coder.cpu import default_num_threads
 from cachegen.kv_cache import ContextMetadata, KVCache, RotaryEmbedding, hash_token_prefixes
+from cachegen.methods.transform import transform
 from cachegen.methods.transform.codec import TransformDocument, TransformEncoder
 from cachegen.methods.transform.profile import Profile, TransformGroup, load_profile, save_profile
 
@@ -68,8 +69,11 @@ def main() -> None:
     parser.add_argument("--chunk_size", type=int, default=512)
     parser.add_argument("--step_log", type=int, default=0)
     parser.add_argument("--threads", type=int, default=default_num_threads())
+    parser.add_argument("--without_bf16", action="store_true", help="as on a processor without products in bf16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.without_bf16:
+        transform.has_bf16_products = lambda device: False
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         save_profile(folder, make_profile(args, generator))
@@ -106,6 +110,10 @@ def main() -> None:
             num_threads=args.threads,
         )
     decode_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    for target, source in zip(output.planes, cache.planes, strict=True):
+        torch.empty_like(target).copy_(source)
+    copy_seconds = time.perf_counter() - start
     error = sum((a.float() - b.float()).square().sum().item() for a, b in zip(output.planes, cache.planes, strict=True))
     kv_bytes = 2 * cache.num_values
     record = {
@@ -122,6 +130,8 @@ def main() -> None:
         "encode_seconds": encode_seconds,
         "decode_seconds": decode_seconds,
         "decode_gb_per_second": kv_bytes / decode_seconds / 1e9,
+        "has_bf16_products": transform.has_bf16_products(CPU),
+        "copy_gb_per_second": kv_bytes / copy_seconds / 1e9,
         "matrices_seconds": load_seconds,
         "peak_mb_before_encoding": before,
         "peak_mb_encoding": encode_peak,

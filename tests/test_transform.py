@@ -10,6 +10,7 @@ import torch
 
 from cachegen.kv_cache import RotaryEmbedding, from_planes
 from cachegen.methods.rotary import angles_of, apply_rotation, undo_rotation
+from cachegen.methods.transform import transform
 from cachegen.methods.transform.transform import (
     LEVEL_RATIO_LOG,
     MAX_COMPONENT,
@@ -183,3 +184,46 @@ def test_huge_components_are_clamped_and_still_refined() -> None:
         assert ((fine - 3 * coarse).abs() <= 1).all()
     (anew,) = quantize_components(components[:, :0], 1.0, (0,))
     assert anew.shape == (1, 0)
+
+
+class TestRoundedProducts:
+    """The inverse transform in bf16, on any processor: torch has the products even where they are slow."""
+
+    @pytest.fixture
+    def transforms(self, monkeypatch) -> tuple[GroupTransform, GroupTransform]:
+        """One of a profile's groups, exact and rounded."""
+        monkeypatch.setattr(transform, "has_bf16_products", lambda device: device.type == "cpu")
+        profile = make_profile([(2, 16)] * 4, (2,), rotary=None)
+        return tuple(GroupTransform(profile, profile.groups[0], CPU, may_round=flag) for flag in (False, True))
+
+    @staticmethod
+    def components(transforms: tuple[GroupTransform, GroupTransform], step: float) -> torch.Tensor:
+        """As large as the profile says, in steps."""
+        deviations = torch.exp2(transforms[0].group.scale_logs.float() / 16)
+        random = torch.randn(64, len(deviations), generator=torch.Generator().manual_seed(0))
+        return (random * deviations / step).round().to(torch.int32)
+
+    @pytest.mark.parametrize("step_log", [16, 0])
+    def test_they_differ_by_far_less_than_quantizing_does_and_within_the_formats_tolerance(self, transforms, step_log):
+        step = 2.0 ** (step_log / 16)
+        components = self.components(transforms, step)
+        exact, rounded = (transform.reconstruct(components, step, 5) for transform in transforms)
+        terms = components.abs().float() * step @ transforms[0].group.synthesis.float().abs()
+        assert not all(torch.equal(a, b) for a, b in zip(exact, rounded, strict=True))
+        differences = torch.cat([(a - b).flatten(1) for a, b in zip(exact, rounded, strict=True)], dim=1)
+        expected = transforms[0].expected_errors(step, components.shape[1])
+        assert differences.square().mean().sqrt() < 0.1 * expected.square().mean().sqrt()
+        assert (differences.abs() <= terms / 64 + 1e-6).all()
+
+    def test_components_beyond_256_and_steps_too_fine_for_them_are_not_rounded(self, transforms):
+        exact, rounded = transforms
+        large = self.components(transforms, 1.0)
+        large[7, 0] = 257
+        fine = self.components(transforms, 1 / 64).clamp(-256, 256)
+        for components, step in ((large, 1.0), (fine, 1 / 64)):
+            pairs = zip(*(t.reconstruct(components, step, 0) for t in (exact, rounded)), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+    def test_no_components_at_all_give_the_mean(self, transforms):
+        exact, rounded = (t.reconstruct(torch.zeros(4, 0, dtype=torch.int32), 1.0, 0) for t in transforms)
+        assert all(torch.equal(a, b) for a, b in zip(exact, rounded, strict=True))

@@ -98,7 +98,8 @@ class TransformDocument(Document):
         """
         if self.profile is None:
             raise InputError(f"the document needs the profile {self.header.profile_hash.hex()[:12]} (`profile`)")
-        return [GroupTransform(self.profile, group, self.device) for group in self.profile.groups]
+        may_round = self.header.dtype.num_bytes == 2
+        return [GroupTransform(self.profile, group, self.device, may_round=may_round) for group in self.profile.groups]
 
     def prepare(self) -> None:
         """See `Document.prepare`."""
