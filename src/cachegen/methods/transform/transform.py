@@ -76,15 +76,17 @@ class GroupTransform:
         self._device = device
         self._mean = group.mean.to(device=device, dtype=torch.float32)
         self._synthesis = group.synthesis.to(device=device, dtype=torch.float32)
+        self._expected: dict[tuple[float, int], torch.Tensor] = {}
         self._may_round = may_round and has_bf16_products(device)
         self._rounded_synthesis: torch.Tensor | None = None
         self._deviations = self._spread(self._scales())
         self._analysis: torch.Tensor | None = None
         if group.analysis is not None:
-            analysis = group.analysis.to(device=device, dtype=torch.float64)
-            product = self._synthesis.double() @ analysis
-            # One Newton step: the error of the inverse is squared.
-            self._analysis = (2 * analysis - analysis @ product).float()
+            analysis = group.analysis.to(device=device, dtype=torch.float32)
+            error = self._synthesis @ analysis
+            error.diagonal().sub_(1)
+            # One Newton step: the error of the inverse is squared. It is small, so that fp32 has it well enough.
+            self._analysis = torch.addmm(analysis, analysis, error, alpha=-1)
 
     def join(self, cache: KVCache, first_token: int) -> torch.Tensor:
         """Return the vectors of the group's layers, fp32 `[num_tokens, num_channels]`; see `join_planes`.
@@ -187,6 +189,11 @@ class GroupTransform:
         Args:
             num_coded: the first so many components are coded.
         """
+        if (step, num_coded) not in self._expected:
+            self._expected[step, num_coded] = self._compute_expected_errors(step, num_coded)
+        return self._expected[step, num_coded]
+
+    def _compute_expected_errors(self, step: float, num_coded: int) -> torch.Tensor:
         errors = self._scales()
         left_out = errors[-1] * math.sqrt(max(self.group.num_channels / self.group.num_components - 1, 0.0))
         errors[:num_coded] = errors[:num_coded].clamp(max=step / math.sqrt(12))
