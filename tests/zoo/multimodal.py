@@ -36,6 +36,12 @@ def text(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in {**SIZES, **fields}.items() if value is not None}
 
 
+def _command_r() -> transformers.Cohere2Config:
+    """Return the decoder of Aya Vision and Command-A Vision."""
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
+    return transformers.Cohere2Config(**text(head_dim=None, sliding_window=WINDOW, layer_types=layer_types))
+
+
 _FAMILIES = [
     Family(
         "Qwen2-VL",
@@ -247,13 +253,7 @@ _FAMILIES = [
         "Aya Vision",
         "AyaVisionConfig",
         lambda: {
-            "text_config": transformers.Cohere2Config(
-                **text(
-                    head_dim=None,
-                    sliding_window=WINDOW,
-                    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-                )
-            ),
+            "text_config": _command_r(),
             "vision_config": transformers.SiglipVisionConfig(**_SIGLIP),
             "image_token_index": 500,
         },
@@ -262,13 +262,7 @@ _FAMILIES = [
         "Command-A Vision",
         "Cohere2VisionConfig",
         lambda: {
-            "text_config": transformers.Cohere2Config(
-                **text(
-                    head_dim=None,
-                    sliding_window=WINDOW,
-                    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-                )
-            ),
+            "text_config": _command_r(),
             "vision_config": transformers.SiglipVisionConfig(**_SIGLIP),
             "image_token_id": 500,
         },

@@ -19,7 +19,7 @@ from cachegen.device import choose_kernels
 from cachegen.errors import MismatchError
 from cachegen.format import Coder
 from cachegen.kv_cache import ContextMetadata
-from cachegen.methods import make_encoder
+from cachegen.methods import make_encoder, method_named
 from cachegen.methods.base import MethodConfig
 from cachegen.methods.transform.profile import Profile, pack_profile
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
@@ -159,13 +159,16 @@ def compress(
     loaded = identify_model(model, chosen.model_fingerprint)
     planes = check_cache(planes, loaded)
     refuse_images(loaded, ids, "`token_ids`")
+    method = method_named(chosen.method)
+    # Finding them takes a pass through the model.
+    rotations = find_rotations(loaded).planes if method is not None and method.undoes_rotations else None
     metadata = ContextMetadata(
         loaded.model_id,
         loaded.fingerprint,
         ids,
         loaded.rotary_embeddings,
         block_size,
-        plane_rotations=find_rotations(loaded).planes,
+        plane_rotations=rotations,
     )
     threads = num_threads or default_num_threads()
     chunks = plan_chunks(planes.num_tokens, None, chunk_tokens)

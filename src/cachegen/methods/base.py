@@ -416,6 +416,7 @@ class Method(ABC):
         name: as configs, manifests and people write it.
         number: as files have it.
         uses_profile: whether documents name a profile.
+        undoes_rotations: whether encoders want to know how the planes are turned.
         num_sink_tokens: the first so many tokens of a context are computed from its text instead of decoded, where
             a model goes on from them.
     """
@@ -423,6 +424,7 @@ class Method(ABC):
     name: str
     number: int
     uses_profile: bool = False
+    undoes_rotations: bool = False
     num_sink_tokens: int = 0
 
     @property

@@ -120,14 +120,8 @@ def read_own_profile(folder: Path, profile_hash: bytes) -> dict[str, bytes]:
     Raises:
         InputError, BitstreamError: it is damaged.
     """
-    place = folder / OWN_PROFILE_FOLDER
-    try:
-        content = read_file(place / PROFILE_NAME, MAX_PROFILE_BYTES)
-    except InputError:
-        return {}
-    if hashlib.sha256(content).digest() != profile_hash:
-        return {}
-    return read_decoding_files(place)
+    record = _read_own_record(folder, profile_hash)
+    return {} if record is None else read_decoding_files(folder / OWN_PROFILE_FOLDER)
 
 
 def measure_own_profile(folder: Path, profile_hash: bytes) -> int:
@@ -136,12 +130,20 @@ def measure_own_profile(folder: Path, profile_hash: bytes) -> int:
     Args:
         folder, profile_hash: as for `read_own_profile`.
     """
-    place = folder / OWN_PROFILE_FOLDER
-    with contextlib.suppress(CacheGenError, OSError):
-        content = read_file(place / PROFILE_NAME, MAX_PROFILE_BYTES)
-        if hashlib.sha256(content).digest() == profile_hash:
-            return len(content) + (place / SYNTHESIS_NAME).stat().st_size
+    record = _read_own_record(folder, profile_hash)
+    if record is not None:
+        with contextlib.suppress(OSError):
+            return len(record) + (folder / OWN_PROFILE_FOLDER / SYNTHESIS_NAME).stat().st_size
     return 0
+
+
+def _read_own_record(folder: Path, profile_hash: bytes) -> bytes | None:
+    """Return profile.json of a document's own profile; None where there is none, or another one."""
+    try:
+        record = read_file(folder / OWN_PROFILE_FOLDER / PROFILE_NAME, MAX_PROFILE_BYTES)
+    except InputError:
+        return None
+    return record if hashlib.sha256(record).digest() == profile_hash else None
 
 
 def keep_own_profile(profile: Profile, folder: Path) -> None:

@@ -44,11 +44,15 @@ class ProfileFetcher:
     def fetch(self, store: Store, profile_hash: str) -> Profile:
         """Return a profile; see `fetch_profile`."""
         with self._lock:
-            profile = self._kept.pop(profile_hash, None) or fetch_profile(store, profile_hash)
+            profile = self._kept.get(profile_hash)
+        # Not under the lock: a store that is slow is nobody else's business.
+        profile = profile or fetch_profile(store, profile_hash)
+        with self._lock:
+            self._kept.pop(profile_hash, None)
             self._kept[profile_hash] = profile  # the last one used is the last
             while len(self._kept) > self._num_kept:
                 del self._kept[next(iter(self._kept))]
-            return profile
+        return profile
 
 
 def fetch_profile(store: Store, profile_hash: str) -> Profile:

@@ -84,8 +84,7 @@ class TransformSinksScheme:
     def recode(self, saved: SavedCache, setting: str) -> Recoded:
         num_tokens = saved.cache.num_tokens
         cache, num_bytes = _recode(saved, self.profile, int(setting.split()[1]), 1, 1, num_tokens)
-        for plane, source in zip(cache.planes, saved.cache.planes, strict=True):
-            plane[:SINK_TOKENS] = source[:SINK_TOKENS]
+        _restore_sinks(cache, saved)
         return Recoded(cache, {self.name: ByteCount(num_bytes, 0, self.profile.num_bytes)})
 
 
@@ -110,8 +109,7 @@ class TransformOwnScheme:
         if own is None:
             raise InputError(f"`schemes`: {num_tokens} tokens are too few for {self.name}")
         cache, num_bytes = _recode(saved, own.profile, step_log, 1, 1, num_tokens)
-        for plane, source in zip(cache.planes, saved.cache.planes, strict=True):
-            plane[:SINK_TOKENS] = source[:SINK_TOKENS]
+        _restore_sinks(cache, saved)
         return Recoded(cache, {self.name: ByteCount(num_bytes + own.profile.num_bytes, own.profile.num_bytes)})
 
 
@@ -134,6 +132,12 @@ class TransformLevelsScheme:
         level = int(setting.split()[-1])
         cache, num_bytes = _recode(saved, self.profile, LEVELS_STEP_LOG, NUM_LEVELS, level, saved.cache.num_tokens)
         return Recoded(cache, {self.name: ByteCount(num_bytes, 0, self.profile.num_bytes)})
+
+
+def _restore_sinks(cache: KVCache, saved: SavedCache) -> None:
+    """Make the first tokens what recomputing them from text gives: they are exact then."""
+    for plane, source in zip(cache.planes, saved.cache.planes, strict=True):
+        plane[:SINK_TOKENS] = source[:SINK_TOKENS]
 
 
 def _recode(

@@ -37,6 +37,7 @@ class LosslessMethod(Method):
 
     name = "lossless"
     number = METHOD_NUMBER
+    undoes_rotations = True
 
     @property
     def document_header(self) -> type[LosslessDocumentHeader]:

@@ -30,6 +30,7 @@ class TransformMethod(Method):
     name = "transform"
     number = METHOD_NUMBER
     uses_profile = True
+    undoes_rotations = True
     num_sink_tokens = SINK_TOKENS
 
     @property

@@ -422,8 +422,15 @@ def _parse(fields: Fields) -> Profile:
         for point in fields.objects("curve", 0, _MAX_CURVE_POINTS)
     )
     fingerprint, calibration = fields.hash("model_fingerprint"), fields.object("calibration").content
-    profile = Profile(fingerprint, rotary_embeddings, tuple(shapes), (), curve, dict(calibration))
-    return dataclasses.replace(profile, plane_rotations=plane_rotations)
+    return Profile(
+        fingerprint,
+        rotary_embeddings,
+        tuple(shapes),
+        (),
+        curve,
+        dict(calibration),
+        plane_rotations=plane_rotations,
+    )
 
 
 def _parse_layers(fields: Fields, profile: Profile) -> list[tuple[int, int, int]]:
