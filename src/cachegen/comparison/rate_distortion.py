@@ -33,9 +33,9 @@ from cachegen.comparison.schemes import ByteCount, SavedCache, Scheme, Uncompres
 from cachegen.errors import BitstreamError, CacheGenError, InputError, MismatchError
 from cachegen.files import read_file, write_file
 from cachegen.kv_archive import is_damaged_kv_file
-from cachegen.kv_cache import KVCache, hash_planes, hash_token_prefixes, load_kv_cache, save_kv_cache
+from cachegen.kv_cache import hash_planes, hash_token_prefixes, load_kv_cache, save_kv_cache
 from cachegen.pipeline.model import LoadedModel
-from cachegen.pipeline.model_cache import allocate_cache, preserve_tokens, set_length, view_kv_cache
+from cachegen.pipeline.model_cache import allocate_cache, fill_cache, preserve_tokens, set_length
 from cachegen.pipeline.prefill import extend_cache, prefill_context
 from cachegen.pipeline.verify import Comparison, compare_with_predictions, count_verified_tokens, predict_from
 
@@ -205,7 +205,7 @@ class _Bench:
             num_questions_tokens = max(num_questions_tokens, count_written_tokens(study.loaded, context.questions))
         self._capacity = max(len(token_ids) + num_questions_tokens, self._start + 1 + study.continued_tokens)
         self._reference = self._allocate(study.loaded, self._capacity)
-        _fill(self._reference, self._saved.cache)
+        fill_cache(self._reference, self._saved.cache)
         self._decoded = self._allocate(study.loaded, self._capacity)
         self._tail_bytes = len(study.loaded.tokenizer.decode(token_ids[self._start + 1 :]).encode())
         self._predictions = None
@@ -221,7 +221,7 @@ class _Bench:
         if isinstance(scheme, UncompressedScheme):
             loaded = study.load_for_prefill()
             decoded = self._allocate(loaded, self._capacity)
-        _fill(decoded, recoded.cache)
+        fill_cache(decoded, recoded.cache)
         if known is None:
             comparison = self._compare(loaded, decoded)
             fidelity, kl_of_tokens = asdict(comparison.fidelity), comparison.kl_of_tokens
@@ -366,13 +366,6 @@ def _saved_cache_hash(study: Study, context: PromptContext, kind: str) -> str | 
         return load_kv_cache(path)[1].cache_hash
     except CacheGenError:
         return None
-
-
-def _fill(cache: Cache, kv: KVCache) -> None:
-    """Write `kv` into the first tokens of `cache` and set its length to them."""
-    for target, plane in zip(view_kv_cache(cache, kv.num_tokens).planes, kv.planes, strict=True):
-        target.copy_(plane)
-    set_length(cache, kv.num_tokens)
 
 
 def _result_key(
