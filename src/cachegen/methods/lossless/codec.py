@@ -11,7 +11,7 @@ import torch
 from cachegen import _native
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
-from cachegen.errors import BitstreamError, InputError
+from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.format import ALIGNMENT, NO_HASH, Coder, StreamEntry, round_up
 from cachegen.format.files import Chunk, join_chunk
 from cachegen.format.framing import Buffer
@@ -21,6 +21,7 @@ from cachegen.methods.base import Document, Encoder, ErrorMeasure
 from cachegen.methods.lossless.fit import fit_model
 from cachegen.methods.lossless.headers import LosslessChunkHeader, LosslessDocumentHeader
 from cachegen.methods.lossless.model import join_bits, unpack_model
+from cachegen.methods.lossless.predictor import Predictor
 
 METHOD_NUMBER = 4
 """How files call the method."""
@@ -31,9 +32,29 @@ class LosslessDocument(Document):
 
     header: LosslessDocumentHeader  # pyright: ignore[reportIncompatibleVariableOverride]  (only `__init__` sets it)
 
-    def __init__(self, header: LosslessDocumentHeader, tables_hash: bytes, tables: bytes) -> None:
+    def __init__(
+        self, header: LosslessDocumentHeader, tables_hash: bytes, tables: bytes, predictor: Predictor | None = None
+    ) -> None:
+        """Put a document's parts together.
+
+        Args:
+            tables: the document's own model; empty where it names a profile.
+            predictor: the profile; None where the document names none, or nothing is to be decoded.
+
+        Raises:
+            MismatchError: the profile is not the one that the document names.
+        """
         super().__init__(header, tables_hash)
-        self._tables = tables
+        self._tables, self._predictor = tables, predictor
+        if predictor is None:
+            return
+        if bytes.fromhex(predictor.profile_hash) != header.profile_hash:
+            raise MismatchError(
+                f"profile_hash is {predictor.profile_hash[:12]}, but the document was encoded with the profile "
+                f"{header.profile_hash.hex()[:12]}: give `profile` its folder"
+            )
+        if header.planes != predictor.planes or self.dtype != predictor.dtype:
+            raise MismatchError("planes have other shapes or another dtype than the profile's")
 
     @cached_property
     def coding(self) -> _native.LosslessModel:
@@ -41,8 +62,14 @@ class LosslessDocument(Document):
 
         Raises:
             BitstreamError: the model is corrupt.
+            InputError: the document names a profile and was opened without one.
         """
-        model = unpack_model(self._tables, self.header.planes)
+        if self._predictor is not None:
+            model = self._predictor.model()
+        elif self.header.profile_hash != NO_HASH:
+            raise InputError(f"the document needs the profile {self.header.profile_hash.hex()[:12]} (`profile`)")
+        else:
+            model = unpack_model(self._tables, self.header.planes)
         return model.for_native(self.header.planes, is_float16=self.dtype == torch.float16)
 
     def prepare(self) -> None:
@@ -93,17 +120,20 @@ class LosslessEncoder(Encoder):
         metadata: ContextMetadata,
         chunk_tokens: Sequence[int],
         *,
+        predictor: Predictor | None = None,
         num_threads: int = 1,
         kernels: Kernels = CPU,
     ) -> None:
-        """Fit the model.
+        """Fit the model, if there is no profile.
 
         Args:
             cache: on the CPU; may be memory-mapped.
             chunk_tokens: the chunks' token counts, at most the cache's in all.
+            predictor: the profile of the language model; the document names it then and holds no model.
 
         Raises:
             BitstreamError: the cache's values are not those that were saved.
+            MismatchError: the profile is of another language model.
             InputError: the cache's dtype has more than 16 bits.
         """
         if cache.dtype.itemsize != 2:
@@ -111,19 +141,21 @@ class LosslessEncoder(Encoder):
             raise InputError(f"method lossless codes caches of 16 bits per value, this one is {dtype}")
         super().__init__(cache, metadata, chunk_tokens, num_threads, kernels)
         planes = tuple(PlaneShape(plane.shape[1], plane.shape[2]) for plane in cache.planes)
-        tables = fit_model(cache, metadata.rotations_of(cache)).pack()
+        if predictor is not None:
+            predictor.check_cache(cache, metadata)
+        tables = b"" if predictor is not None else fit_model(cache, metadata.rotations_of(cache)).pack()
         header = LosslessDocumentHeader(
             **self._document_fields,
             method=METHOD_NUMBER,
             coder=Coder.RANS,
             num_levels=1,
-            profile_hash=NO_HASH,
+            profile_hash=NO_HASH if predictor is None else bytes.fromhex(predictor.profile_hash),
             model_bytes=len(tables),
             model_crc=_native.crc32c(tables),
             planes=planes,
         )
         self.tables_file = header.pack() + tables
-        document = LosslessDocument(header, self._hash_tables(), tables)
+        document = LosslessDocument(header, self._hash_tables(), tables, predictor)
         self.document = document  # pyright: ignore[reportIncompatibleVariableOverride]  (set here alone)
 
     def expected_header(self, index: int, level: int = 1) -> LosslessChunkHeader:
