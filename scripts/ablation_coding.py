@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure what the parts of method transform's coder bring, on held-out calibration caches: ideal bits by probability
+"""Measure what the parts of method transform's coder bring, on caches that the profile was not made from: ideal bits by probability
 model, and bits and KL by quantizer and with some tokens kept exact."""
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     command_line.add_model_flags(parser, str(ROOT / "models/tiny-mistral"))
     add("--path_to_kv", type=Path, required=True, help="the folder of KV caches that the profile was made from")
+    add("--all_contexts", action="store_true", help="measure on all of them: the profile was made from others")
     add("--profile", default=str(ROOT / "models/tiny-mistral/profile"), help="the model's profile")
     add("--step_logs", type=int, nargs="+", default=[20, 8, -24], help="16 log2 of the steps")
     command_line.add_common_flags(parser)
@@ -44,9 +45,10 @@ def main(argv: list[str] | None = None) -> int:
 def _ablate(args: argparse.Namespace) -> None:
     report = command_line.Reporter(args)
     profile = load_profile(args.profile, for_encoding=True)
-    _, held_out = split_contexts(open_contexts(args.path_to_kv))
+    contexts = open_contexts(args.path_to_kv)
+    measured_on = contexts if args.all_contexts else split_contexts(contexts)[1]
     loaded = load_model(args.model_id, device=CPU, dtype=torch.float32, gguf_file=args.gguf_file)
-    benches = [_Bench(loaded, context) for context in held_out]
+    benches = [_Bench(loaded, context) for context in measured_on]
     rows: list[dict[str, Any]] = []
     report.line("| 16 log2 step | part | bits per value | KL |\n|---:|---|---:|---:|")
     for step_log in args.step_logs:

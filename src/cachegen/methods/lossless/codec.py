@@ -20,7 +20,7 @@ from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import Document, Encoder, ErrorMeasure
 from cachegen.methods.lossless.fit import fit_model
 from cachegen.methods.lossless.headers import LosslessChunkHeader, LosslessDocumentHeader
-from cachegen.methods.lossless.model import join_bits, unpack_model
+from cachegen.methods.lossless.model import Model, join_bits, unpack_model
 from cachegen.methods.lossless.predictor import Predictor
 
 METHOD_NUMBER = 4
@@ -121,15 +121,17 @@ class LosslessEncoder(Encoder):
         chunk_tokens: Sequence[int],
         *,
         predictor: Predictor | None = None,
+        model: Model | None = None,
         num_threads: int = 1,
         kernels: Kernels = CPU,
     ) -> None:
-        """Fit the model, if there is no profile.
+        """Fit the model, if there is neither a profile nor a model.
 
         Args:
             cache: on the CPU; may be memory-mapped.
             chunk_tokens: the chunks' token counts, at most the cache's in all.
             predictor: the profile of the language model; the document names it then and holds no model.
+            model: of the document; None fits one on the cache.
 
         Raises:
             BitstreamError: the cache's values are not those that were saved.
@@ -143,7 +145,9 @@ class LosslessEncoder(Encoder):
         planes = tuple(PlaneShape(plane.shape[1], plane.shape[2]) for plane in cache.planes)
         if predictor is not None:
             predictor.check_cache(cache, metadata)
-        tables = b"" if predictor is not None else fit_model(cache, metadata.rotations_of(cache)).pack()
+            tables = b""
+        else:
+            tables = (model or fit_model(cache, metadata.rotations_of(cache))).pack()
         header = LosslessDocumentHeader(
             **self._document_fields,
             method=METHOD_NUMBER,
