@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""Measure what the parts of method transform's coder bring, on caches that the profile was not made from: ideal bits by probability
-model, and bits and KL by quantizer and with some tokens kept exact."""
+"""Measure what the parts of method transform's coder bring, on caches that the profile was not made from.
+
+Ideal bits by probability model, and bits and KL by quantizer and with some tokens kept exact.
+"""
 
 from __future__ import annotations
 
