@@ -88,3 +88,19 @@ def test_the_proof_on_emulated_kernels_passes(capsys) -> None:
     prove_gpu = importlib.import_module("tests.prove_gpu")
     assert prove_gpu.main(["--emulated", "--short"]) == 0
     assert "checks passed" in capsys.readouterr().out
+
+
+def test_the_table_to_choose_by_says_what_the_seconds_say(tmp_path) -> None:
+    choosing = importlib.import_module("choosing")
+    cases = {choice.case for choice in choosing.CHOICES if choice.case}
+    rows = [{"case": case, "decode_gb_per_second": 2.0} for case in cases]
+    (tmp_path / "m.json").write_text(json.dumps({"shape": [32, 8, 128], "cases": rows}))
+    (tmp_path / "p.json").write_text(json.dumps({"tokens_per_second": 1000}))
+    argv = ["--methods", str(tmp_path / "m.json"), "--prefill", str(tmp_path / "p.json"), "--prefill_share", "0.5"]
+    assert choosing.main([*argv, "--num_tokens", "8000", "--output_path", str(tmp_path)]) == 0
+    assert (tmp_path / "choosing.png").stat().st_size > 1000
+    lines = (tmp_path / "choosing.md").read_text().splitlines()
+    # 131,072 bytes of fp16 per token: 1.05 GB, 8.39 s at 1 Gbit/s; half of it and half a second of decoding at 8 bits.
+    assert lines[2].startswith("| fp16 | 16.00 |  | 83.9 s | 8.39 s | 0.839 s | 0.0839 s |  | 0.52 Gbit/s |")
+    assert lines[3].startswith("| uniform 8-bit | 8.08 | 2.00 | 42.9 s | 4.76 s | 0.948 s | 0.567 s | 7.9 Gbit/s |")
+    assert lines[-1] == "| the text | | | 16 s | 16 s | 16 s | 16 s | | |"
