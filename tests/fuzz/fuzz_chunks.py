@@ -151,9 +151,9 @@ def check_tables(content: bytes) -> None:
         raise AssertionError("the header of the tables is not what packing it gives")
     document = open_document(content, find_profile=lambda _: golden_transform().profile)
     document.prepare()
-    if not isinstance(document, AbsmaxDocument) or document.tables is None:
+    if not isinstance(document, AbsmaxDocument) or document.classes[0][1] is None:
         return
-    frequencies = document.tables.frequencies()
+    frequencies = document.classes[0][1].frequencies()
     if len(frequencies) != sum(plane.num_channels for plane in header.planes) or (frequencies.sum(1) != 4096).any():
         raise AssertionError("the tables are not one per channel, each of 4096")
 
@@ -167,8 +167,8 @@ def document_for(header: AbsmaxChunkHeader, golden: AbsmaxDocument) -> AbsmaxDoc
     tables = None
     if header.coder is not layout.Coder.PACKED:
         num_tables = sum(plane.num_channels for plane in planes)
-        known = np.zeros((1, 32), np.uint16) if golden.tables is None else golden.tables.frequencies()
-        if golden.tables is None:
+        known = np.zeros((1, 32), np.uint16) if golden.classes[0][1] is None else golden.classes[0][1].frequencies()
+        if golden.classes[0][1] is None:
             known[0, 0] = 4096
         tables = cpu.Tables.from_frequencies(known[np.arange(num_tables) % len(known)])
     expected = dataclasses.replace(

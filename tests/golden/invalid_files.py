@@ -122,7 +122,7 @@ def list_invalid_prefixes(kind: str, good: bytes, other: bytes) -> Iterator[tupl
     for name, offset in (("method", 38), ("dtype", 40)):
         for value in (0, 9):
             yield f"{kind}_{name}_{value}", reseal(good, offset, "B", value), unsupported, name
-    yield f"{kind}_reserved_set", reseal(good, 42, "H", 1), unsupported, "reserved"
+    yield f"{kind}_stored_tokens_2", reseal(good, 42, "H", 2), unsupported, "stored_tokens"
     yield f"{kind}_without_layers", reseal(good, 36, "H", 0), error, "num_layers"
     # A chunk's third record would be its stream index, whose lengths make no plane.
     field = "num_bins" if kind == "chunk" else "header_bytes"

@@ -188,9 +188,9 @@ def encode_chunk_in_streams(
     start, stop = header.first_token, header.first_token + header.num_tokens
     cache = make_cache(golden).slice(start, stop)
     scales, _ = kernels.measure(cache, planes, num_threads)
-    tables = encoder.document.tables
+    tables = encoder.document.classes[0][1]
     payload, streams = kernels.encode(cache, scales, planes, tables, num_threads, coder=golden.coder)
-    return build_chunk(header, scales, streams, payload)
+    return build_chunk(header, scales, streams, [payload])
 
 
 def allocate(golden: Golden, num_tokens: int) -> KVCache:

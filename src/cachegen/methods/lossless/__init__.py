@@ -71,8 +71,11 @@ class LosslessMethod(Method):
         *,
         num_threads: int,
         kernels: Kernels,
+        first_stored: Sequence[int],
     ) -> LosslessEncoder:
-        return LosslessEncoder(cache, metadata, chunk_tokens, num_threads=num_threads, kernels=kernels)
+        return LosslessEncoder(
+            cache, metadata, chunk_tokens, num_threads=num_threads, kernels=kernels, first_stored=first_stored
+        )
 
 
 METHODS = (LosslessMethod(),)

@@ -51,25 +51,26 @@ _CHANNEL_STEPS = (512, 1023)
 _PI = Fraction(5048344754617993871973410141242436836214643421488662971535368, 1 << 200)
 
 
-def fit_model(cache: KVCache, rotations: PlaneRotations) -> Model:
+def fit_model(cache: KVCache, rotations: PlaneRotations, first_token: int = 0) -> Model:
     """Fit a cache's model.
 
     Args:
         cache: on the CPU, of 16 bits per value; values that are not finite count as zero.
         rotations: how each plane is turned.
+        first_token: the position of the cache's first token.
     """
     with _one_thread():
-        return _fit(cache, rotations)
+        return _fit(cache, rotations, first_token)
 
 
-def _fit(cache: KVCache, rotations: PlaneRotations) -> Model:
+def _fit(cache: KVCache, rotations: PlaneRotations, first_token: int) -> Model:
     planes = [PlaneShape(plane.shape[1], plane.shape[2]) for plane in cache.planes]
     distinct = list(dict.fromkeys(rotation for rotation in rotations if rotation is not None))
     turning = tuple(
         TurningPairs(tuple(map(turn_of, rotation.inv_freq)), rotation.pairing, rotation.offset) for rotation in distinct
     )
     numbers = tuple(0 if rotation is None else distinct.index(rotation) + 1 for rotation in rotations)
-    first = _FIRST_TOKEN if cache.num_tokens > 16 * _FIRST_TOKEN else 0
+    first = _FIRST_TOKEN if not first_token and cache.num_tokens > 16 * _FIRST_TOKEN else 0
     stride = -(-(cache.num_tokens - first) // MAX_FIT_TOKENS)
     positions = torch.arange(first, cache.num_tokens, stride)
     orders = [
@@ -79,7 +80,7 @@ def _fit(cache: KVCache, rotations: PlaneRotations) -> Model:
     fitted: list[_Layer] = []
     covariances = _Covariances()
     for layer, order in enumerate(orders):
-        vectors = _vectors(cache, layer, positions, rotations)
+        vectors = _vectors(cache, layer, positions, rotations, first_token)
         fitted.append(_fit_layer(vectors, fitted, covariances, order, cache.num_tokens))
     model = Model(
         channels=np.concatenate([layer.channels for layer in fitted]),
@@ -93,7 +94,7 @@ def _fit(cache: KVCache, rotations: PlaneRotations) -> Model:
     start = max(0, (cache.num_tokens - COUNTED_TOKENS) // 2)
     counted = cache.slice(start, min(start + COUNTED_TOKENS, cache.num_tokens))
     native = model.for_native(planes, is_float16=cache.dtype == torch.float16)
-    _native.lossless_count(join_bits(counted), start, native, counts)
+    _native.lossless_count(join_bits(counted), first_token + start, native, counts)
     return dataclasses.replace(model, frequencies=_normalize(counts.astype(np.int64)))
 
 
@@ -354,11 +355,17 @@ def _history_units(deviations: torch.Tensor) -> torch.Tensor:
     return torch.exp2(logs.floor() - 8 - logs)
 
 
-def _vectors(cache: KVCache, layer: int, positions: torch.Tensor, rotations: PlaneRotations) -> torch.Tensor:
-    """Return a layer's keys and values, their rotations undone: fp64 `[num_positions, num_channels]`."""
+def _vectors(
+    cache: KVCache, layer: int, places: torch.Tensor, rotations: PlaneRotations, first_token: int
+) -> torch.Tensor:
+    """Return a layer's keys and values at some places, their rotations undone: fp64 `[num_places, num_channels]`.
+
+    Args:
+        first_token: the position of the cache's first token.
+    """
     planes = slice(2 * layer, 2 * layer + 2)
     parts = [
-        _turned_back(plane[positions].float(), rotation, positions).flatten(1)
+        _turned_back(plane[places].float(), rotation, first_token + places).flatten(1)
         for plane, rotation in zip(cache.planes[planes], rotations[planes], strict=True)
     ]
     return torch.cat(parts, dim=1).double().nan_to_num(0.0, 0.0, 0.0)

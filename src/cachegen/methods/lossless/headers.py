@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +54,16 @@ class LosslessChunkHeader(ChunkHeader):
     def recorded_errors(self) -> tuple[float, float]:
         return 0.0, 0.0
 
-    @property
-    def num_streams(self) -> int:
-        return self.num_layers * -(-self.num_tokens // BLOCK_TOKENS)
+    @classmethod
+    def num_streams_of(cls, fields: Mapping[str, Any], num_absent: Sequence[int]) -> int:
+        num_tokens = fields["num_tokens"]
+        if not num_absent:
+            return fields["num_layers"] * -(-num_tokens // BLOCK_TOKENS)
+        return sum(-(-(num_tokens - absent) // BLOCK_TOKENS) for absent in num_absent)
 
     @property
-    def header_bytes(self) -> int:
-        return self.padded_bytes(0, self.num_streams)
+    def arrays_bytes(self) -> int:
+        return 0
 
     @property
     def payload_offset(self) -> int:
@@ -74,6 +78,6 @@ class LosslessChunkHeader(ChunkHeader):
     @classmethod
     def unpack_arrays(
         cls, fields: dict[str, Any], content: Buffer, at: int, header_bytes: int
-    ) -> tuple[dict[str, Any], int, int]:
+    ) -> tuple[dict[str, Any], int]:
         _check_coding(fields["coder"], fields["dtype"], cls.offset_of("coder"), cls.offset_of("dtype"))
-        return {}, fields["num_layers"] * -(-fields["num_tokens"] // BLOCK_TOKENS), at
+        return {}, at

@@ -66,6 +66,7 @@ class TransformMethod(Method):
         *,
         num_threads: int,
         kernels: Kernels,
+        first_stored: Sequence[int],
     ) -> TransformEncoder:
         profile = config.load_profile()
         return TransformEncoder(
@@ -77,6 +78,7 @@ class TransformMethod(Method):
             num_levels=config.num_levels,
             num_threads=num_threads,
             kernels=kernels,
+            first_stored=first_stored,
         )
 
 
