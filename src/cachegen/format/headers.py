@@ -64,8 +64,8 @@ class DocumentHeader(Record):
     Attributes:
         planes: keys then values of layer 0, of layer 1, ...
         chunk_tokens: per chunk, its number of tokens; chunks follow each other from token 0.
-        first_stored: per layer, its first token that the chunks hold; empty where that is 0 in every layer. What a layer
-            does not hold, no token behind the chunks attends to.
+        first_stored: per layer, the first token that the chunks hold of it; empty where that is 0 in every layer. No
+            token behind the chunks attends to what a layer does not hold.
     """
 
     num_cache_tokens: int = u64("tokens of the whole cache; those that no chunk covers are recomputed from text")
@@ -131,14 +131,17 @@ class DocumentHeader(Record):
         return bool(self.first_stored)
 
     @property
-    def num_stored_values(self) -> int:
-        """Values of keys and values that the chunks hold."""
-        if not self.first_stored:
-            return self.values_per_token * self.num_covered_tokens
-        return sum(
-            plane.num_channels * (self.num_covered_tokens - self.first_stored[index // 2])
-            for index, plane in enumerate(self.planes)
-        )
+    def stored_values_of_chunks(self) -> list[int]:
+        """Numbers of keys and values that each chunk holds."""
+        sizes = [plane.num_channels for plane in self.planes]
+        channels = [keys + values for keys, values in zip(sizes[::2], sizes[1::2], strict=True)]
+        found: list[int] = []
+        first_token = 0
+        for num_tokens in self.chunk_tokens:
+            num_absent = self.num_absent(first_token, num_tokens) or (0,) * len(channels)
+            found.append(sum(n * (num_tokens - absent) for n, absent in zip(channels, num_absent, strict=True)))
+            first_token += num_tokens
+        return found
 
     def num_absent(self, first_token: int, num_tokens: int) -> tuple[int, ...]:
         """Return, per layer, how many first tokens of a chunk are not stored; empty where none is in any layer."""

@@ -1,4 +1,4 @@
-"""Layers of a document that hold the same tokens: what kernels, which know one number of tokens, are given at a time."""
+"""Layers of a document that hold the same tokens: what is given to kernels at a time, which know one number of them."""
 
 from __future__ import annotations
 

@@ -11,10 +11,38 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from cachegen.errors import InputError
 from cachegen.kv_cache import KVCache
+
+
+class WholeLayer(DynamicLayer):
+    """A layer of transformers that must not be cropped into what was decoded: tokens of its window may be missing then.
+
+    Attributes:
+        least_length: the tokens that were decoded.
+        num_missing: first tokens that are not there; zeros are.
+    """
+
+    def __init__(self, least_length: int, num_missing: int) -> None:
+        super().__init__()
+        self.least_length, self.num_missing = least_length, num_missing
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove so many of the last tokens, as a negative number.
+
+        Raises:
+            ValueError: they are of those that were decoded.
+        """
+        # Releases differ in what a positive number means; nobody may mean less than all that was decoded.
+        length = self.get_seq_length()
+        if (length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove) < self.least_length:
+            raise ValueError(
+                f"the cache can only be used whole, {self.least_length} tokens: compress with keep_all_tokens=True to go "
+                "on from fewer"
+            )
+        super().crop(tokens_to_remove)
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -25,6 +53,8 @@ class PreallocatedLayer(DynamicLayer):
         keys, values: views `[1, num_kv_heads, num_tokens, head_dim]` of the buffers; heads and dims of the two may
             differ. None before the first use.
         num_head_repeats: how often the model repeats each head, of which one is kept.
+        least_length: fewer tokens, but none, it must not be set to: tokens of some layer's window are missing then.
+        num_missing: first tokens that are not there; zeros are.
 
     It is no sliding-window layer, whatever the model: all tokens are kept, and the model's mask does the rest.
     """
@@ -35,6 +65,7 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self.num_head_repeats = num_head_repeats
+        self.least_length = self.num_missing = 0
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -88,8 +119,15 @@ class PreallocatedLayer(DynamicLayer):
         Whoever lengthens a layer has written the tokens.
 
         Raises:
-            ValueError: there is no room for so many, or no buffer yet.
+            ValueError: there is no room for so many, or no buffer yet; or the layer must be used whole.
         """
+        if 0 < num_tokens < self.least_length:
+            raise ValueError(
+                f"`num_tokens` must be 0 or at least {self.least_length}, got {num_tokens}: the cache lacks what "
+                "earlier tokens attend to"
+            )
+        if num_tokens == 0:
+            self.least_length = self.num_missing = 0  # what follows is computed
         if self._buffers is None:
             if num_tokens != 0:
                 raise ValueError(f"the layer is still empty and cannot be set to {num_tokens} tokens")
@@ -224,9 +262,37 @@ def planes_of_cache(cache: Any) -> KVCache:
             sliding window has dropped some.
         ValueError: as `KVCache`.
     """
+    planes, num_missing = planes_and_missing(cache)
+    for index, missing in enumerate(num_missing):
+        if missing:
+            raise _missing_error(index, cache.layers[index], planes.num_tokens - missing, planes.num_tokens)
+    return planes
+
+
+def _missing_error(index: int, layer: object, num_held: int, num_tokens: int) -> InputError:
+    return InputError(
+        f"the cache's layer {index} ({type(layer).__name__}) holds {num_held} of {num_tokens} tokens: call the model "
+        "with past_key_values=DynamicCache(), which keeps them all"
+    )
+
+
+def planes_and_missing(cache: Any) -> tuple[KVCache, tuple[int, ...]]:
+    """Return the keys and values that a transformers cache holds, zeros for what sliding windows have dropped.
+
+    Args:
+        cache: a cache of one sequence.
+
+    Returns:
+        As `planes_of_cache`, but that the planes of a layer that lacks tokens are copies; and per layer, how many of
+        its first tokens it lacks.
+
+    Raises:
+        TypeError, InputError, ValueError: as `planes_of_cache`, but for dropped tokens.
+    """
     if not isinstance(cache, Cache):
         raise TypeError(f"`cache` must be a transformers cache or a KVCache, got {type(cache).__name__}")
     keys, values = [], []
+    num_missing: list[int] = []
     layers = list(getattr(cache, "layers", ()))
     while layers and type(layers[-1]).__name__ == "DummyLayer":  # of layers that use the keys and values of others
         layers.pop()
@@ -234,6 +300,7 @@ def planes_of_cache(cache: Any) -> KVCache:
         if not hasattr(layer, "get_seq_length"):
             raise InputError(f"the cache's layer {index} ({type(layer).__name__}) holds no keys of every token")
         num_tokens = int(layer.get_seq_length())
+        num_missing.append(getattr(layer, "num_missing", 0))
         for kind, planes in (("keys", keys), ("values", values)):
             states = getattr(layer, kind, None)
             if not isinstance(states, torch.Tensor) or states.ndim != 4:
@@ -241,16 +308,17 @@ def planes_of_cache(cache: Any) -> KVCache:
             num_sequences, _, num_held, _ = states.shape
             if num_sequences != 1:
                 raise InputError(f"the cache holds {num_sequences} sequences, one is needed")
+            states = states.detach()
+            if num_held < num_tokens and not isinstance(layer, DynamicSlidingWindowLayer):
+                raise _missing_error(index, layer, num_held, num_tokens)
             if num_held < num_tokens:
-                raise InputError(
-                    f"the cache's layer {index} ({type(layer).__name__}) holds {num_held} of {num_tokens} tokens: call "
-                    "the model with past_key_values=DynamicCache(), which keeps them all"
-                )
+                num_missing[-1] = num_tokens - num_held
+                states = torch.nn.functional.pad(states, (0, 0, num_missing[-1], 0))
             # [1, heads, tokens, dim] -> [tokens, heads, dim]; a static cache has room for more
-            planes.append(states.detach()[0, :, :num_tokens].permute(1, 0, 2))
+            planes.append(states[0, :, :num_tokens].permute(1, 0, 2))
     if not keys or keys[0].shape[0] == 0:
         raise InputError("the cache is empty")
-    return KVCache(keys, values)
+    return KVCache(keys, values), tuple(num_missing)
 
 
 def to_dynamic_cache(cache: Cache) -> DynamicCache:
@@ -258,13 +326,14 @@ def to_dynamic_cache(cache: Cache) -> DynamicCache:
 
     Args:
         cache: of preallocated layers; what it holds now is what the new one holds, as views of its buffers. All layers
-            keep all tokens, whatever windows the model has: its mask does the rest.
+            keep all tokens, whatever windows the model has: its mask does the rest. Where they must be used whole, the
+            new one refuses to be cropped.
     """
     dynamic = DynamicCache()
     for layer in preallocated_layers(cache):
         if layer.keys is None or layer.values is None:
             raise ValueError("`cache` must have buffers in every layer")
-        grown = DynamicLayer()
+        grown = WholeLayer(layer.least_length, layer.num_missing) if layer.least_length else DynamicLayer()
         grown.lazy_initialization(layer.keys, layer.values)
         grown.keys, grown.values = layer.keys, layer.values
         if layer.num_head_repeats > 1:
@@ -285,6 +354,22 @@ def set_length(cache: Cache, num_tokens: int) -> None:
     """
     for layer in preallocated_layers(cache):
         layer.set_length(num_tokens)
+
+
+def keep_whole(cache: Cache, num_tokens: int, num_missing: Sequence[int]) -> None:
+    """Refuse, from now on, to let the cache hold fewer tokens than these, but none, where layers lack tokens.
+
+    Args:
+        cache: holds these tokens.
+        num_missing: per layer, how many of its first tokens are not there; empty where none is in any.
+    """
+    for layer, missing in zip(preallocated_layers(cache), num_missing, strict=bool(num_missing)):
+        layer.least_length, layer.num_missing = num_tokens, missing
+
+
+def is_whole_only(cache: Cache) -> bool:
+    """Tell whether `keep_whole` was asked of a cache."""
+    return any(layer.least_length for layer in preallocated_layers(cache))
 
 
 @contextmanager
