@@ -21,7 +21,7 @@ from tests.fixtures.models import CONFIGS, SMALL_SIZES
     ],
 )
 def test_a_window_keeps_one_token_less_than_its_size(name, num_tokens, expected):
-    assert find_first_visible(CONFIGS[name], num_tokens) == expected
+    assert list(find_first_visible(CONFIGS[name], num_tokens)) == expected
 
 
 @pytest.mark.parametrize(("num_tokens", "first"), [(15, 0), (16, 16), (17, 16), (40, 32)])
@@ -29,7 +29,7 @@ def test_a_chunk_keeps_what_is_of_the_next_tokens_own(num_tokens, first):
     config = transformers.Llama4TextConfig(
         **SMALL_SIZES, attention_chunk_size=16, layer_types=["chunked_attention", "chunked_attention", "full_attention"]
     )
-    assert find_first_visible(config, num_tokens) == [first, first, 0]
+    assert find_first_visible(config, num_tokens) == (first, first, 0)
 
 
 def test_values_are_counted_plane_by_plane():

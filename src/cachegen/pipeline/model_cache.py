@@ -39,8 +39,8 @@ class WholeLayer(DynamicLayer):
         length = self.get_seq_length()
         if (length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove) < self.least_length:
             raise ValueError(
-                f"the cache can only be used whole, {self.least_length} tokens: compress with keep_all_tokens=True to go "
-                "on from fewer"
+                f"the cache can only be used whole, {self.least_length} tokens: compress with keep_all_tokens=True to "
+                "go on from fewer"
             )
         super().crop(tokens_to_remove)
 

@@ -68,6 +68,11 @@ class FoundDocument:
     address: str
     num_chunks: int
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether there are shared chunks, and they can be used without the others."""
+        return self.num_chunks == len(self.manifest.chunks) or (self.num_chunks > 0 and not self.manifest.is_whole_only)
+
 
 @dataclass(frozen=True)
 class Published:
@@ -148,6 +153,7 @@ def publish_document(
                 stops, header.chunk_tokens, hashes, zip(*chunk_files, strict=True), strict=True
             )
         ),
+        first_stored=header.first_stored,
     )
     content, name = pack_manifest(manifest), manifest_name(manifest)
     unpack_manifest(content)  # what we would refuse must not be written
@@ -306,6 +312,7 @@ def _check_together(headers: Sequence[DocumentHeader], metadata: ContextMetadata
             ("dtype", header.dtype, first.dtype),
             ("prefill_block_size", header.prefill_block_size, first.prefill_block_size),
             ("chunk_tokens", header.chunk_tokens, first.chunk_tokens),
+            ("first_stored", header.first_stored, first.first_stored),
             ("planes", header.shapes, first.shapes),
         ]
         for field, found, wanted in gates:
