@@ -136,6 +136,7 @@ def _encode(args: argparse.Namespace) -> None:
     chunk_tokens = plan_chunks(num_coded, args.num_chunks, args.chunk_size)
     num_tokens = sum(chunk_tokens)
     first_visible = metadata.first_visible(num_tokens)
+    first_stored = () if args.keep_all_tokens else first_visible
     start = time.perf_counter()
     profile = None
     if config.needs_profile:
@@ -151,6 +152,7 @@ def _encode(args: argparse.Namespace) -> None:
             num_threads=num_threads,
             folder=Path(args.output_path),
             overwrite=args.overwrite,
+            first_stored=first_stored,
         )
         if profile.config.method == config.method:
             report.row("profile", profile.note)
@@ -166,7 +168,7 @@ def _encode(args: argparse.Namespace) -> None:
         chunk_tokens,
         num_threads=num_threads,
         kernels=chosen.kernels,
-        first_stored=() if args.keep_all_tokens else first_visible,
+        first_stored=first_stored,
     )
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         result = encode_document(

@@ -189,7 +189,16 @@ def compress(
     _check_missing(num_missing, first_stored, chosen)
     threads = num_threads or default_num_threads()
     chunks = plan_chunks(planes.num_tokens, None, chunk_tokens)
-    picked = choose_profile(chosen, planes, metadata, chunks, kernels, places=(CLONE / "models",), num_threads=threads)
+    picked = choose_profile(
+        chosen,
+        planes,
+        metadata,
+        chunks,
+        kernels,
+        places=(CLONE / "models",),
+        num_threads=threads,
+        first_stored=first_stored,
+    )
     if picked.config.method != chosen.method:
         warnings.warn(picked.note, stacklevel=2)
     encoder = make_encoder(

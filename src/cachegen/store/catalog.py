@@ -158,7 +158,7 @@ def publish_document(
     content, name = pack_manifest(manifest), manifest_name(manifest)
     unpack_manifest(content)  # what we would refuse must not be written
     writer.put_bytes(name, content)
-    writer.put_pointers(name, metadata, stops[-1])
+    writer.put_pointers(name, manifest, metadata)
     # What a client asks that goes on from this context.
     token_ids = torch.cat([metadata.token_ids, metadata.token_ids[-1:]])
     found = find_document(store, token_ids, model_fingerprint=metadata.model_fingerprint, rope_hash=metadata.rope_hash)

@@ -93,9 +93,9 @@ class RemoteDocument:
             raise StoreError(message, is_missing=True)
         if not found.is_usable:
             message = (
-                f"{found.address}: only {found.num_chunks} of its {len(found.manifest.chunks)} chunks are of this context, "
-                "and it can only be used whole: compute the context from its text, or encode that document with "
-                "`keep_all_tokens`"
+                f"{found.address}: only {found.num_chunks} of its {len(found.manifest.chunks)} chunks are of this "
+                "context, and it can only be used whole: compute the context from its text, or encode that document "
+                "with `keep_all_tokens`"
             )
             raise StoreError(message, is_missing=True)
         return cls(store, found, num_threads, kernels, find_profile)
