@@ -258,9 +258,10 @@ def split_scales(chunk: Chunk[AbsmaxChunkHeader]) -> list[torch.Tensor]:
     """Return a chunk's scales of each plane, `[num_stored]` in the cache's dtype."""
     header = chunk.header
     num_stored = [header.num_tokens - absent for absent in header.num_absent or (0,) * header.num_layers]
+    dtype = TORCH_DTYPES[header.dtype]
     # A copy: torch wants writable memory, and scales are few.
-    scale_bytes = torch.frombuffer(bytearray(chunk.before[: header.scales_bytes]), dtype=torch.uint8)
-    scales = scale_bytes.view(TORCH_DTYPES[header.dtype])
+    content = bytearray(chunk.before[: header.scales_bytes])
+    scales = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
     return list(torch.split(scales, [num_stored[number // 2] for number in range(len(header.planes))]))
 
 
