@@ -96,16 +96,19 @@ def make_own_profile(
     """
     step_log = STEP_LOG if config.named_step_log is None else config.named_step_log
     covered = cache.slice(0, sum(chunk_tokens))
-    of_tokens = _of_tokens(metadata, covered)
-    if not any(first_stored):
-        of_tokens = dataclasses.replace(of_tokens, windows=None)  # they part layers for nothing
-    context = CalibrationContext("the KV cache", covered, of_tokens)
+    context = CalibrationContext("the KV cache", covered, _of_tokens(metadata, covered))
     settings = CalibrationSettings(weights="none", finest_step=step_of_level(step_log, config.num_levels))
     place = None if folder is None else folder / OWN_PROFILE_FOLDER
     kept = None if place is None else _find(place, context, metadata, settings)
     if kept is not None:
         return OwnProfile(config.with_own_profile(kept, step_log), kept, is_kept=True)
-    layers, num_bytes = _choose_layers(context, chunk_tokens, step_log, config.num_levels, first_stored)
+    # Layers of two windows in a group share what they have in common, but all their tokens are stored.
+    choices: list[tuple[float, int | None, CalibrationContext]] = []
+    for windows in (metadata.windows, None) if any(first_stored) else (None,):
+        parted = dataclasses.replace(context, metadata=dataclasses.replace(context.metadata, windows=windows))
+        layers, num_bytes = _choose_layers(parted, chunk_tokens, step_log, config.num_levels, first_stored)
+        choices.append((num_bytes, layers, parted))
+    num_bytes, layers, context = min(choices, key=lambda choice: choice[0])
     if layers is None:
         return None
     if max_share < math.inf:
