@@ -63,9 +63,7 @@ def _measure(args: argparse.Namespace) -> None:
             sizes = [_encode(method, cache, metadata, first) for first in ((), metadata.first_visible(args.num_tokens))]
             rows.append({"model": name, "method": method, "bytes_of_all": sizes[0], "bytes_of_visible": sizes[1]})
             share = 100 * (1 - sizes[1] / sizes[0])
-            report.row(
-                name, f"{method}: {sizes[0]:,} bytes, {sizes[1]:,} without what is not visible, {share:.1f} % less"
-            )
+            report.row(name, f"{method}: {sizes[0]:,} bytes, {sizes[1]:,} of what is visible, {share:.1f} % less")
     command_line.finish(args, {"stage": "window_bytes", "num_tokens": args.num_tokens, "rows": rows})
 
 
