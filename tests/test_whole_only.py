@@ -185,6 +185,24 @@ def test_a_decoded_cache_cannot_be_cropped_into_nor_stored_as_if_it_were_whole(t
     assert cache.get_seq_length() == 60 and generate_ids(model, cache, PROMPT) == answer
 
 
+def test_a_decoded_cache_takes_no_memory_for_what_is_missing_and_serves_beams(tmp_path):
+    model = make_named(WINDOWED[1]).model
+    output = run_model(model, IDS, past_key_values=DynamicCache())
+    api.compress(output, IDS, model, LOSSLESS_LIKE).save(tmp_path)
+    cache = api.load(tmp_path).to_cache(model, PROMPT)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [15, 60, 15]
+    assert [layer.keys.untyped_storage().nbytes() for layer in cache.layers][::2] == [2 * 15 * 16 * 4] * 2
+    assert [layer.get_seq_length() for layer in cache.layers] == [60] * 3 and cache.get_seq_length() == 60
+    api.compress(output, IDS, model, LOSSLESS_LIKE, keep_all_tokens=True).save(tmp_path / "all")
+    answers = []
+    for decoded in (cache, api.load(tmp_path / "all").to_cache(model, PROMPT)):
+        decoded.batch_repeat_interleave(2)
+        answers.append(generate_ids(model, decoded, PROMPT, num_beams=2, min_new_tokens=8))
+    assert answers[0] == answers[1]
+    cache.reset()
+    assert [layer.get_seq_length() for layer in cache.layers] == [0] * 3
+
+
 def test_a_cache_of_all_tokens_is_as_ever(tmp_path):
     model = make_named(WINDOWED[0]).model
     output = run_model(model, IDS, past_key_values=DynamicCache())
@@ -373,6 +391,8 @@ def test_a_document_that_ends_earlier_takes_over_the_pointers_of_one_that_is_of_
         find(text)
     publish(300)
     assert find(text) == 300 and find(torch.cat([ids, question])) == 600
+    # Its beginning is longer in the document of 600 tokens, which is of no use; the shorter one is found behind it.
+    assert find(torch.cat([ids[:580], question, question])) == 300
     publish(590, keeps_all=True)
     assert find(text) == 400 and find(torch.cat([ids[:350], question, question])) == 300
 

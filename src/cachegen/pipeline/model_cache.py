@@ -18,16 +18,18 @@ from cachegen.kv_cache import KVCache
 
 
 class WholeLayer(DynamicLayer):
-    """A layer of transformers that must not be cropped into what was decoded: tokens of its window may be missing then.
+    """A layer of transformers that must not be cropped into what was decoded: other layers lack tokens then.
 
     Attributes:
         least_length: the tokens that were decoded.
-        num_missing: first tokens that are not there; zeros are.
+        num_missing: first tokens that the layer does not hold.
     """
 
-    def __init__(self, least_length: int, num_missing: int) -> None:
+    num_missing = 0
+
+    def __init__(self, least_length: int) -> None:
         super().__init__()
-        self.least_length, self.num_missing = least_length, num_missing
+        self.least_length = least_length
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove so many of the last tokens, as a negative number.
@@ -43,6 +45,34 @@ class WholeLayer(DynamicLayer):
                 "go on from fewer"
             )
         super().crop(tokens_to_remove)
+
+
+class WindowedLayer(WholeLayer):
+    """A layer with a window, without the tokens that no token behind the decoded ones attends to.
+
+    As transformers' own layers of this kind it tells the mask where its tokens begin; unlike these it drops none later,
+    so that a question and its answer can be cropped again.
+    """
+
+    is_sliding = True
+
+    def __init__(self, least_length: int, num_missing: int) -> None:
+        super().__init__(least_length)
+        self.num_missing = num_missing
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens, those that are missing among them."""
+        return self.num_missing + (self.keys.shape[-2] if isinstance(self.keys, torch.Tensor) else 0)
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Return how many tokens attention will see, and the position of the first."""
+        kv_length, kv_offset = super().get_mask_sizes(*args, **kwargs)
+        return kv_length - self.num_missing, kv_offset + self.num_missing
+
+    def reset(self) -> None:
+        """Forget the tokens."""
+        super().reset()
+        self.num_missing = self.least_length = 0
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -309,7 +339,7 @@ def planes_and_missing(cache: Any) -> tuple[KVCache, tuple[int, ...]]:
             if num_sequences != 1:
                 raise InputError(f"the cache holds {num_sequences} sequences, one is needed")
             states = states.detach()
-            if num_held < num_tokens and not isinstance(layer, DynamicSlidingWindowLayer):
+            if num_held < num_tokens and not isinstance(layer, (DynamicSlidingWindowLayer, WindowedLayer)):
                 raise _missing_error(index, layer, num_held, num_tokens)
             if num_held < num_tokens:
                 num_missing[-1] = num_tokens - num_held
@@ -326,22 +356,31 @@ def to_dynamic_cache(cache: Cache) -> DynamicCache:
 
     Args:
         cache: of preallocated layers; what it holds now is what the new one holds, as views of its buffers. All layers
-            keep all tokens, whatever windows the model has: its mask does the rest. Where they must be used whole, the
-            new one refuses to be cropped.
+            keep all tokens, whatever windows the model has: its mask does the rest. But where it must be used whole,
+            the new one refuses to be cropped into it, and layers that lack tokens hold copies of what they have.
     """
     dynamic = DynamicCache()
     for layer in preallocated_layers(cache):
         if layer.keys is None or layer.values is None:
             raise ValueError("`cache` must have buffers in every layer")
-        grown = WholeLayer(layer.least_length, layer.num_missing) if layer.least_length else DynamicLayer()
-        grown.lazy_initialization(layer.keys, layer.values)
-        grown.keys, grown.values = layer.keys, layer.values
-        if layer.num_head_repeats > 1:
-            grown.keys, grown.values = (
-                repeat_heads(states, layer.num_head_repeats) for states in (layer.keys, layer.values)
-            )
-        dynamic.layers.append(grown)
+        dynamic.layers.append(_to_dynamic_layer(layer, layer.keys, layer.values))
     return dynamic
+
+
+def _to_dynamic_layer(layer: PreallocatedLayer, keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
+    """Return transformers' own kind of layer, of views, or of copies of what a windowed layer has."""
+    if layer.num_missing:
+        grown = WindowedLayer(layer.least_length, layer.num_missing)
+        # Copies, so that the memory of what is missing is free; what is born in inference mode cannot be used outside.
+        with torch.inference_mode(False):
+            keys, values = (states[:, :, layer.num_missing :].clone() for states in (keys, values))
+    else:
+        grown = WholeLayer(layer.least_length) if layer.least_length else DynamicLayer()
+    grown.lazy_initialization(keys, values)
+    if layer.num_head_repeats > 1:
+        keys, values = (repeat_heads(states, layer.num_head_repeats) for states in (keys, values))
+    grown.keys, grown.values = keys, values
+    return grown
 
 
 def set_length(cache: Cache, num_tokens: int) -> None:

@@ -181,6 +181,10 @@ def find_document(
     Args:
         token_ids: integers `[num_tokens]`; the last one is not looked for, since generation begins with it.
 
+    Returns:
+        Where the document can only be used whole and the text shares a part of it only, another with a shorter prefix
+        that is usable, if there is one.
+
     Raises:
         StoreError: the store cannot be read, or is none of ours.
         BitstreamError: the store's description, a pointer or the manifest is corrupt.
@@ -193,14 +197,31 @@ def find_document(
         stops.append(num_tokens)  # a document may end anywhere: its last pointer is at its end
     names = [pointer_name(model_fingerprint, rope_hash, digest) for digest in hash_token_prefixes(token_ids, stops)]
     name = _find_whole(store, names[-1]) if names and num_tokens % tokens_per_block else None
-    if name is None:
-        low, found = 0, num_tokens // tokens_per_block + 1  # names[low - 1] exists, names[found - 1] does not
-        while found - low > 1:
-            middle = (low + found) // 2
-            low, found = (middle, found) if store.exists(names[middle - 1]) else (low, middle)
-        if low == 0:
-            return None
+    if name is not None:
+        return _open(store, name, token_ids, model_fingerprint, rope_hash)
+    low = _bisect(0, num_tokens // tokens_per_block, lambda count: store.exists(names[count - 1]))
+    longest: FoundDocument | None = None
+    while low > 0:
         name = read_pointer(store, names[low - 1])
+        found = _open(store, name, token_ids, model_fingerprint, rope_hash)
+        longest = longest or found
+        if found.is_usable or not found.manifest.is_whole_only:
+            return found if found.is_usable else longest
+        # Shorter prefixes lead to documents that end earlier, if there are any.
+        low = _bisect(0, low - 1, lambda count, name=name: read_pointer(store, names[count - 1]) != name)
+    return longest
+
+
+def _bisect(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """Return the largest number from `low`, of which something holds, to `high` of which it holds; below, it does."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _open(store: Store, name: str, token_ids: torch.Tensor, model_fingerprint: str, rope_hash: str) -> FoundDocument:
+    """Read a manifest that a pointer led to, and compare it with a text."""
     address = store.describe(name)
     manifest = read_manifest(store, name)
     for field, value, wanted in (
