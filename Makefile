@@ -13,7 +13,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-zoo test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-zoo gpu test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -74,6 +74,11 @@ test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no 
 	    "make test-gpu: torchac_cuda is not built: put nvcc 12 or newer on PATH, then make cuda test-gpu")'
 	@$(BIN)/python -m pytest -m cuda || { \
 	    status=$$?; test $$status -ne 5 || echo "make test-gpu: there is no test marked cuda" >&2; exit $$status; }
+
+# GPU_REPORT: further flags, such as --dry_run.
+GPU_REPORT ?=
+gpu: $(INSTALLED) ## Prove and measure everything on a GPU in ten minutes: build/gpu
+	@$(BIN)/python benchmarks/gpu_report.py $(GPU_REPORT)
 
 SANITIZER ?= compute-sanitizer
 GPU_TOOLS ?= memcheck racecheck synccheck
@@ -140,6 +145,7 @@ test-sanitized: $(INSTALLED) ## Run the tests of the native module, built with A
 
 bench: $(INSTALLED) ## Measure the coders: bytes first, then times
 	@$(IN_VENV) python benchmarks/coder_throughput.py
+	@$(IN_VENV) python benchmarks/method_throughput.py --threads 1 --num_tokens 1024
 
 clean: ## Remove what was built; .venv stays and is refreshed by the next target
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(RUNNABLE) $(INSTALLED) src/cachegen.egg-info src/*.so src/cachegen/*.so

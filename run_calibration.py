@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a model's profile from a few of its KV caches, for method transform: once per model, after main.py."""
+"""Make a model's profile from a few of its KV caches, for method transform or lossless: once per model."""
 
 from __future__ import annotations
 
@@ -21,20 +21,15 @@ from cachegen import startup  # noqa: E402
 
 startup.guard_imports(__name__)
 
-from cachegen import command_line  # noqa: E402
+from cachegen import command_line, methods  # noqa: E402
 from cachegen.calibration.basis import WEIGHTS  # noqa: E402
 from cachegen.calibration.settings import CalibrationSettings  # noqa: E402
 from cachegen.device import DEVICE_NAMES, DTYPES, choose_kernels, resolve_device, resolve_dtype  # noqa: E402
 from cachegen.errors import BitstreamError, CacheGenError, InputError, OutputError, UnsupportedVersionError  # noqa: E402
 from cachegen.files import lock_folder, read_file, remove_stale_temporaries  # noqa: E402
-from cachegen.methods.transform.profile import (  # noqa: E402
-    FILE_FORMAT,
-    MAX_PROFILE_BYTES,
-    PROFILE_NAME,
-    Profile,
-    load_profile,
-    save_profile,
-)
+from cachegen.methods import METHODS  # noqa: E402
+from cachegen.methods.profile_files import MAX_PROFILE_BYTES, PROFILE_NAME  # noqa: E402
+from cachegen.methods.transform.profile import Profile, save_profile  # noqa: E402
 from cachegen.versions import collect_versions  # noqa: E402
 
 WORK_FOLDER = ".work"
@@ -47,6 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     model_default = command_line.default_input(SCRIPT_FOLDER, "models/tiny-mistral")
     command_line.add_model_flags(parser, model_default)
     add("--output_path", default="profile", help="folder of the profile")
+    add(
+        "--method",
+        choices=("transform", "lossless"),
+        default="transform",
+        help="whose profile; that of lossless needs the caches alone, and no flag from --layers_per_group to --dtype",
+    )
     add(
         "--layers_per_group",
         type=command_line.positive_int,
@@ -102,6 +103,41 @@ def _profile(args: argparse.Namespace) -> None:
 
 def _profile_into(output: Path, args: argparse.Namespace, report: command_line.Reporter) -> None:
     _prepare_output(output, args.overwrite, report)
+    if args.method == "lossless":
+        _make_predictor(output, args, report)
+    else:
+        _make_profile(output, args, report)
+
+
+def _make_predictor(output: Path, args: argparse.Namespace, report: command_line.Reporter) -> None:
+    from tqdm import tqdm
+
+    from cachegen.calibration.calibrate import open_contexts
+    from cachegen.calibration.predictor import make_predictor
+
+    start = time.perf_counter()
+    contexts = open_contexts(Path(args.path_to_kv))
+    with _bar(tqdm, report, len(contexts), "reading") as bar:
+        predictor = make_predictor(contexts, notes={"versions": collect_versions()}, progress=bar.update)
+    predictor.save(output, overwrite=True)
+    shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
+    record = {
+        "stage": "profile",
+        "method": args.method,
+        "profile_hash": predictor.profile_hash,
+        "profile_bytes": predictor.num_bytes,
+        "num_fitted_contexts": predictor.calibration["num_contexts"],
+        "num_fitted_tokens": predictor.calibration["num_tokens"],
+        "seconds": time.perf_counter() - start,
+        "output_path": args.output_path,
+    }
+    report.row("fitted on", f"{record['num_fitted_contexts']} contexts, {record['num_fitted_tokens']:,} tokens")
+    report.row("profile", f"{args.output_path}: {command_line.format_bytes(predictor.num_bytes)}, for method lossless")
+    report.row("seconds", f"{record['seconds']:.1f}")
+    command_line.finish(args, record)
+
+
+def _make_profile(output: Path, args: argparse.Namespace, report: command_line.Reporter) -> None:
     device = resolve_device(args.device)
 
     # transformers takes seconds to import, more than it takes to say that a folder is there already.
@@ -168,6 +204,7 @@ def _bar(tqdm: Any, report: command_line.Reporter, total: int, label: str) -> An
 def _make_record(args: argparse.Namespace, profile: Profile, device: str, seconds: float) -> dict[str, Any]:
     return {
         "stage": "profile",
+        "method": args.method,
         "profile_hash": profile.profile_hash,
         "profile_bytes": profile.num_bytes,
         "analysis_bytes": sum(group.analysis.nbytes for group in profile.groups if group.analysis is not None),
@@ -237,12 +274,13 @@ def _prepare_output(output: Path, overwrite: bool, report: command_line.Reporter
 def _is_damaged(output: Path) -> bool:
     """Tell whether a profile of ours is there, and is not whole."""
     try:
-        load_profile(output, for_encoding=True)
+        methods.load_profile(output, for_encoding=True)
     except UnsupportedVersionError:
         return False
     except (BitstreamError, InputError):
         try:
-            return FILE_FORMAT.encode() in read_file(output / PROFILE_NAME, MAX_PROFILE_BYTES)[:1000]
+            begin = read_file(output / PROFILE_NAME, MAX_PROFILE_BYTES)[:1000]
+            return any(method.profile_format.encode() in begin for method in METHODS if method.profile_format)
         except CacheGenError:
             return False
     return False

@@ -65,7 +65,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     )
     header = folder.document.header
     method = method_of(header)
-    check_profile_flag(args, method)
+    check_profile_flag(args, method, header.profile_hash)
     if args.quantization_config is not None:
         check_config(load_config(args.quantization_config), header, folder.tables_path)
     if args.model_config is not None:

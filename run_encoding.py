@@ -52,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--profile",
-        help="a profile's folder, for method transform; None takes the config's, or makes one of the document alone",
+        help="a profile's folder, for methods transform and lossless; None takes the config's, and for transform the "
+        "model's or one made of the document alone",
     )
     add(
         "--levels",

@@ -51,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--profile",
         metavar="FOLDER",
-        help="the model's profile, for method transform: put it into the store as well, so that clients need none",
+        help="the model's profile, for methods transform and lossless: put it into the store as well, for clients that "
+        "have none",
     )
     command_line.add_common_flags(parser)
     return parser

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Size, seconds and memory of the transform on synthetic caches of a large model's shape, Mistral-7B's by default.
 
-The profile is random too: orthonormal bases, one per layer, and standard deviations that fall like a power of the
-component's number. So the sizes say nothing of a real model; the seconds and the memory do not depend on the numbers.
+The profile is random, too (synthetic.py): the sizes say nothing of a real model.
 """
 
 from __future__ import annotations
@@ -16,43 +15,15 @@ import time
 from pathlib import Path
 
 import torch
+from synthetic import Shape, make_cache, make_metadata, make_profile
 
 from cachegen.coder.cpu import default_num_threads
-from cachegen.kv_cache import ContextMetadata, KVCache, RotaryEmbedding, hash_token_prefixes
+from cachegen.kv_cache import KVCache, hash_token_prefixes
 from cachegen.methods.transform import transform
 from cachegen.methods.transform.codec import TransformDocument, TransformEncoder
-from cachegen.methods.transform.profile import Profile, TransformGroup, load_profile, save_profile
+from cachegen.methods.transform.profile import load_profile, save_profile
 
 CPU = torch.device("cpu")
-
-
-def make_profile(args: argparse.Namespace, generator: torch.Generator) -> Profile:
-    """One group per layer, with `args.components` orthonormal components."""
-    channels = 2 * args.kv_heads * args.head_dim
-    deviations = 8.0 * torch.arange(1, args.components + 1).float() ** -0.5
-    groups = []
-    for layer in range(args.layers):
-        basis = torch.linalg.qr(torch.randn(channels, args.components, generator=generator)).Q
-        logs = torch.round(16 * deviations.log2()).to(torch.int16)
-        groups.append(TransformGroup(layer, 1, torch.zeros(channels), basis.T.half(), logs, basis.half()))
-    frequencies = tuple(10000.0 ** (-2 * i / args.head_dim) for i in range(args.head_dim // 2))
-    rotary = RotaryEmbedding("rotary_emb", "default", frequencies, 1.0)
-    shapes = ((args.kv_heads, args.head_dim),) * (2 * args.layers)
-    return Profile("00" * 32, (rotary,), shapes, tuple(groups), (), {"text": "none: random numbers"})
-
-
-def make_cache(args: argparse.Namespace, profile: Profile, generator: torch.Generator) -> KVCache:
-    """Vectors of the profile's own distribution, in fp16."""
-    shape = (args.num_tokens, args.kv_heads, args.head_dim)
-    keys, values = [], []
-    for group in profile.groups:
-        scales = 2.0 ** (group.scale_logs.float() / 16)
-        components = torch.randn(args.num_tokens, len(scales), generator=generator) * scales
-        vectors = (components @ group.synthesis.float()).half()
-        half = vectors.shape[1] // 2
-        keys.append(vectors[:, :half].reshape(shape).contiguous())
-        values.append(vectors[:, half:].reshape(shape).contiguous())
-    return KVCache(keys, values)
 
 
 def peak_megabytes() -> float:
@@ -76,12 +47,12 @@ def main() -> None:
         transform.has_bf16_products = lambda device: False
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        save_profile(folder, make_profile(args, generator))
-        cache = make_cache(args, load_profile(folder), generator)
-        ids = torch.arange(args.num_tokens, dtype=torch.int32)
+        shape = Shape(args.layers, args.kv_heads, args.head_dim)
+        save_profile(folder, make_profile(shape, args.components, generator))
+        cache = make_cache(load_profile(folder), args.num_tokens, generator)
+        metadata = make_metadata(shape, args.num_tokens)
         profile, decoding_profile = load_profile(folder, for_encoding=True), load_profile(folder)
         files_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
-    metadata = ContextMetadata("synthetic", profile.model_fingerprint, ids, profile.rotary_embeddings, 512)
     starts = range(0, args.num_tokens, args.chunk_size)
     chunk_tokens = [min(args.chunk_size, args.num_tokens - start) for start in starts]
     before = peak_megabytes()
@@ -98,7 +69,7 @@ def main() -> None:
     document.transforms  # noqa: B018  (once per process, not per document)
     load_seconds = time.perf_counter() - start
     stops = [sum(chunk_tokens[: i + 1]) for i in range(len(chunk_tokens))]
-    hashes = hash_token_prefixes(ids, stops)
+    hashes = hash_token_prefixes(metadata.token_ids, stops)
     start = time.perf_counter()
     for index, stop in enumerate(stops):
         first = stop - chunk_tokens[index]

@@ -76,6 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--noise_floor", action="store_true", help="measure the uncompressed cache in the checkpoint's dtype, too")
     add("--answers", action="store_true", help="let the model answer in its own words, from each cache")
+    add(
+        "--continue_tokens",
+        type=command_line.positive_int,
+        help="let the model write so many tokens greedily from where the encoded part ends, and count those before the "
+        "first that it writes otherwise from a decoded cache",
+    )
     add("--no_retrieval", action="store_true", help="ask no questions; a later run without it asks them")
     add("--no_plot", action="store_true", help="draw no plot (it needs matplotlib)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
@@ -124,6 +130,7 @@ def _measure(args: argparse.Namespace) -> None:
         block_size=args.block_size,
         protocol=args.protocol,
         with_answers=args.answers,
+        continued_tokens=args.continue_tokens or 0,
     )
     for context in study.contexts:
         num_tokens = len(tokenize_context(loaded, context))

@@ -58,6 +58,7 @@ ANSWER_SCHEMES = (
     "transform-own=step +8",
 )
 PARTS = ("tail", "half", "answers")
+CONTINUED = "512"  # tokens that are written from where the encoded part of protocol tail ends
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -132,6 +133,7 @@ def _report(args: argparse.Namespace) -> None:
         if protocol in args.parts:
             texts = ["--path_to_context", work / kind, "--kv_folder", _share_calibration(kv, work / f"kv_{protocol}")]
             texts += ["--protocol", protocol, "--schemes", *_choose(TEXT_SCHEMES, args)]
+            texts += ["--continue_tokens", CONTINUED] if protocol == "tail" else []
             _run(*measure, *texts, "--output_path", work / protocol)
     if "answers" in args.parts:
         _ask(args, model, measure, _share_calibration(kv, work / "kv_answers"))

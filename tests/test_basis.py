@@ -84,7 +84,8 @@ def test_rounding_does_its_share_of_the_harm(covariance, fisher):
     errors = deviations[:, None] * (rounded.synthesis - exact.synthesis[:count]).double()
     weights = fisher + RIDGE * torch.eye(NUM_CHANNELS, dtype=torch.float64)
     harm = ((errors @ weights) * errors).sum().item()
-    assert harm < 1.2 * ROUNDING_SHARE * count * step**2 / 12
+    # Steps are powers of two: up to a factor of two more or less in one row.
+    assert 0.7 < harm / (ROUNDING_SHARE * count * step**2 / 12) < 1.4
 
 
 def test_components_that_the_finest_step_does_not_code_are_left_out(covariance, fisher):

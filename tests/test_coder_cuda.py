@@ -39,12 +39,9 @@ from tests.fixtures.absmax import make_config, quantize_and_dequantize
 from tests.fixtures.caches import DTYPES, are_equal, make_metadata, make_shaped_cache
 from tests.golden import make_golden
 from tests.golden.make_golden import FOLDER, GOLDENS, Golden
+from tests.prove_gpu import CODERS, LARGE, MISTRAL
 
 pytestmark = pytest.mark.cuda
-
-CODERS = (Coder.RANS, Coder.PACKED)
-MISTRAL = Shape(300, (8, 8), (128, 128), (32, 16), (128, 128))
-LARGE = ComponentShape(600, (2048, 1024, 2048), (64, 96, 128))  # more blocks than one group of layers has
 
 
 @pytest.fixture(scope="module")

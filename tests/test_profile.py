@@ -166,7 +166,7 @@ class TestRoundTrip:
     def test_the_last_file_written_is_the_one_that_names_the_others(self, folder, monkeypatch):
         written = []
         monkeypatch.setattr(
-            "cachegen.methods.transform.profile.write_file", lambda path, content: written.append(path.name)
+            "cachegen.methods.profile_files.write_file", lambda path, content: written.append(path.name)
         )
         save_profile(folder, make_profile())
         assert written[-1] == PROFILE_NAME

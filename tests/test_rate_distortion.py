@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cachegen.comparison import rate_distortion
+from cachegen.comparison.continuation import count_same_tokens, write_continuation
 from cachegen.comparison.datasets import Question, read_contexts
 from cachegen.comparison.report import COLUMNS
 from cachegen.comparison.retrieval import expect_answers, score_retrieval, write_answers
@@ -240,6 +241,34 @@ def test_answers_in_own_words_are_paired_with_the_uncompressed_ones(inputs, tmp_
     found = [(r["context"], r["score_reference"], r["score"]) for r in answers]
     assert found == [("x-0", "1", "1"), ("x-1", "0.5", "0.5")]
     assert "| 1 of 2 | 0 (0 to 79 %) | 0 |" in (tmp_path / "out/table.md").read_text()
+
+
+def test_a_continuation_is_counted_up_to_its_first_difference(inputs, loaded) -> None:
+    """Against generation token by token from each cache."""
+    token_ids = tokenize(loaded, read_contexts(Path(inputs[1]))[0].text)[:150]
+    caches = [prefill(loaded, token_ids[:-1], capacity=len(token_ids) + 40) for _ in range(2)]
+    written = write_continuation(loaded, caches[0], token_ids, 40)
+    counts = set()
+    for noise in (0.0, 0.6, 0.7, 0.8, 1.0, 3.0):
+        for exact, plane in zip(*(view_kv_cache(cache, len(token_ids) - 1).planes for cache in caches), strict=True):
+            torch.manual_seed(0)
+            plane.copy_(exact + noise * torch.randn(plane.shape))
+        text = generate_answer(loaded, caches[1], len(token_ids) - 1, token_ids, 40).token_ids
+        same = next((i for i, (a, b) in enumerate(zip(written.tolist(), text, strict=True)) if a != b), 40)
+        assert count_same_tokens(loaded, caches[1], token_ids, written) == same
+        counts.add(same)
+    assert 40 in counts and len(counts) > 2, "noise must change what is written, more of it earlier"
+
+
+def test_a_continuation_is_written_once_and_measured_later_if_need_be(inputs, tmp_path) -> None:
+    flags = ["--no_retrieval", "--num_contexts", "1"]
+    run(inputs, tmp_path, *flags, schemes=("uniform=8-bit",))
+    assert read_rows(tmp_path / "results.csv")[0]["continued_same"] == ""
+    run(inputs, tmp_path, *flags, "--continue_tokens", "300", schemes=("uniform=8-bit",))
+    (row, *_) = read_rows(tmp_path / "results.csv")
+    assert row["continued_tokens"] == "300" and 0 <= float(row["continued_same"]) <= 300
+    assert read_rows(tmp_path / "contexts.csv")[0]["continued_same"] == row["continued_same"]
+    assert "| same tokens, of 300 |" in (tmp_path / "table.md").read_text().split("\n")[0]
 
 
 def test_a_context_that_is_too_long_for_the_model_is_warned_about(inputs, tmp_path, monkeypatch, capsys) -> None:

@@ -11,6 +11,7 @@ import torch
 from cachegen import command_line
 from cachegen.device import DEVICE_NAMES, DTYPE_NAMES, resolve_device
 from cachegen.errors import ConfigError
+from cachegen.format import NO_HASH
 from cachegen.methods.base import Method
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def add_answer_flags(parser: argparse.ArgumentParser, script_folder: str | os.Pa
     add("--quantization_config", help="a JSON file; if given, the chunk files must agree with it")
     add(
         "--profile",
-        help="a profile's folder, for method transform; None looks beside the model and in models/",
+        help="a profile's folder, for methods transform and lossless; None looks beside the model and in models/",
     )
     add("--model_config", help="a JSON file; if given, the chunk files must agree with it")
     add("--max_new_tokens", type=command_line.positive_int, default=10, help="tokens to generate per answer")
@@ -60,12 +61,17 @@ def add_answer_flags(parser: argparse.ArgumentParser, script_folder: str | os.Pa
     command_line.add_common_flags(parser)
 
 
-def check_profile_flag(args: argparse.Namespace, method: Method) -> None:
+def check_profile_flag(args: argparse.Namespace, method: Method, profile_hash: bytes | None = None) -> None:
     """Refuse --profile where nothing would use it.
 
+    Args:
+        profile_hash: that the document's tables file has; None where it was not read yet.
+
     Raises:
-        ConfigError: the document's method has no profiles.
+        ConfigError: the document's method has no profiles, or the document names none.
     """
+    if args.profile is not None and method.uses_profile and profile_hash == NO_HASH:
+        raise ConfigError(f"--profile: the document, of method {method.name}, was encoded without a profile")
     if args.profile is not None and not method.uses_profile:
         raise ConfigError(f"--profile is not for method {method.name}, which the document is of")
 

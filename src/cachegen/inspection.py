@@ -17,9 +17,9 @@ from cachegen.format.constants import CHUNK_MAGIC, TABLES_MAGIC
 from cachegen.format.files import TABLES_NAME, chunk_name, read_whole
 from cachegen.format.headers import ChunkHeader, DocumentHeader
 from cachegen.kv_cache import check_planes, load_kv_cache
-from cachegen.methods import method_of, parse_chunk, parse_document
+from cachegen.methods import load_profile, method_of, parse_chunk, parse_document
 from cachegen.methods.base import Document
-from cachegen.methods.transform.profile import ANALYSIS_NAME, PROFILE_NAME, load_profile
+from cachegen.methods.profile_files import PROFILE_NAME
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.profiles import list_profiles, read_own_profile
 from cachegen.store.index import STORE_INFO_NAME, read_info, read_manifest
@@ -82,30 +82,16 @@ def inspect_profiles(places: Sequence[str]) -> dict[str, Any]:
 
 
 def _describe_profile(folder: Path) -> dict[str, Any]:
-    """Describe a profile; one without analysis matrices is whole for decoding."""
-    problems: list[str] = []
-    profile = None
-    can_encode = (folder / ANALYSIS_NAME).exists()
+    """Describe a profile; one that can only decode is whole for that."""
+    record: dict[str, Any] = {"kind": "profile", "path": str(folder)}
     try:
-        profile = load_profile(folder, for_encoding=can_encode)
+        try:
+            profile = load_profile(folder, for_encoding=True)
+        except InputError:  # without what only encoders read
+            profile = load_profile(folder)
     except (InputError, BitstreamError) as error:
-        problems.append(str(error))
-    record: dict[str, Any] = {"kind": "profile", "path": str(folder), "can_encode": can_encode}
-    if profile is not None:
-        curve = profile.curve
-        record |= {
-            "profile_hash": profile.profile_hash,
-            "model_id": profile.calibration.get("model_id"),
-            "model_fingerprint": profile.model_fingerprint,
-            "num_layers": profile.num_layers,
-            "num_groups": len(profile.groups),
-            "num_components": sum(group.num_components for group in profile.groups),
-            "num_channels": sum(group.num_channels for group in profile.groups),
-            "bytes": profile.num_bytes,
-            "finest_bits_per_value": curve[-1].bits_per_value if curve else None,
-            "finest_kl": curve[-1].kl if curve else None,
-        }
-    return record | {"problems": problems}
+        return record | {"problems": [str(error)]}
+    return record | profile.describe() | {"problems": []}
 
 
 def _inspect_file(path: Path, *, is_chunk: bool) -> dict[str, Any]:

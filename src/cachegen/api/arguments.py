@@ -14,7 +14,7 @@ from cachegen.errors import CacheGenError, InputError, MismatchError
 from cachegen.kv_cache import KVCache, describe_difference, from_planes
 from cachegen.methods import default_config, load_config, read_config
 from cachegen.methods.base import MethodConfig
-from cachegen.methods.transform.profile import Profile
+from cachegen.methods.profile_files import AnyProfile
 from cachegen.pipeline.limits import check_length
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import keep_distinct_heads, planes_and_missing, planes_of_cache
@@ -109,7 +109,7 @@ def check_cache(cache: KVCache, loaded: LoadedModel) -> KVCache:
 def choose_config(
     config: str | os.PathLike[str] | Mapping[str, Any] | MethodConfig | None,
     num_layers: int,
-    profile: str | os.PathLike[str] | Profile | None = None,
+    profile: str | os.PathLike[str] | AnyProfile | None = None,
 ) -> MethodConfig:
     """Return the config that `compress` was asked for, with the profile that it was given."""
     if config is None:
@@ -122,7 +122,7 @@ def choose_config(
         chosen = load_config(_find_config(config))
     if profile is None:
         return chosen
-    return chosen.with_flags({"profile": profile if isinstance(profile, Profile) else os.fspath(profile)})
+    return chosen.with_flags({"profile": os.fspath(profile) if isinstance(profile, (str, os.PathLike)) else profile})
 
 
 def _find_config(config: str | os.PathLike[str]) -> Path:

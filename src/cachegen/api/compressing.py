@@ -28,7 +28,8 @@ from cachegen.format import Coder
 from cachegen.kv_cache import ContextMetadata
 from cachegen.methods import make_encoder, method_named
 from cachegen.methods.base import MethodConfig
-from cachegen.methods.transform.profile import Profile, pack_profile
+from cachegen.methods.profile_files import AnyProfile
+from cachegen.methods.transform.profile import ANALYSIS_NAME, Profile, pack_profile
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
 from cachegen.pipeline.encode import encode_document, order_levels
 from cachegen.pipeline.images import refuse_images
@@ -63,6 +64,7 @@ class CompressedCache(Measured):
     def list_levels(self) -> list[tuple[int, EncodedLevel]]:
         """Return bytes of the chunks and the level itself, to be published."""
         files = {} if self.own_profile is None else pack_profile(self.own_profile)[0]
+        files.pop(ANALYSIS_NAME, None)
         return [(size, dataclasses.replace(level, profile=files)) for size, level in self.encoding.list_levels()]
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -84,7 +86,7 @@ def compress(
     model: PreTrainedModel | LoadedModel,
     config: str | os.PathLike[str] | Mapping[str, Any] | MethodConfig | None = None,
     *,
-    profile: str | os.PathLike[str] | Profile | None = None,
+    profile: str | os.PathLike[str] | AnyProfile | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_SIZE,
     coder: str | Coder | None = None,
     block_size: int | None = None,
@@ -110,7 +112,7 @@ def compress(
         config: how finely. A path of a quantization config, the name of one in a clone's `config` folder
             ("quantization_7b"), its content as a dictionary (`{"method": "uniform", "bits": 8}`), or what
             `cachegen.methods.load_config` returned. None is method `cachegen` with 32 and 16 bins, as for 7B models.
-        profile: for method `transform`: what `calibrate` returned, or the folder that it was saved in. None takes the
+        profile: what `calibrate` returned, or the folder that it was saved in. For method `transform`, None takes the
             one that the config names, else that of a `LoadedModel` in a clone's models, else makes one of this cache,
             which is part of the files. Where that would not pay, the method is `cachegen`, with a warning.
         chunk_tokens: tokens per file, at least 1.

@@ -16,8 +16,8 @@ from cachegen.coder.cpu import default_num_threads
 from cachegen.device import choose_kernels
 from cachegen.errors import InputError, MismatchError
 from cachegen.format.files import TABLES_NAME
-from cachegen.methods import method_of
-from cachegen.methods.transform.profile import Profile, load_profile
+from cachegen.methods import load_profile, method_of
+from cachegen.methods.profile_files import AnyProfile
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.frequencies import match_frequencies
 from cachegen.pipeline.images import forget_images
@@ -108,7 +108,7 @@ def load(
     place: str | os.PathLike[str] | Store,
     *,
     level: int | None = None,
-    profile: str | os.PathLike[str] | Profile | None = None,
+    profile: str | os.PathLike[str] | AnyProfile | None = None,
     slo: float | None = None,
     target_kl: float | None = None,
     report: Callable[[LoadResult], object] | None = None,
@@ -167,7 +167,7 @@ def load(
     choice = choose_kernels(device)
     threads = num_threads or default_num_threads()
     if isinstance(place, Store) or _is_store(place):
-        named = profile if profile is None or isinstance(profile, Profile) else load_profile(profile)
+        named = load_profile(profile) if isinstance(profile, (str, os.PathLike)) else profile
         return CacheStore(
             place if isinstance(place, Store) else open_store(place),
             choice,

@@ -16,7 +16,7 @@ import torch
 from cachegen.api.arguments import CLONE, read_token_ids
 from cachegen.device import KernelChoice
 from cachegen.errors import ConfigError, StoreError
-from cachegen.methods.transform.profile import Profile
+from cachegen.methods.profile_files import AnyProfile
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.images import forget_images
 from cachegen.pipeline.model import LoadedModel, identify_checkpoint, identify_model
@@ -60,7 +60,7 @@ class CacheStore:
         num_threads: int,
         *,
         level: int | None = None,
-        profile: Profile | None = None,
+        profile: AnyProfile | None = None,
         slo: float = Objective.deadline_seconds,
         target_kl: float = Objective.target_loss,
         report: Callable[[LoadResult], object] | None = None,
@@ -75,7 +75,7 @@ class CacheStore:
         self._store, self._choice, self._num_threads = store, choice, num_threads
         self._level, self._profile, self._report = level, profile, report
         self._objective = Objective(slo, target_kl)
-        self._profiles: dict[bytes, Profile] = {}
+        self._profiles: dict[bytes, AnyProfile] = {}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.url}>"
@@ -144,7 +144,7 @@ class CacheStore:
         places = (loaded.model.name_or_path or CLONE / "models", CLONE / "models")
         find = profile_finder(self._profile, places)
 
-        def find_profile(profile_hash: bytes) -> Profile:
+        def find_profile(profile_hash: bytes) -> AnyProfile:
             if profile_hash not in self._profiles:
                 self._profiles[profile_hash] = find(profile_hash)
             return self._profiles[profile_hash]

@@ -21,7 +21,7 @@ Weights = Literal["fisher", "diagonal", "none"]
 WEIGHTS: tuple[Weights, ...] = ("fisher", "diagonal", "none")
 RIDGE = 1e-3
 """Added to the eigenvalues of the weights, in units of their mean: no direction is free of cost."""
-ROUNDING_SHARE = 0.3
+ROUNDING_SHARE = 0.45
 """How much of the loss at the finest step comes from rounding the matrices."""
 LEAST_ROW_LEVELS = 4
 """The largest value of a row is at least so many of its steps."""

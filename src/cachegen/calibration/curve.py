@@ -14,7 +14,7 @@ from cachegen.methods.transform.codec import TransformEncoder
 from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, CurvePoint, Profile
 from cachegen.pipeline.chunking import plan_chunks
 from cachegen.pipeline.model import LoadedModel
-from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
+from cachegen.pipeline.model_cache import allocate_cache, fill_cache, set_length, view_kv_cache
 from cachegen.pipeline.verify import compare_caches
 
 CURVE_POINTS = 8
@@ -75,13 +75,8 @@ def measure_document(
     *,
     num_threads: int,
     kernels: Kernels = CPU,
-    exact_tokens: Sequence[range] = (),
 ) -> tuple[int, float]:
-    """Return the bytes of one document at one step and the KL divergence it causes.
-
-    Args:
-        exact_tokens: spans that stay as they were, as if recomputed from text; their bytes are counted all the same.
-    """
+    """Return the bytes of one document at one step and the KL divergence it causes."""
     cache, metadata = context.cache, context.metadata
     chunk_tokens = plan_chunks(cache.num_tokens, None, None)
     encoder = TransformEncoder(
@@ -94,8 +89,7 @@ def measure_document(
         for _ in range(2)
     ]
     reference, decoded = caches
-    for target, source in zip(view_kv_cache(reference, cache.num_tokens).planes, cache.planes, strict=True):
-        target.copy_(source)
+    fill_cache(reference, cache)
     output = view_kv_cache(decoded, cache.num_tokens)
     num_bytes, start = len(encoder.tables_file), 0
     for index, count in enumerate(chunk_tokens):
@@ -110,12 +104,7 @@ def measure_document(
             kernels=kernels,
         )
         start += count
-    for span in exact_tokens:
-        kept = cache.slice(span.start, span.stop)
-        for target, source in zip(output.slice(span.start, span.stop).planes, kept.planes, strict=True):
-            target.copy_(source)
-    for target in caches:
-        set_length(target, cache.num_tokens)
+    set_length(decoded, cache.num_tokens)
     fidelity = compare_caches(
         loaded,
         metadata.token_ids,

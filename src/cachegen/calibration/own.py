@@ -34,6 +34,7 @@ from cachegen.errors import CacheGenError
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods import default_config, make_encoder
 from cachegen.methods.base import MethodConfig
+from cachegen.methods.profile_files import refuse_other
 from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile, load_profile, pack_profile
 from cachegen.methods.transform.transform import LEVEL_RATIO_LOG, SINK_TOKENS, step_of_level
 from cachegen.pipeline.profiles import MADE_OF_CACHE, OWN_PROFILE_FOLDER
@@ -120,7 +121,7 @@ def make_own_profile(
     made.calibration[MADE_OF_CACHE] = metadata.cache_hash
     profile = pack_profile(made)[1]
     if place is not None and not overwrite:
-        profile.refuse_other(place)
+        refuse_other(place, profile.profile_hash)
     return OwnProfile(config.with_own_profile(profile, step_log), profile)
 
 

@@ -2,8 +2,9 @@
 
 All but the last tokens of a context are encoded: the last 256 (protocol `tail`) or its second half (`half`). Those are
 forced through the model on the decoded and on the uncompressed cache, and the predictions compared; then, with them
-recomputed on the decoded cache, it is asked the questions of the context. Each result is a file of its own, written
-whole, so that a run can be interrupted and resumed.
+recomputed on the decoded cache, it is asked the questions of the context. What the model writes by itself from where
+the decoded cache ends can be compared, too. Each result is a file of its own, written whole, so that a run can be
+interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from cachegen.comparison.continuation import count_same_tokens, write_continuation
 from cachegen.comparison.datasets import PromptContext, tokenize_context
 from cachegen.comparison.retrieval import (
     WrittenAnswer,
@@ -31,9 +33,9 @@ from cachegen.comparison.schemes import ByteCount, SavedCache, Scheme, Uncompres
 from cachegen.errors import BitstreamError, CacheGenError, InputError, MismatchError
 from cachegen.files import read_file, write_file
 from cachegen.kv_archive import is_damaged_kv_file
-from cachegen.kv_cache import KVCache, hash_planes, hash_token_prefixes, load_kv_cache, save_kv_cache
+from cachegen.kv_cache import hash_planes, hash_token_prefixes, load_kv_cache, save_kv_cache
 from cachegen.pipeline.model import LoadedModel
-from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
+from cachegen.pipeline.model_cache import allocate_cache, fill_cache, preserve_tokens, set_length
 from cachegen.pipeline.prefill import extend_cache, prefill_context
 from cachegen.pipeline.verify import Comparison, compare_with_predictions, count_verified_tokens, predict_from
 
@@ -62,6 +64,8 @@ class Result:
         retrieval: fields of `RetrievalScore`; None: not asked yet.
         answers: of each question in the model's own words, its `metric`, the `score` and the `reference` score, which
             is the uncompressed cache's; None: not written yet.
+        continued: how many `tokens` the uncompressed cache wrote greedily from where the encoded part ends, and how
+            many of them are the `same` before the first that the decoded cache writes otherwise; None: not written yet.
     """
 
     key: str
@@ -77,6 +81,7 @@ class Result:
     nll: Mapping[str, float]
     retrieval: Mapping[str, int] | None
     answers: Sequence[Mapping[str, Any]] | None
+    continued: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Study:
         block_size: tokens per prefill step.
         protocol: one of `PROTOCOLS`.
         with_answers: whether to let the model answer in its own words.
+        continued_tokens: how many tokens to let the model write from where the encoded part ends; 0: none.
     """
 
     loaded: LoadedModel
@@ -110,6 +116,7 @@ class Study:
     block_size: int
     protocol: str = "tail"
     with_answers: bool = False
+    continued_tokens: int = 0
 
     def has_all(self, result: Result | None) -> bool:
         """Tell whether a result has all that is measured."""
@@ -117,7 +124,12 @@ class Study:
             result is not None
             and (result.retrieval is not None or not self.with_retrieval)
             and (result.answers is not None or not self.with_answers)
+            and self.has_continued(result)
         )
+
+    def has_continued(self, result: Result) -> bool:
+        """Tell whether a result has a continuation of as many tokens as are asked for."""
+        return not self.continued_tokens or (result.continued or {}).get("tokens") == self.continued_tokens
 
 
 def measure(study: Study, report: Callable[[str], None]) -> list[Result]:
@@ -191,14 +203,15 @@ class _Bench:
         num_questions_tokens = count_packed_tokens(study.loaded, context.questions) if study.with_retrieval else 0
         if study.with_answers:
             num_questions_tokens = max(num_questions_tokens, count_written_tokens(study.loaded, context.questions))
-        self._capacity = len(token_ids) + num_questions_tokens
+        self._capacity = max(len(token_ids) + num_questions_tokens, self._start + 1 + study.continued_tokens)
         self._reference = self._allocate(study.loaded, self._capacity)
-        _fill(self._reference, self._saved.cache)
+        fill_cache(self._reference, self._saved.cache)
         self._decoded = self._allocate(study.loaded, self._capacity)
         self._tail_bytes = len(study.loaded.tokenizer.decode(token_ids[self._start + 1 :]).encode())
         self._predictions = None
         self._expected = None
         self._answers: list[WrittenAnswer] | None = None
+        self._continuation: torch.Tensor | None = None
 
     def measure(self, scheme: Scheme, setting: str, key: str, known: Result | None, fitted_on: Sequence[str]) -> Result:
         """Recode the cache and compare; with a known result only ask what was not asked."""
@@ -208,7 +221,7 @@ class _Bench:
         if isinstance(scheme, UncompressedScheme):
             loaded = study.load_for_prefill()
             decoded = self._allocate(loaded, self._capacity)
-        _fill(decoded, recoded.cache)
+        fill_cache(decoded, recoded.cache)
         if known is None:
             comparison = self._compare(loaded, decoded)
             fidelity, kl_of_tokens = asdict(comparison.fidelity), comparison.kl_of_tokens
@@ -220,6 +233,9 @@ class _Bench:
             }
         else:
             fidelity, kl_of_tokens, nll = known.fidelity, known.kl_of_tokens, known.nll
+        continued = known.continued if known else None
+        if study.continued_tokens and (known is None or not study.has_continued(known)):
+            continued = self._continue(loaded, decoded)
         retrieval, answers = (known.retrieval, known.answers) if known else (None, None)
         has_all_tokens = False
         if study.with_retrieval and retrieval is None:
@@ -244,6 +260,7 @@ class _Bench:
             nll=nll,
             retrieval=retrieval,
             answers=answers,
+            continued=continued,
         )
 
     def _compare(self, loaded: LoadedModel, decoded: Cache) -> Comparison:
@@ -265,6 +282,15 @@ class _Bench:
             num_decoded_tokens=self._start,
             block_size=block_size,
         )
+
+    def _continue(self, loaded: LoadedModel, decoded: Cache) -> Mapping[str, int]:
+        prompt = self._token_ids[: self._start + 1]
+        if self._continuation is None:
+            with preserve_tokens(self._reference, self._start, len(self._token_ids) - 1):
+                num_tokens = self._study.continued_tokens
+                self._continuation = write_continuation(self._study.loaded, self._reference, prompt, num_tokens)
+        same = count_same_tokens(loaded, decoded, prompt, self._continuation)
+        return {"tokens": len(self._continuation), "same": same}
 
     def _extend(self, loaded: LoadedModel, decoded: Cache) -> None:
         """Recompute what was not encoded on the decoded cache."""
@@ -342,13 +368,6 @@ def _saved_cache_hash(study: Study, context: PromptContext, kind: str) -> str | 
         return None
 
 
-def _fill(cache: Cache, kv: KVCache) -> None:
-    """Write `kv` into the first tokens of `cache` and set its length to them."""
-    for target, plane in zip(view_kv_cache(cache, kv.num_tokens).planes, kv.planes, strict=True):
-        target.copy_(plane)
-    set_length(cache, kv.num_tokens)
-
-
 def _result_key(
     study: Study, profiles: _Profiles, context: PromptContext, token_ids: torch.Tensor, scheme: Scheme
 ) -> str:
@@ -411,4 +430,6 @@ def _describe(result: Result) -> str:
     if result.answers:
         written, reference = (sum(answer[field] for answer in result.answers) for field in ("score", "reference"))
         text += f", answers score {written:g}, uncompressed {reference:g}"
+    if result.continued:
+        text += f", the same for {result.continued['same']} of {result.continued['tokens']} tokens"
     return text

@@ -46,9 +46,12 @@ COLUMNS = (
     "written_gained",
     "written_lost_low",
     "written_lost_high",
+    "continued_tokens",
+    "continued_same",
 )
 _QUESTION_COLUMNS = ("retrieval_accuracy", "answers_kept", "answers_lost", "answers_gained")
-_WRITTEN_COLUMNS = COLUMNS[-6:]
+_WRITTEN_COLUMNS = COLUMNS[-8:-2]
+_CONTINUED_COLUMNS = COLUMNS[-2:]
 _QUANTILE = 0.999
 
 
@@ -58,7 +61,8 @@ def summarize(results: Sequence[Result]) -> list[dict[str, Any]]:
     Bytes are sums over contexts, KL, agreement and NLL means over contexts, `kl_quantile` the 99.9 % quantile over all
     scored tokens, perplexity and bits per byte of all scored text, answers sums over all questions; without questions
     their columns are None. `written_...` are answers in the model's own words; `written_lost_low` and `_high` bound the
-    share of lost ones among those that were right uncompressed (`wilson_interval`).
+    share of lost ones among those that were right uncompressed (`wilson_interval`). `continued_same` is the mean number
+    of tokens before the first difference, of `continued_tokens`.
     """
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
@@ -102,7 +106,12 @@ def _summarize(method: str, setting: str, group: Sequence[Result]) -> dict[str, 
         "questions": questions,
         **dict.fromkeys(_QUESTION_COLUMNS),
         **dict.fromkeys(_WRITTEN_COLUMNS),
+        **dict.fromkeys(_CONTINUED_COLUMNS),
     }
+    continued = [result.continued for result in group if result.continued is not None]
+    if len(continued) == len(group):
+        row["continued_tokens"] = continued[0]["tokens"]
+        row["continued_same"] = sum(count["same"] for count in continued) / len(continued)
     if all(result.answers is not None for result in group):
         row.update(_summarize_answers([answer for result in group for answer in result.answers or ()]))
     if questions:
@@ -151,7 +160,7 @@ def write_per_context_csv(path: Path, results: Sequence[Result]) -> None:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["protocol", "method", "setting", "context", "encoded_bytes", "tables_bytes", "num_values", "kl",
                      "next_token_agreement", "nll_delta", "right", "lost", "gained", "questions", "kl_quantile",
-                     "nll_reference", "nll_decoded", "scored_tokens", "scored_bytes"])  # fmt: skip
+                     "nll_reference", "nll_decoded", "scored_tokens", "scored_bytes", "continued_same"])  # fmt: skip
     for result in results:
         retrieval = result.retrieval or {}
         for method, count in result.bytes_of.items():
@@ -166,6 +175,7 @@ def write_per_context_csv(path: Path, results: Sequence[Result]) -> None:
                     *answers,
                     f"{np.quantile(result.kl_of_tokens, _QUANTILE):.6g}",
                     *(f"{number:.8g}" for number in text),
+                    (result.continued or {}).get("same", ""),
                 ]
             )
     write_file(path, stream.getvalue().encode())
@@ -182,16 +192,22 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     if has_written:
         lines[0] += " written right, uncompressed | lost (95 %) | gained |"
         lines[1] += "---:|---:|---:|"
+    num_continued = max((row["continued_tokens"] or 0 for row in rows), default=0)
+    if num_continued:
+        lines[0] += f" same tokens, of {num_continued} |"
+        lines[1] += "---:|"
     order = {method: i for i, method in enumerate(dict.fromkeys(row["method"] for row in rows))}
     for row in sorted(rows, key=lambda row: order[row["method"]]):
         right = "" if row["retrieval_accuracy"] is None else f"{100 * row['retrieval_accuracy']:.1f} %"
         lost, gained = ("" if row[c] is None else row[c] for c in ("answers_lost", "answers_gained"))
+        continued = "" if row["continued_same"] is None else f"{row['continued_same']:.0f}"
         lines.append(
             f"| {row['method']} | {row['setting']} | {row['bits_per_value']:.3f} "
             f"| {row['bits_per_value_without_tables']:.3f} | {row['profile_bytes'] / 1000:.0f} "
             f"| {row['kl']:.5f} ({row['kl_worst']:.5f}) | {row['kl_quantile']:.4f} "
             f"| {100 * row['next_token_agreement']:.1f} % | {row['nll_delta']:+.4f} | {row['perplexity']:.3f} "
             f"| {right} | {lost} | {gained} |{_format_written(row) if has_written else ''}"
+            f"{f' {continued} |' if num_continued else ''}"
         )
     return "\n".join(lines) + "\n"
 

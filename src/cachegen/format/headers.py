@@ -85,7 +85,7 @@ class DocumentHeader(Record):
     model_fingerprint: bytes = hash32("of the model, see [Fingerprint](#fingerprint-of-the-model); only compared here")
     token_hash: bytes = hash32("hash of all num_cache_tokens token ids, each as int32")
     rope_hash: bytes = hash32("see [Hashes](#hashes-and-gates)")
-    profile_hash: bytes = hash32("SHA-256 of the profile's `profile.json`; zeros for a method that has none")
+    profile_hash: bytes = hash32("SHA-256 of the profile's `profile.json`; zeros for a document that needs none")
     cache_hash: bytes = hash32("[hash of the cache's values](#hashes-and-gates): what the document was encoded from")
     chunk_tokens: tuple[int, ...] = ()
     first_stored: tuple[int, ...] = ()

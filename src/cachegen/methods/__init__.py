@@ -13,8 +13,8 @@ from typing import Any
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
 from cachegen.config import load_config_fields
-from cachegen.errors import MismatchError
-from cachegen.fields import Fields, refuse_config
+from cachegen.errors import BitstreamError, MismatchError
+from cachegen.fields import Fields, parse_fields, refuse_config, refuse_file
 from cachegen.format.constants import CHUNK_MAGIC, TABLES_MAGIC
 from cachegen.format.files import Chunk, split_chunk, split_document
 from cachegen.format.framing import Buffer
@@ -31,6 +31,7 @@ from cachegen.methods.base import (
     method_of,
     method_of_file,
 )
+from cachegen.methods.profile_files import MAX_PROFILE_BYTES, PROFILE_NAME, AnyProfile, ReadFile, folder_reader
 
 METHODS.extend([*absmax.METHODS, *transform.METHODS, *lossless.METHODS])
 DEFAULT_METHOD = "cachegen"
@@ -147,6 +148,42 @@ def open_document(
         kernels=kernels,
         find_profile=find_profile,
     )
+
+
+def read_profile(read: ReadFile, place: str, *, for_encoding: bool = False) -> AnyProfile:
+    """Read a profile of any method from wherever its files are.
+
+    Args:
+        read: returns a file by its name, or fails where it has more bytes than are given.
+        place: what holds them, for messages.
+        for_encoding: read what encoders need as well.
+
+    Raises:
+        CacheGenError: whatever `read` raises.
+        BitstreamError: a file is corrupt or not a profile's.
+        UnsupportedVersionError: it was written by a later release.
+    """
+    record = read(PROFILE_NAME, MAX_PROFILE_BYTES)
+    try:
+        found = parse_fields(record, refuse_file()).content.get("format")
+    except BitstreamError:
+        found = None  # the reader says what is wrong with it
+
+    def read_again(name: str, max_bytes: int) -> bytes:
+        return record if name == PROFILE_NAME else read(name, max_bytes)
+
+    readers = [method for method in METHODS if method.profile_format is not None]
+    method = next((method for method in readers if method.profile_format == found), readers[0])
+    return method.read_profile(read_again, place, for_encoding=for_encoding)
+
+
+def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) -> AnyProfile:
+    """Read a profile's folder; see `read_profile`.
+
+    Raises:
+        InputError: there is none.
+    """
+    return read_profile(folder_reader(folder), os.fspath(folder), for_encoding=for_encoding)
 
 
 def parse_document(tables_file: Buffer) -> DocumentHeader:

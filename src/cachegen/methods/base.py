@@ -38,6 +38,7 @@ from cachegen.kv_cache import (
     hash_planes,
     hash_token_prefixes,
 )
+from cachegen.methods.profile_files import AnyProfile, ReadFile
 
 FindProfile: TypeAlias = Callable[[bytes], Any]
 """Returns what a method calls a profile, by its hash of 32 bytes."""
@@ -443,7 +444,8 @@ class Method(ABC):
     Attributes:
         name: as configs, manifests and people write it.
         number: as files have it.
-        uses_profile: whether documents name a profile.
+        uses_profile: whether documents may name a profile.
+        profile_format: what profile.json of such a profile calls itself in its field `format`.
         undoes_rotations: whether encoders want to know how the planes are turned.
         num_sink_tokens: the first so many tokens of a context are computed from its text instead of decoded, where
             a model goes on from them.
@@ -452,6 +454,7 @@ class Method(ABC):
     name: str
     number: int
     uses_profile: bool = False
+    profile_format: str | None = None
     undoes_rotations: bool = False
     num_sink_tokens: int = 0
 
@@ -487,6 +490,10 @@ class Method(ABC):
         find_profile: FindProfile | None,
     ) -> Document:
         """Return the document of a tables file that has been taken apart; see `cachegen.methods.open_document`."""
+
+    def read_profile(self, read: ReadFile, place: str, *, for_encoding: bool) -> AnyProfile:
+        """Read a profile of this method from wherever its files are; see `cachegen.methods.read_profile`."""
+        raise ValueError(f"method {self.name} has no profiles, got one at {place} to read with {read}, {for_encoding=}")
 
     @abstractmethod
     def make_encoder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -57,3 +57,18 @@ def layer_classes(header: DocumentHeader) -> list[LayerClass]:
     """Return the classes of a document's layers, ascending by their first tokens."""
     found = header.layers_by_first_stored
     return [LayerClass(tuple(layers), first, len(found) == 1) for first, layers in found.items()]
+
+
+def share_first_stored(groups: Iterable[Sequence[int]], first_stored: Sequence[int]) -> tuple[int, ...]:
+    """Return, per layer, the first token that any layer of its group must hold.
+
+    Args:
+        groups: of layers that are coded together; each layer is in one.
+        first_stored: as in `DocumentHeader`.
+    """
+    shared = list(first_stored)
+    for group in groups:
+        earliest = min(first_stored[layer] for layer in group)
+        for layer in group:
+            shared[layer] = earliest
+    return tuple(shared)

@@ -277,6 +277,17 @@ def view_kv_cache(cache: Cache, num_tokens: int) -> KVCache:
     return KVCache(keys, values)
 
 
+def fill_cache(cache: Cache, kv: KVCache) -> None:
+    """Copy `kv` into the first tokens of the buffers, and set the length to them.
+
+    Raises:
+        ValueError: as `view_kv_cache`, or the shapes differ.
+    """
+    for target, plane in zip(view_kv_cache(cache, kv.num_tokens).planes, kv.planes, strict=True):
+        target.copy_(plane)
+    set_length(cache, kv.num_tokens)
+
+
 def planes_of_cache(cache: Any) -> KVCache:
     """Return the keys and values that any transformers cache holds, without copying.
 

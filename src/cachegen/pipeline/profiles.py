@@ -10,15 +10,10 @@ from pathlib import Path
 
 from cachegen.errors import CacheGenError, InputError
 from cachegen.files import read_file
-from cachegen.methods.transform.profile import (
-    ANALYSIS_NAME,
-    MAX_PROFILE_BYTES,
-    PROFILE_NAME,
-    SYNTHESIS_NAME,
-    Profile,
-    load_profile,
-    read_profile,
-)
+from cachegen.methods import load_profile, read_profile
+from cachegen.methods.profile_files import MAX_PROFILE_BYTES, PROFILE_NAME, AnyProfile, folder_reader
+from cachegen.methods.transform import profile as transform_profile
+from cachegen.methods.transform.profile import ANALYSIS_NAME, SYNTHESIS_NAME, Profile
 
 OWN_PROFILE_FOLDER = "profile"
 """Of a profile that is a document's own, in the folder of its files."""
@@ -27,11 +22,11 @@ MADE_OF_CACHE = "cache_hash"
 
 
 def profile_finder(
-    named: str | os.PathLike[str] | Profile | None,
+    named: str | os.PathLike[str] | AnyProfile | None,
     places: Sequence[str | os.PathLike[str]],
     *,
     model_fingerprint: str | None = None,
-) -> Callable[[bytes], Profile]:
+) -> Callable[[bytes], AnyProfile]:
     """Return a function from a profile's hash (32 bytes) to the profile.
 
     Args:
@@ -41,7 +36,7 @@ def profile_finder(
         model_fingerprint: load the profiles of this model, 64 hex digits, at once, as a server that has the model in
             memory would; those that cannot be read are reported when they are asked for.
     """
-    in_memory: dict[bytes, Profile] = {}
+    in_memory: dict[bytes, AnyProfile] = {}
     if model_fingerprint is not None and named is None:
         for path in list_profiles(places):
             with contextlib.suppress(CacheGenError):
@@ -49,16 +44,16 @@ def profile_finder(
                 if model_fingerprint.encode() in content:
                     in_memory[hashlib.sha256(content).digest()] = load_profile(path.parent)
 
-    def find(profile_hash: bytes) -> Profile:
+    def find(profile_hash: bytes) -> AnyProfile:
         """Load the profile; where one is named, whether it is the right one is the codec's gate.
 
         Raises:
             InputError: there is none, or as `load_profile`.
         """
-        if isinstance(named, Profile):
-            return named
-        if named is not None:
+        if isinstance(named, (str, os.PathLike)):
             return load_profile(named)
+        if named is not None:
+            return named
         if profile_hash in in_memory:
             return in_memory[profile_hash]
         for path in list_profiles(places):
@@ -78,7 +73,9 @@ def profile_finder(
 def find_profile_of_model(
     places: Sequence[str | os.PathLike[str]], model_fingerprint: str, *, needs_curve: bool = False
 ) -> Profile | None:
-    """Return the first profile of a model that can be read, loaded for encoding; None where there is none.
+    """Return the first profile of a model for method `transform` that can be read; None where there is none.
+
+    It is loaded for encoding.
 
     Args:
         places: as for `profile_finder`.
@@ -88,26 +85,28 @@ def find_profile_of_model(
     for path in list_profiles(places):
         with contextlib.suppress(CacheGenError):
             if model_fingerprint.encode() in read_file(path, MAX_PROFILE_BYTES):
-                profile = load_profile(path.parent, for_encoding=True)
+                profile = transform_profile.load_profile(path.parent, for_encoding=True)
                 if profile.model_fingerprint == model_fingerprint and (profile.curve or not needs_curve):
                     return profile
     return None
 
 
 def read_decoding_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Return the files of a profile that decoding needs, by their names.
+    """Return the files of a profile that decoding needs, by their names, profile.json last.
 
     Raises:
         InputError, BitstreamError: as `load_profile`.
     """
     files: dict[str, bytes] = {}
 
+    read_from_folder = folder_reader(folder)
+
     def read(name: str, max_bytes: int) -> bytes:
-        files[name] = read_file(Path(folder) / name, max_bytes)
+        files[name] = read_from_folder(name, max_bytes)
         return files[name]
 
     read_profile(read, os.fspath(folder))
-    return files
+    return {**{name: files[name] for name in files if name != PROFILE_NAME}, PROFILE_NAME: files[PROFILE_NAME]}
 
 
 def read_own_profile(folder: Path, profile_hash: bytes) -> dict[str, bytes]:
@@ -162,7 +161,7 @@ def remove_own_profile(folder: Path) -> None:
     """Remove a document's own profile, and its folder unless that holds something else; a model's profile stays."""
     place = folder / OWN_PROFILE_FOLDER
     with contextlib.suppress(CacheGenError, OSError):
-        if MADE_OF_CACHE not in load_profile(place).calibration:
+        if MADE_OF_CACHE not in transform_profile.load_profile(place).calibration:
             return
         for name in (PROFILE_NAME, ANALYSIS_NAME, SYNTHESIS_NAME):
             (place / name).unlink(missing_ok=True)

@@ -7,11 +7,9 @@ import threading
 from collections.abc import Mapping
 
 from cachegen.errors import BitstreamError
-from cachegen.methods.transform.profile import PROFILE_NAME, SYNTHESIS_NAME, Profile, read_profile
+from cachegen.methods import read_profile
+from cachegen.methods.profile_files import PROFILE_NAME, AnyProfile
 from cachegen.store.store import Store
-
-DECODING_NAMES = (SYNTHESIS_NAME, PROFILE_NAME)
-"""The files of a profile that a client needs, the one that names the others last."""
 
 
 def profile_object(profile_hash: str, name: str) -> str:
@@ -27,10 +25,10 @@ def profile_objects(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Return what a store keeps of a profile, by the objects' names, in the order of writing.
 
     Args:
-        files: those of `DECODING_NAMES` at least.
+        files: those that decoding needs, profile.json, which names the others, last.
     """
     profile_hash = hashlib.sha256(files[PROFILE_NAME]).hexdigest()
-    return {profile_object(profile_hash, name): files[name] for name in DECODING_NAMES}
+    return {profile_object(profile_hash, name): content for name, content in files.items()}
 
 
 class ProfileFetcher:
@@ -38,10 +36,10 @@ class ProfileFetcher:
 
     def __init__(self, num_kept: int = 2) -> None:
         self._num_kept = num_kept
-        self._kept: dict[str, Profile] = {}
+        self._kept: dict[str, AnyProfile] = {}
         self._lock = threading.Lock()
 
-    def fetch(self, store: Store, profile_hash: str) -> Profile:
+    def fetch(self, store: Store, profile_hash: str) -> AnyProfile:
         """Return a profile; see `fetch_profile`."""
         with self._lock:
             profile = self._kept.get(profile_hash)
@@ -55,7 +53,7 @@ class ProfileFetcher:
         return profile
 
 
-def fetch_profile(store: Store, profile_hash: str) -> Profile:
+def fetch_profile(store: Store, profile_hash: str) -> AnyProfile:
     """Return a profile, for decoding.
 
     Args:

@@ -15,7 +15,7 @@ from cachegen.errors import BitstreamError, ConfigError, InputError, MismatchErr
 from cachegen.kv_cache import KVCache, describe_difference
 from cachegen.methods import open_document
 from cachegen.methods.base import Document, FindProfile
-from cachegen.methods.transform.profile import Profile
+from cachegen.methods.profile_files import AnyProfile
 from cachegen.store.catalog import FoundDocument, find_document
 from cachegen.store.manifest import Manifest, StoredObject
 from cachegen.store.profiles import ProfileFetcher
@@ -182,7 +182,7 @@ class RemoteDocument:
                 self._documents[tables.sha256] = document
             return self._documents[tables.sha256]
 
-    def _find_profile_or_fetch(self, profile_hash: bytes) -> Profile:
+    def _find_profile_or_fetch(self, profile_hash: bytes) -> AnyProfile:
         """Return the profile that is at hand, or else the store's.
 
         Raises:

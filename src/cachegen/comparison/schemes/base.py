@@ -217,7 +217,7 @@ def unpack_bits(content: bytes, num_bits: int, shape: tuple[int, ...]) -> NDArra
 
 def channels_first(plane: torch.Tensor) -> NDArray[np.float32]:
     """Return a plane as fp32 `[num_channels, num_tokens]`."""
-    return np.ascontiguousarray(plane.reshape(plane.shape[0], -1).float().numpy().T)
+    return np.ascontiguousarray(plane.flatten(1).float().numpy().T)
 
 
 def to_plane(values: NDArray[np.float32], like: torch.Tensor) -> torch.Tensor:

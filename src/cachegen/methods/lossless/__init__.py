@@ -23,11 +23,14 @@ from collections.abc import Sequence
 
 from cachegen.coder.kernels import Kernels
 from cachegen.fields import Fields
+from cachegen.format import NO_HASH
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import FindProfile, Method
 from cachegen.methods.lossless.codec import METHOD_NUMBER, LosslessDocument, LosslessEncoder
 from cachegen.methods.lossless.config import LosslessConfig, read_lossless
 from cachegen.methods.lossless.headers import LosslessChunkHeader, LosslessDocumentHeader
+from cachegen.methods.lossless.predictor import FILE_FORMAT, Predictor, read_predictor
+from cachegen.methods.profile_files import ReadFile
 
 __all__ = ["METHODS", "LosslessMethod"]
 
@@ -37,6 +40,8 @@ class LosslessMethod(Method):
 
     name = "lossless"
     number = METHOD_NUMBER
+    uses_profile = True
+    profile_format = FILE_FORMAT
     undoes_rotations = True
 
     @property
@@ -60,7 +65,13 @@ class LosslessMethod(Method):
         kernels: Kernels,
         find_profile: FindProfile | None,
     ) -> LosslessDocument:
-        return LosslessDocument(header, tables_hash, tables)
+        predictor = None
+        if find_profile is not None and header.profile_hash != NO_HASH:
+            predictor = find_profile(header.profile_hash)
+        return LosslessDocument(header, tables_hash, tables, predictor)
+
+    def read_profile(self, read: ReadFile, place: str, *, for_encoding: bool) -> Predictor:
+        return read_predictor(read, place)
 
     def make_encoder(
         self,
@@ -74,7 +85,13 @@ class LosslessMethod(Method):
         first_stored: Sequence[int],
     ) -> LosslessEncoder:
         return LosslessEncoder(
-            cache, metadata, chunk_tokens, num_threads=num_threads, kernels=kernels, first_stored=first_stored
+            cache,
+            metadata,
+            chunk_tokens,
+            predictor=config.load_profile(),
+            num_threads=num_threads,
+            kernels=kernels,
+            first_stored=first_stored,
         )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cachegen import _native
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
-from cachegen.errors import BitstreamError, InputError
+from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.format import ALIGNMENT, NO_HASH, Coder, StreamEntry, round_up
 from cachegen.format.constants import streams_bytes
 from cachegen.format.files import Chunk, join_chunk
@@ -21,10 +21,11 @@ from cachegen.format.framing import Buffer
 from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import Document, Encoder, ErrorMeasure
-from cachegen.methods.layer_classes import LayerClass, layer_classes
+from cachegen.methods.layer_classes import LayerClass, layer_classes, share_first_stored
 from cachegen.methods.lossless.fit import fit_model
 from cachegen.methods.lossless.headers import BLOCK_TOKENS, LosslessChunkHeader, LosslessDocumentHeader
-from cachegen.methods.lossless.model import join_bits, unpack_models
+from cachegen.methods.lossless.model import Model, join_bits, unpack_models
+from cachegen.methods.lossless.predictor import Predictor
 
 METHOD_NUMBER = 4
 """How files call the method."""
@@ -35,9 +36,29 @@ class LosslessDocument(Document):
 
     header: LosslessDocumentHeader  # pyright: ignore[reportIncompatibleVariableOverride]  (only `__init__` sets it)
 
-    def __init__(self, header: LosslessDocumentHeader, tables_hash: bytes, tables: bytes) -> None:
+    def __init__(
+        self, header: LosslessDocumentHeader, tables_hash: bytes, tables: bytes, predictor: Predictor | None = None
+    ) -> None:
+        """Put a document's parts together.
+
+        Args:
+            tables: the document's own model; empty where it names a profile.
+            predictor: the profile; None where the document names none, or nothing is to be decoded.
+
+        Raises:
+            MismatchError: the profile is not the one that the document names.
+        """
         super().__init__(header, tables_hash)
-        self._tables = tables
+        self._tables, self._predictor = tables, predictor
+        if predictor is None:
+            return
+        if bytes.fromhex(predictor.profile_hash) != header.profile_hash:
+            raise MismatchError(
+                f"profile_hash is {predictor.profile_hash[:12]}, but the document was encoded with the profile "
+                f"{header.profile_hash.hex()[:12]}: give `profile` its folder"
+            )
+        if header.planes != predictor.planes or self.dtype != predictor.dtype:
+            raise MismatchError("planes have other shapes or another dtype than the profile's")
 
     @cached_property
     def classes(self) -> list[tuple[LayerClass, _native.LosslessModel]]:
@@ -45,15 +66,31 @@ class LosslessDocument(Document):
 
         Raises:
             BitstreamError: a model is corrupt.
+            InputError: the document names a profile and was opened without one.
         """
-        found = coded_classes(self.header)
-        planes = [layers.pick(self.header.planes) for layers in found]
-        models = unpack_models(self._tables, planes)
+        if self._predictor is not None:
+            groups = self._predictor.layer_groups
+            found = [LayerClass(group, self._first_stored_of(group), len(groups) == 1) for group in groups]
+            models = self._predictor.models()
+        elif self.header.profile_hash != NO_HASH:
+            raise InputError(f"the document needs the profile {self.header.profile_hash.hex()[:12]} (`profile`)")
+        else:
+            found = coded_classes(self.header)
+            models = unpack_models(self._tables, [layers.pick(self.header.planes) for layers in found])
         is_float16 = self.dtype == torch.float16
         return [
-            (layers, model.for_native(of_class, is_float16=is_float16))
-            for layers, model, of_class in zip(found, models, planes, strict=True)
+            (layers, model.for_native(layers.pick(self.header.planes), is_float16=is_float16))
+            for layers, model in zip(found, models, strict=True)
         ]
+
+    def _first_stored_of(self, group: Sequence[int]) -> int:
+        """Return the first token that layers of one window of the profile hold."""
+        first_stored = self.header.first_stored or (0,) * self.header.num_layers
+        firsts = {first_stored[layer] for layer in group}
+        if len(firsts) > 1:
+            problem = "the layers of one window of the profile do not begin at one token"
+            raise BitstreamError(problem, field="first_stored")
+        return firsts.pop()
 
     def prepare(self) -> None:
         """See `Document.prepare`."""
@@ -124,44 +161,57 @@ class LosslessEncoder(Encoder):
         metadata: ContextMetadata,
         chunk_tokens: Sequence[int],
         *,
+        predictor: Predictor | None = None,
+        model: Model | None = None,
         num_threads: int = 1,
         kernels: Kernels = CPU,
         first_stored: Sequence[int] = (),
     ) -> None:
-        """Fit the models.
+        """Fit the models, if there is neither a profile nor a model.
 
         Args:
             cache: on the CPU; may be memory-mapped.
             chunk_tokens: the chunks' token counts, at most the cache's in all.
+            predictor: the profile of the language model; the document names it then and holds no model. Layers of one
+                of its windows are stored from the earliest of them on.
+            model: of the document, whose layers all have the same tokens then; None fits those that it takes.
             first_stored: as for `Encoder`.
 
         Raises:
             BitstreamError: the cache's values are not those that were saved.
+            MismatchError: the profile is of another language model.
             InputError: the cache's dtype has more than 16 bits.
         """
         if cache.dtype.itemsize != 2:
             dtype = str(cache.dtype).removeprefix("torch.")
             raise InputError(f"method lossless codes caches of 16 bits per value, this one is {dtype}")
+        if first_stored and predictor is not None:
+            first_stored = share_first_stored(predictor.layer_groups, first_stored)
         super().__init__(cache, metadata, chunk_tokens, num_threads, kernels, first_stored=first_stored)
         planes = tuple(PlaneShape(plane.shape[1], plane.shape[2]) for plane in cache.planes)
+        if predictor is not None:
+            predictor.check_cache(cache, metadata)
         header = LosslessDocumentHeader(
             **self._document_fields,
             method=METHOD_NUMBER,
             coder=Coder.RANS,
             num_levels=1,
-            profile_hash=NO_HASH,
+            profile_hash=NO_HASH if predictor is None else bytes.fromhex(predictor.profile_hash),
             model_bytes=0,
-            model_crc=0,
+            model_crc=_native.crc32c(b""),
             planes=planes,
         )
-        rotations = metadata.rotations_of(cache)
-        tables = b"".join(
-            fit_model(layers.part_of(cache, 0), tuple(layers.pick(rotations)), layers.first_stored).pack()
-            for layers in coded_classes(header)
-        )
+        tables = b""
+        if model is not None:
+            tables = model.pack()
+        elif predictor is None:
+            rotations = metadata.rotations_of(cache)
+            for layers in coded_classes(header):
+                part, of_part = layers.part_of(cache, 0), tuple(layers.pick(rotations))
+                tables += fit_model(part, of_part, first_token=layers.first_stored).pack()
         header = dataclasses.replace(header, model_bytes=len(tables), model_crc=_native.crc32c(tables))
         self.tables_file = header.pack() + tables
-        document = LosslessDocument(header, self._hash_tables(), tables)
+        document = LosslessDocument(header, self._hash_tables(), tables, predictor)
         self.document = document  # pyright: ignore[reportIncompatibleVariableOverride]  (set here alone)
 
     def expected_header(self, index: int, level: int = 1) -> LosslessChunkHeader:

@@ -1,4 +1,4 @@
-"""Fit the model of method `lossless` on a cache: which channels predict which, and how far values lie from it.
+"""Fit the model of method `lossless` on caches: which channels predict which, and how far values lie from it.
 
 In the order in which channels are coded, the Cholesky factor of their covariance gives the best linear prediction of
 each from all before it. Weights are rounded as finely as pays: a rounding error costs bits in every token, a finer
@@ -37,6 +37,10 @@ from cachegen.rotation import PlaneRotations, Rotation
 
 MAX_FIT_TOKENS = 8192
 """Of a longer cache every second, third, ... token is fitted on."""
+MAX_SHARED_FIT_TOKENS = 16384
+"""The same of a model for other caches, of all caches together."""
+SHARED_TOKENS = 40_000
+"""For how many tokens' sake the weights of a model for other caches are rounded no coarser."""
 COUNTED_TOKENS = 1024
 """From which the frequencies of symbols are counted."""
 
@@ -51,28 +55,59 @@ _CHANNEL_STEPS = (512, 1023)
 _PI = Fraction(5048344754617993871973410141242436836214643421488662971535368, 1 << 200)
 
 
-def fit_model(cache: KVCache, rotations: PlaneRotations, first_token: int = 0) -> Model:
+def fit_model(
+    cache: KVCache, rotations: PlaneRotations, *, first_token: int = 0, max_layers_before: int = MAX_BEFORE
+) -> Model:
     """Fit a cache's model.
 
     Args:
         cache: on the CPU, of 16 bits per value; values that are not finite count as zero.
         rotations: how each plane is turned.
         first_token: the position of the cache's first token.
+        max_layers_before: layers before its own that a channel may be predicted from; -1 for no prediction at all.
     """
     with _one_thread():
-        return _fit(cache, rotations, first_token)
+        return _fit([cache], rotations, MAX_FIT_TOKENS, cache.num_tokens, max_layers_before, first_token)
 
 
-def _fit(cache: KVCache, rotations: PlaneRotations, first_token: int) -> Model:
+def fit_shared_model(caches: Sequence[KVCache], rotations: PlaneRotations) -> Model:
+    """Fit a model for other caches of the same language model than those it is fitted on.
+
+    Args:
+        caches: at least one; see `fit_model`.
+        rotations: how each plane is turned, in all of them.
+    """
+    with _one_thread():
+        return _fit(caches, rotations, MAX_SHARED_FIT_TOKENS, SHARED_TOKENS, MAX_BEFORE, 0)
+
+
+def _fit(
+    caches: Sequence[KVCache],
+    rotations: PlaneRotations,
+    max_fit_tokens: int,
+    num_tokens: int,
+    max_layers_before: int,
+    first_token: int,
+) -> Model:
+    """Fit a model.
+
+    Args:
+        max_fit_tokens: of all caches together; of more every second, third, ... is fitted on.
+        num_tokens: that the model will code: its weights are as fine as pays for these.
+        first_token: the position of the caches' first token.
+    """
+    cache = caches[0]
     planes = [PlaneShape(plane.shape[1], plane.shape[2]) for plane in cache.planes]
     distinct = list(dict.fromkeys(rotation for rotation in rotations if rotation is not None))
     turning = tuple(
         TurningPairs(tuple(map(turn_of, rotation.inv_freq)), rotation.pairing, rotation.offset) for rotation in distinct
     )
     numbers = tuple(0 if rotation is None else distinct.index(rotation) + 1 for rotation in rotations)
-    first = _FIRST_TOKEN if not first_token and cache.num_tokens > 16 * _FIRST_TOKEN else 0
-    stride = -(-(cache.num_tokens - first) // MAX_FIT_TOKENS)
-    positions = torch.arange(first, cache.num_tokens, stride)
+    # The first tokens of a context are unlike all others.
+    num_unlike = 0 if first_token else _FIRST_TOKEN
+    firsts = [num_unlike if cache.num_tokens > 16 * _FIRST_TOKEN else 0 for cache in caches]
+    stride = -(-sum(cache.num_tokens - first for cache, first in zip(caches, firsts, strict=True)) // max_fit_tokens)
+    places = [torch.arange(first, cache.num_tokens, stride) for cache, first in zip(caches, firsts, strict=True)]
     orders = [
         _coding_order(describe_pairs(planes[i : i + 2], turning, numbers[i : i + 2])[:, 0].tolist())
         for i in range(0, len(planes), 2)
@@ -80,8 +115,10 @@ def _fit(cache: KVCache, rotations: PlaneRotations, first_token: int) -> Model:
     fitted: list[_Layer] = []
     covariances = _Covariances()
     for layer, order in enumerate(orders):
-        vectors = _vectors(cache, layer, positions, rotations, first_token)
-        fitted.append(_fit_layer(vectors, fitted, covariances, order, cache.num_tokens))
+        vectors = torch.cat(
+            [_vectors(cache, layer, at, rotations, first_token) for cache, at in zip(caches, places, strict=True)]
+        )
+        fitted.append(_fit_layer(vectors, fitted, covariances, order, num_tokens, max_layers_before))
     model = Model(
         channels=np.concatenate([layer.channels for layer in fitted]),
         layers_before=tuple(layer.before for layer in fitted),
@@ -91,10 +128,11 @@ def _fit(cache: KVCache, rotations: PlaneRotations, first_token: int) -> Model:
         plane_rotations=numbers,
     )
     counts = np.zeros((len(planes), NUM_SYMBOLS), np.uint32)
-    start = max(0, (cache.num_tokens - COUNTED_TOKENS) // 2)
-    counted = cache.slice(start, min(start + COUNTED_TOKENS, cache.num_tokens))
     native = model.for_native(planes, is_float16=cache.dtype == torch.float16)
-    _native.lossless_count(join_bits(counted), first_token + start, native, counts)
+    for cache in caches:
+        start = max(0, (cache.num_tokens - COUNTED_TOKENS) // 2)
+        counted = cache.slice(start, min(start + COUNTED_TOKENS, cache.num_tokens))
+        _native.lossless_count(join_bits(counted), first_token + start, native, counts)
     return dataclasses.replace(model, frequencies=_normalize(counts.astype(np.int64)))
 
 
@@ -187,7 +225,12 @@ class _Covariances:
 
 
 def _fit_layer(
-    own: torch.Tensor, before: Sequence[_Layer], covariances: _Covariances, order: _Order, num_tokens: int
+    own: torch.Tensor,
+    before: Sequence[_Layer],
+    covariances: _Covariances,
+    order: _Order,
+    num_tokens: int,
+    max_layers_before: int,
 ) -> _Layer:
     """Fit one layer.
 
@@ -196,6 +239,7 @@ def _fit_layer(
         before: the layers before it.
         covariances: of the layers before it; its own are added.
         num_tokens: that will be coded.
+        max_layers_before: as in `fit_model`.
     """
     means = own.mean(0)
     deviations = own.std(0, correction=0)
@@ -204,7 +248,7 @@ def _fit_layer(
     covariances.add(((own - means) / deviations).float())
     best: _Weights | None = None
     best_count, best_bits = 0, 0.0
-    for count in range(min(MAX_BEFORE, len(before)) + 1):
+    for count in range(min(max_layers_before, len(before)) + 1):
         num_inputs = sum(len(layer.means) for layer in before[len(before) - count :]) + len(means)
         if len(own) < _LEAST_SAMPLES or num_inputs > MAX_CONTEXT:
             break

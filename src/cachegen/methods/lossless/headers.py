@@ -9,6 +9,7 @@ from typing import Any
 
 from cachegen import _native
 from cachegen.errors import BitstreamError
+from cachegen.format import NO_HASH
 from cachegen.format.constants import Coder, Dtype
 from cachegen.format.framing import Buffer, require
 from cachegen.format.headers import ChunkHeader, ShapesDocumentHeader
@@ -28,7 +29,9 @@ def _check_coding(coder: Coder, dtype: Dtype, coder_at: int, dtype_at: int) -> N
 class LosslessDocumentHeader(ShapesDocumentHeader):
     """See `DocumentHeader`."""
 
-    model_bytes: int = u32("length of the compressed [model](#the-model), which follows the header")
+    model_bytes: int = u32(
+        "length of the compressed [model](#the-model), which follows the header; 0 where a profile is named"
+    )
     model_crc: int = u32("CRC of the compressed model")
 
     @property
@@ -41,6 +44,11 @@ class LosslessDocumentHeader(ShapesDocumentHeader):
             raise BitstreamError(problem, offset=offset, field="model_crc")
 
     def check_file(self) -> None:
+        has_profile = self.profile_hash != NO_HASH
+        problem = "must be 0 in a document that names a profile" if has_profile else "must not be 0 without a profile"
+        is_empty = min(self.first_stored, default=0) == self.num_covered_tokens
+        is_right = is_empty or (self.model_bytes == 0) == has_profile
+        require(is_right, problem, self.offset_of("model_bytes"), "model_bytes")
         levels_at = self.offset_of("num_levels")
         require(self.num_levels == 1, "must be 1 with this method", levels_at, "num_levels")
         _check_coding(self.coder, self.dtype, self.offset_of("coder"), self.offset_of("dtype"))

@@ -1,4 +1,4 @@
-"""What the tables file of method `lossless` holds: how each channel is predicted and its distance coded."""
+"""What a tables file or a profile of method `lossless` holds: how each channel is predicted and its distance coded."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def describe_pairs(
 
 @dataclass(frozen=True)
 class Model:
-    """A document's model; the native coder checks the ranges.
+    """A model; the native coder checks the ranges.
 
     Attributes:
         channels: int32 `[num_channels, 6]`: mean, multiplier, shift, exponent, history shift and step of each, layer
@@ -136,6 +136,11 @@ class Model:
         # Runs, and else a code for each byte: weights do not repeat, but layers without any do.
         compressor = zlib.compressobj(compression, strategy=zlib.Z_RLE)
         return compressor.compress(b"".join(parts)) + compressor.flush()
+
+
+def max_packed_bytes(planes: Sequence[PlaneShape]) -> int:
+    """Return how many bytes packed models of such planes have at most, or a little more."""
+    return _LEAST_BYTES + (MAX_CONTEXT + 2 * _CHANNEL.itemsize) * sum(plane.num_channels for plane in planes)
 
 
 def unpack_models(content: bytes, of_planes: Sequence[Sequence[PlaneShape]]) -> list[Model]:

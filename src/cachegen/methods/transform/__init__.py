@@ -18,9 +18,11 @@ from cachegen.coder.kernels import Kernels
 from cachegen.fields import Fields
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import FindProfile, Method
+from cachegen.methods.profile_files import ReadFile
 from cachegen.methods.transform.codec import METHOD_NUMBER, TransformDocument, TransformEncoder
 from cachegen.methods.transform.config import TransformConfig, read_transform
 from cachegen.methods.transform.headers import TransformChunkHeader, TransformDocumentHeader
+from cachegen.methods.transform.profile import FILE_FORMAT, Profile, read_profile
 from cachegen.methods.transform.transform import SINK_TOKENS
 
 
@@ -30,6 +32,7 @@ class TransformMethod(Method):
     name = "transform"
     number = METHOD_NUMBER
     uses_profile = True
+    profile_format = FILE_FORMAT
     undoes_rotations = True
     num_sink_tokens = SINK_TOKENS
 
@@ -56,6 +59,9 @@ class TransformMethod(Method):
     ) -> TransformDocument:
         profile = find_profile(header.profile_hash) if find_profile is not None else None
         return TransformDocument(header, tables_hash, profile, kernels.device)
+
+    def read_profile(self, read: ReadFile, place: str, *, for_encoding: bool) -> Profile:
+        return read_profile(read, place, for_encoding=for_encoding)
 
     def make_encoder(
         self,

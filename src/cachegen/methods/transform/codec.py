@@ -26,6 +26,7 @@ from cachegen.format.framing import PREFIX, Buffer
 from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import Document, Encoder, ErrorMeasure, cut_streams, naming_level
+from cachegen.methods.layer_classes import share_first_stored
 from cachegen.methods.transform.exact_values import (
     ExactValues,
     check_stored,
@@ -419,11 +420,8 @@ def build_chunk(
 
 def share_in_groups(profile: Profile, first_stored: Sequence[int]) -> tuple[int, ...]:
     """Return, per layer, the first token that any layer of its group must hold."""
-    shared = list(first_stored)
-    for group in profile.groups:
-        layers = slice(group.first_layer, group.first_layer + group.num_layers)
-        shared[layers] = [min(shared[layers])] * group.num_layers
-    return tuple(shared)
+    groups = [range(group.first_layer, group.first_layer + group.num_layers) for group in profile.groups]
+    return share_first_stored(groups, first_stored)
 
 
 def _batch_groups(widths: Sequence[int], num_tokens: Sequence[int], limit: int) -> list[range]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cachegen.errors import ConfigError
 from cachegen.fields import Fields
 from cachegen.format import MAX_LEVELS, Coder
 from cachegen.methods.base import MethodConfig
+from cachegen.methods.profile_files import read_profile_folder
 from cachegen.methods.transform.headers import MAX_STEP_LOG
 from cachegen.methods.transform.profile import Profile, load_profile
 
@@ -87,14 +87,15 @@ class TransformConfig(MethodConfig):
         self.refuse_flags({name: value for name, value in own.items() if name not in _FLAGS})
         if {"target_bits", "target_kl"} <= set(own):
             raise ConfigError("`target_bits` and `target_kl` exclude each other")
+        profile = own.get("profile", self.profile)
+        if not isinstance(profile, (str, Profile, type(None))):
+            raise ConfigError(f"`profile` is not one for method transform, but {type(profile).__name__}")
         config = self
         if "target_bits" in own or "target_kl" in own:
             config = dataclasses.replace(
                 config, step_log=None, target_bits=own.get("target_bits"), target_kl=own.get("target_kl")
             )
-        return dataclasses.replace(
-            config, profile=own.get("profile", config.profile), num_levels=own.get("levels", config.num_levels)
-        )
+        return dataclasses.replace(config, profile=profile, num_levels=own.get("levels", config.num_levels))
 
     def check_document(self, header: Any, path: object) -> None:
         """See `MethodConfig.check_document`: steps and levels may be those of any config."""
@@ -122,18 +123,9 @@ def read_transform(fields: Fields, source: str) -> TransformConfig:
         for name in ("target_bits", "target_kl")
     }
     return TransformConfig(
-        # As files beside the config: it may be used from any folder.
-        profile=(
-            str(Path(source).parent / fields.check("profile", _is_name, "a profile's folder"))
-            if "profile" in fields
-            else None
-        ),
+        profile=read_profile_folder(fields, source),
         step_log=fields.integer("step_log", -MAX_STEP_LOG, MAX_STEP_LOG) if fields.has_value("step_log") else None,
         num_levels=fields.integer("levels", 1, MAX_LEVELS) if "levels" in fields else 1,
         source=source,
         **targets,
     )
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value)

@@ -14,18 +14,16 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from cachegen.errors import BitstreamError, InputError, MismatchError, OutputError
+from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.fields import Fields, parse_fields, refuse_file
-from cachegen.files import read_file, write_file
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.kv_cache import (
     RotaryEmbedding,
@@ -33,9 +31,17 @@ from cachegen.kv_cache import (
     read_rotary_embeddings,
     rotations_by_rule,
 )
+from cachegen.methods.profile_files import (
+    MAX_PROFILE_BYTES,
+    PROFILE_NAME,
+    ReadFile,
+    check_hash,
+    folder_reader,
+    refuse_other,
+    write_files,
+)
 from cachegen.rotation import PlaneRotations, pack_rotations, read_rotations
 
-PROFILE_NAME = "profile.json"
 SYNTHESIS_NAME = "synthesis.safetensors.zlib"
 ANALYSIS_NAME = "analysis.safetensors"
 FILE_FORMAT = "cachegen-profile"
@@ -43,11 +49,9 @@ FILE_VERSION = 1
 SCALE_LOGS_PER_OCTAVE = 16
 """Scales and steps are compared as integers: 16 times their binary logarithm, rounded."""
 
-MAX_PROFILE_BYTES = 1 << 22  # of profile.json
 _MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: the names and shapes of its tensors
 _MAX_CURVE_POINTS = 1 << 10
 _MAX_COMPONENTS = (1 << 16) - 1
-_HINT = "`profile` takes a folder of run_calibration.py"
 _MAX_SCALE_LOG = 1 << 14
 MAX_INTEGER = (1 << 15) - 1
 """Of a synthesis matrix."""
@@ -170,22 +174,26 @@ class Profile:
             OutputError: another profile is there, or the folder cannot be written.
         """
         if not overwrite:
-            self.refuse_other(folder)
+            refuse_other(folder, self.profile_hash)
         save_profile(folder, self)
 
-    def refuse_other(self, folder: str | os.PathLike[str]) -> None:
-        """Refuse a folder that holds another profile.
-
-        Raises:
-            OutputError: it does.
-        """
-        path = Path(folder) / PROFILE_NAME
-        if os.path.lexists(path):
-            found = read_file(path, MAX_PROFILE_BYTES)
-            if hashlib.sha256(found).hexdigest() != self.profile_hash:
-                raise OutputError(
-                    f"{path}: another profile is there; give another folder, or `overwrite` to replace it"
-                )
+    def describe(self) -> dict[str, object]:
+        """Return what there is to say of it, for people."""
+        curve = self.curve
+        return {
+            "method": "transform",
+            "profile_hash": self.profile_hash,
+            "model_id": self.calibration.get("model_id"),
+            "model_fingerprint": self.model_fingerprint,
+            "can_encode": all(group.analysis is not None for group in self.groups),
+            "num_layers": self.num_layers,
+            "num_groups": len(self.groups),
+            "num_components": sum(group.num_components for group in self.groups),
+            "num_channels": sum(group.num_channels for group in self.groups),
+            "bytes": self.num_bytes,
+            "finest_bits_per_value": curve[-1].bits_per_value if curve else None,
+            "finest_kl": curve[-1].kl if curve else None,
+        }
 
     def choose_step(self, *, bits_per_value: float | None = None, kl: float | None = None) -> int:
         """Return the largest step that keeps a target, by interpolation in the measured curve.
@@ -241,8 +249,7 @@ def save_profile(folder: str | os.PathLike[str], profile: Profile, *, compressio
         OutputError: a file cannot be written.
     """
     contents, complete = pack_profile(profile, compression)
-    for name, content in contents.items():
-        write_file(Path(folder) / name, content)
+    write_files(folder, contents)
     return complete
 
 
@@ -317,14 +324,10 @@ def load_profile(folder: str | os.PathLike[str], *, for_encoding: bool = False) 
         InputError: there is none.
         BitstreamError, UnsupportedVersionError: as `read_profile`.
     """
-    return read_profile(
-        lambda name, max_bytes: read_file(Path(folder) / name, max_bytes, hint=_HINT),
-        os.fspath(folder),
-        for_encoding=for_encoding,
-    )
+    return read_profile(folder_reader(folder), os.fspath(folder), for_encoding=for_encoding)
 
 
-def read_profile(read: Callable[[str, int], bytes], place: str, *, for_encoding: bool = False) -> Profile:
+def read_profile(read: ReadFile, place: str, *, for_encoding: bool = False) -> Profile:
     """Read a profile from wherever its files are.
 
     Args:
@@ -340,7 +343,7 @@ def read_profile(read: Callable[[str, int], bytes], place: str, *, for_encoding:
     path = f"{place}/{PROFILE_NAME}"
     text = read(PROFILE_NAME, MAX_PROFILE_BYTES)
     fields = parse_fields(text, refuse_file(path))
-    fields.check_format("format", FILE_FORMAT, "a profile of run_calibration.py")
+    fields.check_format("format", FILE_FORMAT, "a profile for method transform")
     fields.check_version("version", FILE_VERSION)
     try:
         profile = _parse(fields)
@@ -351,7 +354,7 @@ def read_profile(read: Callable[[str, int], bytes], place: str, *, for_encoding:
         ]
         max_bytes = 2 * sum(num_values) + _MAX_HEADER_BYTES
         content = read(SYNTHESIS_NAME, max_bytes)
-        _check_hash(f"{place}/{SYNTHESIS_NAME}", content, hashes[SYNTHESIS_NAME])
+        check_hash(f"{place}/{SYNTHESIS_NAME}", content, hashes[SYNTHESIS_NAME])
         num_bytes = len(content)
         synthesis = _load_tensors(
             f"{place}/{SYNTHESIS_NAME}", _inflate(f"{place}/{SYNTHESIS_NAME}", content, max_bytes)
@@ -359,7 +362,7 @@ def read_profile(read: Callable[[str, int], bytes], place: str, *, for_encoding:
         analysis: dict[str, torch.Tensor] = {}
         if for_encoding:
             content = read(ANALYSIS_NAME, max_bytes)
-            _check_hash(f"{place}/{ANALYSIS_NAME}", content, hashes[ANALYSIS_NAME])
+            check_hash(f"{place}/{ANALYSIS_NAME}", content, hashes[ANALYSIS_NAME])
             analysis = _load_tensors(f"{place}/{ANALYSIS_NAME}", content)
         groups = tuple(
             _parse_group(index, *group, profile, synthesis, analysis if for_encoding else None)
@@ -527,11 +530,6 @@ def _join_rows(synthesis: dict[str, torch.Tensor], index: int) -> torch.Tensor:
     of_rows, of_channels = (torch.exp2(synthesis[f"{name}_exponents.{index}"].float()) for name in ("row", "channel"))
     integers = ((high << 8) + low).float()  # modulo 2^16
     return integers * of_rows[:, None] * of_channels
-
-
-def _check_hash(path: str, content: bytes, expected_hash: str) -> None:
-    if hashlib.sha256(content).hexdigest() != expected_hash:
-        raise BitstreamError(f"is not the file that {PROFILE_NAME} names, or has changed", path=path, field="sha256")
 
 
 def _inflate(path: str, content: bytes, max_bytes: int) -> bytes:

@@ -1,0 +1,90 @@
+"""benchmarks/method_throughput.py and gpu_report.py: what they write and check, and that a dry run goes through."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from types import ModuleType
+
+import pytest
+
+from tests import emulation
+
+TINY = ["--device", "cpu", "--layers", "2", "--kv_heads", "1", "--head_dim", "32", "--components", "32"]
+TINY += ["--num_tokens", "300", "--rounds", "1", "--threads", "1"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(emulation.ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def throughput() -> ModuleType:
+    return importlib.import_module("method_throughput")
+
+
+def test_every_method_is_measured_and_judged(throughput, tmp_path) -> None:
+    assert throughput.main([*TINY, "--prefill_seconds", "100", "--json", str(tmp_path / "x.json")]) == 0
+    record = json.loads((tmp_path / "x.json").read_text())
+    rows = {row["case"]: row for row in record["cases"]}
+    assert list(rows) == [case.name for case in throughput.list_cases(2)]
+    for row in rows.values():
+        fp16 = record["fp16_bytes"]
+        link = 1e9 * row["beats_fp16_below_gbit"]
+        if row["encoded_bytes"] < fp16:
+            assert 8 * fp16 / link == pytest.approx(8 * row["encoded_bytes"] / link + row["decode_seconds"])
+        text = 8 * row["encoded_bytes"] / (1e9 * row["beats_text_above_gbit"])
+        assert text + row["decode_seconds"] == pytest.approx(100)
+    assert rows["transform, 3 levels"]["bits_per_value"] > rows["transform, 1 level"]["bits_per_value"]
+
+
+def test_wrong_values_end_the_run(throughput, monkeypatch) -> None:
+    cases = [throughput.Case("uniform 8-bit, rans", {"method": "uniform", "bits": 8}, error=1e-6)]
+    monkeypatch.setattr(throughput, "list_cases", lambda _: cases)
+    with pytest.raises(SystemExit, match="off by"):
+        throughput.main(TINY)
+
+
+def test_a_case_that_does_not_exist_is_refused_in_one_line(throughput) -> None:
+    with pytest.raises(SystemExit, match="there is no nothing"):
+        throughput.main([*TINY, "--cases", "nothing"])
+
+
+def test_a_dry_run_of_the_gpus_report_writes_its_page(tmp_path, capfd) -> None:
+    report = importlib.import_module("gpu_report")
+    assert report.main(["--dry_run", "--steps", "prefill", "memcheck", "--output_path", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["steps"]["prefill"]["figures"]["prefill_seconds"] > 0
+    assert record["steps"]["memcheck"]["state"].startswith("not run")
+    page = (tmp_path / "gpu.md").read_text()
+    assert "**This is a dry run on a CPU**" in page and "| prefill | passed |" in page
+
+
+def test_a_step_that_fails_is_noted_and_the_exit_code_says_so(tmp_path, monkeypatch) -> None:
+    report = importlib.import_module("gpu_report")
+    steps = [
+        ("broken", lambda: report.Step("broken", ["-c", "print('why'); raise SystemExit(3)"], 20)),
+        ("slow", lambda: report.Step("slow", ["-c", "import time; time.sleep(60)"], 1)),
+        ("fine", lambda: report.Step("fine", ["-c", "pass"], 20)),
+    ]
+    monkeypatch.setattr(report, "list_steps", lambda args, prefill: steps)
+    assert report.main(["--dry_run", "--output_path", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    states = [step["state"] for step in found.values()]
+    assert states == ["failed", "stopped: it took too long", "passed"] and found["broken"]["last_lines"] == ["why"]
+
+
+def test_without_a_gpu_only_a_dry_run_runs(tmp_path, capsys, monkeypatch) -> None:
+    report = importlib.import_module("gpu_report")
+    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: False)
+    assert report.main(["--output_path", str(tmp_path)]) == 1
+    assert "--dry_run" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_proof_on_emulated_kernels_passes(capsys) -> None:
+    prove_gpu = importlib.import_module("tests.prove_gpu")
+    assert prove_gpu.main(["--emulated", "--short"]) == 0
+    assert "checks passed" in capsys.readouterr().out
