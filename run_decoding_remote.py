@@ -167,7 +167,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     )
     with loader:
         loading = loader.run()
-        finish_cache(cache, document, loading)
+        finish_cache(loaded, cache, document, loading)
         answers = session.answer(cache, num_cached, block_size)
     ttft_seconds = answers[0].first_token_at - start
     fidelity = session.verify(answers, cache, num_cached, block_size) if args.verify else None

@@ -19,6 +19,7 @@ import run_decoding_remote
 import run_encoding
 import run_publishing
 from cachegen import api
+from cachegen.api.loading import StoredCache
 from cachegen.errors import ConfigError, InputError, MismatchError, StoreError
 from cachegen.kv_cache import load_kv_cache
 from cachegen.methods import make_encoder, read_config
@@ -43,6 +44,7 @@ from cachegen.streaming.load_report import LoadResult
 from cachegen.streaming.policies import POLICIES
 from cachegen.streaming.policy import Objective, PrefillSpeed, Speeds
 from cachegen.windows import Window
+from tests.fixtures.caches import make_metadata
 from tests.fixtures.models import CONFIGS, generate_ids, make_named, make_token_ids, run_model, save_model
 from tests.fixtures.transform import make_profile
 from tests.zoo.checkpoints import Specimen, make_ids, save_specimen
@@ -60,6 +62,8 @@ CONFIG_OF = {
     "lossless": {"method": "lossless"},
 }
 METHODS = (*CONFIG_OF, "transform")
+QUANTIZED_TOLERANCE = 0.06
+"""Difference of logits, relative to their spread; 8 bits make 0.036."""
 
 # --- every family and method ------------------------------------------------------------------------------------------
 
@@ -203,6 +207,44 @@ def test_a_decoded_cache_takes_no_memory_for_what_is_missing_and_serves_beams(tm
     assert [layer.get_seq_length() for layer in cache.layers] == [0] * 3
 
 
+def test_layers_of_one_window_are_alike_whatever_is_stored_of_each(tmp_path):
+    loaded = make_named(WINDOWED[1])
+    output = run_model(loaded.model, IDS, past_key_values=DynamicCache())
+    cache = planes_of_cache(output.past_key_values)
+    profile = make_profile([(2, 16)] * 6, [2, 1], model_fingerprint=loaded.fingerprint)
+    profile = dataclasses.replace(profile, rotary_embeddings=loaded.rotary_embeddings)
+    metadata = make_metadata(60, token_ids=IDS, model_fingerprint=loaded.fingerprint)
+    metadata = dataclasses.replace(metadata, rotary_embeddings=loaded.rotary_embeddings)
+    # The first two layers are a group: one with a window, and one without, so that both are stored.
+    encoder = TransformEncoder(cache, metadata, profile, (60,), step_log=-112, first_stored=(45, 0, 45))
+    assert encoder.document.header.first_stored == (0, 0, 45)
+    encode_document(encoder, tmp_path)
+    decoded = StoredCache(EncodedFolder(tmp_path, 1, find_profile=lambda _: profile)).to_cache(loaded, PROMPT)
+    assert [layer.keys.shape[2] for layer in decoded.layers] == [15, 60, 15]
+    expected = generate_ids(loaded.model, output.past_key_values, PROMPT)
+    assert generate_ids(loaded.model, decoded, PROMPT) == expected
+
+
+def test_a_cache_that_ends_with_a_chunk_of_attention_holds_none_of_it(tmp_path):
+    family = FAMILIES["Llama 4, text"]
+    if not family.is_known:
+        pytest.skip(f"this transformers has no {family.class_name}")
+    loaded = save_specimen(family, tmp_path / "model").exact
+    ids = make_ids(2 * WINDOW)
+    prompt = torch.cat([ids, make_ids(WINDOW + 5, seed=1)])
+    api.compress(run_model(loaded.model, ids), ids, loaded, LOSSLESS_LIKE).save(tmp_path / "encoded")
+    cache = api.load(tmp_path / "encoded").to_cache(loaded, prompt)
+    assert {layer.keys.shape[2] for layer in cache.layers} == {0, 2 * WINDOW} and cache.get_seq_length() == 2 * WINDOW
+    whole = api.compress(run_model(loaded.model, ids, past_key_values=DynamicCache()), ids, loaded, LOSSLESS_LIKE)
+    whole.save(tmp_path / "whole")
+    expected = predict_plainly(loaded.model, prompt)[2 * WINDOW :]
+    for folder in ("encoded", "whole"):
+        cache = api.load(tmp_path / folder).to_cache(loaded, prompt)
+        with torch.inference_mode():
+            found = loaded.model(prompt[None, 2 * WINDOW :], past_key_values=cache, use_cache=True).logits[0]
+        assert difference(expected, found) < 2 * QUANTIZED_TOLERANCE
+
+
 def test_a_cache_of_all_tokens_is_as_ever(tmp_path):
     model = make_named(WINDOWED[0]).model
     output = run_model(model, IDS, past_key_values=DynamicCache())
@@ -265,8 +307,6 @@ CHUNK_TOKENS = 60
 LONG = make_token_ids(300)
 LONG_PROMPT = torch.cat([LONG, make_token_ids(9, seed=1)])
 MODEL = "gemma3 with local and global layers"
-QUANTIZED_TOLERANCE = 0.06
-"""Difference of logits, relative to their spread; 8 bits make 0.036."""
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +344,7 @@ def load_by(store: Store, policy: str, level: int | None = None, *, minds: bool 
     loader._is_whole_only = minds
     with loader:
         result = loader.run()
-    finish_cache(cache, document, result)
+    finish_cache(loaded, cache, document, result)
     return cache, result
 
 

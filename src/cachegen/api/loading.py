@@ -25,6 +25,7 @@ from cachegen.pipeline.model import LoadedModel, identify_model
 from cachegen.pipeline.model_cache import allocate_cache, keep_whole, set_length, to_dynamic_cache, view_kv_cache
 from cachegen.pipeline.prefill import recompute_first_tokens
 from cachegen.pipeline.profiles import profile_finder
+from cachegen.pipeline.windows import find_missing
 from cachegen.store.index import STORE_INFO_NAME
 from cachegen.store.store import Store, open_store
 from cachegen.streaming.load_report import LoadResult
@@ -99,7 +100,8 @@ class StoredCache(Measured):
         set_length(cache, self.num_tokens)
         if ids is not None:
             recompute_first_tokens(loaded, cache, ids, num_sinks, self.num_tokens)
-        keep_whole(cache, self.num_tokens, folder.document.header.first_stored)
+        first_stored = folder.document.header.first_stored
+        keep_whole(cache, self.num_tokens, find_missing(loaded.text_config, first_stored, self.num_tokens))
         forget_images(loaded.model)
         return to_dynamic_cache(cache)
 

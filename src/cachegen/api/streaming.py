@@ -135,7 +135,7 @@ class CacheStore:
             _LOGGER.warning("%s", problem)
         if self._report is not None:
             self._report(result)
-        finish_cache(cache, document, result)
+        finish_cache(loaded, cache, document, result)
         forget_images(loaded.model)
         return to_dynamic_cache(cache)
 

@@ -84,7 +84,7 @@ class PreallocatedLayer(DynamicLayer):
             differ. None before the first use.
         num_head_repeats: how often the model repeats each head, of which one is kept.
         least_length: fewer tokens, but none, it must not be set to: tokens of some layer's window are missing then.
-        num_missing: first tokens that are not there; zeros are.
+        num_missing: first tokens that are not to be relied upon, and that no later token attends to.
 
     It is no sliding-window layer, whatever the model: all tokens are kept, and the model's mask does the rest.
     """
@@ -411,7 +411,8 @@ def keep_whole(cache: Cache, num_tokens: int, num_missing: Sequence[int]) -> Non
 
     Args:
         cache: holds these tokens.
-        num_missing: per layer, how many of its first tokens are not there; empty where none is in any.
+        num_missing: per layer, how many of its first tokens are not to be relied upon, the same in all layers with the
+            same window, since the model has one mask for them; empty where none is in any.
     """
     for layer, missing in zip(preallocated_layers(cache), num_missing, strict=bool(num_missing)):
         layer.least_length, layer.num_missing = num_tokens, missing

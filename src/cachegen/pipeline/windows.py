@@ -47,6 +47,21 @@ def find_first_visible(text_config: Any, num_tokens: int) -> tuple[int, ...]:
     return first_visible_tokens(find_windows(text_config), num_tokens)
 
 
+def find_missing(text_config: Any, first_stored: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+    """Return, per layer, how many first tokens a decoded cache can do without: what its windows hide.
+
+    Layers of one window are alike, though a document may hold more of some of them.
+
+    Args:
+        text_config: as for `find_windows`.
+        first_stored: as in `DocumentHeader`, of a document of `num_tokens` that the model can use.
+
+    Returns:
+        Nothing for a document that holds all tokens.
+    """
+    return find_first_visible(text_config, num_tokens) if any(first_stored) else ()
+
+
 def count_visible_values(
     shapes: Sequence[tuple[int, int]], first_visible: Sequence[int], num_tokens: int
 ) -> tuple[int, int]:

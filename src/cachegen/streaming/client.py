@@ -199,15 +199,17 @@ def make_loader(
     )
 
 
-def finish_cache(cache: Cache, document: RemoteDocument, result: LoadResult) -> None:
+def finish_cache(loaded: LoadedModel, cache: Cache, document: RemoteDocument, result: LoadResult) -> None:
     """Let a cache hold what was loaded, and refuse from now on to let it hold less where layers lack tokens."""
     from cachegen.pipeline.model_cache import keep_whole, set_length
+    from cachegen.pipeline.windows import find_missing
 
     set_length(cache, document.num_tokens)
     computed = itertools.takewhile(lambda chunk: chunk.source == "text", result.chunks)
     num_computed = sum(chunk.num_tokens for chunk in computed)
-    missing = tuple(first if first > num_computed else 0 for first in document.manifest.first_stored)
-    keep_whole(cache, document.num_tokens, missing if any(missing) else ())
+    first_stored = document.manifest.first_stored
+    if max(first_stored, default=0) > num_computed:
+        keep_whole(cache, document.num_tokens, find_missing(loaded.text_config, first_stored, document.num_tokens))
 
 
 @torch.inference_mode()
