@@ -11,9 +11,11 @@ import torch
 
 from cachegen import command_line
 from cachegen.calibration.calibrate import calibrate, open_contexts
-from cachegen.calibration.curve import measure_document
 from cachegen.calibration.own import STEP_LOG
 from cachegen.calibration.settings import CalibrationSettings
+from cachegen.comparison.context_loss import FIRST, ContextLoss
+from cachegen.comparison.schemes import SavedCache
+from cachegen.comparison.schemes.transform import recode
 from cachegen.methods.transform.profile import pack_profile
 from cachegen.methods.transform.transform import step_of_level
 from cachegen.pipeline.model import load_model
@@ -41,6 +43,7 @@ def _ablate(args: argparse.Namespace) -> None:
     report = command_line.Reporter(args)
     contexts = open_contexts(args.path_to_kv)
     loaded = load_model(args.model_id, device=CPU, dtype=torch.float32, gguf_file=args.gguf_file)
+    losses = [ContextLoss(loaded, context.cache, context.metadata.token_ids) for context in contexts]
     num_values = sum(context.cache.num_values for context in contexts)
     rows = []
     report.line("| 16 log2 step | layers | bits per value | of them the profile | KL |\n|---:|---:|---:|---:|---:|")
@@ -49,11 +52,12 @@ def _ablate(args: argparse.Namespace) -> None:
             settings = CalibrationSettings(layers, weights="none", finest_step=step_of_level(step_log, 1))
             profile_bytes = document_bytes = 0
             kl = 0.0
-            for context in contexts:
+            for context, loss in zip(contexts, losses, strict=True):
                 own = pack_profile(calibrate([context], None, settings, device=CPU, work_folder=Path()))[1]
-                num_bytes, divergence = measure_document(loaded, own, context, step_log, num_threads=1)
+                saved, num_tokens = SavedCache(context.cache, context.metadata), context.cache.num_tokens
+                decoded, num_bytes = recode(saved, own, step_log, 1, 1, num_tokens)
                 profile_bytes, document_bytes = profile_bytes + own.num_bytes, document_bytes + num_bytes
-                kl += divergence / len(contexts)
+                kl += loss.measure(decoded, FIRST) / len(contexts)
             row = {
                 "step_log": step_log,
                 "layers": layers,

@@ -53,8 +53,8 @@ class TransformScheme:
 
     def recode(self, saved: SavedCache, setting: str) -> Recoded:
         step_log = int(setting.split()[1])
-        whole, num_bytes = _recode(saved, self.profile, step_log, 1, 1, saved.cache.num_tokens)
-        chunked, chunked_bytes = _recode(saved, self.profile, step_log, 1, 1, SMALL_CHUNK)
+        whole, num_bytes = recode(saved, self.profile, step_log, 1, 1, saved.cache.num_tokens)
+        chunked, chunked_bytes = recode(saved, self.profile, step_log, 1, 1, SMALL_CHUNK)
         # Blocks of another length may round sums otherwise, and a component to the other side of a tie.
         for a, b in zip(whole.planes, chunked.planes, strict=True):
             if (a.float() - b.float()).abs().mean() > 1e-3 * a.float().abs().mean():
@@ -83,7 +83,7 @@ class TransformSinksScheme:
 
     def recode(self, saved: SavedCache, setting: str) -> Recoded:
         num_tokens = saved.cache.num_tokens
-        cache, num_bytes = _recode(saved, self.profile, int(setting.split()[1]), 1, 1, num_tokens)
+        cache, num_bytes = recode(saved, self.profile, int(setting.split()[1]), 1, 1, num_tokens)
         _restore_sinks(cache, saved)
         return Recoded(cache, {self.name: ByteCount(num_bytes, 0, self.profile.num_bytes)})
 
@@ -108,7 +108,7 @@ class TransformOwnScheme:
         own = make_own_profile(config, saved.cache, saved.metadata, [num_tokens], CPU, max_share=math.inf)
         if own is None:
             raise InputError(f"`schemes`: {num_tokens} tokens are too few for {self.name}")
-        cache, num_bytes = _recode(saved, own.profile, step_log, 1, 1, num_tokens)
+        cache, num_bytes = recode(saved, own.profile, step_log, 1, 1, num_tokens)
         _restore_sinks(cache, saved)
         return Recoded(cache, {self.name: ByteCount(num_bytes + own.profile.num_bytes, own.profile.num_bytes)})
 
@@ -130,7 +130,7 @@ class TransformLevelsScheme:
 
     def recode(self, saved: SavedCache, setting: str) -> Recoded:
         level = int(setting.split()[-1])
-        cache, num_bytes = _recode(saved, self.profile, LEVELS_STEP_LOG, NUM_LEVELS, level, saved.cache.num_tokens)
+        cache, num_bytes = recode(saved, self.profile, LEVELS_STEP_LOG, NUM_LEVELS, level, saved.cache.num_tokens)
         return Recoded(cache, {self.name: ByteCount(num_bytes, 0, self.profile.num_bytes)})
 
 
@@ -140,7 +140,7 @@ def _restore_sinks(cache: KVCache, saved: SavedCache) -> None:
         plane[:SINK_TOKENS] = source[:SINK_TOKENS]
 
 
-def _recode(
+def recode(
     saved: SavedCache, profile: Profile, step_log: int, num_levels: int, level: int, chunk_size: int
 ) -> tuple[KVCache, int]:
     """Encode a cache and decode levels 1 to `level`; also returns the bytes of their files and the tables file."""
