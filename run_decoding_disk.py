@@ -76,8 +76,9 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     # transformers takes seconds to import, more than it takes to say that a file is missing.
     from tqdm import tqdm
 
-    from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
+    from cachegen.pipeline.model_cache import allocate_cache, keep_whole, set_length, view_kv_cache
     from cachegen.pipeline.prefill import recompute_first_tokens
+    from cachegen.pipeline.windows import find_missing
 
     dtype = folder.dtype if dtype == "auto" else dtype
     session = open_session(args, text, dtype, rope_hash=header.rope_hash.hex())
@@ -95,6 +96,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
         decoded = folder.decode_into(view_kv_cache(cache, num_cached), token_ids, chunk_tokens, bar.update)
     set_length(cache, num_cached)
     recompute_first_tokens(loaded, cache, token_ids, method.num_sink_tokens, num_cached)
+    keep_whole(cache, num_cached, find_missing(loaded.text_config, header.first_stored, num_cached))
     block_size = header.prefill_block_size
     answers = session.answer(cache, num_cached, block_size)
     ttft_seconds = answers[0].first_token_at - start

@@ -114,8 +114,8 @@ def _load_and_answer(args: argparse.Namespace) -> None:
 
     # transformers takes seconds to import, more than it takes to say that a file is missing.
     from cachegen.pipeline.frequencies import match_frequencies
-    from cachegen.pipeline.model_cache import empty_cache, set_length
-    from cachegen.streaming.client import choose_policy, find_for_model, make_loader, measure_speeds
+    from cachegen.pipeline.model_cache import empty_cache
+    from cachegen.streaming.client import choose_policy, find_for_model, finish_cache, make_loader, measure_speeds
 
     session = open_session(args, text, dtype, max_total_tokens=args.max_total_tokens)
     loaded, token_ids = session.loaded, session.token_ids
@@ -167,7 +167,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
     )
     with loader:
         loading = loader.run()
-        set_length(cache, num_cached)
+        finish_cache(loaded, cache, document, loading)
         answers = session.answer(cache, num_cached, block_size)
     ttft_seconds = answers[0].first_token_at - start
     fidelity = session.verify(answers, cache, num_cached, block_size) if args.verify else None

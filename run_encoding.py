@@ -91,6 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="where to encode; auto is cuda where torch has it and torchac_cuda is built",
     )
+    add(
+        "--keep_all_tokens",
+        action="store_true",
+        help="keep what no token behind the context attends to, in layers with sliding windows or chunks: for prompts "
+        "that begin with a part of the context, and for computing its middle from text. Without it, the document is "
+        "smaller and can only be used whole",
+    )
     add("--threads", type=command_line.positive_int, help="CPU threads; None takes all processors")
     add("--overwrite", action="store_true", help="replace the encoding of another document or configuration")
     command_line.add_common_flags(parser)
@@ -129,6 +136,8 @@ def _encode(args: argparse.Namespace) -> None:
         )
     chunk_tokens = plan_chunks(num_coded, args.num_chunks, args.chunk_size)
     num_tokens = sum(chunk_tokens)
+    first_visible = metadata.first_visible(num_tokens)
+    first_stored = () if args.keep_all_tokens else first_visible
     start = time.perf_counter()
     profile = None
     if config.needs_profile:
@@ -144,6 +153,7 @@ def _encode(args: argparse.Namespace) -> None:
             num_threads=num_threads,
             folder=Path(args.output_path),
             overwrite=args.overwrite,
+            first_stored=first_stored,
         )
         if profile.config.method == config.method:
             report.row("profile", profile.note)
@@ -152,7 +162,15 @@ def _encode(args: argparse.Namespace) -> None:
         config = profile.config
     own = None if profile is None else profile.own
     own_bytes = 0 if own is None else own.num_bytes
-    encoder = make_encoder(config, cache, metadata, chunk_tokens, num_threads=num_threads, kernels=chosen.kernels)
+    encoder = make_encoder(
+        config,
+        cache,
+        metadata,
+        chunk_tokens,
+        num_threads=num_threads,
+        kernels=chosen.kernels,
+        first_stored=first_stored,
+    )
     with tqdm(total=num_tokens, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         result = encode_document(
             encoder,
@@ -166,6 +184,8 @@ def _encode(args: argparse.Namespace) -> None:
 
     num_values = cache.slice(0, num_tokens).num_values
     num_uncovered = cache.num_tokens - num_tokens
+    channels = [layer.shape[1] * layer.shape[2] for layer in cache.planes]
+    num_invisible = sum(channels[2 * i] * first + channels[2 * i + 1] * first for i, first in enumerate(first_visible))
     sizes = result.sizes
     record = {
         "stage": "encode",
@@ -177,6 +197,9 @@ def _encode(args: argparse.Namespace) -> None:
         "num_reused_chunks": result.num_reused_chunks,
         "repaired_files": list(result.repaired),
         "kv_bytes": BYTES_PER_FP16 * num_values,
+        "invisible_bytes": BYTES_PER_FP16 * num_invisible,
+        "left_out_bytes": BYTES_PER_FP16 * (num_values - sum(result.header.stored_values_of_chunks)),
+        "is_whole_only": result.header.is_whole_only,
         "encoded_bytes": sizes.total + own_bytes,
         "bytes_by_part": {
             "header": sizes.header,
@@ -247,6 +270,11 @@ def _report(report: command_line.Reporter, record: dict, args: argparse.Namespac
     parts = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in record["bytes_by_part"].items())
     reused = f" ({record['num_reused_chunks']} were there already)" if record["num_reused_chunks"] else ""
     report.row("KV cache", f"{args.path_to_kv}, {record['num_tokens']:,} tokens, {size(record['kv_bytes'])} as fp16")
+    if record["invisible_bytes"]:
+        share = 100 * record["invisible_bytes"] / record["kv_bytes"]
+        left_out = record["left_out_bytes"]
+        fate = f"{size(left_out)} left out: the document can only be used whole" if left_out else "kept all the same"
+        report.row("not visible", f"{share:.0f} % of it, {size(record['invisible_bytes'])}, to any later token; {fate}")
     report.row("method", f"{record['method']} ({args.quantization_config}), coder {record['coder']}")
     report.row("chunks", f"{record['num_chunks']} in {args.output_path}{reused}")
     report.row("encoded", f"{size(record['encoded_bytes'])}: {parts}")

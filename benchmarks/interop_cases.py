@@ -135,7 +135,7 @@ def _list_real_cases(model_id: str | Path, context: Path, num_tokens: int) -> li
         config = load_config(ROOT / "config" / f"{config_name}.json")
         assert isinstance(config, AbsmaxConfig)
         encoder = AbsmaxEncoder(cache, metadata, config, [cache.num_tokens], Coder.AC)
-        tables = encoder.document.tables
+        tables = encoder.document.classes[0][1]
         if not isinstance(tables, cpu.Tables):
             raise TypeError("the document has no tables")
         planes = encoder.document.header.planes

@@ -98,6 +98,7 @@ def _simulate(args: argparse.Namespace) -> None:
         num_connections=args.num_connections,
         block_tokens=args.block_tokens,
         num_layers=machine.num_layers,
+        is_whole_only=args.document is not None and scenario.can_only_be_used_whole(args.document),
     )
     total = len(cases) * len(systems)
     for outcome in tqdm(runs, total=total, unit="request", file=sys.stderr, disable=report.is_quiet or None):

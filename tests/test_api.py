@@ -208,7 +208,7 @@ def test_what_generate_returns_holds_all_tokens_but_the_last():
 def test_models_of_every_kind_answer_from_a_fine_encoding_as_from_their_cache(tmp_path, name):
     model = make_named(name).model
     output = run_model(model, IDS, past_key_values=DynamicCache())
-    api.compress(output, IDS, model, {"method": "uniform", "bits": 8}).save(tmp_path)
+    api.compress(output, IDS, model, {"method": "uniform", "bits": 8}, keep_all_tokens=True).save(tmp_path)
     decoded = api.load(tmp_path).to_cache(model, PROMPT)
     differences = [
         (found - expected).abs().max() / expected.abs().max()
@@ -378,7 +378,7 @@ def test_caches_that_cannot_be_compressed_are_refused():
     with pytest.raises(
         InputError, match=r"holds 15 of 60 tokens: call the model with past_key_values=DynamicCache\(\)"
     ):
-        api.compress(run_model(windowed, IDS), IDS, windowed)
+        api.compress(run_model(windowed, IDS), IDS, windowed, keep_all_tokens=True)
     with torch.inference_mode():
         batch = llama()(IDS.long()[None].repeat(2, 1))
     with pytest.raises(InputError, match="2 sequences"):

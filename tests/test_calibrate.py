@@ -26,6 +26,7 @@ from cachegen.kv_cache import from_planes, hash_planes, load_kv_cache, save_kv_c
 from cachegen.methods.transform.profile import Profile, load_profile, save_profile
 from cachegen.methods.transform.transform import SINK_TOKENS, GroupTransform
 from cachegen.pipeline.prefill import prefill_context
+from cachegen.windows import Window
 from tests.fixtures.models import make_named, make_token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,6 +160,12 @@ class TestGroups:
         groups = plan_groups([(1, width)] * (2 * num_layers), layers_per_group)
         assert [size for _, size in groups] == sizes
         assert [first for first, _ in groups] == [sum(sizes[:index]) for index in range(len(sizes))]
+
+    def test_the_layers_of_a_group_have_one_window(self):
+        near, far = Window("sliding", 16), Window("sliding", 64)
+        windows = (near, near, None, None, None, far, near, near)
+        assert plan_groups([(1, 8)] * 16, None, windows) == [(0, 2), (2, 3), (5, 1), (6, 2)]
+        assert plan_groups([(1, 8)] * 16, 2, windows) == [(0, 2), (2, 2), (4, 1), (5, 1), (6, 2)]
 
 
 class TestFit:

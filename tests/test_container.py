@@ -68,7 +68,7 @@ def test_trailing_bytes_are_refused(name: str) -> None:
 
 def test_chunk_round_trip() -> None:
     chunk = parse_chunk(CHUNK_FILE)
-    parts = build_chunk(chunk.header, read_scales(chunk), chunk.header.streams, chunk.payload)
+    parts = build_chunk(chunk.header, read_scales(chunk), chunk.header.streams, [chunk.payload])
     assert b"".join(parts) == CHUNK_FILE
     assert read_scales(chunk).dtype == torch.bfloat16 and read_scales(chunk).shape == (2, 34)
     assert chunk.payload.nbytes == chunk.header.payload_bytes
@@ -83,7 +83,7 @@ def test_a_scale_that_is_not_finite_is_refused(dtype: torch.dtype, value: float 
     scales[0, 1], scales[1, 2] = torch.finfo(dtype).tiny / 2, -0.0
     if value is not None:
         scales[1, 33] = value
-    content = b"".join(build_chunk(header, scales, chunk.header.streams, chunk.payload))
+    content = b"".join(build_chunk(header, scales, chunk.header.streams, [chunk.payload]))
     if value is None:
         assert torch.equal(read_scales(parse_chunk(content)), scales)
         return

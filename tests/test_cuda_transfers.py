@@ -119,7 +119,7 @@ def corrupt_states(path: Path) -> None:
     streams = [*chunk.header.streams]
     streams[0] = streams[0]._replace(crc=cpu.crc32c(bytes(payload[: streams[0].num_bytes])))
     header = dataclasses.replace(chunk.header, stream_index=b"")
-    path.write_bytes(b"".join(build_chunk(header, read_scales(chunk), streams, bytes(payload))))
+    path.write_bytes(b"".join(build_chunk(header, read_scales(chunk), streams, [bytes(payload)])))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -417,7 +417,7 @@ COMMON_CHUNK_FIELDS = [
     (40, "B", 4, UNSUPPORTED, 40, "dtype"),
     (41, "B", 0, ERROR, 41, "level"),
     (41, "B", 5, ERROR, 41, "level"),
-    (42, "H", 1, UNSUPPORTED, 42, "reserved"),
+    (42, "H", 2, UNSUPPORTED, 42, "stored_tokens"),
 ]
 COMMON_TABLES_FIELDS = [
     (10, "H", 1 << 15, UNSUPPORTED, 10, "flags"),
@@ -431,7 +431,7 @@ COMMON_TABLES_FIELDS = [
     (40, "B", 7, UNSUPPORTED, 40, "dtype"),
     (41, "B", 0, ERROR, 41, "num_levels"),
     (41, "B", 5, ERROR, 41, "num_levels"),
-    (42, "H", 1, UNSUPPORTED, 42, "reserved"),
+    (42, "H", 2, UNSUPPORTED, 42, "stored_tokens"),
     (44, "I", 0, ERROR, 44, "prefill_block_size"),
 ]
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+import run_publishing
 from cachegen import __main__ as command
 from cachegen.kv_cache import save_kv_cache
 from cachegen.methods import load_config, make_encoder
 from cachegen.methods.transform.profile import load_profile
 from cachegen.pipeline.encode import encode_document
+from cachegen.windows import Window
 from tests.fixtures.caches import make_metadata, make_shaped_cache
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -64,6 +66,28 @@ def test_a_folder_is_summed_up(folder, capsys) -> None:
     )
     assert record["bytes"] == size == sum(record["bytes_by_part"].values())
     assert level["bits_per_value"] == 8 * size / (60 * 4 * 32) == pytest.approx(16 / level["ratio_vs_fp16"])
+
+
+def test_what_can_only_be_used_whole_says_so(folder, tmp_path, capsys) -> None:
+    assert (look(capsys, "inspect", folder)["is_whole_only"], look(capsys, "inspect", folder)["stored_share"]) == (
+        False,
+        1,
+    )
+    windows = (Window("sliding", 16), None)
+    cache, metadata = make_shaped_cache([(2, 16)] * 4, 60, torch.float16), make_metadata(60, windows=windows)
+    save_kv_cache(tmp_path / "windowed.pkl", cache, metadata)
+    assert look(capsys, "inspect", tmp_path / "windowed.pkl")["num_layers_with_window"] == 1
+    config = load_config(ROOT / "config" / "uniform_4bit.json")
+    encoder = make_encoder(config, cache, metadata, (20, 20, 20), first_stored=metadata.first_visible(60))
+    encode_document(encoder, tmp_path / "windowed")
+    record = look(capsys, "verify", tmp_path / "windowed")
+    assert (record["is_whole_only"], record["stored_share"], record["problems"]) == (True, (60 + 15) / 120, [])
+    chunks = [look(capsys, "inspect", tmp_path / "windowed" / f"chunk_0000{i}.L1.cgc") for i in range(3)]
+    assert [chunk["has_all_tokens"] for chunk in chunks] == [False, False, False]
+    argv = ["--path_to_encoded_kv", str(tmp_path / "windowed"), "--path_to_kv", str(tmp_path / "windowed.pkl")]
+    assert run_publishing.main([*argv, "--path_to_store", str(tmp_path / "store"), "--quiet"]) == 0
+    (document,) = look(capsys, "verify", tmp_path / "store")["documents"]
+    assert document["is_whole_only"]
 
 
 def test_levels_add_up_and_say_their_errors(capsys) -> None:
@@ -117,8 +141,6 @@ class TestStore:
 
     @pytest.fixture
     def store(self, folder, tmp_path) -> Path:
-        import run_publishing
-
         argv = ["--path_to_encoded_kv", folder, "--path_to_kv", tmp_path / "kv.pkl", "--path_to_store", tmp_path / "s"]
         assert run_publishing.main([*map(str, argv), "--quiet"]) == 0
         return tmp_path / "s"
@@ -167,8 +189,6 @@ class TestProfiles:
         assert "no profile is here" in capsys.readouterr().err
 
     def test_one_goes_into_a_store_where_clients_have_none(self, zoo, tmp_path, capsys) -> None:
-        import run_publishing
-
         profile = load_profile(zoo / "fine", for_encoding=True)
         cache, metadata = make_shaped_cache(profile.plane_shapes, 90, torch.float16), make_metadata(90)
         metadata = dataclasses.replace(

@@ -123,6 +123,34 @@ def test_any_timing_and_any_failure_gives_a_whole_cache(name, seed):
     check(workers, load(workers, POLICIES[name], **flags))
 
 
+class WholeOnlyWorkers(FakeWorkers):
+    """Workers of a document that can only be used whole: what is computed needs all before it computed."""
+
+    def compute(self, start: int, stop: int, should_stop: Callable[[], bool]) -> bool:
+        assert set(self.tokens[:start]) <= {("text", TEXT)}
+        return super().compute(start, stop, should_stop)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("seed", range(12))
+def test_of_a_document_that_can_only_be_used_whole_a_beginning_is_computed(name, seed):
+    generator = random.Random(seed)
+    times = [generator.choice([0.0, 0.002, 0.01]) for _ in range(3)]
+    lost = {generator.randrange(NUM_CHUNKS) for _ in range(generator.choice([0, 1, 2]))}
+    workers = WholeOnlyWorkers(
+        fetch=times[0],
+        decode=times[1],
+        compute=times[2],
+        failing=lambda chunk, level: StoreError("gone") if chunk in lost else None,
+    )
+    flags = {"num_connections": generator.choice([1, 3]), "slo": generator.choice([0.001, 0.05, 0.2])}
+    result = load(workers, POLICIES[name], is_whole_only=True, **flags)
+    check(workers, result)
+    sources = [report.source for report in result.chunks]
+    assert sources == sorted(sources, reverse=True)  # text, then store
+    assert sources[: max(lost, default=-1) + 1] == ["text"] * (max(lost, default=-1) + 1)
+
+
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "text"])
 def test_a_dead_store_means_text(name):
     workers = FakeWorkers(failing=lambda chunk, level: StoreError(f"no {chunk}.{level}"))

@@ -17,7 +17,7 @@ from cachegen.methods import open_document, parse_chunk
 from cachegen.methods.lossless import fit
 from cachegen.methods.lossless.codec import LosslessDocument, LosslessEncoder
 from cachegen.methods.lossless.headers import BLOCK_TOKENS
-from cachegen.methods.lossless.model import NO_WEIGHTS, Model, describe_layers, join_bits, unpack_model
+from cachegen.methods.lossless.model import NO_WEIGHTS, Model, describe_layers, join_bits, unpack_models
 from tests.fixtures.caches import allocate_like, make_correlated_cache, make_metadata, make_shaped_cache
 from tests.golden import make_lossless_golden as golden
 from tests.golden.make_golden import FOLDER
@@ -277,13 +277,13 @@ class TestHostile:
     def test_a_model_of_another_length_is_refused(self, change, message):
         content = zlib.decompress(golden.make_model().pack())
         with pytest.raises(BitstreamError, match=message):
-            unpack_model(zlib.compress(change(content)), self.PLANES)
+            unpack_models(zlib.compress(change(content)), [self.PLANES])
 
     def test_a_model_that_grows_without_bounds_is_refused(self):
         with pytest.raises(BitstreamError, match="longer than its compressed form may stand for"):
-            unpack_model(zlib.compress(bytes(1 << 30), 9), self.PLANES)
+            unpack_models(zlib.compress(bytes(1 << 30), 9), [self.PLANES])
         with pytest.raises(BitstreamError, match="not compressed data"):
-            unpack_model(b"no zlib", self.PLANES)
+            unpack_models(b"no zlib", [self.PLANES])
 
     def test_a_context_wider_than_the_sums_allow_is_refused(self):
         planes = (PlaneShape(33, 64), PlaneShape(33, 64))
@@ -305,5 +305,5 @@ class TestHostile:
         cache = make_correlated(40, torch.bfloat16)
         tables_file, _ = encode(cache, (40,))
         header = open_document(tables_file).header
-        model = unpack_model(tables_file[header.header_bytes :], [PlaneShape(*shape) for shape in SHAPES])
+        (model,) = unpack_models(tables_file[header.header_bytes :], [[PlaneShape(*shape) for shape in SHAPES]])
         assert set(model.layers_before) == {NO_WEIGHTS}

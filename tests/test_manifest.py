@@ -102,6 +102,14 @@ BAD_FIELDS = [
     ("chunks.2.files.0.sha256", "0" * 63, r"chunks\[2\].files\[0\].sha256"),
     ("chunks.2.files.1.name", "http://evil/x", r"chunks\[2\].files\[1\].name"),
     ("chunks.2.files.1.extra", 1, r"chunks\[2\].files\[1\]"),
+    ("first_stored", [], "first_stored"),
+    ("first_stored", [0, 0], "first_stored"),
+    ("first_stored", [0, 641], "first_stored"),
+    ("first_stored", [-1, 5], "first_stored"),
+    ("first_stored", [True, 5], "first_stored"),
+    ("first_stored", [0.0, 5], "first_stored"),
+    ("first_stored", [1] * 65536, "first_stored"),
+    ("first_stored", None, "first_stored"),
 ]
 
 
@@ -113,6 +121,12 @@ def test_a_wrong_field_is_refused_by_name(content, path, value, field):
     ) as e:
         unpack(content)
     assert "\n" not in str(e.value) and len(str(e.value)) < 500
+
+
+def test_a_document_that_can_only_be_used_whole_says_so(manifest):
+    assert b"first_stored" not in pack_manifest(manifest) and not manifest.is_whole_only
+    windowed = dataclasses.replace(manifest, first_stored=(0, 640))
+    assert windowed.is_whole_only and unpack_manifest(pack_manifest(windowed)) == windowed
 
 
 def test_an_unknown_field_is_refused(content):

@@ -33,6 +33,7 @@ LAYERS = {
     "kv_archive": 0,
     "kv_cache": 0,
     "rotation": 0,
+    "windows": 0,
     "format": 0,
     "coder": 1,
     "methods": 2,

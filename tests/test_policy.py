@@ -61,6 +61,48 @@ def after_one_chunk(seconds: float, num_bytes: int, level: int, **changes) -> Lo
     )
 
 
+class TestWholeOnly:
+    """Documents of which only a beginning can be computed."""
+
+    LOST = ChunkProgress(missing=frozenset({1, 2, 3}))
+
+    def test_a_chunk_is_computed_after_all_before_it(self):
+        computed, loaded = ChunkProgress(is_computed=True), ChunkProgress(decoded_level=1)
+        progress = (computed, loaded, loaded, ChunkProgress())
+        assert state(progress=progress, is_whole_only=True).chunk_to_compute(3) == 1
+        assert state(progress=progress, is_whole_only=True).chunk_to_compute(0) == 0
+        assert state(progress=progress).chunk_to_compute(3) == 3
+
+    def test_what_lies_before_a_lost_chunk_need_not_be_loaded(self):
+        whole = state(progress=(ChunkProgress(), arrived(1), self.LOST, ChunkProgress()), is_whole_only=True)
+        assert [whole.can_be_loaded(i) for i in range(4)] == [False, False, False, True]
+        assert [replace(whole, is_whole_only=False).can_be_loaded(i) for i in range(4)] == [True, True, False, True]
+        ready = replace(whole, progress=(ChunkProgress(), arrived(1), replace(self.LOST, decoded_level=1), arrived(1)))
+        assert ready.can_be_loaded(0)
+
+    def test_a_lost_chunk_costs_the_time_of_all_before_it(self):
+        progress = (ChunkProgress(is_computed=True), ChunkProgress(), self.LOST, ChunkProgress())
+        assert state(progress=progress).prefill_seconds_of([2]) == pytest.approx(5)
+        assert state(progress=progress, is_whole_only=True).prefill_seconds_of([2]) == pytest.approx(10)
+        computing = state(progress=progress, is_whole_only=True, computing=Computing(1, 0.0))
+        assert computing.prefill_seconds_of([2]) == pytest.approx(5)
+        assert state(progress=progress, is_whole_only=True).prefill_seconds_of([]) == 0
+
+    def test_both_ends_leave_alone_what_will_be_computed(self):
+        progress = (ChunkProgress(), ChunkProgress(), self.LOST, ChunkProgress())
+        decision = decide_two_ended(state(progress=progress, is_whole_only=True, num_connections=4))
+        assert decision.compute == 0 and {fetch.chunk for fetch in decision.fetch} == {3}
+        in_flight = (Transfer(1, 1, 0, 0.0), Transfer(3, 1, 0, 0.0))
+        decision = decide_two_ended(state(progress=progress, is_whole_only=True, in_flight=in_flight))
+        assert decision.cancel == (Fetch(1, 1),)
+
+    def test_a_lost_chunk_behind_loaded_ones_means_the_front(self):
+        loaded = ChunkProgress(decoded_level=1, arrived=frozenset({1}))
+        whole = state(progress=(loaded, loaded, self.LOST, loaded), is_whole_only=True)
+        assert decide_two_ended(whole).compute == 0
+        assert decide_two_ended(replace(whole, is_whole_only=False)).compute == 2
+
+
 class TestData:
     """What the plain data say of themselves."""
 

@@ -26,6 +26,7 @@ from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.profiles import profile_finder
 from cachegen.store.profiles import fetch_profile
 from cachegen.store.store import open_store
+from cachegen.windows import Window
 from tests.fixtures.caches import allocate_like, are_equal, make_correlated_cache, make_metadata, save_cache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,43 @@ def test_every_bit_comes_back_and_a_document_is_smaller_than_with_a_model_of_its
     output = make_correlated_cache(SHAPES, 400, torch.bfloat16, 99)
     document.decode([b"".join(shared.encode_chunk(0))], output, first_token=0, token_hash=None)
     assert are_equal(output, context.cache)
+
+
+WINDOWS = (Window("sliding", 100), None)
+
+
+@pytest.mark.parametrize(("num_tokens", "chunks"), [(400, (150, 150, 100)), (90, (60, 30))])
+@pytest.mark.parametrize("windows", [WINDOWS, None])
+def test_layers_of_one_window_predict_each_other_and_hold_the_same_tokens(tmp_path, windows, num_tokens, chunks):
+    windowed = make_predictor([make_context(1500, seed, windows=windows) for seed in range(2)], notes={})
+    windowed.save(tmp_path)
+    assert load_predictor(tmp_path) == windowed and windowed.windows == windows
+    assert windowed.layer_groups == ([(0,), (1,)] if windows else [(0, 1)])
+    context = make_context(num_tokens, 7, windows=WINDOWS)
+    first_visible = context.metadata.first_visible(num_tokens)
+    assert first_visible == ((301, 0) if num_tokens == 400 else ())
+    config = load_config(CONFIG).with_flags({"profile": windowed})
+    encoder = make_encoder(config, context.cache, context.metadata, chunks, first_stored=first_visible)
+    # Without windows, the profile's layers predict each other: all of them are stored.
+    assert encoder.document.header.first_stored == (first_visible if windows else ())
+    document = open_document(encoder.tables_file, find_profile=lambda _: windowed)
+    output, start = allocate_like(context.cache), 0
+    for index, count in enumerate(chunks):
+        content = b"".join(encoder.encode_chunk(index))
+        document.decode([content], output.slice(start, start + count), first_token=start, token_hash=None)
+        start += count
+    expected = [plane.clone() for plane in context.cache.planes]
+    for plane in expected[:2]:
+        plane[: encoder.document.header.first_stored[0] if encoder.document.header.first_stored else 0] = 0
+    assert are_equal(output, from_planes(expected))
+
+
+def test_a_document_whose_groups_do_not_begin_together_is_refused(predictor):
+    context = make_context(400, 7)
+    header = encode(context, predictor).document.header
+    content = dataclasses.replace(header, first_stored=(5, 6)).pack()
+    with pytest.raises(BitstreamError, match="first_stored: the layers of one window of the profile"):
+        open_document(content, find_profile=lambda _: predictor).prepare()
 
 
 def test_fitting_is_on_every_context():

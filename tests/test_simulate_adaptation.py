@@ -99,6 +99,16 @@ def test_embedded_levels_are_read_file_by_file(tmp_path):
     assert (chunk.file_bytes, chunk.loss, chunk.bytes_of(2)) == ((110, 300), (0.01, 0.001), 410)
 
 
+def test_a_document_that_can_only_be_used_whole_is_known_as_one(encoding, tmp_path):
+    record = json.loads(encoding.read_text())
+    assert record["is_whole_only"] is False and not scenario.can_only_be_used_whole([encoding])
+    (tmp_path / "whole.json").write_text(json.dumps({**record, "is_whole_only": True}))
+    assert scenario.can_only_be_used_whole([encoding, tmp_path / "whole.json"])
+    (tmp_path / "whole.json").write_text(json.dumps({**record, "is_whole_only": "yes"}))
+    with pytest.raises(ConfigError, match="is_whole_only must be true or false"):
+        scenario.can_only_be_used_whole([tmp_path / "whole.json"])
+
+
 def test_documents_in_other_chunks_are_refused(encoding, tmp_path):
     record = json.loads(encoding.read_text())
     record["chunks"][0]["num_tokens"] = 24

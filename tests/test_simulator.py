@@ -14,7 +14,17 @@ from cachegen.simulation.scenario import LevelCurve
 from cachegen.simulation.simulator import simulate_request
 from cachegen.simulation.traces import BYTES_PER_GIGABIT, SEEDED_TRACES, BandwidthTrace
 from cachegen.streaming.policies import POLICIES
-from cachegen.streaming.policy import TEXT, ChunkLevels, Decision, DecodeSpeed, Objective, PrefillSpeed, Speeds
+from cachegen.streaming.policy import (
+    TEXT,
+    ChunkLevels,
+    Decision,
+    Decode,
+    DecodeSpeed,
+    Fetch,
+    Objective,
+    PrefillSpeed,
+    Speeds,
+)
 from cachegen.streaming.policy_front_to_back import decide_fixed_level
 
 A40 = Speeds(PrefillSpeed(7175, 3.75e-9, 1.1), DecodeSpeed(tokens_per_second=95e3, compute_slowdown=1.0), 0.021)
@@ -45,6 +55,41 @@ def one_level(num_bytes: int, num_chunks: int = 1) -> tuple[ChunkLevels, ...]:
 
 fixed = functools.partial(decide_fixed_level, level=1)
 SLOW_MODEL = Speeds(PrefillSpeed(1.0))
+
+
+class TestWholeOnly:
+    """Of a document that can only be used whole, nothing is computed behind what was loaded."""
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    @pytest.mark.parametrize("curve", CURVES)
+    @pytest.mark.parametrize("link", ["0.3 Gbps", "5 Gbps", "zero", "stops at once", "stops late"])
+    def test_a_beginning_is_computed(self, policy, curve, link):
+        arguments = (POLICIES[policy], load(curve), Objective(1.0), A40, LINKS[link])
+        request = simulate_request(*arguments, is_whole_only=True)
+        kinds = [level == TEXT for level in request.levels]
+        assert kinds == sorted(kinds, reverse=True)
+
+    def test_a_chunk_without_files_behind_it_is_computed_alone(self):
+        chunks = (*one_level(100, 3), ChunkLevels(30, 10, (), (), False))
+        link = traces.held("t", [8e-7], 1.0)
+        request = simulate_request(fixed, chunks, Objective(1.0), SLOW_MODEL, link, is_whole_only=True)
+        assert request.levels == (1, 1, 1, TEXT)
+
+    def test_a_chunk_in_the_middle_costs_all_before_it(self):
+        def middle(state):
+            if state.is_complete:
+                return Decision(is_finished=True)
+            fetch = tuple(Fetch(i, 1) for i in (0, 1) if not state.expected_files(i))[: state.num_free_connections]
+            decodes = [i for i in (0, 1) if state.progress[i].arrived and not state.progress[i].is_ready]
+            is_due = state.progress[1].is_ready and state.computing is None
+            decode = Decode(decodes[0], 1) if decodes and state.decoding is None else None
+            return Decision(fetch=fetch, decode=decode, compute=2 if is_due else None)
+
+        link = traces.held("t", [8e-7], 1.0)  # 100 bytes/s
+        for is_whole_only, seconds in ((False, 2 + 10), (True, 2 + 30)):
+            arguments = (middle, one_level(100, 3), Objective(1.0), SLOW_MODEL, link)
+            request = simulate_request(*arguments, is_whole_only=is_whole_only)
+            assert request.ttft_seconds == pytest.approx(seconds, abs=1e-9)
 
 
 class TestExactness:

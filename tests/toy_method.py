@@ -35,13 +35,13 @@ class ToyDocumentHeader(ShapesDocumentHeader):
 
 @dataclass(frozen=True, kw_only=True)
 class ToyChunkHeader(ChunkHeader):
-    @property
-    def num_streams(self) -> int:
-        return 2 * self.num_layers
+    @classmethod
+    def num_streams_of(cls, fields: Mapping[str, Any], num_absent: Sequence[int]) -> int:
+        return 2 * fields["num_layers"]
 
     @property
-    def header_bytes(self) -> int:
-        return self.padded_bytes(0, self.num_streams)
+    def arrays_bytes(self) -> int:
+        return 0
 
     @property
     def payload_offset(self) -> int:
@@ -56,8 +56,8 @@ class ToyChunkHeader(ChunkHeader):
     @classmethod
     def unpack_arrays(
         cls, fields: dict[str, Any], content: Buffer, at: int, header_bytes: int
-    ) -> tuple[dict[str, Any], int, int]:
-        return {}, 2 * fields["num_layers"], at
+    ) -> tuple[dict[str, Any], int]:
+        return {}, at
 
 
 class ToyDocument(Document):
@@ -77,7 +77,9 @@ class ToyDocument(Document):
     ) -> Callable[[], None]:
         (chunk,) = chunks
         offset = 0
+        num_absent = chunk.header.num_absent or (0,) * chunk.header.num_layers
         for index, (plane, stream) in enumerate(zip(output.planes, chunk.header.streams, strict=True)):
+            plane = plane[num_absent[index // 2] :]
             content = chunk.payload[offset : offset + stream.num_bytes]
             if len(content) != plane.numel() * plane.element_size():
                 raise BitstreamError("has another length than its plane", field=f"stream {index}")
@@ -95,8 +97,9 @@ class ToyEncoder(Encoder):
         chunk_tokens: Sequence[int],
         num_threads: int,
         kernels: Kernels,
+        first_stored: Sequence[int],
     ) -> None:
-        super().__init__(cache, metadata, chunk_tokens, num_threads, kernels)
+        super().__init__(cache, metadata, chunk_tokens, num_threads, kernels, first_stored=first_stored)
         header = ToyDocumentHeader(
             **self._document_fields,
             method=NUMBER,
@@ -109,14 +112,15 @@ class ToyEncoder(Encoder):
         self.document = ToyDocument(header, self._hash_tables())
 
     def expected_header(self, index: int, level: int = 1) -> ToyChunkHeader:
-        return ToyChunkHeader(**self._chunk_fields(index, level))
+        return ToyChunkHeader(**self._chunk_fields(index, level), num_absent=self._num_absent(index))
 
     def encode_chunk(self, index: int, level: int = 1) -> list[bytes | memoryview]:
         header = self.expected_header(index, level)
         chunk = self._cache.slice(header.first_token, header.first_token + header.num_tokens)
         streams, payloads = [], []
-        for plane in chunk.planes:
-            content = plane.contiguous().view(torch.uint8).numpy().tobytes()
+        for index, plane in enumerate(chunk.planes):
+            stored = plane[header.num_absent[index // 2] :] if header.num_absent else plane
+            content = stored.contiguous().view(torch.uint8).numpy().tobytes()
             payloads.append(content.ljust(round_up(len(content), ALIGNMENT), b"\0"))
             streams.append(StreamEntry(len(content), 0, _native.crc32c(payloads[-1])))
         return join_chunk(header, streams, payloads)
@@ -170,5 +174,6 @@ class ToyMethod(Method):
         *,
         num_threads: int,
         kernels: Kernels,
+        first_stored: Sequence[int],
     ) -> ToyEncoder:
-        return ToyEncoder(cache, metadata, chunk_tokens, num_threads, kernels)
+        return ToyEncoder(cache, metadata, chunk_tokens, num_threads, kernels, first_stored)

@@ -30,13 +30,16 @@ class InputError(CacheGenError):
     exit_code = 3
 
 
-def not_finite_error(plane: int, token: int) -> InputError:
-    """Name the plane, counted in file order, and the token of a NaN or infinity."""
-    kind = "values" if plane % 2 else "keys"
-    return InputError(
-        f"the KV cache holds NaN or infinity (layer {plane // 2}, {kind}, token {token}): "
-        "prefill it again, in bfloat16 or float32 if it was in float16"
-    )
+class NotFiniteError(InputError):
+    """Name the plane, counted in file order, and the token of a NaN or infinity in a KV cache."""
+
+    def __init__(self, plane: int, token: int) -> None:
+        self.plane, self.token = plane, token
+        kind = "values" if plane % 2 else "keys"
+        super().__init__(
+            f"the KV cache holds NaN or infinity (layer {plane // 2}, {kind}, token {token}): "
+            "prefill it again, in bfloat16 or float32 if it was in float16"
+        )
 
 
 class MissingInputError(InputError):

@@ -103,6 +103,7 @@ def _inspect_file(path: Path, *, is_chunk: bool) -> dict[str, Any]:
     record = {"kind": "chunk" if is_chunk else "tables", "path": str(path), **_describe(header), "bytes": len(content)}
     if isinstance(header, ChunkHeader):
         record |= {"level": header.level, "first_token": header.first_token, "num_tokens": header.num_tokens}
+        record |= {"has_all_tokens": not header.num_absent}
         record |= {"num_streams": header.num_streams, "bytes_by_part": _parts(header), **_errors(header)}
     else:
         record |= _describe_document(header)
@@ -128,6 +129,8 @@ def _describe_document(header: DocumentHeader) -> dict[str, Any]:
         "num_chunks": header.num_chunks,
         "num_levels": header.num_levels,
         "values_per_token": header.values_per_token,
+        "is_whole_only": header.is_whole_only,
+        "stored_share": sum(header.stored_values_of_chunks) / (header.num_covered_tokens * header.values_per_token),
         "token_hash": header.token_hash.hex(),
         "cache_hash": header.cache_hash.hex(),
     }
@@ -237,6 +240,7 @@ def _inspect_kv_file(path: Path) -> dict[str, Any]:
         "num_tokens": cache.num_tokens,
         "model_id": metadata.model_id,
         "model_fingerprint": metadata.model_fingerprint,
+        "num_layers_with_window": sum(window is not None for window in metadata.windows or ()),
         "cache_hash": cache_hash,
         "bytes": path.stat().st_size,
         "problems": problems,
@@ -280,6 +284,7 @@ def _describe_manifest(store: Store, manifest: Manifest, problems: list[str]) ->
         "num_tokens": manifest.num_covered_tokens,
         "num_cache_tokens": manifest.num_cache_tokens,
         "num_chunks": len(manifest.chunks),
+        "is_whole_only": manifest.is_whole_only,
         "bytes": sum(entry.bytes for entry in objects),
         "levels": [
             {

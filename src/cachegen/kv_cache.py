@@ -25,6 +25,7 @@ from cachegen.files import atomic_write
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.kv_archive import check_archive
 from cachegen.rotation import PlaneRotations, Rotation, pack_rotations, read_rotations
+from cachegen.windows import Windows, first_visible_tokens, pack_windows, read_windows
 
 FILE_FORMAT = "cachegen-kv"
 FILE_VERSION = 2
@@ -96,6 +97,7 @@ class ContextMetadata:
             all values anyway compares them with it.
         load_in_8bit: whether the model's weights were rounded to 8 bits.
         plane_rotations: how each plane is turned; None: as `rotations_by_rule` says. No gate: it only says how to code.
+        windows: how far back each layer's tokens attend; None where nobody knows. No gate either.
     """
 
     model_id: str
@@ -106,6 +108,16 @@ class ContextMetadata:
     cache_hash: str | None = None
     load_in_8bit: bool = False
     plane_rotations: PlaneRotations | None = None
+    windows: Windows | None = None
+
+    def first_visible(self, num_tokens: int) -> tuple[int, ...]:
+        """Return, per layer, the first of the context's first `num_tokens` tokens that any behind them attends to.
+
+        Returns:
+            Nothing where that is the first one in every layer, or nobody knows.
+        """
+        found = first_visible_tokens(self.windows or (), num_tokens)
+        return found if any(found) else ()
 
     def rotations_of(self, cache: KVCache) -> PlaneRotations:
         """Return how each plane of the context's cache is turned."""
@@ -174,6 +186,10 @@ class KVCache:
         """The count of scalars in all planes."""
         return sum(tensor.numel() for tensor in self.planes)
 
+    def select(self, layers: Sequence[int]) -> KVCache:
+        """Return some layers as views of the same memory."""
+        return KVCache([self.keys[layer] for layer in layers], [self.values[layer] for layer in layers])
+
     def slice(self, start: int, stop: int) -> KVCache:
         """Return tokens `start` to `stop` as views of the same memory."""
         if not 0 <= start <= stop <= self.num_tokens:
@@ -203,23 +219,30 @@ def describe_difference(shapes: Sequence[Sequence[int]], expected: Sequence[Sequ
     return None
 
 
-def hash_planes(cache: KVCache, num_threads: int = 1) -> str:
+def hash_planes(cache: KVCache, num_threads: int = 1, *, first_stored: Sequence[int] = ()) -> str:
     """Hash a cache's dtype, shapes and values at the speed of memory.
 
     It tells caches apart and finds damage. It is no defence against someone who makes two caches of one hash on
     purpose: a changed block of tokens goes unnoticed in one of 2^32 cases.
 
+    Args:
+        first_stored: per layer, the first token that counts, as if the layer held no others; empty for all of them.
+
     Returns:
         SHA-256 in hex of one line per plane, in file order: its dtype, its shape, and the CRC-32C in hex of each 1024
         tokens, whose values are little-endian bytes, token after token.
     """
+    planes = cache.planes
+    if first_stored:
+        planes = [plane[first_stored[index // 2] :] for index, plane in enumerate(planes)]
     # All at once where they can be read where they are; else copied one by one.
-    groups = [cache.planes] if all(map(_is_readable, cache.planes)) else [[plane] for plane in cache.planes]
+    is_whole = not first_stored and all(map(_is_readable, planes))
+    groups = [planes] if is_whole else [[plane] for plane in planes]
     checksums = [found for group in groups for found in _checksum_blocks(group, num_threads)]
     dtype = str(cache.dtype).removeprefix("torch.")
     lines = (
         f"{dtype} {' '.join(map(str, plane.shape))}: {' '.join(f'{checksum:08x}' for checksum in of_plane)}\n"
-        for plane, of_plane in zip(cache.planes, checksums, strict=True)
+        for plane, of_plane in zip(planes, checksums, strict=True)
     )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -320,6 +343,8 @@ def save_kv_cache(
     }
     if metadata.plane_rotations is not None:
         content["plane_rotations"] = pack_rotations(metadata.plane_rotations)
+    if metadata.windows is not None and any(metadata.windows):
+        content["windows"] = pack_windows(metadata.windows)
     with atomic_write(path, replace=replace) as stream:
         try:
             torch.save(content, stream)
@@ -434,6 +459,7 @@ def _parse(content: object, file_bytes: int) -> tuple[KVCache, ContextMetadata]:
         cache_hash=fields.hash("cache_hash"),
         load_in_8bit=fields.flag("load_in_8bit"),
         plane_rotations=read_rotations(fields, [plane.shape[2] for plane in cache.planes]),
+        windows=read_windows(fields, cache.num_layers),
     )
     if hash_token_prefixes(token_ids, [cache.num_tokens]) != [fields.hash("token_hash")]:
         raise BitstreamError("does not match the token ids", field="token_hash")

@@ -23,10 +23,12 @@ with atheris.instrument_imports(include=["cachegen"]):
     from cachegen.coder.cpu_kernels import CpuKernels
     from cachegen.errors import BitstreamError, MismatchError
     from cachegen.format.files import CHUNK_SUFFIX, TABLES_NAME
+    from cachegen.format.headers import ChunkHeader
     from cachegen.kv_cache import KVCache
     from cachegen.methods import open_document, parse_chunk, parse_document
     from cachegen.methods.absmax.codec import AbsmaxDocument
     from cachegen.methods.absmax.headers import AbsmaxChunkHeader
+    from cachegen.methods.layer_classes import LayerClass, layer_classes
     from cachegen.methods.lossless.codec import LosslessDocument
     from cachegen.methods.lossless.headers import LosslessChunkHeader
     from cachegen.methods.transform.codec import METHOD_NUMBER, TransformDocument
@@ -151,9 +153,9 @@ def check_tables(content: bytes) -> None:
         raise AssertionError("the header of the tables is not what packing it gives")
     document = open_document(content, find_profile=lambda _: golden_transform().profile)
     document.prepare()
-    if not isinstance(document, AbsmaxDocument) or document.tables is None:
+    if not isinstance(document, AbsmaxDocument) or document.classes[0][1] is None:
         return
-    frequencies = document.tables.frequencies()
+    frequencies = np.concatenate([tables.frequencies() for _, tables in document.classes])
     if len(frequencies) != sum(plane.num_channels for plane in header.planes) or (frequencies.sum(1) != 4096).any():
         raise AssertionError("the tables are not one per channel, each of 4096")
 
@@ -164,13 +166,10 @@ def document_for(header: AbsmaxChunkHeader, golden: AbsmaxDocument) -> AbsmaxDoc
     A chunk keeps the tables hash that it names: decoding must stay in bounds whatever the tables.
     """
     planes = tuple(dataclasses.replace(plane, tokens_per_stream=0) for plane in header.planes)
-    tables = None
-    if header.coder is not layout.Coder.PACKED:
-        num_tables = sum(plane.num_channels for plane in planes)
-        known = np.zeros((1, 32), np.uint16) if golden.tables is None else golden.tables.frequencies()
-        if golden.tables is None:
-            known[0, 0] = 4096
-        tables = cpu.Tables.from_frequencies(known[np.arange(num_tables) % len(known)])
+    golden_tables = golden.classes[0][1]
+    known = np.zeros((1, 32), np.uint16) if golden_tables is None else golden_tables.frequencies()
+    if golden_tables is None:
+        known[0, 0] = 4096
     expected = dataclasses.replace(
         golden.header,
         method=header.method,
@@ -180,10 +179,23 @@ def document_for(header: AbsmaxChunkHeader, golden: AbsmaxDocument) -> AbsmaxDoc
         rope_hash=header.rope_hash,
         profile_hash=header.profile_hash,
         planes=planes,
+        first_stored=begin_layers(header),
     )
+
+    def tables_of(layers: LayerClass) -> cpu.Tables | None:
+        num_tables = sum(plane.num_channels for plane in layers.pick(planes))
+        is_packed = header.coder is layout.Coder.PACKED
+        return None if is_packed else cpu.Tables.from_frequencies(known[np.arange(num_tables) % len(known)])
+
     document = AbsmaxDocument(expected, header.tables_hash, b"")
-    vars(document)["tables"] = tables  # what would be unpacked from its section
+    # What would be unpacked from its section.
+    vars(document)["classes"] = [(layers, tables_of(layers)) for layers in layer_classes(expected)]
     return document
+
+
+def begin_layers(header: ChunkHeader) -> tuple[int, ...]:
+    """Where the layers of a document begin, one of whose chunks lacks what the header says."""
+    return tuple(header.first_token + absent for absent in header.num_absent)
 
 
 class OnePath(CpuKernels):
@@ -245,7 +257,14 @@ def check_lossless_chunk(content: bytes, header: LosslessChunkHeader) -> None:
     if header.num_tokens * sum(shape.num_channels for shape in shapes) > MAX_VALUES or header.first_token >= MAX_TOKENS:
         return
     names = ("model_fingerprint", "rope_hash", "dtype", "profile_hash")
-    expected = dataclasses.replace(golden.header, **{name: getattr(header, name) for name in names})
+    if len(header.num_absent) not in (0, golden.header.num_layers):
+        return
+    # Classes would need models of their own: all layers begin together.
+    first_stored = begin_layers(header)
+    fields = {name: getattr(header, name) for name in names} | {"first_stored": first_stored}
+    expected = dataclasses.replace(golden.header, **fields)
+    if len(set(first_stored)) > 1:
+        return
     tables = (FOLDERS[index] / TABLES_NAME).read_bytes()[golden.header.header_bytes :]
     dtype = cpu.TORCH_DTYPES[header.dtype]
     planes = [torch.zeros(header.num_tokens, shape.num_kv_heads, shape.head_dim, dtype=dtype) for shape in shapes]
@@ -274,6 +293,10 @@ def check_component_chunk(content: bytes, header: TransformChunkHeader) -> None:
     else:
         names = ("model_fingerprint", "rope_hash", "dtype", "step_log", "profile_hash")
         expected = dataclasses.replace(document.header, **{name: getattr(header, name) for name in names})
+        if len(header.num_absent) == header.num_groups == len(document.transforms):
+            groups = zip(document.transforms, begin_layers(header), strict=True)
+            first_stored = [first for of, first in groups for _ in range(of.group.num_layers)]
+            expected = dataclasses.replace(expected, first_stored=tuple(first_stored))
         document = TransformDocument(expected, header.tables_hash, document.profile)
     dtype = cpu.TORCH_DTYPES[header.dtype]
     planes = [torch.zeros(header.num_tokens, shape.num_kv_heads, shape.head_dim, dtype=dtype) for shape in shapes]

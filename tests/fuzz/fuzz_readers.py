@@ -24,7 +24,7 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["cachegen"]):
-    from cachegen import kv_archive, kv_cache
+    from cachegen import kv_archive, kv_cache, windows
     from cachegen.comparison import datasets, scoring
     from cachegen.config import load_model_config
     from cachegen.errors import CacheGenError, StoreError
@@ -51,7 +51,9 @@ def kv_members() -> dict[str, bytes]:
     cache = kv_cache.from_planes([torch.arange(12.0).reshape(3, 2, 2).half() + i for i in range(4)])
     rotary = kv_cache.RotaryEmbedding("rotary_emb.inv_freq", "default", (1.0,), 1.0)
     ids = torch.tensor([5, 6, 7], dtype=torch.int32)
-    kv_cache.save_kv_cache(FOLDER / "good", cache, kv_cache.ContextMetadata("m", "ab" * 32, ids, (rotary,), 512))
+    shown = (windows.Window("sliding", 2), None)
+    metadata = kv_cache.ContextMetadata("m", "ab" * 32, ids, (rotary,), 512, windows=shown)
+    kv_cache.save_kv_cache(FOLDER / "good", cache, metadata)
     with zipfile.ZipFile(FOLDER / "good") as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
@@ -205,6 +207,7 @@ def good_manifest() -> dict[str, Any]:
         "format": manifest.MANIFEST_FORMAT, "version": manifest.MANIFEST_VERSION, "model_id": "m",
         "model_fingerprint": "ab" * 32, "rope_hash": "ef" * 32, "dtype": "float16", "num_cache_tokens": 39,
         "token_hash": "cd" * 32, "prefill_block_size": 512, "values_per_token": 16, "levels": levels, "chunks": chunks,
+        "first_stored": [0, 20],
     }  # fmt: skip
 
 

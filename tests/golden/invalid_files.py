@@ -122,7 +122,7 @@ def list_invalid_prefixes(kind: str, good: bytes, other: bytes) -> Iterator[tupl
     for name, offset in (("method", 38), ("dtype", 40)):
         for value in (0, 9):
             yield f"{kind}_{name}_{value}", reseal(good, offset, "B", value), unsupported, name
-    yield f"{kind}_reserved_set", reseal(good, 42, "H", 1), unsupported, "reserved"
+    yield f"{kind}_stored_tokens_2", reseal(good, 42, "H", 2), unsupported, "stored_tokens"
     yield f"{kind}_without_layers", reseal(good, 36, "H", 0), error, "num_layers"
     # A chunk's third record would be its stream index, whose lengths make no plane.
     field = "num_bins" if kind == "chunk" else "header_bytes"
@@ -209,6 +209,7 @@ def list_invalid_chunks(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
     yield Invalid("packed_chunk_too_short", "uniform8_packed", content, error, "stream 0")
 
     yield from list_invalid_arithmetic_chunks(files["arithmetic"][name])
+    yield from list_invalid_windowed_chunks(files["windowed"][name])
 
 
 def list_invalid_arithmetic_chunks(good: bytes) -> Iterator[Invalid]:
@@ -236,6 +237,21 @@ def list_invalid_arithmetic_chunks(good: bytes) -> Iterator[Invalid]:
         ("end_changed", replace_stream(good, 0, flip(stream, len(stream) - 1), 0), "stream 0"),
     ):
         yield Invalid(f"arithmetic_chunk_{what}", "arithmetic", content, error, field)
+
+
+def list_invalid_windowed_chunks(good: bytes) -> Iterator[Invalid]:
+    """Chunks that lack tokens and are wrong in which: of 40 tokens, the layers lack 0, 20 and 40."""
+    error, at = "BitstreamError", _CHUNK_PLANES_AT + 6 * _PLANE_BYTES
+    for what, content, problem, field in (
+        ("that_lacks_more_than_it_has", reseal(good, at + 4, "I", 41), error, "num_absent"),
+        ("that_lacks_billions", reseal(good, at + 4, "I", 2**32 - 1), error, "num_absent"),
+        ("that_lacks_nothing", reseal(good, at, "III", 0, 0, 0), error, "num_absent"),
+        ("with_streams_of_no_tokens", reseal(good, at + 4, "I", 40), error, "header_bytes"),
+        ("without_its_array", reseal(good, 42, "H", 0), error, "header_bytes"),
+        # One token less has as many streams, and as many bytes of scales with their padding.
+        ("that_lacks_another_token", reseal(good, at + 4, "I", 21), "MismatchError", "num_absent"),
+    ):
+        yield Invalid(f"windowed_chunk_{what}", "windowed", content, problem, field)
 
 
 def list_invalid_tables(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]:
@@ -294,6 +310,16 @@ def list_invalid_tables(files: dict[str, dict[str, bytes]]) -> Iterator[Invalid]
         ("last_absent", replace_tables(worked, pack_bits("00000 00001 0 10 0 01" + good_channel)), error, "tables"),
     ):
         yield Invalid(f"tables_{what}", "worked", content, problem, field)
+
+    windowed = files["windowed"][TABLES_NAME]
+    first_at = at + 6 * _PLANE_BYTES + 2 * 4
+    for what, content, field in (
+        ("of_a_layer_behind_the_chunks", reseal(windowed, first_at + 8, "Q", 46), "first_stored"),
+        ("of_a_layer_far_away", reseal(windowed, first_at + 8, "Q", 2**64 - 1), "first_stored"),
+        ("that_lacks_nothing", reseal(windowed, first_at, "QQQ", 0, 0, 0), "first_stored"),
+        ("without_its_array", reseal(windowed, 42, "H", 0), "header_bytes"),
+    ):
+        yield Invalid(f"windowed_tables_{what}", "windowed", content, error, field)
 
 
 def list_invalid(files: dict[str, dict[str, bytes]]) -> list[tuple[str, Invalid]]:

@@ -51,6 +51,7 @@ class Golden:
         num_cache_tokens: tokens of the cache; those beyond the chunks are not encoded.
         values: plane, token, channel -> value, exact in the dtype; None: `bell_values`.
         tokens_per_stream: None: what the encoder chooses.
+        first_stored: per layer, the first token that is stored; empty for all tokens.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Golden:
     coder: Coder = Coder.RANS
     values: Callable[[int, int, int], float] | None = None
     tokens_per_stream: int | None = None
+    first_stored: tuple[int, ...] = ()
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -146,6 +148,16 @@ GOLDENS = (
     Golden("float32", torch.float32, ((2, 16), (1, 33)), (32, 8), (20, 12), 32),
     Golden("uniform8_packed", torch.bfloat16, ((1, 12), (2, 8)), (256, 256), (35,), 35, "uniform", Coder.PACKED),
     Golden("uniform8_rans", torch.bfloat16, ((1, 12), (2, 8)), (256, 256), (35,), 35, "uniform"),
+    # A layer with all its tokens, one that begins within the first chunk, and one that has none.
+    Golden(
+        "windowed",
+        torch.bfloat16,
+        ((1, 12), (2, 8)) * 3,
+        (64, 64, 16, 16, 8, 8),
+        (40, 5),
+        50,
+        first_stored=(0, 20, 45),
+    ),
 )
 
 
@@ -162,6 +174,7 @@ def start_encoder(golden: Golden, kernels=REFERENCE, num_threads: int = 1) -> Ab
         golden.coder,
         num_threads=num_threads,
         kernels=kernels,
+        first_stored=golden.first_stored,
     )
 
 
@@ -188,9 +201,9 @@ def encode_chunk_in_streams(
     start, stop = header.first_token, header.first_token + header.num_tokens
     cache = make_cache(golden).slice(start, stop)
     scales, _ = kernels.measure(cache, planes, num_threads)
-    tables = encoder.document.tables
+    tables = encoder.document.classes[0][1]
     payload, streams = kernels.encode(cache, scales, planes, tables, num_threads, coder=golden.coder)
-    return build_chunk(header, scales, streams, payload)
+    return build_chunk(header, scales, streams, [payload])
 
 
 def allocate(golden: Golden, num_tokens: int) -> KVCache:

@@ -276,7 +276,7 @@ def list_invalid() -> Iterator[tuple[str, bytes, str, str]]:
         ("without_levels", reseal(tables, 41, "B", 0), error, "num_levels"),
         ("5_levels", reseal(tables, 41, "B", 5), error, "num_levels"),
         ("dtype_0", reseal(tables, 40, "B", 0), unsupported, "dtype"),
-        ("reserved_set", reseal(tables, 42, "H", 1), unsupported, "reserved"),
+        ("stored_tokens_2", reseal(tables, 42, "H", 2), unsupported, "stored_tokens"),
         ("without_block_size", reseal(tables, 44, "I", 0), error, "prefill_block_size"),
         ("step_beyond_the_limit", reseal(tables, 208, "i", 1025), error, "step_log"),
         ("without_heads", reseal(tables, 212, "H", 0), error, "shape"),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cachegen.coder import symbol_model
 from cachegen.coder.symbol_model import choose_weight_classes, normalize, unpack_tables
-from cachegen.errors import BitstreamError, not_finite_error
+from cachegen.errors import BitstreamError, NotFiniteError
 from cachegen.format import ALIGNMENT, LANES, TABLE_SIZE, Coder, PlaneLayout, StreamEntry, round_up
 from cachegen.kv_cache import KVCache
 from cachegen.methods.absmax.quantization import dequantize, quantize
@@ -252,7 +252,7 @@ def measure(
     for index, (values, plane) in enumerate(zip(cache.planes, planes, strict=True)):
         finite = torch.isfinite(values).reshape(cache.num_tokens, -1).all(dim=1)
         if not finite.all():
-            raise not_finite_error(index, int(finite.int().argmin()))
+            raise NotFiniteError(index, int(finite.int().argmin()))
         symbols, plane_scales = quantize(values, plane.num_bins)
         high = (symbols >> plane.low_bits).numpy()
         counts.append(np.stack([(high == symbol).sum(axis=0) for symbol in range(TABLE_SIZE)], axis=1))

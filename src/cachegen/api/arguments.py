@@ -17,7 +17,7 @@ from cachegen.methods.base import MethodConfig
 from cachegen.methods.profile_files import AnyProfile
 from cachegen.pipeline.limits import check_length
 from cachegen.pipeline.model import LoadedModel
-from cachegen.pipeline.model_cache import keep_distinct_heads, planes_of_cache
+from cachegen.pipeline.model_cache import keep_distinct_heads, planes_and_missing, planes_of_cache
 from cachegen.pipeline.prefill import measure_plane_shapes
 
 CLONE = Path(__file__).resolve().parents[3]
@@ -27,15 +27,39 @@ _MAX_TOKEN_ID = (1 << 31) - 1
 
 
 def read_cache(cache: Any) -> KVCache:
-    """Return a cache's planes on the CPU, as views where they are there already."""
+    """Return a cache's planes on the CPU, as views where they are there already.
+
+    Raises:
+        InputError: as `planes_of_cache`.
+    """
+    cache = _unwrap(cache)
+    return _on_cpu(cache if isinstance(cache, KVCache) else planes_of_cache(cache))
+
+
+def read_visible_cache(cache: Any) -> tuple[KVCache, tuple[int, ...]]:
+    """Return a cache's planes as `read_cache` does, zeros for what sliding windows have dropped.
+
+    Returns:
+        And per layer, how many of its first tokens it lacks; nothing where it lacks none.
+    """
+    cache = _unwrap(cache)
+    planes, num_missing = (cache, ()) if isinstance(cache, KVCache) else planes_and_missing(cache)
+    return _on_cpu(planes), num_missing if any(num_missing) else ()
+
+
+def _on_cpu(cache: KVCache) -> KVCache:
+    return from_planes([plane.detach().cpu() for plane in cache.planes])
+
+
+def _unwrap(cache: Any) -> Any:
+    """Return the cache that a model's output has, or what is one already."""
     if not isinstance(cache, KVCache):
         name = next((name for name in ("cache", "past_key_values") if hasattr(cache, name)), None)
         if name is not None:
             cache = getattr(cache, name)
             if cache is None:
                 raise InputError("the model's output has no cache: call the model with use_cache=True")
-        cache = planes_of_cache(cache)
-    return from_planes([plane.detach().cpu() for plane in cache.planes])
+    return cache
 
 
 def read_token_ids(token_ids: torch.Tensor | Sequence[int]) -> torch.Tensor:

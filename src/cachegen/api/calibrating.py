@@ -32,6 +32,7 @@ from cachegen.pipeline.model import LoadedModel, identify_checkpoint, identify_m
 from cachegen.pipeline.model_cache import view_kv_cache
 from cachegen.pipeline.prefill import prefill
 from cachegen.pipeline.rotation import find_rotations
+from cachegen.pipeline.windows import find_windows
 from cachegen.versions import collect_versions
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def _describe(
         block_size,
         cache_hash=cache_hash,
         plane_rotations=find_rotations(loaded).planes,
+        windows=find_windows(loaded.text_config),
     )
 
 

@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cachegen.api.arguments import CLONE, check_cache, choose_config, read_cache, read_token_ids
+from cachegen.api.arguments import (
+    CLONE,
+    check_cache,
+    choose_config,
+    read_cache,
+    read_token_ids,
+    read_visible_cache,
+)
 from cachegen.api.measured import Measured
 from cachegen.calibration.choose_profile import choose_profile
 from cachegen.coder.cpu import default_num_threads
 from cachegen.config import parse_coder
 from cachegen.device import choose_kernels
-from cachegen.errors import MismatchError
+from cachegen.errors import InputError, MismatchError
 from cachegen.format import Coder
 from cachegen.kv_cache import ContextMetadata
 from cachegen.methods import make_encoder, method_named
@@ -29,8 +36,10 @@ from cachegen.pipeline.images import refuse_images
 from cachegen.pipeline.kept import KeptEncoding
 from cachegen.pipeline.model import LoadedModel, identify_model
 from cachegen.pipeline.rotation import find_rotations
+from cachegen.pipeline.windows import find_windows
 from cachegen.store.catalog import EncodedLevel, publish_document
 from cachegen.store.store import WRITING, Store, open_store
+from cachegen.windows import first_visible_tokens
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import PreTrainedModel
@@ -81,6 +90,7 @@ def compress(
     chunk_tokens: int = DEFAULT_CHUNK_SIZE,
     coder: str | Coder | None = None,
     block_size: int | None = None,
+    keep_all_tokens: bool = False,
     device: str = "auto",
     num_threads: int | None = None,
 ) -> CompressedCache:
@@ -109,6 +119,9 @@ def compress(
         coder: "rans", "packed" or "ac"; None takes the config's.
         block_size: tokens per prefill step that the cache was computed with, 1 to 2^32 - 1; kept in the files. None
             is one step for all.
+        keep_all_tokens: keep also what no later token attends to, in layers with a sliding window or chunks. Without it
+            the files of a context that is longer than the windows are smaller and can only be used whole: not for a
+            prompt that begins with a part of it, nor cropped.
         device: where to encode: "cpu", "cuda", or "auto" for CUDA where it can.
         num_threads: of the CPU; None takes all processors.
 
@@ -119,8 +132,8 @@ def compress(
         MismatchError: cache, tokens and model do not belong together: another number of tokens, another dtype, other
             shapes; or a profile is of another model.
         InputError: a file is missing; `token_ids` have one that stands for an image; the cache is empty, is a batch,
-            holds NaN or infinity or lacks tokens (a sliding window has dropped them); or the model's state is more than
-            keys and values of every token.
+            holds NaN or infinity or lacks tokens that are to be kept or that a profile would be made of (a sliding
+            window has dropped them); or the model's state is more than keys and values of every token.
         ConfigError: the config or a name in it is wrong.
         BackendUnavailableError: CUDA was asked for and is not there.
         TypeError, ValueError: an argument is of another type or shape, or the model is in training mode.
@@ -143,7 +156,7 @@ def compress(
     if chunk_tokens < 1:
         raise ValueError(f"`chunk_tokens` must be at least 1, got {chunk_tokens}")
     kernels = choose_kernels(device).kernels
-    planes = read_cache(cache)
+    planes, num_missing = (read_cache(cache), ()) if keep_all_tokens else read_visible_cache(cache)
     ids = read_token_ids(token_ids)
     if len(ids) != planes.num_tokens:
         raise MismatchError(
@@ -164,6 +177,7 @@ def compress(
     method = method_named(chosen.method)
     # Finding them takes a pass through the model.
     rotations = find_rotations(loaded).planes if method is not None and method.undoes_rotations else None
+    windows = find_windows(loaded.text_config)
     metadata = ContextMetadata(
         loaded.model_id,
         loaded.fingerprint,
@@ -171,14 +185,50 @@ def compress(
         loaded.rotary_embeddings,
         block_size,
         plane_rotations=rotations,
+        windows=windows,
     )
+    first_stored = () if keep_all_tokens else first_visible_tokens(windows, planes.num_tokens)
+    _check_missing(num_missing, first_stored, chosen)
     threads = num_threads or default_num_threads()
     chunks = plan_chunks(planes.num_tokens, None, chunk_tokens)
-    picked = choose_profile(chosen, planes, metadata, chunks, kernels, places=(CLONE / "models",), num_threads=threads)
+    picked = choose_profile(
+        chosen,
+        planes,
+        metadata,
+        chunks,
+        kernels,
+        places=(CLONE / "models",),
+        num_threads=threads,
+        first_stored=first_stored,
+    )
     if picked.config.method != chosen.method:
         warnings.warn(picked.note, stacklevel=2)
-    encoder = make_encoder(picked.config, planes, metadata, chunks, num_threads=threads, kernels=kernels)
+    encoder = make_encoder(
+        picked.config, planes, metadata, chunks, num_threads=threads, kernels=kernels, first_stored=first_stored
+    )
+    _check_missing(num_missing, encoder.document.header.first_stored, chosen)
     return CompressedCache(KeptEncoding(encoder, threads), metadata, picked.own)
+
+
+def _check_missing(num_missing: Sequence[int], first_stored: Sequence[int], config: MethodConfig) -> None:
+    """Refuse a cache that lacks tokens which will be stored, or of which a profile would be made.
+
+    Args:
+        num_missing: per layer, first tokens that it lacks; may be empty.
+        first_stored: as in `DocumentHeader`.
+    """
+    for layer, missing in enumerate(num_missing):
+        first = first_stored[layer] if first_stored else 0
+        if missing > first:
+            raise InputError(
+                f"the cache's layer {layer} lacks its first {missing} tokens, but those from {first} on are to be "
+                "stored: call the model with past_key_values=DynamicCache(), which keeps them all"
+            )
+    if any(num_missing) and config.needs_profile:
+        raise InputError(
+            "the cache lacks tokens that a sliding window has dropped, of which a profile would be made: give "
+            "`profile`, or call the model with past_key_values=DynamicCache(), which keeps them all"
+        )
 
 
 def publish(

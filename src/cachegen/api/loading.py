@@ -22,9 +22,10 @@ from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.frequencies import match_frequencies
 from cachegen.pipeline.images import forget_images
 from cachegen.pipeline.model import LoadedModel, identify_model
-from cachegen.pipeline.model_cache import allocate_cache, set_length, to_dynamic_cache, view_kv_cache
+from cachegen.pipeline.model_cache import allocate_cache, keep_whole, set_length, to_dynamic_cache, view_kv_cache
 from cachegen.pipeline.prefill import recompute_first_tokens
 from cachegen.pipeline.profiles import profile_finder
+from cachegen.pipeline.windows import find_missing
 from cachegen.store.index import STORE_INFO_NAME
 from cachegen.store.store import Store, open_store
 from cachegen.streaming.load_report import LoadResult
@@ -58,7 +59,8 @@ class StoredCache(Measured):
         transformers calls that `cache` from 5.24 on, and takes both. `generate` wants the ids of all tokens, those of
         the context first, and at least one more than the cache holds. Without that one more, transformers gives a wrong
         answer and no error: to continue the context itself, let the cache end before its last token
-        (`cache.crop(-1)`). It appends to the cache: call `to_cache` for each answer, or give it a `copy.deepcopy`.
+        (`cache.crop(-1)`). A cache that was compressed without what windows hide refuses that. `generate` appends to
+        the cache: call `to_cache` for each answer, or give it a `copy.deepcopy`.
 
         Args:
             model: the one that computed the cache, with the same weights in the same dtype. Files of the scripts name a
@@ -98,6 +100,8 @@ class StoredCache(Measured):
         set_length(cache, self.num_tokens)
         if ids is not None:
             recompute_first_tokens(loaded, cache, ids, num_sinks, self.num_tokens)
+        first_stored = folder.document.header.first_stored
+        keep_whole(cache, self.num_tokens, find_missing(loaded.text_config, first_stored, self.num_tokens))
         forget_images(loaded.model)
         return to_dynamic_cache(cache)
 

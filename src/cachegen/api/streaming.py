@@ -20,11 +20,18 @@ from cachegen.methods.profile_files import AnyProfile
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.images import forget_images
 from cachegen.pipeline.model import LoadedModel, identify_checkpoint, identify_model
-from cachegen.pipeline.model_cache import allocate_cache, set_length, to_dynamic_cache
+from cachegen.pipeline.model_cache import allocate_cache, to_dynamic_cache
 from cachegen.pipeline.prefill import measure_plane_shapes
 from cachegen.pipeline.profiles import profile_finder
 from cachegen.store.store import Store
-from cachegen.streaming.client import choose_policy, count_prompt, find_for_model, make_loader, measure_speeds
+from cachegen.streaming.client import (
+    choose_policy,
+    count_prompt,
+    find_for_model,
+    finish_cache,
+    make_loader,
+    measure_speeds,
+)
 from cachegen.streaming.load_report import LoadResult
 from cachegen.streaming.policy import Objective, Speeds
 from cachegen.streaming.remote import RemoteDocument
@@ -92,7 +99,8 @@ class CacheStore:
 
         Raises:
             StoreError: the store cannot be read or is too slow to say what it has, or it has nothing of this prompt for
-                this model (then the error's `is_missing` is true): compute it from the text.
+                this model, or only the beginning of something that can only be used whole (then the error's
+                `is_missing` is true): compute it from the text.
             MismatchError: the cache has another dtype than the model.
             ConfigError: it has no such level as `load` was told to take.
             BitstreamError: what the store says of itself or of the document is damaged.
@@ -127,7 +135,7 @@ class CacheStore:
             _LOGGER.warning("%s", problem)
         if self._report is not None:
             self._report(result)
-        set_length(cache, num_tokens)
+        finish_cache(loaded, cache, document, result)
         forget_images(loaded.model)
         return to_dynamic_cache(cache)
 

@@ -24,6 +24,7 @@ from cachegen.methods.transform.profile import Profile, TransformGroup
 from cachegen.methods.transform.transform import BLOCK_TOKENS, SINK_TOKENS, join_planes
 from cachegen.pipeline.model import LoadedModel
 from cachegen.rotation import pack_rotations
+from cachegen.windows import Windows
 
 MAX_GROUP_CHANNELS = 4096
 """Of a group of layers, unless told otherwise: its two matrices then take at most 67 MB in fp16."""
@@ -154,7 +155,8 @@ def check_tokens(contexts: Sequence[CalibrationContext], settings: CalibrationSe
     """
     shapes = plane_shapes_of(contexts[0].cache)
     outline = Profile("", (), shapes, (), (), {})
-    num_channels = max(outline.channels_of(*group) for group in plan_groups(shapes, settings.layers_per_group))
+    planned = plan_groups(shapes, settings.layers_per_group, contexts[0].metadata.windows)
+    num_channels = max(outline.channels_of(*group) for group in planned)
     num_tokens = sum(max(context.cache.num_tokens - SINK_TOKENS, 0) for context in contexts)
     if num_tokens < num_channels:
         raise InputError(
@@ -172,15 +174,23 @@ def plane_shapes_of(cache: KVCache) -> tuple[tuple[int, int], ...]:
     return tuple((plane.shape[1], plane.shape[2]) for plane in cache.planes)
 
 
-def plan_groups(plane_shapes: Sequence[tuple[int, int]], layers_per_group: int | None = None) -> list[tuple[int, int]]:
-    """Return (first layer, number of layers) of each group, in order; see `CalibrationSettings.layers_per_group`."""
+def plan_groups(
+    plane_shapes: Sequence[tuple[int, int]], layers_per_group: int | None = None, windows: Windows | None = None
+) -> list[tuple[int, int]]:
+    """Return (first layer, number of layers) of each group, in order; see `CalibrationSettings.layers_per_group`.
+
+    Args:
+        windows: of the layers. A group is stored from the earliest token on that any of its layers must have, so the
+            layers of one have one window.
+    """
     widths = [heads * dim for heads, dim in plane_shapes]
     channels = [key + value for key, value in zip(widths[0::2], widths[1::2], strict=True)]
     groups: list[tuple[int, int]] = []
     first, total = 0, 0
     for layer, width in enumerate(channels):
         is_full = total + width > MAX_GROUP_CHANNELS if layers_per_group is None else layer - first >= layers_per_group
-        if layer > first and is_full:
+        is_other = windows is not None and windows[layer] != windows[first]
+        if layer > first and (is_full or is_other):
             groups.append((first, layer - first))
             first, total = layer, 0
         total += width
@@ -210,7 +220,7 @@ def calibrate(
     """
     metadata, shapes = contexts[0].metadata, plane_shapes_of(contexts[0].cache)
     rotary = metadata.rotary_embeddings
-    layer_groups = plan_groups(shapes, settings.layers_per_group)
+    layer_groups = plan_groups(shapes, settings.layers_per_group, metadata.windows)
     outline = Profile(metadata.model_fingerprint, rotary, shapes, (), (), {}, plane_rotations=metadata.plane_rotations)
     num_channels = [outline.channels_of(*group) for group in layer_groups]
     num_tokens = check_tokens(contexts, settings)

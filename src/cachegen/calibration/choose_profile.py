@@ -45,13 +45,14 @@ def choose_profile(
     num_threads: int,
     folder: Path | None = None,
     overwrite: bool = False,
+    first_stored: Sequence[int] = (),
 ) -> ChosenProfile:
     """Complete a config that needs a profile and names none.
 
     Args:
         config: any; one that lacks nothing is returned as it is.
         places: where the model's profile may be, as for `profile_finder`.
-        folder, overwrite: as for `make_own_profile`.
+        folder, overwrite, first_stored: as for `make_own_profile`.
 
     Raises:
         OutputError, InputError: as `make_own_profile`.
@@ -73,6 +74,7 @@ def choose_profile(
         num_threads=num_threads,
         folder=folder,
         overwrite=overwrite,
+        first_stored=first_stored,
     )
     if own is not None:
         note = f"the document's own profile, {own.profile.num_bytes:,} bytes"

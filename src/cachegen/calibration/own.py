@@ -75,6 +75,7 @@ def make_own_profile(
     folder: Path | None = None,
     overwrite: bool = False,
     max_share: float = MAX_SHARE,
+    first_stored: Sequence[int] = (),
 ) -> OwnProfile | None:
     """Give a config that lacks a profile the document's own; nothing is written.
 
@@ -85,6 +86,7 @@ def make_own_profile(
         folder: the document's. A whole profile there that was made of the same cache for the same step is used again.
         overwrite: another profile may be there.
         max_share: of the bytes of method `cachegen`, that profile and files are predicted to take at most.
+        first_stored: as for `make_encoder`.
 
     Returns:
         None where they are predicted to take more, or there are fewer tokens than channels.
@@ -101,11 +103,17 @@ def make_own_profile(
     kept = None if place is None else _find(place, context, metadata, settings)
     if kept is not None:
         return OwnProfile(config.with_own_profile(kept, step_log), kept, is_kept=True)
-    layers, num_bytes = _choose_layers(context, chunk_tokens, step_log, config.num_levels)
+    # Layers of two windows in a group share what they have in common, but all their tokens are stored.
+    choices: list[tuple[float, int | None, CalibrationContext]] = []
+    for windows in (metadata.windows, None) if any(first_stored) else (None,):
+        parted = dataclasses.replace(context, metadata=dataclasses.replace(context.metadata, windows=windows))
+        layers, num_bytes = _choose_layers(parted, chunk_tokens, step_log, config.num_levels, first_stored)
+        choices.append((num_bytes, layers, parted))
+    num_bytes, layers, context = min(choices, key=lambda choice: choice[0])
     if layers is None:
         return None
     if max_share < math.inf:
-        default_bytes = _predict_default(cache, metadata, chunk_tokens, num_threads, kernels)
+        default_bytes = _predict_default(cache, metadata, chunk_tokens, num_threads, kernels, first_stored)
         if num_bytes > max_share * default_bytes:
             return None
     settings = dataclasses.replace(settings, layers_per_group=layers)
@@ -123,7 +131,11 @@ def _of_tokens(metadata: ContextMetadata, cache: KVCache) -> ContextMetadata:
 
 
 def _choose_layers(
-    context: CalibrationContext, chunk_tokens: Sequence[int], step_log: int, num_levels: int
+    context: CalibrationContext,
+    chunk_tokens: Sequence[int],
+    step_log: int,
+    num_levels: int,
+    first_stored: Sequence[int],
 ) -> tuple[int | None, float]:
     """Return with how many layers a group profile and files are smallest, and how many bytes these are predicted to be.
 
@@ -135,17 +147,21 @@ def _choose_layers(
     outline = Profile("", (), shapes, (), (), {})
     best: tuple[int | None, float] = (None, float("inf"))
     for layers in range(1, cache.num_layers + 1):
-        groups = plan_groups(shapes, layers)
+        groups = plan_groups(shapes, layers, context.metadata.windows)
         widths = [outline.channels_of(*group) for group in groups]
         is_too_short = cache.num_tokens - SINK_TOKENS < max(*widths, _LEAST_TOKENS)
         if is_too_short or (layers > 1 and max(widths) > MAX_GROUP_CHANNELS):
             break
         _, covariances = measure_covariances([context], groups, widths, torch.device("cpu"))
         planes = [shapes[2 * first : 2 * (first + count)] for first, count in groups]
+        absent = [min(first_stored[first : first + count], default=0) for first, count in groups]
         num_bytes = sum(
-            _predict_group(covariance, weigh_planes(of_group, covariance), chunk_tokens, step_log, num_levels)
-            for covariance, of_group in zip(covariances, planes, strict=True)
+            _predict_group(covariance, weigh_planes(of_group, covariance), num_tokens, step_log, num_levels)
+            for covariance, of_group, num_tokens in zip(
+                covariances, planes, (sum(chunk_tokens) - count for count in absent), strict=True
+            )
         )
+        num_bytes += len(groups) * _BYTES_PER_STREAM * len(chunk_tokens)
         if num_bytes > best[1]:
             break  # the basis grows with the group, what it saves grows less and less
         best = layers, num_bytes
@@ -153,13 +169,14 @@ def _choose_layers(
 
 
 def _predict_group(
-    covariance: torch.Tensor, weights: torch.Tensor, chunk_tokens: Sequence[int], step_log: int, num_levels: int
+    covariance: torch.Tensor, weights: torch.Tensor, num_tokens: int, step_log: int, num_levels: int
 ) -> float:
-    """Return the bytes that a group's part of profile and files will take.
+    """Return the bytes that a group's part of profile and files will take, but for the ends of streams.
 
     Args:
         covariance: fp64 `[num_channels, num_channels]`.
         weights: fp64 `[num_channels]`.
+        num_tokens: that are stored of the group.
     """
     roots, width = weights.sqrt(), len(weights)
     variances = torch.linalg.eigvalsh(roots[:, None] * covariance * roots).flip(0).clamp_min(1e-60)
@@ -172,8 +189,8 @@ def _predict_group(
     step = ROUNDING_SHARE**0.5 * step_of_level(step_log, num_levels)
     levels = (variances[: len(bits)].sqrt() / step).clamp_min(LEAST_ROW_LEVELS / 3)
     matrix_bits = width * (levels.log2() + 2.05).clamp_min(1.2).sum().item()
-    total = sum(chunk_tokens) * float(bits.sum()) + matrix_bits + 40 * width + 24 * len(bits)
-    return total / 8 + _BYTES_PER_STREAM * len(chunk_tokens)
+    total = num_tokens * float(bits.sum()) + matrix_bits + 40 * width + 24 * len(bits)
+    return total / 8
 
 
 def _table_bits() -> NDArray[np.float64]:
@@ -184,13 +201,22 @@ def _table_bits() -> NDArray[np.float64]:
 
 
 def _predict_default(
-    cache: KVCache, metadata: ContextMetadata, chunk_tokens: Sequence[int], num_threads: int, kernels: Kernels
+    cache: KVCache,
+    metadata: ContextMetadata,
+    chunk_tokens: Sequence[int],
+    num_threads: int,
+    kernels: Kernels,
+    first_stored: Sequence[int],
 ) -> float:
-    """Return the bytes of the document by the method that needs no profile, from those of its first chunk."""
+    """Return the bytes of the document by the method that needs no profile, from those of its fullest chunk."""
     config = default_config(cache.num_layers)
-    encoder = make_encoder(config, cache, metadata, chunk_tokens, num_threads=num_threads, kernels=kernels)
-    first = sum(map(len, encoder.encode_chunk(0)))
-    return len(encoder.tables_file) + first * sum(chunk_tokens) / chunk_tokens[0]
+    encoder = make_encoder(
+        config, cache, metadata, chunk_tokens, num_threads=num_threads, kernels=kernels, first_stored=first_stored
+    )
+    num_values = encoder.document.header.stored_values_of_chunks
+    fullest = num_values.index(max(num_values))
+    num_bytes = sum(map(len, encoder.encode_chunk(fullest)))
+    return len(encoder.tables_file) + num_bytes * sum(num_values) / num_values[fullest]
 
 
 def _find(

@@ -9,7 +9,7 @@ from cachegen.calibration.calibrate import CalibrationContext
 from cachegen.errors import InputError, MismatchError
 from cachegen.format.headers import PlaneShape
 from cachegen.methods.lossless.fit import fit_shared_model
-from cachegen.methods.lossless.predictor import Predictor, pack_predictor
+from cachegen.methods.lossless.predictor import Predictor, group_by_window, pack_predictor
 
 
 def make_predictor(
@@ -43,7 +43,11 @@ def make_predictor(
                 "with one `max_total_tokens`"
             )
         progress(1)
-    model = fit_shared_model([context.cache for context in contexts], rotations)
+    windows = metadata.windows if metadata.windows is not None and any(metadata.windows) else None
+    packed = b""
+    for layers in group_by_window(windows, cache.num_layers):
+        of_planes = tuple(rotations[plane] for layer in layers for plane in (2 * layer, 2 * layer + 1))
+        packed += fit_shared_model([context.cache.select(layers) for context in contexts], of_planes).pack()
     calibration = {
         "model_id": metadata.model_id,
         "num_contexts": len(contexts),
@@ -52,4 +56,5 @@ def make_predictor(
         **notes,
     }
     planes = tuple(PlaneShape(plane.shape[1], plane.shape[2]) for plane in cache.planes)
-    return pack_predictor(Predictor(metadata.model_fingerprint, planes, cache.dtype, model.pack(), calibration))[1]
+    fields = (metadata.model_fingerprint, planes, cache.dtype, packed, calibration)
+    return pack_predictor(Predictor(*fields, windows=windows))[1]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cachegen.errors import BackendUnavailableError, BitstreamError, not_finite_error
+from cachegen.errors import BackendUnavailableError, BitstreamError, NotFiniteError
 from cachegen.format import (
     LANES,
     MAX_CODE_TOKENS,
@@ -122,7 +122,7 @@ def measure(
         native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads, _native_path(path)
     )
     if plane >= 0:
-        raise not_finite_error(plane, token)
+        raise NotFiniteError(plane, token)
     return scales, counts.reshape(-1, 32)
 
 

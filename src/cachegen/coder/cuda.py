@@ -19,7 +19,7 @@ from cachegen.coder import cpu, cuda_memory
 from cachegen.coder.cuda_components import ComponentKernels
 from cachegen.coder.cuda_memory import Tables
 from cachegen.coder.cuda_transfers import Download
-from cachegen.errors import BackendUnavailableError, not_finite_error
+from cachegen.errors import BackendUnavailableError, NotFiniteError
 from cachegen.format import (
     LANES,
     MAX_CHANNELS,
@@ -116,7 +116,7 @@ class CudaKernels(ComponentKernels):
                 piece = values[start : start + step].to(device)
                 found, bad_token = self._measure_piece(piece, plane, plane_counts)
                 if bad_token != _NO_BAD_TOKEN:
-                    raise not_finite_error(index, start + bad_token)
+                    raise NotFiniteError(index, start + bad_token)
                 scales[index, start : start + step] = found
             counts.append(plane_counts.cpu().numpy().view(np.uint32))
         return scales, np.concatenate(counts)

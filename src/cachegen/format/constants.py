@@ -45,6 +45,13 @@ class Dtype(IntEnum):
         return 4 if self is Dtype.FLOAT32 else 2
 
 
+class StoredTokens(IntEnum):
+    """Which tokens of its layers a file has."""
+
+    ALL = 0
+    SOME = 1
+
+
 EXPONENT_BITS = {Dtype.FLOAT16: 0x7C00, Dtype.BFLOAT16: 0x7F80, Dtype.FLOAT32: 0x7F800000}
 """All set in infinities and NaNs, and in no other number."""
 

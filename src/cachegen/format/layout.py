@@ -53,9 +53,16 @@ def u8(meaning: str, *, least: int | None = None, most: int | None = None, value
     return _declare(Declared("B", meaning, least, most, values))
 
 
-def u16(meaning: str, *, least: int | None = None, most: int | None = None, **options: Any) -> Any:
+def u16(
+    meaning: str,
+    *,
+    least: int | None = None,
+    most: int | None = None,
+    values: type[IntEnum] | None = None,
+    **options: Any,
+) -> Any:
     """Declare an unsigned integer of 16 bits."""
-    return _declare(Declared("H", meaning, least, most), **options)
+    return _declare(Declared("H", meaning, least, most, values), **options)
 
 
 def u32(meaning: str, *, least: int | None = None, most: int | None = None, **options: Any) -> Any:

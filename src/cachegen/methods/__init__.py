@@ -97,6 +97,7 @@ def make_encoder(
     *,
     num_threads: int = 1,
     kernels: Kernels = CPU,
+    first_stored: Sequence[int] = (),
 ) -> Encoder:
     """Return the encoder of a saved cache.
 
@@ -104,6 +105,9 @@ def make_encoder(
         config: from `load_config`.
         cache: on the CPU; may be memory-mapped.
         chunk_tokens: the chunks' token counts, at most the cache's in all.
+        first_stored: per layer, the first token to store, such as `ContextMetadata.first_visible` of all tokens of the
+            chunks: then the document can only be used whole. Empty stores all tokens. A method that codes layers
+            together stores what is stored of any of them.
 
     Raises:
         BitstreamError: the cache's values are not those that were saved.
@@ -112,7 +116,9 @@ def make_encoder(
     method = method_named(config.method)
     if method is None:
         raise ValueError(f"`config` must be of a known method, got {config.method!r}")
-    return method.make_encoder(config, cache, metadata, chunk_tokens, num_threads=num_threads, kernels=kernels)
+    return method.make_encoder(
+        config, cache, metadata, chunk_tokens, num_threads=num_threads, kernels=kernels, first_stored=first_stored
+    )
 
 
 def open_document(

@@ -30,7 +30,14 @@ from cachegen.format.constants import CHUNK_MAGIC, LANES, Coder
 from cachegen.format.files import Chunk, split_chunk
 from cachegen.format.framing import Buffer, open_header
 from cachegen.format.headers import METHOD_OFFSET, ChunkHeader, DocumentHeader
-from cachegen.kv_cache import ContextMetadata, KVCache, check_planes, describe_difference, hash_token_prefixes
+from cachegen.kv_cache import (
+    ContextMetadata,
+    KVCache,
+    check_planes,
+    describe_difference,
+    hash_planes,
+    hash_token_prefixes,
+)
 from cachegen.methods.profile_files import AnyProfile, ReadFile
 
 FindProfile: TypeAlias = Callable[[bytes], Any]
@@ -107,7 +114,7 @@ class Document(ABC):
         Args:
             contents: the files of level 1, of level 2, ...; more of them give a finer result.
             output: where the chunk's tokens go: exactly as many as it must have, in the cache's dtype, on the kernels'
-                device.
+                device. What a layer does not hold of them becomes zero.
             first_token: where in the context the chunk must begin.
             token_hash: hash of the context's tokens up to the chunk's end; None where the caller has no context to
                 compare: the chunk is then the document's, whatever context that is of.
@@ -127,6 +134,9 @@ class Document(ABC):
         for level, content in enumerate(contents, 1):
             with naming_level(level):
                 chunks.append(self._split(content, level, chunks, output, first_token, token_hash, num_threads))
+        num_absent = self.header.num_absent(first_token, output.num_tokens)
+        for index, plane in enumerate(output.planes if num_absent else ()):
+            plane[: num_absent[index // 2]].zero_()
         return self._start(chunks, output, first_token, num_threads, kernels)
 
     def _split(
@@ -201,7 +211,10 @@ class Document(ABC):
 
     @abstractmethod
     def gates(self, header: Any) -> list[tuple[str, object, object]]:
-        """Return the method's own gates of a chunk: (field, found, wanted)."""
+        """Return the method's own gates of a chunk: (field, found, wanted).
+
+        Of a method that can leave out tokens, `num_absent` is one of them.
+        """
 
     @abstractmethod
     def _start(
@@ -228,20 +241,29 @@ class Encoder(ABC):
         chunk_tokens: Sequence[int],
         num_threads: int = 1,
         kernels: Kernels = CPU,
+        *,
+        first_stored: Sequence[int] = (),
     ) -> None:
-        """Read the cache's values once, for their hash.
+        """Read the cache's values, for their hash.
 
         Args:
             cache: on the CPU; may be memory-mapped.
             chunk_tokens: the chunks' token counts, at most the cache's in all.
+            first_stored: as in `DocumentHeader`; what is before it may be anything.
 
         Raises:
             BitstreamError: the cache's values are not those that were saved.
         """
         if sum(chunk_tokens) > cache.num_tokens or min(chunk_tokens, default=0) < 1:
             raise ValueError(f"`chunk_tokens` must be positive and at most {cache.num_tokens} in all")
+        if first_stored and (len(first_stored) != cache.num_layers or max(first_stored) > sum(chunk_tokens)):
+            raise ValueError("`first_stored` must have one token of the chunks, or their end, for each layer")
         self._cache, self._num_threads, self._kernels = cache, num_threads, kernels
         self._stops = list(itertools.accumulate(chunk_tokens))
+        self._first_stored = tuple(first_stored) if any(first_stored) else ()
+        cache_hash = check_planes(cache, metadata, num_threads)
+        if self._first_stored:
+            cache_hash = bytes.fromhex(hash_planes(cache, num_threads, first_stored=self._first_stored))
         hashes = hash_token_prefixes(metadata.token_ids, [*self._stops, cache.num_tokens])
         *self._token_hashes, token_hash = [bytes.fromhex(digest) for digest in hashes]
         self._document_fields: dict[str, Any] = {
@@ -251,8 +273,9 @@ class Encoder(ABC):
             "model_fingerprint": bytes.fromhex(metadata.model_fingerprint),
             "token_hash": token_hash,
             "rope_hash": bytes.fromhex(metadata.rope_hash),
-            "cache_hash": check_planes(cache, metadata, num_threads),
+            "cache_hash": cache_hash,
             "chunk_tokens": tuple(chunk_tokens),
+            "first_stored": self._first_stored,
         }
 
     @property
@@ -304,6 +327,11 @@ class Encoder(ABC):
                 return False
             refines = header.header_crc
         return True
+
+    def _num_absent(self, index: int) -> tuple[int, ...]:
+        """Return, per layer, how many of a chunk's first tokens are not stored; empty where none is in any."""
+        num_tokens = self.document.header.chunk_tokens[index]
+        return self.document.header.num_absent(self._stops[index] - num_tokens, num_tokens)
 
     def _hash_tables(self) -> bytes:
         return hashlib.sha256(self.tables_file).digest()
@@ -477,6 +505,7 @@ class Method(ABC):
         *,
         num_threads: int,
         kernels: Kernels,
+        first_stored: Sequence[int],
     ) -> Encoder:
         """Return an encoder; see `cachegen.methods.make_encoder`."""
 
@@ -553,7 +582,7 @@ class naming_level:
 def cut_streams(num_tokens: int, target: int) -> int:
     """Return the tokens of a stream, a multiple of 32, so that a chunk's streams are about `target` long, all alike."""
     num_streams = max(1, round(num_tokens / target))
-    return LANES * -(-num_tokens // (num_streams * LANES))
+    return LANES * max(1, -(-num_tokens // (num_streams * LANES)))
 
 
 def _show(value: object) -> str:

@@ -97,11 +97,16 @@ class EncodedFolder:
         """Return the token counts of the first `num_chunks` chunks; None: of all.
 
         Raises:
-            ConfigError: there are not so many.
+            ConfigError: there are not so many, or the document can only be used whole.
         """
         available = self.document.header.chunk_tokens
         if num_chunks is not None and num_chunks > len(available):
             raise ConfigError(f"{self.path}: `num_chunks` {num_chunks} asked for, {len(available)} are there")
+        if num_chunks is not None and num_chunks < len(available) and self.document.header.is_whole_only:
+            raise ConfigError(
+                f"{self.path}: `num_chunks` {num_chunks} asked for, but the document can only be used whole, all "
+                f"{len(available)}: what no token behind it attends to is not stored (`keep_all_tokens` keeps it)"
+            )
         return available[:num_chunks]
 
     @property
@@ -284,7 +289,8 @@ class EncodedFolder:
 def check_model(document: Document, tables_name: object, loaded: LoadedModel) -> None:
     """Refuse a model that is not the one whose cache was encoded, or whose cache has other shapes.
 
-    Nothing of a document's size has been allocated before. The shapes are those that one token of the model gives.
+    Nothing of a document's size has been allocated before. The shapes are those that one token of the model gives. A
+    document that leaves out tokens must have all that the model's windows show behind it.
 
     Args:
         tables_name: of the document's tables file, for messages.
@@ -307,6 +313,31 @@ def check_model(document: Document, tables_name: object, loaded: LoadedModel) ->
     difference = describe_difference(header.shapes, measure_plane_shapes(loaded))
     if difference is not None:
         raise MismatchError(f"{tables_name}: planes: {difference} with {loaded.model_id}: {remedy}")
+    check_windows(header.first_stored, header.num_covered_tokens, tables_name, loaded)
+
+
+def check_windows(first_stored: Sequence[int], num_tokens: int, name: object, loaded: LoadedModel) -> None:
+    """Refuse a document that leaves out what the tokens behind it attend to.
+
+    Args:
+        first_stored: as in `DocumentHeader`.
+        num_tokens: of its chunks.
+        name: of the file that says so, for messages.
+
+    Raises:
+        MismatchError: naming the first layer that lacks tokens.
+    """
+    if not first_stored:
+        return
+    from cachegen.pipeline.windows import find_first_visible
+
+    visible = find_first_visible(loaded.text_config, num_tokens)
+    for layer, (stored, needed) in enumerate(zip(first_stored, visible, strict=True)):
+        if stored > needed:
+            raise MismatchError(
+                f"{name}: first_stored is {stored} in layer {layer}, but {loaded.model_id} attends to token {needed} "
+                f"there from token {num_tokens} on: encode the context again, or give the model that computed the cache"
+            )
 
 
 def empty_on(device: torch.device, cache: KVCache, num_tokens: int | None = None) -> KVCache:

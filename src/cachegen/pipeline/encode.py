@@ -202,26 +202,26 @@ class _ChunkWriter:
 
     @property
     def result(self) -> EncodeResult:
-        tokens = self._encoder.document.header.chunk_tokens
+        num_values = self._encoder.document.header.stored_values_of_chunks
         return EncodeResult(
             self._encoder.document.header,
             self._sizes,
             self._num_reused,
             tuple(self._repaired),
-            {level: _join_errors(errors, tokens) for level, errors in self._errors.items()},
+            {level: _join_errors(errors, num_values) for level, errors in self._errors.items()},
             self._chunk_bytes,
         )
 
 
-def _join_errors(errors: Sequence[ErrorMeasure], chunk_tokens: Sequence[int]) -> ErrorMeasure:
-    """Return the error of a document from those of its chunks."""
+def _join_errors(errors: Sequence[ErrorMeasure], num_values: Sequence[int]) -> ErrorMeasure:
+    """Return the error of a document from those of its chunks, which hold so many values."""
     largest = max(error.largest for error in errors)
     total = 0.0
-    for error, tokens in zip(errors, chunk_tokens, strict=True):
+    for error, count in zip(errors, num_values, strict=True):
         if error.mean is None:
             return ErrorMeasure(largest)
-        total += error.mean * tokens
-    return ErrorMeasure(largest, total / sum(chunk_tokens))
+        total += error.mean * count
+    return ErrorMeasure(largest, total / max(sum(num_values), 1))
 
 
 def read_encoded_levels(

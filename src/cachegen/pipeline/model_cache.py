@@ -11,10 +11,68 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from cachegen.errors import InputError
 from cachegen.kv_cache import KVCache
+
+
+class WholeLayer(DynamicLayer):
+    """A layer of transformers that must not be cropped into what was decoded: other layers lack tokens then.
+
+    Attributes:
+        least_length: the tokens that were decoded.
+        num_missing: first tokens that the layer does not hold.
+    """
+
+    num_missing = 0
+
+    def __init__(self, least_length: int) -> None:
+        super().__init__()
+        self.least_length = least_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove so many of the last tokens, as a negative number.
+
+        Raises:
+            ValueError: they are of those that were decoded.
+        """
+        # Releases differ in what a positive number means; nobody may mean less than all that was decoded.
+        length = self.get_seq_length()
+        if (length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove) < self.least_length:
+            raise ValueError(
+                f"the cache can only be used whole, {self.least_length} tokens: compress with keep_all_tokens=True to "
+                "go on from fewer"
+            )
+        super().crop(tokens_to_remove)
+
+
+class WindowedLayer(WholeLayer):
+    """A layer with a window, without the tokens that no token behind the decoded ones attends to.
+
+    As transformers' own layers of this kind it tells the mask where its tokens begin; unlike these it drops none later,
+    so that a question and its answer can be cropped again.
+    """
+
+    is_sliding = True
+
+    def __init__(self, least_length: int, num_missing: int) -> None:
+        super().__init__(least_length)
+        self.num_missing = num_missing
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens, those that are missing among them."""
+        return self.num_missing + (self.keys.shape[-2] if isinstance(self.keys, torch.Tensor) else 0)
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Return how many tokens attention will see, and the position of the first."""
+        kv_length, kv_offset = super().get_mask_sizes(*args, **kwargs)
+        return kv_length - self.num_missing, kv_offset + self.num_missing
+
+    def reset(self) -> None:
+        """Forget the tokens."""
+        super().reset()
+        self.num_missing = self.least_length = 0
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -25,6 +83,8 @@ class PreallocatedLayer(DynamicLayer):
         keys, values: views `[1, num_kv_heads, num_tokens, head_dim]` of the buffers; heads and dims of the two may
             differ. None before the first use.
         num_head_repeats: how often the model repeats each head, of which one is kept.
+        least_length: fewer tokens, but none, it must not be set to: tokens of some layer's window are missing then.
+        num_missing: first tokens that are not to be relied upon, and that no later token attends to.
 
     It is no sliding-window layer, whatever the model: all tokens are kept, and the model's mask does the rest.
     """
@@ -35,6 +95,7 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self.num_head_repeats = num_head_repeats
+        self.least_length = self.num_missing = 0
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -88,8 +149,15 @@ class PreallocatedLayer(DynamicLayer):
         Whoever lengthens a layer has written the tokens.
 
         Raises:
-            ValueError: there is no room for so many, or no buffer yet.
+            ValueError: there is no room for so many, or no buffer yet; or the layer must be used whole.
         """
+        if 0 < num_tokens < self.least_length:
+            raise ValueError(
+                f"`num_tokens` must be 0 or at least {self.least_length}, got {num_tokens}: the cache lacks what "
+                "earlier tokens attend to"
+            )
+        if num_tokens == 0:
+            self.least_length = self.num_missing = 0  # what follows is computed
         if self._buffers is None:
             if num_tokens != 0:
                 raise ValueError(f"the layer is still empty and cannot be set to {num_tokens} tokens")
@@ -235,9 +303,37 @@ def planes_of_cache(cache: Any) -> KVCache:
             sliding window has dropped some.
         ValueError: as `KVCache`.
     """
+    planes, num_missing = planes_and_missing(cache)
+    for index, missing in enumerate(num_missing):
+        if missing:
+            raise _missing_error(index, cache.layers[index], planes.num_tokens - missing, planes.num_tokens)
+    return planes
+
+
+def _missing_error(index: int, layer: object, num_held: int, num_tokens: int) -> InputError:
+    return InputError(
+        f"the cache's layer {index} ({type(layer).__name__}) holds {num_held} of {num_tokens} tokens: call the model "
+        "with past_key_values=DynamicCache(), which keeps them all"
+    )
+
+
+def planes_and_missing(cache: Any) -> tuple[KVCache, tuple[int, ...]]:
+    """Return the keys and values that a transformers cache holds, zeros for what sliding windows have dropped.
+
+    Args:
+        cache: a cache of one sequence.
+
+    Returns:
+        As `planes_of_cache`, but that the planes of a layer that lacks tokens are copies; and per layer, how many of
+        its first tokens it lacks.
+
+    Raises:
+        TypeError, InputError, ValueError: as `planes_of_cache`, but for dropped tokens.
+    """
     if not isinstance(cache, Cache):
         raise TypeError(f"`cache` must be a transformers cache or a KVCache, got {type(cache).__name__}")
     keys, values = [], []
+    num_missing: list[int] = []
     layers = list(getattr(cache, "layers", ()))
     while layers and type(layers[-1]).__name__ == "DummyLayer":  # of layers that use the keys and values of others
         layers.pop()
@@ -245,6 +341,7 @@ def planes_of_cache(cache: Any) -> KVCache:
         if not hasattr(layer, "get_seq_length"):
             raise InputError(f"the cache's layer {index} ({type(layer).__name__}) holds no keys of every token")
         num_tokens = int(layer.get_seq_length())
+        num_missing.append(getattr(layer, "num_missing", 0))
         for kind, planes in (("keys", keys), ("values", values)):
             states = getattr(layer, kind, None)
             if not isinstance(states, torch.Tensor) or states.ndim != 4:
@@ -252,16 +349,17 @@ def planes_of_cache(cache: Any) -> KVCache:
             num_sequences, _, num_held, _ = states.shape
             if num_sequences != 1:
                 raise InputError(f"the cache holds {num_sequences} sequences, one is needed")
+            states = states.detach()
+            if num_held < num_tokens and not isinstance(layer, (DynamicSlidingWindowLayer, WindowedLayer)):
+                raise _missing_error(index, layer, num_held, num_tokens)
             if num_held < num_tokens:
-                raise InputError(
-                    f"the cache's layer {index} ({type(layer).__name__}) holds {num_held} of {num_tokens} tokens: call "
-                    "the model with past_key_values=DynamicCache(), which keeps them all"
-                )
+                num_missing[-1] = num_tokens - num_held
+                states = torch.nn.functional.pad(states, (0, 0, num_missing[-1], 0))
             # [1, heads, tokens, dim] -> [tokens, heads, dim]; a static cache has room for more
-            planes.append(states.detach()[0, :, :num_tokens].permute(1, 0, 2))
+            planes.append(states[0, :, :num_tokens].permute(1, 0, 2))
     if not keys or keys[0].shape[0] == 0:
         raise InputError("the cache is empty")
-    return KVCache(keys, values)
+    return KVCache(keys, values), tuple(num_missing)
 
 
 def to_dynamic_cache(cache: Cache) -> DynamicCache:
@@ -269,21 +367,31 @@ def to_dynamic_cache(cache: Cache) -> DynamicCache:
 
     Args:
         cache: of preallocated layers; what it holds now is what the new one holds, as views of its buffers. All layers
-            keep all tokens, whatever windows the model has: its mask does the rest.
+            keep all tokens, whatever windows the model has: its mask does the rest. But where it must be used whole,
+            the new one refuses to be cropped into it, and layers that lack tokens hold copies of what they have.
     """
     dynamic = DynamicCache()
     for layer in preallocated_layers(cache):
         if layer.keys is None or layer.values is None:
             raise ValueError("`cache` must have buffers in every layer")
-        grown = DynamicLayer()
-        grown.lazy_initialization(layer.keys, layer.values)
-        grown.keys, grown.values = layer.keys, layer.values
-        if layer.num_head_repeats > 1:
-            grown.keys, grown.values = (
-                repeat_heads(states, layer.num_head_repeats) for states in (layer.keys, layer.values)
-            )
-        dynamic.layers.append(grown)
+        dynamic.layers.append(_to_dynamic_layer(layer, layer.keys, layer.values))
     return dynamic
+
+
+def _to_dynamic_layer(layer: PreallocatedLayer, keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
+    """Return transformers' own kind of layer, of views, or of copies of what a windowed layer has."""
+    if layer.num_missing:
+        grown = WindowedLayer(layer.least_length, layer.num_missing)
+        # Copies, so that the memory of what is missing is free; what is born in inference mode cannot be used outside.
+        with torch.inference_mode(False):
+            keys, values = (states[:, :, layer.num_missing :].clone() for states in (keys, values))
+    else:
+        grown = WholeLayer(layer.least_length) if layer.least_length else DynamicLayer()
+    grown.lazy_initialization(keys, values)
+    if layer.num_head_repeats > 1:
+        keys, values = (repeat_heads(states, layer.num_head_repeats) for states in (keys, values))
+    grown.keys, grown.values = keys, values
+    return grown
 
 
 def set_length(cache: Cache, num_tokens: int) -> None:
@@ -296,6 +404,23 @@ def set_length(cache: Cache, num_tokens: int) -> None:
     """
     for layer in preallocated_layers(cache):
         layer.set_length(num_tokens)
+
+
+def keep_whole(cache: Cache, num_tokens: int, num_missing: Sequence[int]) -> None:
+    """Refuse, from now on, to let the cache hold fewer tokens than these, but none, where layers lack tokens.
+
+    Args:
+        cache: holds these tokens.
+        num_missing: per layer, how many of its first tokens are not to be relied upon, the same in all layers with the
+            same window, since the model has one mask for them; empty where none is in any.
+    """
+    for layer, missing in zip(preallocated_layers(cache), num_missing, strict=bool(num_missing)):
+        layer.least_length, layer.num_missing = num_tokens, missing
+
+
+def is_whole_only(cache: Cache) -> bool:
+    """Tell whether `keep_whole` was asked of a cache."""
+    return any(layer.least_length for layer in preallocated_layers(cache))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from cachegen.pipeline.limits import check_context, check_length
 from cachegen.pipeline.model import LoadedModel, read_rotary_embeddings
 from cachegen.pipeline.model_cache import empty_cache, preallocated_layers, set_length, view_kv_cache
 from cachegen.pipeline.rotation import find_rotations
+from cachegen.pipeline.windows import find_windows
 
 
 def tokenize(loaded: LoadedModel, text: str, *, add_special_tokens: bool = True) -> torch.Tensor:
@@ -70,6 +71,7 @@ def prefill_context(
         rotary_embeddings=loaded.rotary_embeddings,
         block_size=block_size,
         plane_rotations=find_rotations(loaded).planes,
+        windows=find_windows(loaded.text_config),
     )
     return view_kv_cache(cache, len(cached_ids)), metadata
 

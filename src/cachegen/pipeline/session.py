@@ -15,9 +15,9 @@ from cachegen.pipeline.frequencies import DEFAULT_ROOM, choose_frequencies, matc
 from cachegen.pipeline.generate import Answer, generate_answer, generate_from_text
 from cachegen.pipeline.limits import check_prompts
 from cachegen.pipeline.model import LoadedModel
-from cachegen.pipeline.model_cache import Cache, view_kv_cache
+from cachegen.pipeline.model_cache import Cache, is_whole_only, view_kv_cache
 from cachegen.pipeline.prefill import tokenize
-from cachegen.pipeline.verify import compare_with_text, is_saved_cache
+from cachegen.pipeline.verify import compare_with_text, count_verified_tokens, is_saved_cache
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,13 @@ class Session:
             What --verify adds to the JSON.
         """
         references = [generate_from_text(self.loaded, prompt, self.max_new_tokens) for prompt in self.prompts]
+        token_ids, start = self.token_ids, None
+        if num_cached > len(token_ids) - count_verified_tokens(len(token_ids)) and is_whole_only(cache):
+            # It cannot end before the tokens that are usually verified: those behind it are, and the answer's.
+            answer = torch.tensor(references[0].token_ids[:-1], dtype=token_ids.dtype)
+            token_ids, start = torch.cat([self.prompts[0], answer]), num_cached
         fidelity = compare_with_text(
-            self.loaded, self.token_ids, cache, num_decoded_tokens=num_cached, block_size=block_size
+            self.loaded, token_ids, cache, num_decoded_tokens=num_cached, block_size=block_size, start=start
         )
         return {
             "kl": fidelity.kl,

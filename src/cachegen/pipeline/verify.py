@@ -62,7 +62,7 @@ def count_verified_tokens(num_tokens: int) -> int:
 
 
 def is_saved_cache(cache: KVCache, header: DocumentHeader) -> bool:
-    """Tell whether a decoded cache is, bit for bit, the one that a document was encoded from.
+    """Tell whether a decoded cache is, bit for bit, the one that a document was encoded from, as far as it is stored.
 
     Args:
         cache: all that was decoded; of fewer tokens than the saved one nothing is known, and the answer is no.
@@ -70,7 +70,7 @@ def is_saved_cache(cache: KVCache, header: DocumentHeader) -> bool:
     if cache.num_tokens != header.num_cache_tokens:
         return False
     on_cpu = KVCache([plane.cpu() for plane in cache.keys], [plane.cpu() for plane in cache.values])
-    return hash_planes(on_cpu) == header.cache_hash.hex()
+    return hash_planes(on_cpu, first_stored=header.first_stored) == header.cache_hash.hex()
 
 
 @torch.inference_mode()
@@ -185,6 +185,7 @@ def compare_with_text(
     *,
     num_decoded_tokens: int,
     block_size: int = DEFAULT_BLOCK_SIZE,
+    start: int | None = None,
 ) -> Fidelity:
     """Compare predictions on a decoded cache with those of one plain pass of the model over the whole context.
 
@@ -198,10 +199,13 @@ def compare_with_text(
         decoded_cache: with a capacity of `num_tokens` at least; it holds the same tokens afterwards as before.
         num_decoded_tokens: tokens the decoded cache holds.
         block_size: tokens per step of what is recomputed on the decoded cache before the verified tokens.
+        start: the first token that is verified; None: as `count_verified_tokens` says. A cache that can only be used
+            whole is verified behind all of it.
 
     Source: as `compare_caches`.
     """
-    start = _first_verified(token_ids, decoded_cache)
+    last = _first_verified(token_ids, decoded_cache)
+    start = last if start is None else start
     num_verified = len(token_ids) - start
     limit = {"logits_to_keep": num_verified} if loaded.can_limit_logits else {}
     inputs = token_ids.to(device=loaded.device, dtype=torch.int64)[None]

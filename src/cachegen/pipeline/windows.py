@@ -5,39 +5,66 @@ transformers' own cache layers know the size of a window; a chunk's begin is her
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import DynamicCache
 
 from cachegen.pipeline.architecture import count_cached_layers
+from cachegen.windows import Window, Windows, first_visible_tokens
 
 
-def find_first_visible(text_config: Any, num_tokens: int) -> list[int]:
-    """Return, per layer with a cache, the first of `num_tokens` cached tokens that any token behind them attends to.
+def find_windows(text_config: Any) -> Windows:
+    """Return the window of each layer with a cache.
 
-    A layer with a window of w lets a token attend to itself and the w - 1 before it; one with chunks of c to its own
-    chunk, which begins at a multiple of c. Later tokens attend to no earlier ones than the next does. Where
-    transformers itself keeps all tokens of a layer, all are visible: GPT-Neo has windows that its cache does not know.
+    Where transformers itself keeps all tokens of a layer, it has none here: GPT-Neo has windows that its cache does not
+    know.
 
     Args:
         text_config: the decoder's config, which `architecture.refuse_unrepresentable` lets pass.
-        num_tokens: that the cache holds.
     """
     layer_types = getattr(text_config, "layer_types", None)
     layers = DynamicCache(config=text_config).layers[: count_cached_layers(text_config)]
-    first = []
+    windows: list[Window | None] = []
     for index, layer in enumerate(layers):
-        window = getattr(layer, "sliding_window", None)
-        if window is None:
-            first.append(0)
+        num_tokens = getattr(layer, "sliding_window", None)
+        if num_tokens is None:
+            windows.append(None)
         elif layer_types is not None and layer_types[index] == "chunked_attention":
-            first.append(num_tokens // window * window)
+            windows.append(Window("chunked", num_tokens))
         else:
-            first.append(max(0, num_tokens - (window - 1)))
-    return first
+            windows.append(Window("sliding", num_tokens))
+    return tuple(windows)
 
 
-def count_visible_values(shapes: list[tuple[int, int]], first_visible: list[int], num_tokens: int) -> tuple[int, int]:
+def find_first_visible(text_config: Any, num_tokens: int) -> tuple[int, ...]:
+    """Return, per layer with a cache, the first of `num_tokens` cached tokens that any token behind them attends to.
+
+    Args:
+        text_config: as for `find_windows`.
+        num_tokens: that the cache holds.
+    """
+    return first_visible_tokens(find_windows(text_config), num_tokens)
+
+
+def find_missing(text_config: Any, first_stored: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+    """Return, per layer, how many first tokens a decoded cache can do without: what its windows hide.
+
+    Layers of one window are alike, though a document may hold more of some of them.
+
+    Args:
+        text_config: as for `find_windows`.
+        first_stored: as in `DocumentHeader`, of a document of `num_tokens` that the model can use.
+
+    Returns:
+        Nothing for a document that holds all tokens.
+    """
+    return find_first_visible(text_config, num_tokens) if any(first_stored) else ()
+
+
+def count_visible_values(
+    shapes: Sequence[tuple[int, int]], first_visible: Sequence[int], num_tokens: int
+) -> tuple[int, int]:
     """Return how many numbers of a cache the tokens behind it attend to, and how many it has.
 
     Args:

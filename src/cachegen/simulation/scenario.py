@@ -226,6 +226,16 @@ def load_encodings(
     )
 
 
+def can_only_be_used_whole(paths: Sequence[str | os.PathLike[str]]) -> bool:
+    """Tell whether a document in `--json` records of run_encoding.py lacks what no token behind it attends to.
+
+    Raises:
+        ConfigError: a file is not such a record.
+    """
+    records = [_load_fields(path) for path in paths]
+    return any("is_whole_only" in record and record.flag("is_whole_only") for record in records)
+
+
 def _chunks_of_record(path: object, record: Fields, expected_kl: Sequence[float] | None) -> tuple[ChunkLevels, ...]:
     levels = record.objects("levels", 1, _MAX_LEVELS_OF_A_CODEC)
     is_embedded = record.flag("levels_are_embedded")

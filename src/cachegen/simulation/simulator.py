@@ -72,6 +72,7 @@ def simulate_request(
     num_connections: int = 1,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     num_layers: int = 1,
+    is_whole_only: bool = False,
     observe: Callable[[LoadState], None] | None = None,
 ) -> SimulatedRequest:
     """Load one document over `trace` and return when its first token came.
@@ -89,12 +90,13 @@ def simulate_request(
         block_tokens: tokens that the model computes in one go.
         num_layers: of the model. When the policy ends while the model computes, the first token waits for the end of
             the layer, whose time is its part of the block's; 1 for a model that cannot leave a block half-way.
+        is_whole_only: as in `LoadState`.
         observe: called with each state before the policy is.
 
     Raises:
         RuntimeError: the policy neither ends nor waits for anything: a bug in it.
     """
-    world = _World(chunks, objective, speeds, true_speeds or speeds, trace, num_connections)
+    world = _World(chunks, objective, speeds, true_speeds or speeds, trace, num_connections, is_whole_only)
     num_decisions = 0
     while True:
         state = world.state()
@@ -133,6 +135,7 @@ class _World:
         true: Speeds,
         trace: BandwidthTrace,
         num_connections: int,
+        is_whole_only: bool,
     ) -> None:
         self._known = LoadState(
             chunks,
@@ -140,6 +143,7 @@ class _World:
             objective,
             believed,
             num_connections=num_connections,
+            is_whole_only=is_whole_only,
         )
         self._chunks = chunks
         self._true = true
@@ -189,8 +193,9 @@ class _World:
             self._requests.append(_Request(fetch, self._now, first_byte_at, size, float(size)))
             self._num_requests += 1
         if decision.compute is not None:
-            self._computing = Computing(decision.compute, self._now)
-            self._compute_left = self._prefill_seconds(decision.compute)
+            chunk = self.state().chunk_to_compute(decision.compute)
+            self._computing = Computing(chunk, self._now)
+            self._compute_left = self._prefill_seconds(chunk)
         if decision.decode is not None:
             chunk, level = decision.decode.chunk, decision.decode.level
             self._decoding = Decoding(chunk, level, self._now)

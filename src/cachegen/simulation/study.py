@@ -124,8 +124,12 @@ def run_cases(
     num_connections: int = 1,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     num_layers: int = 1,
+    is_whole_only: bool = False,
 ) -> Iterator[Outcome]:
     """Yield the outcome of each system on each trace, trace by trace.
+
+    Args:
+        is_whole_only: the documents, as in `LoadState`.
 
     The model breaks off between two of its layers: `Speeds.stop_seconds` is replaced by what one layer of the
     document's last block takes.
@@ -150,6 +154,7 @@ def run_cases(
                 num_connections=num_connections,
                 block_tokens=block_tokens,
                 num_layers=num_layers,
+                is_whole_only=is_whole_only,
             )
             computed = request.levels.count(TEXT) / len(request.levels)
             yield Outcome(case, system.name, request.ttft_seconds, request.loss, request.num_bytes, computed)

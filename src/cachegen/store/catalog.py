@@ -68,6 +68,11 @@ class FoundDocument:
     address: str
     num_chunks: int
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether there are shared chunks, and they can be used without the others."""
+        return self.num_chunks == len(self.manifest.chunks) or (self.num_chunks > 0 and not self.manifest.is_whole_only)
+
 
 @dataclass(frozen=True)
 class Published:
@@ -148,11 +153,12 @@ def publish_document(
                 stops, header.chunk_tokens, hashes, zip(*chunk_files, strict=True), strict=True
             )
         ),
+        first_stored=header.first_stored,
     )
     content, name = pack_manifest(manifest), manifest_name(manifest)
     unpack_manifest(content)  # what we would refuse must not be written
     writer.put_bytes(name, content)
-    writer.put_pointers(name, metadata, stops[-1])
+    writer.put_pointers(name, manifest, metadata)
     # What a client asks that goes on from this context.
     token_ids = torch.cat([metadata.token_ids, metadata.token_ids[-1:]])
     found = find_document(store, token_ids, model_fingerprint=metadata.model_fingerprint, rope_hash=metadata.rope_hash)
@@ -175,6 +181,10 @@ def find_document(
     Args:
         token_ids: integers `[num_tokens]`; the last one is not looked for, since generation begins with it.
 
+    Returns:
+        Where the document can only be used whole and the text shares a part of it only, another with a shorter prefix
+        that is usable, if there is one.
+
     Raises:
         StoreError: the store cannot be read, or is none of ours.
         BitstreamError: the store's description, a pointer or the manifest is corrupt.
@@ -187,14 +197,31 @@ def find_document(
         stops.append(num_tokens)  # a document may end anywhere: its last pointer is at its end
     names = [pointer_name(model_fingerprint, rope_hash, digest) for digest in hash_token_prefixes(token_ids, stops)]
     name = _find_whole(store, names[-1]) if names and num_tokens % tokens_per_block else None
-    if name is None:
-        low, found = 0, num_tokens // tokens_per_block + 1  # names[low - 1] exists, names[found - 1] does not
-        while found - low > 1:
-            middle = (low + found) // 2
-            low, found = (middle, found) if store.exists(names[middle - 1]) else (low, middle)
-        if low == 0:
-            return None
+    if name is not None:
+        return _open(store, name, token_ids, model_fingerprint, rope_hash)
+    low = _bisect(0, num_tokens // tokens_per_block, lambda count: store.exists(names[count - 1]))
+    longest: FoundDocument | None = None
+    while low > 0:
         name = read_pointer(store, names[low - 1])
+        found = _open(store, name, token_ids, model_fingerprint, rope_hash)
+        longest = longest or found
+        if found.is_usable or not found.manifest.is_whole_only:
+            return found if found.is_usable else longest
+        # Shorter prefixes lead to documents that end earlier, if there are any.
+        low = _bisect(0, low - 1, lambda count, name=name: read_pointer(store, names[count - 1]) != name)
+    return longest
+
+
+def _bisect(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """Return the largest number from `low`, of which something holds, to `high` of which it holds; below, it does."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _open(store: Store, name: str, token_ids: torch.Tensor, model_fingerprint: str, rope_hash: str) -> FoundDocument:
+    """Read a manifest that a pointer led to, and compare it with a text."""
     address = store.describe(name)
     manifest = read_manifest(store, name)
     for field, value, wanted in (
@@ -306,6 +333,7 @@ def _check_together(headers: Sequence[DocumentHeader], metadata: ContextMetadata
             ("dtype", header.dtype, first.dtype),
             ("prefill_block_size", header.prefill_block_size, first.prefill_block_size),
             ("chunk_tokens", header.chunk_tokens, first.chunk_tokens),
+            ("first_stored", header.first_stored, first.first_stored),
             ("planes", header.shapes, first.shapes),
         ]
         for field, found, wanted in gates:

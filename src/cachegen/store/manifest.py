@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict, dataclass
 
 from cachegen.fields import Fields, parse_fields, refuse_file
-from cachegen.format import MAX_CHUNK_TOKENS, MAX_CHUNKS, Coder
+from cachegen.format import MAX_CHUNK_TOKENS, MAX_CHUNKS, MAX_LAYERS, Coder
 from cachegen.format.files import MAX_FILE_BYTES, MAX_TABLES_BYTES
 from cachegen.methods import METHODS
 
@@ -84,6 +84,8 @@ class Manifest:
         num_cache_tokens: of the saved cache; chunks may cover fewer.
         token_hash: of those tokens.
         values_per_token: scalars of keys and values of all layers; bounds every file's size.
+        first_stored: per layer, the first token that the chunks hold, as in a `DocumentHeader`; empty where they hold
+            all. The manifest has the field only where it is not empty.
     """
 
     model_id: str
@@ -96,6 +98,12 @@ class Manifest:
     values_per_token: int
     levels: tuple[Level, ...]
     chunks: tuple[ChunkEntry, ...]
+    first_stored: tuple[int, ...] = ()
+
+    @property
+    def is_whole_only(self) -> bool:
+        """Whether the chunks are of use only all together."""
+        return bool(self.first_stored)
 
     @property
     def num_covered_tokens(self) -> int:
@@ -115,6 +123,8 @@ class Manifest:
 def pack_manifest(manifest: Manifest) -> bytes:
     """Return the manifest as it is stored; equal manifests give equal bytes."""
     content = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **asdict(manifest)}
+    if not manifest.first_stored:
+        del content["first_stored"]
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
@@ -168,7 +178,8 @@ def is_object_name(name: object) -> bool:
 
 
 def _read_manifest(fields: Fields) -> Manifest:
-    fields.require(("format", "version", *Manifest.__dataclass_fields__))
+    names = [name for name in Manifest.__dataclass_fields__ if name != "first_stored" or name in fields]
+    fields.require(("format", "version", *names))
     levels = tuple(
         _read_level(level, number) for number, level in enumerate(fields.objects("levels", 1, MAX_STORED_LEVELS), 1)
     )
@@ -193,7 +204,18 @@ def _read_manifest(fields: Fields) -> Manifest:
         values_per_token=values_per_token,
         levels=levels,
         chunks=tuple(chunks),
+        first_stored=_read_first_stored(fields, chunks[-1].end_token),
     )
+
+
+def _read_first_stored(fields: Fields, num_covered: int) -> tuple[int, ...]:
+    """Read the field that documents have which can only be used whole; their tables files have it, too."""
+    if "first_stored" not in fields:
+        return ()
+    found = fields.items("first_stored", 1, MAX_LAYERS)
+    if not all(type(number) is int and 0 <= number <= num_covered for number in found) or not any(found):
+        raise fields.error("first_stored", f"must be numbers from 0 to {num_covered}, not all of them 0")
+    return tuple(found)
 
 
 def _read_level(fields: Fields, number: int) -> Level:

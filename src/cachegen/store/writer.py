@@ -1,7 +1,8 @@
 """Write a document's objects into a store: what is there and whole stays, what is damaged is repaired.
 
 Objects are named by their content, so whatever else has the name of one is damaged. Pointers are not: one that leads
-to another document stays, one that leads to an older manifest of the same document is replaced. A pointer is written
+to another document stays, but where that can only be used whole and fewer texts go on from it; one that leads to an
+older manifest of the same document is replaced. A pointer is written
 whole or not at all, after everything that it leads to, so that a reader sees the older manifest or the newer one,
 whole, whoever else publishes at the same time and wherever publishing is interrupted. Of two publishers at once each
 pointer keeps what was written last.
@@ -24,7 +25,7 @@ from cachegen.store.index import (
     read_manifest,
     read_pointer,
 )
-from cachegen.store.manifest import StoredObject
+from cachegen.store.manifest import Manifest, StoredObject
 from cachegen.store.store import Ensured, Store
 
 _MAX_RACES = 10
@@ -43,7 +44,7 @@ class StoreWriter:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._tokens_per_block = TOKENS_PER_BLOCK
-        self._levels_of: dict[str, int | None] = {}
+        self._manifests: dict[str, Manifest | None] = {}
         self.num_written = self.bytes_written = 0
         self.repaired: list[str] = []
         self.superseded: dict[str, int | None] = {}
@@ -86,18 +87,22 @@ class StoreWriter:
         if ensured is Ensured.REPAIRED:
             self.repaired.append(name)
 
-    def put_pointers(self, manifest: str, metadata: ContextMetadata, num_tokens: int) -> None:
+    def put_pointers(self, name: str, manifest: Manifest, metadata: ContextMetadata) -> None:
         """Point to a manifest every block of its tokens, the shortest prefix first, and at their end.
+
+        Args:
+            name: of the manifest's object.
 
         Raises:
             OutputError: a pointer cannot be written.
         """
+        num_tokens = manifest.num_covered_tokens
         stops = [*range(self._tokens_per_block, num_tokens, self._tokens_per_block), num_tokens]
         for digest in hash_token_prefixes(metadata.token_ids, stops):
-            self._point(pointer_name(metadata.model_fingerprint, metadata.rope_hash, digest), manifest)
+            self._point(pointer_name(metadata.model_fingerprint, metadata.rope_hash, digest), name, manifest)
 
-    def _point(self, name: str, manifest: str) -> None:
-        content = pack_small({"manifest": manifest})
+    def _point(self, name: str, manifest_name: str, manifest: Manifest) -> None:
+        content = pack_small({"manifest": manifest_name})
         self._store.sweep(name)  # where nothing is to be written, too
         for _ in range(_MAX_RACES):
             try:
@@ -113,30 +118,32 @@ class StoreWriter:
                     self._count(content)
                     return
                 continue  # another publisher was quicker: see what it wrote
-            if target == manifest:
+            if target == manifest_name:
                 return
-            num_levels = self._count_levels(target)
-            if is_same_document(target, manifest):
+            found = self._read(target)
+            if is_same_document(target, manifest_name):
                 self._replace(name, content)
-                self.superseded[target] = num_levels
-            elif num_levels is None:  # it led nowhere
+                self.superseded[target] = None if found is None else len(found.levels)
+            elif found is None:  # it led nowhere
                 self._replace(name, content)
                 self.repaired.append(name)
+            elif _serves_more_texts(manifest, found):
+                self._replace(name, content)
             return
         raise OutputError(f"{self._store.describe(name)}: comes and goes; run it again")
 
-    def _count_levels(self, manifest: str) -> int | None:
-        """Return how many levels a manifest has; None for one that is missing or damaged."""
-        if manifest not in self._levels_of:
+    def _read(self, manifest: str) -> Manifest | None:
+        """Return a manifest; None for one that is missing or damaged."""
+        if manifest not in self._manifests:
             try:
-                self._levels_of[manifest] = len(read_manifest(self._store, manifest).levels)
+                self._manifests[manifest] = read_manifest(self._store, manifest)
             except UnsupportedVersionError as error:
                 raise OutputError(f"{error}; a later release keeps this store") from error
             except CacheGenError as error:
                 if not isinstance(error, BitstreamError) and not getattr(error, "is_missing", False):
                     raise OutputError(f"{error}; so it cannot be published") from error
-                self._levels_of[manifest] = None
-        return self._levels_of[manifest]
+                self._manifests[manifest] = None
+        return self._manifests[manifest]
 
     def _replace(self, name: str, content: bytes) -> None:
         self._store.put(name, content, overwrite=True)
@@ -145,3 +152,12 @@ class StoreWriter:
     def _count(self, content: bytes) -> None:
         self.num_written += 1
         self.bytes_written += len(content)
+
+
+def _serves_more_texts(manifest: Manifest, other: Manifest) -> bool:
+    """Tell whether more texts that share a beginning with both documents can use the first than the other.
+
+    One that can only be used whole is for texts that go on from its end.
+    """
+    ends_earlier = manifest.num_covered_tokens < other.num_covered_tokens
+    return other.is_whole_only and (not manifest.is_whole_only or ends_earlier)

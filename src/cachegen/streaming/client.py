@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,8 +18,9 @@ from cachegen.errors import ConfigError
 from cachegen.kv_cache import hash_rotary_embeddings
 from cachegen.methods import method_named
 from cachegen.methods.base import FindProfile
-from cachegen.pipeline.decode import copy_cache, empty_on
+from cachegen.pipeline.decode import check_windows, copy_cache, empty_on
 from cachegen.store.store import Store
+from cachegen.streaming.load_report import LoadResult
 from cachegen.streaming.loader import SILENCE_SECONDS, Loader
 from cachegen.streaming.policies import POLICIES
 from cachegen.streaming.policy import DecodeSpeed, Objective, Policy, PrefillSpeed, Speeds
@@ -62,6 +64,8 @@ class ModelWorkers:
         self._staging = empty_on(self.device, self._target, longest)
         shapes = [tuple(plane.shape[1:]) for plane in self._target.planes]
         self.document.expect_planes(shapes, self._target.dtype)
+        manifest = self.document.manifest
+        check_windows(manifest.first_stored, self.document.num_tokens, self.document.address, self.loaded)
         method = method_named(self.document.manifest.levels[0].method)
         # Tokens that are never taken from a file; see `recompute_first_tokens`.
         self._num_first = min(method.num_sink_tokens if method else 0, self.document.num_tokens)
@@ -172,7 +176,7 @@ def make_loader(
     elapsed_seconds: float = 0.0,
     silence_seconds: float = SILENCE_SECONDS,
 ) -> Loader:
-    """Return a loader that fills `cache` with the document's tokens; run it, then `set_length` and generate.
+    """Return a loader that fills `cache` with the document's tokens; run it, then `finish_cache` and generate.
 
     Args:
         cache: from `allocate_cache` or `prefill`: its buffers must be there.
@@ -191,7 +195,21 @@ def make_loader(
         num_connections=num_connections,
         elapsed_seconds=elapsed_seconds,
         silence_seconds=silence_seconds,
+        is_whole_only=document.is_whole_only,
     )
+
+
+def finish_cache(loaded: LoadedModel, cache: Cache, document: RemoteDocument, result: LoadResult) -> None:
+    """Let a cache hold what was loaded, and refuse from now on to let it hold less where layers lack tokens."""
+    from cachegen.pipeline.model_cache import keep_whole, set_length
+    from cachegen.pipeline.windows import find_missing
+
+    set_length(cache, document.num_tokens)
+    computed = itertools.takewhile(lambda chunk: chunk.source == "text", result.chunks)
+    num_computed = sum(chunk.num_tokens for chunk in computed)
+    first_stored = document.manifest.first_stored
+    if max(first_stored, default=0) > num_computed:
+        keep_whole(cache, document.num_tokens, find_missing(loaded.text_config, first_stored, document.num_tokens))
 
 
 @torch.inference_mode()

@@ -5,6 +5,9 @@ work; each request has a thread that fetches; one thread decodes; the caller's t
 that runs the model. A file that cannot be had, is corrupt or comes too slowly is reported to the policy as missing:
 what no file gives is computed from the text.
 
+Files of a document that can only be used whole lack, in some layers, what tokens within it attend to. What is computed
+of it is a beginning: where a chunk in the middle cannot be had, all before it are computed first.
+
 The cache is never wrong: a decoded chunk waits outside of it until no block of the same chunk is being computed, and
 what was computed of the chunk by then is kept.
 """
@@ -131,13 +134,17 @@ class Loader:
         num_connections: int = 1,
         elapsed_seconds: float = 0.0,
         silence_seconds: float = SILENCE_SECONDS,
+        is_whole_only: bool = False,
     ) -> None:
         """Prepare; nothing runs yet.
 
         Args:
             speeds: as known before; measured ones replace them on the way.
             elapsed_seconds: that the request has taken already, for instance to find the document.
+            is_whole_only: as in `LoadState`. Whatever the policy says, no chunk is computed then before all in front of
+                it are.
         """
+        self._is_whole_only = is_whole_only
         self._levels = tuple(chunks)
         self._workers, self._policy, self._objective = workers, policy, objective
         self._speeds, self._num_connections, self._silence_seconds = speeds, num_connections, silence_seconds
@@ -380,6 +387,7 @@ class Loader:
             computing=self._computing,
             decoding=self._decoding,
             num_connections=self._num_connections,
+            is_whole_only=self._is_whole_only,
         )
 
     def _follow(self, decision: Decision) -> None:
@@ -403,6 +411,8 @@ class Loader:
             if compute is None:
                 self._end()
                 return
+        if compute is not None:
+            compute = self._observe().chunk_to_compute(compute)
         if compute is not None and self._computing is None and compute != self._placing:
             self._computing = Computing(compute, self._now())
         self._changed.notify_all()

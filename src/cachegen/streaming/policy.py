@@ -7,7 +7,8 @@ or `Decision.wake_at_seconds` has come. Three workers are fed by it, each with a
 network, which has `LoadState.num_connections`:
 
 - the network fetches files, one per chunk and level;
-- the model computes chunks from their text, each after all chunks before it are ready;
+- the model computes chunks from their text, each after all chunks before it are ready; of a document that can only be
+  used whole, after all before it are computed: whoever runs a policy sees to that (`LoadState.chunk_to_compute`);
 - the decoder turns the files that have arrived of a chunk into keys and values.
 
 All times are seconds since the request began, all sizes bytes. Levels count from 1 (the smallest file); `TEXT` stands
@@ -18,8 +19,9 @@ files' header says.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 TEXT: Literal["text"] = "text"
@@ -288,6 +290,8 @@ class LoadState:
         computing: what the model computes now; None when it is idle.
         decoding: what the decoder decodes now; None when it is idle.
         num_connections: requests that may be in flight together.
+        is_whole_only: files lack what tokens within the document attend to: of its chunks only the first ones can be
+            computed. Chunks without any files lie behind it; they can be computed in any case.
     """
 
     chunks: tuple[ChunkLevels, ...]
@@ -301,6 +305,7 @@ class LoadState:
     computing: Computing | None = None
     decoding: Decoding | None = None
     num_connections: int = 1
+    is_whole_only: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -329,6 +334,29 @@ class LoadState:
         """Return the first chunk that was not computed; the number of chunks where there is none."""
         return next((i for i, progress in enumerate(self.progress) if not progress.is_computed), len(self.chunks))
 
+    def chunk_to_compute(self, chunk: int) -> int:
+        """Return which chunk the model computes first where `chunk` is to be computed: itself, if it can be."""
+        return min(chunk, self.first_not_computed()) if self._needs_all_before(chunk) else chunk
+
+    def can_be_loaded(self, chunk: int) -> bool:
+        """Tell whether files can give the chunk, and it need not be computed for one behind it."""
+        is_obtainable = bool(self.chunks[chunk].obtainable_levels(self.progress[chunk].missing))
+        return is_obtainable and not (self.is_whole_only and chunk < self._end_of_lost)
+
+    @cached_property
+    def _end_of_lost(self) -> int:
+        """The chunk behind the last one that is not there and that no file gives any more; 0 where there is none."""
+        lost = [
+            i
+            for i, (chunk, progress) in enumerate(zip(self.chunks, self.progress, strict=True))
+            if self._needs_all_before(i) and not progress.is_ready and not chunk.obtainable_levels(progress.missing)
+        ]
+        return lost[-1] + 1 if lost else 0
+
+    def _needs_all_before(self, chunk: int) -> bool:
+        """Tell whether a chunk can only be computed after all before it; not one that follows what was stored."""
+        return self.is_whole_only and self.chunks[chunk].num_levels > 0
+
     def expected_files(self, chunk: int) -> frozenset[int]:
         """Return the levels of `chunk` whose files are here or in flight."""
         return self.progress[chunk].arrived | {t.level for t in self.in_flight if t.chunk == chunk}
@@ -336,6 +364,17 @@ class LoadState:
     def prefill_seconds(self, chunk: int) -> float:
         """Return the seconds to compute `chunk` from its text."""
         return self.speeds.prefill.seconds(self.chunks[chunk].first_token, self.chunks[chunk].num_tokens)
+
+    def prefill_seconds_of(self, chunks: Collection[int]) -> float:
+        """Return the seconds to compute chunks from their text, with all that must be computed for them.
+
+        What the model computes now does not count.
+        """
+        front = max((chunk for chunk in chunks if self._needs_all_before(chunk)), default=-1)
+        before = (i for i in range(front + 1) if not self.progress[i].is_computed)
+        chunks = {*chunks, *before}
+        now = self.computing.chunk if self.computing is not None else None
+        return sum(self.prefill_seconds(i) for i in sorted(chunks) if i != now)
 
     def compute_seconds_left(self) -> float:
         """Return the seconds until the chunk that the model computes now is done; 0 when it is idle."""

@@ -50,14 +50,8 @@ def _choose(state: LoadState, first: int, choices: Sequence[Choice | None], obta
     """Choose for chunk `first`, the chunks before it being chosen and sent."""
     remaining = range(first, len(state.chunks))
     seconds_left = state.objective.deadline_seconds - state.elapsed_seconds
-    queued = (
-        state.prefill_seconds(i)
-        for i in range(first)
-        if choices[i] == TEXT
-        and not state.progress[i].is_computed
-        and (state.computing is None or state.computing.chunk != i)
-    )
-    compute_seconds = state.compute_seconds_left() + sum(queued) + sum(state.prefill_seconds(i) for i in remaining)
+    queued = [i for i in range(first) if choices[i] == TEXT and not state.progress[i].is_computed]
+    compute_seconds = state.compute_seconds_left() + state.prefill_seconds_of([*queued, *remaining])
     if not obtainable or compute_seconds <= seconds_left:
         return TEXT
     throughput = _last_chunk_throughput(state)

@@ -83,12 +83,15 @@ def _latest_decode_start(state: LoadState, end_seconds: float) -> float:
     if not _shares_device(state):
         return end_seconds
     seconds = state.decode_seconds_left()
+    computed: list[int] = []
     for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
         level = chunk.usable_level(progress.arrived)
-        if not progress.is_computed and level > progress.decoded_level:
+        can_be_loaded = state.can_be_loaded(i)
+        if not progress.is_computed and level > progress.decoded_level and (can_be_loaded or not state.is_whole_only):
             seconds += state.speeds.decode.seconds(chunk, level)
-        elif not progress.is_ready and not _can_be_loaded(state, i):
-            seconds += state.prefill_seconds(i)
+        elif not progress.is_ready and not can_be_loaded:
+            computed.append(i)
+    seconds += state.prefill_seconds_of(computed)
     return end_seconds - (1 + DECODE_MARGIN) * seconds
 
 
@@ -111,7 +114,7 @@ def _decoding_can_wait(state: LoadState, latest_start: float, is_loading: bool) 
         level = max(chunk.usable_level(progress.arrived), progress.decoded_level)
         if level and not progress.is_computed:
             loss += chunk.loss[level - 1]
-        elif not progress.is_computed and not is_computing and _can_be_loaded(state, i):
+        elif not progress.is_computed and not is_computing and state.can_be_loaded(i):
             return True
     if loss <= state.objective.target_loss or state.elapsed_seconds >= latest_start:
         return False
@@ -127,8 +130,8 @@ def _choose_compute(state: LoadState, end_seconds: float) -> int | None:
     only what is done in time makes the cache better.
     """
     missing = state.first_not_ready()
-    if missing < len(state.chunks) and not _can_be_loaded(state, missing):
-        return missing
+    if missing < len(state.chunks) and not state.can_be_loaded(missing):
+        return state.chunk_to_compute(missing)
     front = state.first_not_computed()
     if front == len(state.chunks) or _must_use_what_came(state):
         return None
@@ -152,10 +155,6 @@ def _must_use_what_came(state: LoadState) -> bool:
     return state.elapsed_seconds + seconds > _latest_end_against_text(state)
 
 
-def _can_be_loaded(state: LoadState, chunk: int) -> bool:
-    return bool(state.chunks[chunk].obtainable_levels(state.progress[chunk].missing))
-
-
 def _choose_decode(
     state: LoadState, end_seconds: float, fetches: Sequence[Fetch], *, only_sufficient: bool
 ) -> Decode | None:
@@ -173,6 +172,8 @@ def _choose_decode(
         level = chunk.usable_level(progress.arrived)
         if progress.is_computed or level <= progress.decoded_level:
             continue
+        if state.is_whole_only and not state.can_be_loaded(i):
+            continue  # it will be computed
         if only_sufficient and level < _sufficient_level(state, i):
             continue
         seconds = speed.seconds(chunk, level)
@@ -215,6 +216,7 @@ def _loading_pays(state: LoadState) -> bool:
     seconds = (
         state.elapsed_seconds + state.compute_seconds_left() + state.decode_seconds_left() + _seconds_to_end(state)
     )
+    computed: list[int] = []
     for i, (chunk, progress) in enumerate(zip(state.chunks, state.progress, strict=True)):
         level = chunk.usable_level(progress.arrived)
         if progress.is_ready or (state.computing is not None and state.computing.chunk == i):
@@ -224,7 +226,8 @@ def _loading_pays(state: LoadState) -> bool:
         if level:
             seconds += state.speeds.decode.seconds(chunk, level) * state.speeds.decode.compute_slowdown
         else:
-            seconds += state.prefill_seconds(i)
+            computed.append(i)
+    seconds += state.prefill_seconds_of(computed)
     return seconds <= _latest_end_against_text(state)
 
 
@@ -328,7 +331,7 @@ def _is_worth_loading(state: LoadState, chunk: int) -> bool:
     """Tell whether some level of the chunk can be had, and decoding it delays the model less than computing it."""
     speed = state.speeds.decode
     decode_seconds = speed.compute_slowdown * speed.seconds(state.chunks[chunk], 1) if state.chunks[chunk].loss else 0.0
-    return _can_be_loaded(state, chunk) and decode_seconds <= state.prefill_seconds(chunk)
+    return state.can_be_loaded(chunk) and decode_seconds <= state.prefill_seconds(chunk)
 
 
 def _is_covered(state: LoadState, chunk: int) -> bool:
@@ -423,7 +426,8 @@ def _something_running_improves(state: LoadState, end_seconds: float) -> bool:
 
 
 def _useless_requests(state: LoadState) -> Iterator[Fetch]:
-    """Yield the requests in flight for chunks that have been computed meanwhile."""
+    """Yield the requests in flight for chunks that have been computed meanwhile, or will have to be."""
     for transfer in state.in_flight:
-        if state.progress[transfer.chunk].is_computed:
+        will_be_computed = state.is_whole_only and not state.can_be_loaded(transfer.chunk)
+        if state.progress[transfer.chunk].is_computed or will_be_computed:
             yield Fetch(transfer.chunk, transfer.level)

@@ -83,12 +83,20 @@ class RemoteDocument:
             find_profile: as for `open_document`.
 
         Raises:
-            StoreError: there is none, or the store cannot be read.
+            StoreError: there is none, or only the beginning of one that can only be used whole, or the store cannot be
+                read.
             BitstreamError, MismatchError: as `catalog.find_document`.
         """
         found = find_document(store, token_ids, model_fingerprint=model_fingerprint, rope_hash=rope_hash)
         if found is None or found.num_chunks == 0:
             message = f"{store.url}: holds no chunk of this context for this model (add it with run_publishing.py)"
+            raise StoreError(message, is_missing=True)
+        if not found.is_usable:
+            message = (
+                f"{found.address}: only {found.num_chunks} of its {len(found.manifest.chunks)} chunks are of this "
+                "context, and it can only be used whole: compute the context from its text, or encode that document "
+                "with `keep_all_tokens`"
+            )
             raise StoreError(message, is_missing=True)
         return cls(store, found, num_threads, kernels, find_profile)
 
@@ -103,6 +111,11 @@ class RemoteDocument:
         return self.manifest.chunks[self.num_chunks - 1].end_token
 
     @property
+    def is_whole_only(self) -> bool:
+        """Whether the chunks lack what tokens within the document attend to."""
+        return self.manifest.is_whole_only
+
+    @property
     def has_known_losses(self) -> bool:
         """Whether the manifest says what every level loses, in nats per token; otherwise losses only order levels."""
         return all(level.kl is not None for level in self.manifest.levels)
@@ -111,10 +124,15 @@ class RemoteDocument:
         """Use only the first chunks; None uses all that the text shares.
 
         Raises:
-            ConfigError: there are not so many.
+            ConfigError: there are not so many, or the document can only be used whole.
         """
         if num_chunks is not None and num_chunks > self.num_chunks:
             raise ConfigError(f"{self.address}: `num_chunks` {num_chunks} asked for, {self.num_chunks} are there")
+        if num_chunks is not None and num_chunks < self.num_chunks and self.is_whole_only:
+            raise ConfigError(
+                f"{self.address}: `num_chunks` {num_chunks} asked for, but the document can only be used whole, all "
+                f"{self.num_chunks}"
+            )
         self.num_chunks = num_chunks or self.num_chunks
 
     def list_levels(self) -> tuple[ChunkLevels, ...]:
@@ -267,6 +285,7 @@ class RemoteDocument:
             ("prefill_block_size", header.prefill_block_size, manifest.prefill_block_size),
             ("values_per_token", header.values_per_token, manifest.values_per_token),
             ("chunk_tokens", header.chunk_tokens, tuple(chunk.num_tokens for chunk in manifest.chunks)),
+            ("first_stored", header.first_stored, manifest.first_stored),
         ]
         difference = describe_difference(header.shapes, self._plane_shapes) if self._plane_shapes is not None else None
         if difference is not None:

@@ -90,7 +90,7 @@ class _AbsmaxScheme:
         header = encoder.expected_header(0)
         scales, _ = cpu.measure(saved.cache, header.planes)
         payload, streams = cpu.encode(saved.cache, scales, header.planes, tables, coder=Coder.RANS)
-        chunk = parse_chunk(b"".join(build_chunk(header, scales, streams, payload)))
+        chunk = parse_chunk(b"".join(build_chunk(header, list(scales), streams, [payload])))
         cpu.decode(chunk.payload, chunk.header.streams, scales, header.planes, tables, output)
         chunk_bytes = chunk.header.payload_offset + len(chunk.payload)
         document = encoder.document.header

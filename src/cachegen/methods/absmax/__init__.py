@@ -65,9 +65,17 @@ class AbsmaxMethod(Method):
         *,
         num_threads: int,
         kernels: Kernels,
+        first_stored: Sequence[int],
     ) -> AbsmaxEncoder:
         return AbsmaxEncoder(
-            cache, metadata, config, chunk_tokens, config.coder, num_threads=num_threads, kernels=kernels
+            cache,
+            metadata,
+            config,
+            chunk_tokens,
+            config.coder,
+            num_threads=num_threads,
+            kernels=kernels,
+            first_stored=first_stored,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -128,20 +128,27 @@ class AbsmaxChunkHeader(ChunkHeader):
     planes: tuple[PlaneLayout, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "num_layers", len(self.planes) // 2)
 
-    @property
-    def num_streams(self) -> int:
-        return count_streams(self.planes, self.num_tokens)
+    @classmethod
+    def num_streams_of(cls, fields: Mapping[str, Any], num_absent: Sequence[int]) -> int:
+        planes, num_tokens = fields["planes"], fields["num_tokens"]
+        if not num_absent:
+            return count_streams(planes, num_tokens)
+        return sum(
+            -(-(num_tokens - num_absent[index // 2]) // plane.tokens_per_stream) for index, plane in enumerate(planes)
+        )
 
     @property
-    def header_bytes(self) -> int:
-        return self.padded_bytes(len(self.planes) * PlaneRecord.num_bytes(), self.num_streams)
+    def arrays_bytes(self) -> int:
+        return len(self.planes) * PlaneRecord.num_bytes()
 
     @property
     def scales_bytes(self) -> int:
         """Length of the scales section without its padding."""
-        return len(self.planes) * self.num_tokens * self.dtype.num_bytes
+        num_scales = len(self.planes) * self.num_tokens - 2 * sum(self.num_absent)
+        return num_scales * self.dtype.num_bytes
 
     @property
     def payload_offset(self) -> int:
@@ -167,7 +174,7 @@ class AbsmaxChunkHeader(ChunkHeader):
     @classmethod
     def unpack_arrays(
         cls, fields: dict[str, Any], content: Buffer, at: int, header_bytes: int
-    ) -> tuple[dict[str, Any], int, int]:
+    ) -> tuple[dict[str, Any], int]:
         planes: list[PlaneLayout] = []
         # Most planes of a model are alike, and their records, too.
         parsed: dict[bytes, PlaneLayout] = {}
@@ -190,11 +197,10 @@ class AbsmaxChunkHeader(ChunkHeader):
                 require(is_short, message, plane_at + 8, "tokens_per_stream")
             parsed[record_bytes] = record.layout(tokens)
             planes.append(parsed[record_bytes])
-        num_streams = count_streams(planes, fields["num_tokens"])
-        return {"planes": tuple(planes)}, num_streams, at + len(planes) * PlaneRecord.num_bytes()
+        return {"planes": tuple(planes)}, at + len(planes) * PlaneRecord.num_bytes()
 
 
 def count_streams(planes: Sequence[PlaneLayout], num_tokens: int) -> int:
-    """Count the streams of a chunk: per plane, its tokens in runs of `tokens_per_stream`."""
+    """Count the streams of a chunk that has all its tokens: per plane, its tokens in runs of `tokens_per_stream`."""
     alike = Counter(plane.tokens_per_stream for plane in planes)
     return sum(-(-num_tokens // tokens_per_stream) * count for tokens_per_stream, count in alike.items())

@@ -82,9 +82,16 @@ class LosslessMethod(Method):
         *,
         num_threads: int,
         kernels: Kernels,
+        first_stored: Sequence[int],
     ) -> LosslessEncoder:
         return LosslessEncoder(
-            cache, metadata, chunk_tokens, predictor=config.load_profile(), num_threads=num_threads, kernels=kernels
+            cache,
+            metadata,
+            chunk_tokens,
+            predictor=config.load_profile(),
+            num_threads=num_threads,
+            kernels=kernels,
+            first_stored=first_stored,
         )
 
 

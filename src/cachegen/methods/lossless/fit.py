@@ -55,16 +55,19 @@ _CHANNEL_STEPS = (512, 1023)
 _PI = Fraction(5048344754617993871973410141242436836214643421488662971535368, 1 << 200)
 
 
-def fit_model(cache: KVCache, rotations: PlaneRotations, *, max_layers_before: int = MAX_BEFORE) -> Model:
+def fit_model(
+    cache: KVCache, rotations: PlaneRotations, *, first_token: int = 0, max_layers_before: int = MAX_BEFORE
+) -> Model:
     """Fit a cache's model.
 
     Args:
         cache: on the CPU, of 16 bits per value; values that are not finite count as zero.
         rotations: how each plane is turned.
+        first_token: the position of the cache's first token.
         max_layers_before: layers before its own that a channel may be predicted from; -1 for no prediction at all.
     """
     with _one_thread():
-        return _fit([cache], rotations, MAX_FIT_TOKENS, cache.num_tokens, max_layers_before)
+        return _fit([cache], rotations, MAX_FIT_TOKENS, cache.num_tokens, max_layers_before, first_token)
 
 
 def fit_shared_model(caches: Sequence[KVCache], rotations: PlaneRotations) -> Model:
@@ -75,17 +78,23 @@ def fit_shared_model(caches: Sequence[KVCache], rotations: PlaneRotations) -> Mo
         rotations: how each plane is turned, in all of them.
     """
     with _one_thread():
-        return _fit(caches, rotations, MAX_SHARED_FIT_TOKENS, SHARED_TOKENS, MAX_BEFORE)
+        return _fit(caches, rotations, MAX_SHARED_FIT_TOKENS, SHARED_TOKENS, MAX_BEFORE, 0)
 
 
 def _fit(
-    caches: Sequence[KVCache], rotations: PlaneRotations, max_fit_tokens: int, num_tokens: int, max_layers_before: int
+    caches: Sequence[KVCache],
+    rotations: PlaneRotations,
+    max_fit_tokens: int,
+    num_tokens: int,
+    max_layers_before: int,
+    first_token: int,
 ) -> Model:
     """Fit a model.
 
     Args:
         max_fit_tokens: of all caches together; of more every second, third, ... is fitted on.
         num_tokens: that the model will code: its weights are as fine as pays for these.
+        first_token: the position of the caches' first token.
     """
     cache = caches[0]
     planes = [PlaneShape(plane.shape[1], plane.shape[2]) for plane in cache.planes]
@@ -94,9 +103,11 @@ def _fit(
         TurningPairs(tuple(map(turn_of, rotation.inv_freq)), rotation.pairing, rotation.offset) for rotation in distinct
     )
     numbers = tuple(0 if rotation is None else distinct.index(rotation) + 1 for rotation in rotations)
-    firsts = [_FIRST_TOKEN if cache.num_tokens > 16 * _FIRST_TOKEN else 0 for cache in caches]
+    # The first tokens of a context are unlike all others.
+    num_unlike = 0 if first_token else _FIRST_TOKEN
+    firsts = [num_unlike if cache.num_tokens > 16 * _FIRST_TOKEN else 0 for cache in caches]
     stride = -(-sum(cache.num_tokens - first for cache, first in zip(caches, firsts, strict=True)) // max_fit_tokens)
-    positions = [torch.arange(first, cache.num_tokens, stride) for cache, first in zip(caches, firsts, strict=True)]
+    places = [torch.arange(first, cache.num_tokens, stride) for cache, first in zip(caches, firsts, strict=True)]
     orders = [
         _coding_order(describe_pairs(planes[i : i + 2], turning, numbers[i : i + 2])[:, 0].tolist())
         for i in range(0, len(planes), 2)
@@ -105,7 +116,7 @@ def _fit(
     covariances = _Covariances()
     for layer, order in enumerate(orders):
         vectors = torch.cat(
-            [_vectors(cache, layer, at, rotations) for cache, at in zip(caches, positions, strict=True)]
+            [_vectors(cache, layer, at, rotations, first_token) for cache, at in zip(caches, places, strict=True)]
         )
         fitted.append(_fit_layer(vectors, fitted, covariances, order, num_tokens, max_layers_before))
     model = Model(
@@ -121,7 +132,7 @@ def _fit(
     for cache in caches:
         start = max(0, (cache.num_tokens - COUNTED_TOKENS) // 2)
         counted = cache.slice(start, min(start + COUNTED_TOKENS, cache.num_tokens))
-        _native.lossless_count(join_bits(counted), start, native, counts)
+        _native.lossless_count(join_bits(counted), first_token + start, native, counts)
     return dataclasses.replace(model, frequencies=_normalize(counts.astype(np.int64)))
 
 
@@ -388,11 +399,17 @@ def _history_units(deviations: torch.Tensor) -> torch.Tensor:
     return torch.exp2(logs.floor() - 8 - logs)
 
 
-def _vectors(cache: KVCache, layer: int, positions: torch.Tensor, rotations: PlaneRotations) -> torch.Tensor:
-    """Return a layer's keys and values, their rotations undone: fp64 `[num_positions, num_channels]`."""
+def _vectors(
+    cache: KVCache, layer: int, places: torch.Tensor, rotations: PlaneRotations, first_token: int
+) -> torch.Tensor:
+    """Return a layer's keys and values at some places, their rotations undone: fp64 `[num_places, num_channels]`.
+
+    Args:
+        first_token: the position of the cache's first token.
+    """
     planes = slice(2 * layer, 2 * layer + 2)
     parts = [
-        _turned_back(plane[positions].float(), rotation, positions).flatten(1)
+        _turned_back(plane[places].float(), rotation, first_token + places).flatten(1)
         for plane, rotation in zip(cache.planes[planes], rotations[planes], strict=True)
     ]
     return torch.cat(parts, dim=1).double().nan_to_num(0.0, 0.0, 0.0)

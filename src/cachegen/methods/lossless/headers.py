@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,9 @@ class LosslessDocumentHeader(ShapesDocumentHeader):
     def check_file(self) -> None:
         has_profile = self.profile_hash != NO_HASH
         problem = "must be 0 in a document that names a profile" if has_profile else "must not be 0 without a profile"
-        require((self.model_bytes == 0) == has_profile, problem, self.offset_of("model_bytes"), "model_bytes")
+        is_empty = min(self.first_stored, default=0) == self.num_covered_tokens
+        is_right = is_empty or (self.model_bytes == 0) == has_profile
+        require(is_right, problem, self.offset_of("model_bytes"), "model_bytes")
         levels_at = self.offset_of("num_levels")
         require(self.num_levels == 1, "must be 1 with this method", levels_at, "num_levels")
         _check_coding(self.coder, self.dtype, self.offset_of("coder"), self.offset_of("dtype"))
@@ -59,13 +62,16 @@ class LosslessChunkHeader(ChunkHeader):
     def recorded_errors(self) -> tuple[float, float]:
         return 0.0, 0.0
 
-    @property
-    def num_streams(self) -> int:
-        return self.num_layers * -(-self.num_tokens // BLOCK_TOKENS)
+    @classmethod
+    def num_streams_of(cls, fields: Mapping[str, Any], num_absent: Sequence[int]) -> int:
+        num_tokens = fields["num_tokens"]
+        if not num_absent:
+            return fields["num_layers"] * -(-num_tokens // BLOCK_TOKENS)
+        return sum(-(-(num_tokens - absent) // BLOCK_TOKENS) for absent in num_absent)
 
     @property
-    def header_bytes(self) -> int:
-        return self.padded_bytes(0, self.num_streams)
+    def arrays_bytes(self) -> int:
+        return 0
 
     @property
     def payload_offset(self) -> int:
@@ -80,6 +86,6 @@ class LosslessChunkHeader(ChunkHeader):
     @classmethod
     def unpack_arrays(
         cls, fields: dict[str, Any], content: Buffer, at: int, header_bytes: int
-    ) -> tuple[dict[str, Any], int, int]:
+    ) -> tuple[dict[str, Any], int]:
         _check_coding(fields["coder"], fields["dtype"], cls.offset_of("coder"), cls.offset_of("dtype"))
-        return {}, fields["num_layers"] * -(-fields["num_tokens"] // BLOCK_TOKENS), at
+        return {}, at

@@ -139,26 +139,37 @@ class Model:
 
 
 def max_packed_bytes(planes: Sequence[PlaneShape]) -> int:
-    """Return how many bytes a packed model of such planes has at most, or a little more."""
+    """Return how many bytes packed models of such planes have at most, or a little more."""
     return _LEAST_BYTES + (MAX_CONTEXT + 2 * _CHANNEL.itemsize) * sum(plane.num_channels for plane in planes)
 
 
-def unpack_model(content: bytes, planes: Sequence[PlaneShape]) -> Model:
-    """Read what `Model.pack` wrote.
+def unpack_models(content: bytes, of_planes: Sequence[Sequence[PlaneShape]]) -> list[Model]:
+    """Read what `Model.pack` wrote, one model after the other.
 
     Args:
-        planes: the shapes of keys and values of layer 0, of layer 1, ...
+        of_planes: for each model, the shapes of keys and values of its first layer, of its second, ...
 
     Raises:
-        BitstreamError: it is no model of such planes.
+        BitstreamError: it is not as many models of such planes.
     """
+    models: list[Model] = []
+    for planes in of_planes:
+        model, content = _unpack_model(content, planes)
+        models.append(model)
+    if content:
+        raise BitstreamError("is longer than it must be", field="model")
+    return models
+
+
+def _unpack_model(content: bytes, planes: Sequence[PlaneShape]) -> tuple[Model, bytes]:
+    """Return the model at the beginning of some bytes, and what follows it."""
     limit = max(_LEAST_BYTES, _MAX_COMPRESSION * len(content))
     inflater = zlib.decompressobj()
     try:
         inflated = inflater.decompress(content, limit)
     except zlib.error as error:
         raise BitstreamError(f"is not compressed data ({error})", field="model") from None
-    if not inflater.eof or inflater.unused_data:
+    if not inflater.eof:
         raise BitstreamError("is longer than its compressed form may stand for", field="model")
     reader = _Reader(inflated)
     rotations = tuple(_read_rotation(reader) for _ in range(int(reader.take("<u2", 1)[0])))
@@ -183,7 +194,8 @@ def unpack_model(content: bytes, planes: Sequence[PlaneShape]) -> Model:
     sizes = layers[:, 3] * (layers[:, 0] + layers[:, 1]) * (layers[:, 2] + layers[:, 0] + layers[:, 1])
     weights = reader.take("u1", int(sizes.sum()))
     reader.check_end()
-    return Model(np.ascontiguousarray(channels), layers_before, weights, frequencies, rotations, plane_rotations)
+    model = Model(np.ascontiguousarray(channels), layers_before, weights, frequencies, rotations, plane_rotations)
+    return model, inflater.unused_data
 
 
 def describe_layers(planes: Sequence[PlaneShape], layers_before: Sequence[int]) -> NDArray[np.int32]:

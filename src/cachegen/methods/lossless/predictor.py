@@ -21,7 +21,7 @@ from cachegen.fields import Fields, parse_fields, refuse_file
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import ContextMetadata, KVCache
-from cachegen.methods.lossless.model import Model, max_packed_bytes, unpack_model
+from cachegen.methods.lossless.model import Model, max_packed_bytes, unpack_models
 from cachegen.methods.profile_files import (
     MAX_PROFILE_BYTES,
     PROFILE_NAME,
@@ -31,6 +31,7 @@ from cachegen.methods.profile_files import (
     refuse_other,
     write_files,
 )
+from cachegen.windows import Window, Windows, pack_windows, read_windows
 
 PREDICTOR_NAME = "predictor.zlib"
 FILE_FORMAT = "cachegen-predictor"
@@ -46,10 +47,11 @@ class Predictor:
         model_fingerprint: SHA-256 in hex, as in a KV cache file.
         planes: heads and dims of the keys and the values of layer 0, of layer 1, ...
         dtype: of the caches, `bfloat16` or `float16`.
-        packed: the model, as `Model.pack` returns it.
+        packed: the model of the layers of each window, one after the other, as `Model.pack` returns it.
         calibration: what it was made from, for people.
         profile_hash: SHA-256 in hex of profile.json.
         num_bytes: of both files.
+        windows: of the layers; None for a model without any.
     """
 
     model_fingerprint: str
@@ -59,18 +61,26 @@ class Predictor:
     calibration: Mapping[str, Any]
     profile_hash: str = ""
     num_bytes: int = 0
+    windows: Windows | None = None
 
     @property
     def num_layers(self) -> int:
         return len(self.planes) // 2
 
-    def model(self) -> Model:
-        """Return the model.
+    @property
+    def layer_groups(self) -> list[tuple[int, ...]]:
+        """The layers of each window, which predict each other, in the order of their first layers."""
+        return group_by_window(self.windows, self.num_layers)
+
+    def models(self) -> list[Model]:
+        """Return the models of `layer_groups`.
 
         Raises:
-            BitstreamError: it is corrupt.
+            BitstreamError: they are corrupt.
         """
-        return unpack_model(self.packed, self.planes)
+        pairs = [self.planes[2 * layer : 2 * layer + 2] for layer in range(self.num_layers)]
+        shapes = [[plane for layer in group for plane in pairs[layer]] for group in self.layer_groups]
+        return unpack_models(self.packed, shapes)
 
     def describe(self) -> dict[str, object]:
         """Return what there is to say of it, for people."""
@@ -129,6 +139,7 @@ def pack_predictor(predictor: Predictor) -> tuple[dict[str, bytes], Predictor]:
         "model_fingerprint": predictor.model_fingerprint,
         "dtype": str(predictor.dtype).removeprefix("torch."),
         "plane_shapes": [[plane.num_kv_heads, plane.head_dim] for plane in predictor.planes],
+        **({"windows": pack_windows(predictor.windows)} if predictor.windows is not None else {}),
         "calibration": dict(predictor.calibration),
         "sha256": {PREDICTOR_NAME: hashlib.sha256(predictor.packed).hexdigest()},
     }
@@ -172,7 +183,16 @@ def read_predictor(read: ReadFile, place: str) -> Predictor:
     check_hash(f"{place}/{PREDICTOR_NAME}", packed, expected)
     num_bytes = len(text) + len(packed)
     profile_hash = hashlib.sha256(text).hexdigest()
-    return Predictor(fingerprint, planes, dtype, packed, dict(calibration), profile_hash, num_bytes)
+    windows = read_windows(fields, len(planes) // 2)
+    return Predictor(fingerprint, planes, dtype, packed, dict(calibration), profile_hash, num_bytes, windows)
+
+
+def group_by_window(windows: Windows | None, num_layers: int) -> list[tuple[int, ...]]:
+    """Return the layers that have the same window, in the order of their first layers."""
+    groups: dict[Window | None, list[int]] = {}
+    for layer in range(num_layers):
+        groups.setdefault(windows[layer] if windows is not None else None, []).append(layer)
+    return [tuple(group) for group in groups.values()]
 
 
 def _parse_planes(fields: Fields) -> tuple[PlaneShape, ...]:

@@ -72,6 +72,7 @@ class TransformMethod(Method):
         *,
         num_threads: int,
         kernels: Kernels,
+        first_stored: Sequence[int],
     ) -> TransformEncoder:
         profile = config.load_profile()
         return TransformEncoder(
@@ -83,6 +84,7 @@ class TransformMethod(Method):
             num_levels=config.num_levels,
             num_threads=num_threads,
             kernels=kernels,
+            first_stored=first_stored,
         )
 
 

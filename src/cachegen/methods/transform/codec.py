@@ -19,15 +19,17 @@ from cachegen.coder.component_tables import LevelCoding, plan_level
 from cachegen.coder.components import ComponentGroup
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
-from cachegen.errors import BitstreamError, InputError, MismatchError, not_finite_error
+from cachegen.errors import BitstreamError, InputError, MismatchError, NotFiniteError
 from cachegen.format import ALIGNMENT, LANES, MAX_LEVELS, Coder, StreamEntry, round_up
 from cachegen.format.files import Chunk, header_crc, join_chunk
 from cachegen.format.framing import PREFIX, Buffer
 from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import Document, Encoder, ErrorMeasure, cut_streams, naming_level
+from cachegen.methods.layer_classes import share_first_stored
 from cachegen.methods.transform.exact_values import (
     ExactValues,
+    check_stored,
     pack_exact_values,
     place_exact_values,
     unpack_exact_values,
@@ -88,6 +90,9 @@ class TransformDocument(Document):
             )
         if header.shapes != list(profile.plane_shapes):
             raise MismatchError("planes have other shapes than the profile's")
+        if header.first_stored and share_in_groups(profile, header.first_stored) != header.first_stored:
+            problem = "the layers of a group of the profile do not begin at one token"
+            raise BitstreamError(problem, field="first_stored")
 
     @cached_property
     def transforms(self) -> list[GroupTransform]:
@@ -120,7 +125,13 @@ class TransformDocument(Document):
         return [
             ("step_log", header.step_log, self.header.step_log),
             ("num_groups", header.num_groups, len(codings)),
+            ("num_absent", header.num_absent, self.num_absent(header.first_token, header.num_tokens)),
         ]
+
+    def num_absent(self, first_token: int, num_tokens: int) -> tuple[int, ...]:
+        """Return, per group, how many first tokens of a chunk are not stored; empty where none is in any."""
+        of_layers = self.header.num_absent(first_token, num_tokens)
+        return tuple(of_layers[t.group.first_layer] for t in self.transforms) if of_layers else ()
 
     def _start(
         self,
@@ -136,15 +147,19 @@ class TransformDocument(Document):
             section = chunks[-1].behind[: headers[-1].exact_bytes]
             header = self.header
             exact = unpack_exact_values(section, header.dtype, output.num_tokens, header.values_per_token)
+            check_stored(exact, header.shapes, header.num_absent(first_token, output.num_tokens))
         started: list[tuple[int, Callable[[], None]]] = []
         step = step_of_level(self.header.step_log, len(chunks))
         longest = round_up(output.num_tokens, LANES)  # a file may claim longer streams, and has one then
         starts, offsets = [0] * len(chunks), [0] * len(chunks)
         widths = [coding.num_components for coding in codings[-1]]
-        for batch in _batch_groups([width * output.num_tokens for width in widths], kernels.components_at_a_time):
-            decoded = [
-                torch.zeros(output.num_tokens, widths[group], dtype=torch.int32, device=self.device) for group in batch
-            ]
+        num_stored = headers[-1].tokens_of_groups
+        for batch in _batch_groups(widths, num_stored, kernels.components_at_a_time):
+            num_tokens = num_stored[batch[0]]
+            if not num_tokens:
+                continue  # nor are there streams
+            num_absent = output.num_tokens - num_tokens
+            decoded = [torch.zeros(num_tokens, widths[group], dtype=torch.int32, device=self.device) for group in batch]
             for level, (chunk, header) in enumerate(zip(chunks, headers, strict=True)):
                 groups = [
                     ComponentGroup(
@@ -161,7 +176,8 @@ class TransformDocument(Document):
                 starts[level] += len(streams)
                 offsets[level] += num_bytes
             for group, components in zip(batch, decoded, strict=True):
-                self.transforms[group].synthesize(components, step, output, first_token)
+                part = output.slice(num_absent, output.num_tokens)
+                self.transforms[group].synthesize(components, step, part, first_token + num_absent)
         place_exact_values(exact, output)
 
         def finish_all() -> None:
@@ -188,6 +204,7 @@ class TransformEncoder(Encoder):
         num_levels: int = 1,
         num_threads: int = 1,
         kernels: Kernels = CPU,
+        first_stored: Sequence[int] = (),
     ) -> None:
         """Check that cache and profile belong together.
 
@@ -197,6 +214,7 @@ class TransformEncoder(Encoder):
             chunk_tokens: the chunks' token counts, at most the cache's in all.
             step_log: 16 log2 of level 1's step.
             kernels: on their device the matrix products are, too.
+            first_stored: as for `Encoder`; the layers of a group are stored from the earliest of them on.
 
         Raises:
             BitstreamError: the cache's values are not those that were saved.
@@ -209,7 +227,9 @@ class TransformEncoder(Encoder):
         check_profile(profile, metadata.model_fingerprint, metadata.rope_hash, "the KV cache")
         if [tuple(plane.shape[1:]) for plane in cache.planes] != list(profile.plane_shapes):
             raise MismatchError("the profile's shapes are not the KV cache's: it is another model's")
-        super().__init__(cache, metadata, chunk_tokens, num_threads, kernels)
+        if first_stored:
+            first_stored = share_in_groups(profile, first_stored)
+        super().__init__(cache, metadata, chunk_tokens, num_threads, kernels, first_stored=first_stored)
         self._device = kernels.device
         header = TransformDocumentHeader(
             **self._document_fields,
@@ -227,13 +247,16 @@ class TransformEncoder(Encoder):
 
     def expected_header(self, index: int, level: int = 1) -> TransformChunkHeader:
         """See `Encoder.expected_header`."""
-        document = self.document.header
-        num_tokens = document.chunk_tokens[index]
+        fields, codings = self._chunk_fields(index, level), self.document.codings(level)
+        num_tokens = fields["num_tokens"]
+        num_absent = self.document.num_absent(fields["first_token"], num_tokens)
         return TransformChunkHeader(
-            **self._chunk_fields(index, level),
-            step_log=document.step_log,
+            **fields,
+            num_absent=num_absent,
+            step_log=self.document.header.step_log,
             tokens_per_stream=tuple(
-                choose_component_stream(coding.num_components, num_tokens) for coding in self.document.codings(level)
+                choose_component_stream(coding.num_components, num_tokens - absent)
+                for coding, absent in zip(codings, num_absent or (0,) * len(codings), strict=True)
             ),
         )
 
@@ -270,6 +293,8 @@ class TransformEncoder(Encoder):
         streams: list[StreamEntry] = []
         for group, coding in enumerate(self.document.codings(level)):
             components = quantized.components[group]
+            if not components:
+                continue
             coarse = components[level - 2] if level > 1 else None
             payload, entries = self._kernels.encode_components(
                 components[level - 1], coarse, coding, header.tokens_per_stream[group], self._num_threads
@@ -287,11 +312,14 @@ class TransformEncoder(Encoder):
             num_tokens = self.document.header.chunk_tokens[index]
             first_token = self._stops[index] - num_tokens
             tokens = self._cache.slice(first_token, self._stops[index])
+            absent_of_layers = self._num_absent(index)
             for number, plane in enumerate(tokens.planes):
+                absent = absent_of_layers[number // 2] if absent_of_layers else 0
+                stored = plane[absent:]
                 # A minimum is NaN where any value is; it takes a twentieth of the time of looking at each.
-                if not all(map(torch.isfinite, torch.aminmax(plane))):
-                    bad = (~torch.isfinite(plane)).flatten(1).any(1).nonzero()[0].item()
-                    raise not_finite_error(number, first_token + int(bad))
+                if len(stored) and not all(map(torch.isfinite, torch.aminmax(stored))):
+                    bad = (~torch.isfinite(stored)).flatten(1).any(1).nonzero()[0].item()
+                    raise NotFiniteError(number, first_token + absent + int(bad))
             if self._device.type != "cpu":
                 tokens = KVCache(
                     [plane.to(self._device) for plane in tokens.keys],
@@ -300,8 +328,11 @@ class TransformEncoder(Encoder):
             losses = [LossMeter() for _ in self.levels]
             components: list[list[torch.Tensor]] = []
             first_channel = 0
+            num_absent = self.document.num_absent(first_token, num_tokens)
             for group, transform in enumerate(self.document.transforms):
-                components.append(self._quantize_group(group, transform, tokens, first_token, first_channel, losses))
+                first = num_absent[group] if num_absent else 0
+                arguments = (group, transform, tokens, first, first_token, first_channel, losses)
+                components.append(self._quantize_group(*arguments))
                 first_channel += transform.group.num_channels
             self._quantized = _QuantizedChunk(
                 index,
@@ -317,17 +348,23 @@ class TransformEncoder(Encoder):
         group: int,
         transform: GroupTransform,
         tokens: KVCache,
+        first_stored: int,
         first_token: int,
         first_channel: int,
         losses: Sequence[LossMeter],
     ) -> list[torch.Tensor]:
-        """Return a chunk's quantized components of one group, per level; what each level loses goes to `losses`."""
+        """Return a chunk's quantized components of one group, per level; what each level loses goes to `losses`.
+
+        Args:
+            first_stored: the first of `tokens` that the group holds; of a group that holds none nothing is returned.
+            first_token: the position of the first of `tokens`.
+        """
         step_log = self.document.header.step_log
         steps = [step_of_level(step_log, level) for level in self.levels]
         num_coded = [self.document.codings(level)[group].num_components for level in self.levels]
         expected = [transform.expected_errors(step, count) for step, count in zip(steps, num_coded, strict=True)]
         blocks: list[list[torch.Tensor]] = []
-        for begin in range(0, tokens.num_tokens, BLOCK_TOKENS):
+        for begin in range(first_stored, tokens.num_tokens, BLOCK_TOKENS):
             block = tokens.slice(begin, min(begin + BLOCK_TOKENS, tokens.num_tokens))
             position = first_token + begin
             vectors = transform.replace_outliers(transform.join(block, position))
@@ -339,7 +376,7 @@ class TransformEncoder(Encoder):
                 )
                 loss.add(values, decoded, errors, block.dtype, begin, first_channel)
             blocks.append(quantized)
-        return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
+        return [torch.cat(parts) for parts in zip(*blocks, strict=True)]  # of no blocks: nothing
 
 
 @dataclass
@@ -347,7 +384,7 @@ class _QuantizedChunk:
     """A chunk between quantizer and coder: its levels are usually encoded one after the other.
 
     Attributes:
-        components: per group and level.
+        components: per group and level; nothing for a group that holds none of the chunk's tokens.
         exact: per level, the values that travel exactly.
         errors: per level, of all other values.
         header_crcs: per level, of its file, once it is encoded.
@@ -381,16 +418,27 @@ def build_chunk(
     return join_chunk(header, streams, payloads, behind=padded)
 
 
-def _batch_groups(sizes: Sequence[int], limit: int) -> list[range]:
-    """Return runs of groups whose sizes sum to at most `limit`, or single ones."""
+def share_in_groups(profile: Profile, first_stored: Sequence[int]) -> tuple[int, ...]:
+    """Return, per layer, the first token that any layer of its group must hold."""
+    groups = [range(group.first_layer, group.first_layer + group.num_layers) for group in profile.groups]
+    return share_first_stored(groups, first_stored)
+
+
+def _batch_groups(widths: Sequence[int], num_tokens: Sequence[int], limit: int) -> list[range]:
+    """Return runs of groups with equally many tokens, whose components are at most `limit` in all, or single ones.
+
+    Args:
+        widths: components of each group.
+    """
     batches: list[range] = []
     first, total = 0, 0
-    for group, size in enumerate(sizes):
-        if group > first and total + size > limit:
+    for group, width in enumerate(widths):
+        size = width * num_tokens[group]
+        if group > first and (total + size > limit or num_tokens[group] != num_tokens[first]):
             batches.append(range(first, group))
             first, total = group, 0
         total += size
-    return [*batches, range(first, len(sizes))]
+    return [*batches, range(first, len(widths))]
 
 
 def choose_component_stream(num_components: int, num_tokens: int) -> int:

@@ -127,6 +127,23 @@ def unpack_exact_values(section: Buffer, dtype: Dtype, num_tokens: int, num_chan
     return ExactValues(np.repeat(tokens, lengths), np.repeat(firsts, lengths) + within_run, bits)
 
 
+def check_stored(values: ExactValues, shapes: Sequence[tuple[int, int]], num_absent: Sequence[int]) -> None:
+    """Refuse values of tokens that their layers do not hold.
+
+    Args:
+        shapes: (num_kv_heads, head_dim) of each plane.
+        num_absent: per layer, first tokens of the chunk; may be empty.
+
+    Raises:
+        BitstreamError: there is one.
+    """
+    if not len(values) or not num_absent:
+        return
+    for number, places, _ in _by_plane([heads * dims for heads, dims in shapes], values.channels):
+        if values.tokens[places].min() < num_absent[number // 2]:
+            raise BitstreamError("a value is of a token that is not stored", field="exact values")
+
+
 def _by_plane(
     widths: Sequence[int], channels: NDArray[np.int64]
 ) -> list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,7 @@ class TransformChunkHeader(ChunkHeader):
     tokens_per_stream: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "num_groups", len(self.tokens_per_stream))
 
     @property
@@ -80,17 +82,31 @@ class TransformChunkHeader(ChunkHeader):
         return self.max_error, self.mean_error
 
     @property
+    def tokens_of_groups(self) -> list[int]:
+        """The number of tokens of each group that the file holds."""
+        num_absent = self.num_absent or (0,) * self.num_groups
+        return [self.num_tokens - absent for absent in num_absent]
+
+    @property
     def streams_of_groups(self) -> list[int]:
         """The number of streams of each group."""
-        return [-(-self.num_tokens // tokens) for tokens in self.tokens_per_stream]
+        groups = zip(self.tokens_of_groups, self.tokens_per_stream, strict=True)
+        return [-(-num_tokens // tokens) for num_tokens, tokens in groups]
+
+    @classmethod
+    def num_streams_of(cls, fields: Mapping[str, Any], num_absent: Sequence[int]) -> int:
+        tokens_per_stream, num_tokens = fields["tokens_per_stream"], fields["num_tokens"]
+        pairs = zip(num_absent or (0,) * len(tokens_per_stream), tokens_per_stream, strict=True)
+        return sum(-(-(num_tokens - absent) // tokens) for absent, tokens in pairs)
+
+    @classmethod
+    def num_parts(cls, fields: Mapping[str, Any]) -> int:
+        """Return of how many parts, each with tokens of its own, a chunk consists: the groups of layers."""
+        return fields["num_groups"]
 
     @property
-    def num_streams(self) -> int:
-        return sum(self.streams_of_groups)
-
-    @property
-    def header_bytes(self) -> int:
-        return self.padded_bytes(4 * len(self.tokens_per_stream), self.num_streams)
+    def arrays_bytes(self) -> int:
+        return 4 * len(self.tokens_per_stream)
 
     @property
     def payload_offset(self) -> int:
@@ -116,7 +132,7 @@ class TransformChunkHeader(ChunkHeader):
     @classmethod
     def unpack_arrays(
         cls, fields: dict[str, Any], content: Buffer, at: int, header_bytes: int
-    ) -> tuple[dict[str, Any], int, int]:
+    ) -> tuple[dict[str, Any], int]:
         _require_rans(fields["coder"], cls.offset_of("coder"))
         is_mean = fields["mean_error"] <= fields["max_error"]
         require(is_mean, "must be at most max_error", cls.offset_of("mean_error"), "mean_error")
@@ -128,5 +144,4 @@ class TransformChunkHeader(ChunkHeader):
             in_range = 0 < tokens <= MAX_CHUNK_TOKENS and tokens % LANES == 0
             message = f"must be a multiple of {LANES}, got {tokens}"
             require(in_range, message, at + 4 * group, "tokens_per_stream")
-        num_streams = sum(-(-fields["num_tokens"] // tokens) for tokens in tokens_per_stream)
-        return {"tokens_per_stream": tokens_per_stream}, num_streams, at + 4 * num_groups
+        return {"tokens_per_stream": tokens_per_stream}, at + 4 * num_groups

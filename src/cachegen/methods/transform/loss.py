@@ -67,7 +67,7 @@ class LossMeter:
         return gather_exact_values(cache, np.concatenate(self._tokens), np.concatenate(self._channels))
 
     def measure(self) -> ErrorMeasure:
-        return ErrorMeasure(_round_up(self._largest), float(np.float32(self._total / self._count)))
+        return ErrorMeasure(_round_up(self._largest), float(np.float32(self._total / max(self._count, 1))))
 
 
 def _round_up(value: float) -> float:
