@@ -150,18 +150,10 @@ EncodedComponents encode_component_group(const ComponentRows<const int32_t>& fin
     return encoded;
 }
 
-Failure decode_component_group(const uint8_t* payload, const std::vector<int64_t>& offsets, const uint32_t* index,
-                               const ComponentRows<int32_t>& components, const ComponentCoding& coding,
-                               int64_t tokens_per_stream, int num_threads) {
-    const int64_t num_streams = static_cast<int64_t>(offsets.size()) - 1;
-    std::vector<Status> statuses(num_streams, Status::kOk);
-    parallel_for(num_streams, num_threads, [&](int64_t i) {
-        thread_local StreamWorkspace workspace;
-        const int64_t first = i * tokens_per_stream;
-        statuses[i] = decode_components(payload + offsets[i], index[3 * i], index[3 * i + 1],
-                                        std::min(tokens_per_stream, components.num_tokens - first), coding, workspace,
-                                        components.values + first * components.stride, components.stride);
-    });
+Failure decode_component_streams(const std::vector<ComponentStreamRef>& streams, const uint8_t* payload,
+                                 int64_t payload_bytes, int num_threads, const CpuKernels& kernels) {
+    std::vector<Status> statuses(streams.size(), Status::kOk);
+    decode_components(streams, payload, payload_bytes, kernels, num_threads, statuses);
     return first_failure(statuses);
 }
 

@@ -20,6 +20,7 @@
 namespace cachegen {
 
 class Scratch;
+struct ComponentBatch;
 struct EncodedStream;
 struct Plane;
 struct StreamBatch;
@@ -43,6 +44,10 @@ struct CpuKernels {
     // Decode a batch into the cache, one status per stream: the same as decode_plane_stream gives, whose checks of the
     // parts' sizes the caller has made.
     void (*decode_batch)(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
+
+    // Decode a batch of components, one status per stream: the same as decode_components (components.h) gives, whose
+    // checks of the parts' sizes the caller has made, but for escapes. Null as decode_batch is.
+    void (*decode_components)(const ComponentBatch& batch, Scratch& scratch, Status* statuses);
 
     bool takes_batches() const { return encode_batch != nullptr; }
 };
