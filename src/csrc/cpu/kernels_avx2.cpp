@@ -20,7 +20,7 @@ const CpuKernels kAvx2Kernels = {"AVX2",
                                  avx2::measure_plane,
                                  avx2::encode_batch,
                                  avx2::decode_batch,
-                                 nullptr};
+                                 avx2::decode_components};
 #else
 const CpuKernels kAvx2Kernels = {"AVX2", [] { return false; }, nullptr, nullptr, nullptr, nullptr};
 #endif
