@@ -102,6 +102,7 @@ def encode_components(
     num_refined: int,
     tokens_per_stream: int,
     num_threads: int,
+    path: CpuPath,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint32], int, int]: ...
 def decode_components(
     payload: NDArray[np.uint8],

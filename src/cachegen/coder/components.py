@@ -60,6 +60,8 @@ def encode_components(
     coding: LevelCoding,
     tokens_per_stream: int,
     num_threads: int = 1,
+    *,
+    path: str | None = None,
 ) -> tuple[memoryview, list[StreamEntry]]:
     """Encode the components of one group at one level.
 
@@ -67,6 +69,7 @@ def encode_components(
         fine: int32 `[num_tokens, num_components]`, this level's.
         coarse: int32 `[num_tokens, at least num_refined]`, the level before's; None at level 1.
         tokens_per_stream: a multiple of 32.
+        path: as for `cpu.decode`.
 
     Returns:
         The payload (streams, each padded to a multiple of 16 bytes) and its index.
@@ -85,6 +88,7 @@ def encode_components(
         coding.num_refined,
         tokens_per_stream,
         num_threads,
+        native_path(path),
     )
     if failed >= 0:
         raise encode_error(failed, status)

@@ -19,6 +19,7 @@ int64_t measure_plane(const Plane& plane, Dtype dtype, int64_t num_tokens, uint3
 void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded);
 void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
 void decode_components(const ComponentBatch& batch, Scratch& scratch, Status* statuses);
+void encode_components(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes, EncodedStream* encoded);
 
 // Sixteen bytes in both halves of a vector, as byte shuffles want their tables.
 CACHEGEN_AVX2_INLINE __m256i load_twice(const uint8_t bytes[16]) {

@@ -105,24 +105,10 @@ Reference measure(const Arguments& arguments) {
                                    static_cast<long long>(bad_plane < 0 ? -1 : bad_tokens[bad_plane])));
 }
 
-// Quantize and encode all planes. Returns (payload uint8, index uint32 [num_streams, 3] of bytes, words and CRC-32C,
-// failed stream, status).
-Reference encode(const Arguments& arguments) {
-    static const char* const kNames[] = {"planes", "dtype", "num_tokens", "num_threads", "path", nullptr};
-    PyObject *plane_list, *path_object;
-    int dtype, num_threads;
-    long long num_tokens;
-    arguments.read("OiLiO:encode", kNames, &plane_list, &dtype, &num_tokens, &num_threads, &path_object);
-    const CpuKernels& kernels = to_kernels(path_object);
-    const Reference tuple = python::to_tuple(plane_list);
-    const std::vector<Plane> planes = to_planes(tuple);
-    const std::vector<StreamRef> streams = list_streams(planes, num_tokens);
-    EncodedStreams encoded;
-    {
-        const UnlockedInterpreter unlocked;
-        encoded = encode_chunk(planes, static_cast<Dtype>(dtype), streams, num_threads, kernels);
-    }
-    const auto num_streams = static_cast<int64_t>(streams.size());
+// Join the streams and free them: (payload uint8, index uint32 [num_streams, 3] of bytes, words and CRC-32C, failed
+// stream, status).
+Reference encoded_tuple(EncodedStreams& encoded, int num_threads) {
+    const auto num_streams = static_cast<int64_t>(encoded.streams.size());
     const NewArray<uint32_t> index({num_streams, 3});
     std::vector<int64_t> offsets(num_streams + 1, 0);
     Failure failure;
@@ -141,6 +127,25 @@ Reference encode(const Arguments& arguments) {
     }
     return Reference(Py_BuildValue("(OOLi)", payload.get(), index.get(), static_cast<long long>(failure.index),
                                    static_cast<int>(failure.status)));
+}
+
+// Quantize and encode all planes; see encoded_tuple.
+Reference encode(const Arguments& arguments) {
+    static const char* const kNames[] = {"planes", "dtype", "num_tokens", "num_threads", "path", nullptr};
+    PyObject *plane_list, *path_object;
+    int dtype, num_threads;
+    long long num_tokens;
+    arguments.read("OiLiO:encode", kNames, &plane_list, &dtype, &num_tokens, &num_threads, &path_object);
+    const CpuKernels& kernels = to_kernels(path_object);
+    const Reference tuple = python::to_tuple(plane_list);
+    const std::vector<Plane> planes = to_planes(tuple);
+    const std::vector<StreamRef> streams = list_streams(planes, num_tokens);
+    EncodedStreams encoded;
+    {
+        const UnlockedInterpreter unlocked;
+        encoded = encode_chunk(planes, static_cast<Dtype>(dtype), streams, num_threads, kernels);
+    }
+    return encoded_tuple(encoded, num_threads);
 }
 
 // Decode all planes from a payload, which must hold the streams of `index` at multiples of 16 bytes.
@@ -305,16 +310,17 @@ Reference decode_symbols(const Arguments& arguments) {
 // --- components ------------------------------------------------------------------------------------------------------
 
 // Encode the components of one group of layers at one level: fine int32 [num_tokens, num_components], coarse int32
-// [num_tokens, >= num_refined]. Returns (payload uint8, index uint32 [num_streams, 3], failed stream, status).
+// [num_tokens, >= num_refined]. See encoded_tuple.
 Reference encode_components_of(const Arguments& arguments) {
     static const char* const kNames[] = {
         "fine",        "coarse", "tables", "table_indices", "low_bits", "num_refined", "tokens_per_stream",
-        "num_threads", nullptr};
-    PyObject *fine_object, *coarse_object, *tables, *indices_object, *low_bits_object;
+        "num_threads", "path",   nullptr};
+    PyObject *fine_object, *coarse_object, *tables, *indices_object, *low_bits_object, *path_object;
     long long num_refined, tokens_per_stream;
     int num_threads;
-    arguments.read("OOOOOLLi:encode_components", kNames, &fine_object, &coarse_object, &tables, &indices_object,
-                   &low_bits_object, &num_refined, &tokens_per_stream, &num_threads);
+    arguments.read("OOOOOLLiO:encode_components", kNames, &fine_object, &coarse_object, &tables, &indices_object,
+                   &low_bits_object, &num_refined, &tokens_per_stream, &num_threads, &path_object);
+    const CpuKernels& kernels = to_kernels(path_object);
     const Array<int32_t> fine(fine_object, "fine"), coarse(coarse_object, "coarse");
     const ComponentCodingArrays arrays(to_tables(tables), indices_object, low_bits_object, num_refined,
                                        tokens_per_stream);
@@ -323,26 +329,14 @@ Reference encode_components_of(const Arguments& arguments) {
         throw ValueError("fine has another shape");
     if (coarse.num_dimensions() != 2 || coarse.shape(0) != fine.shape(0) || coarse.shape(1) < num_refined)
         throw ValueError("coarse has another shape");
-    EncodedComponents encoded;
+    EncodedStreams encoded;
     {
         const UnlockedInterpreter unlocked;
-        encoded = encode_component_group({fine.data(), fine.shape(0), fine.shape(1)},
-                                         {coarse.data(), coarse.shape(0), coarse.shape(1)}, coding, tokens_per_stream,
-                                         num_threads);
+        encoded = encode_component_streams({fine.data(), fine.shape(0), fine.shape(1)},
+                                           {coarse.data(), coarse.shape(0), coarse.shape(1)}, coding, tokens_per_stream,
+                                           num_threads, kernels);
     }
-    int64_t total = 0;
-    for (const auto& stream : encoded.streams) total += static_cast<int64_t>(stream.size());
-    const NewArray<uint8_t> payload({total});
-    uint8_t* next = payload.data();
-    for (const auto& stream : encoded.streams) {
-        if (!stream.empty()) std::memcpy(next, stream.data(), stream.size());
-        next += stream.size();
-    }
-    const NewArray<uint32_t> index({static_cast<int64_t>(encoded.streams.size()), 3});
-    if (!encoded.index.empty())
-        std::memcpy(index.data(), encoded.index.data(), sizeof(uint32_t) * encoded.index.size());
-    return Reference(Py_BuildValue("(OOLi)", payload.get(), index.get(), static_cast<long long>(encoded.failure.index),
-                                   static_cast<int>(encoded.failure.status)));
+    return encoded_tuple(encoded, num_threads);
 }
 
 // The inverse: decode groups of components, see ComponentGroupArrays, in place; their first num_refined columns hold

@@ -20,9 +20,10 @@ const CpuKernels kAvx2Kernels = {"AVX2",
                                  avx2::measure_plane,
                                  avx2::encode_batch,
                                  avx2::decode_batch,
+                                 avx2::encode_components,
                                  avx2::decode_components};
 #else
-const CpuKernels kAvx2Kernels = {"AVX2", [] { return false; }, nullptr, nullptr, nullptr, nullptr};
+const CpuKernels kAvx2Kernels = {"AVX2", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr};
 #endif
 
 }  // namespace cachegen
