@@ -18,7 +18,7 @@ namespace cachegen {
 
 constexpr int kLevelRatio = 3;              // the step of a level over that of the next
 constexpr int32_t kMaxComponent = 1 << 24;  // magnitude of a component, in steps of the level that codes it anew
-constexpr int32_t kMaxCoarse = 9 * kMaxComponent + 4;  // magnitude of one that is refined, at the third level
+constexpr int32_t kMaxCoarse = 1 << 29;     // of one that is refined: three times as much fits 32 bits
 constexpr int kEscapeBytes = 8;             // u32 place in the stream, token after token; i32 component
 
 // The symbol of a component of zero: the middle of the middle high part.

@@ -193,6 +193,8 @@ class ComponentDecoder {
             components = _mm512_add_epi32(components, thrice);
         }
         _mm512_mask_storeu_epi32(out, present, components);
+        // The next tile's.
+        _mm_prefetch(reinterpret_cast<const char*>(out + 2 * kTileComponents - 1), _MM_HINT_T0);
     }
 
     const ComponentBatch& batch_;

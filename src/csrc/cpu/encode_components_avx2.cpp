@@ -66,6 +66,7 @@ class ComponentEncoder {
         const int32_t* fine = source_.fine + token * source_.fine_stride + first_component + first;
         const __m256i values = tile.count - first >= 8 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(fine))
                                                        : _mm256_maskload_epi32(fine, present);
+        prefetch_before(fine);
         __m256i coded = _mm256_max_epi32(_mm256_min_epi32(values, _mm256_load_si256(load(tile.highest))),
                                          _mm256_load_si256(load(tile.lowest)));
         const __m256i refined = first_of_eight(tile.num_refined - first);
@@ -75,6 +76,7 @@ class ComponentEncoder {
         if (tile.num_refined > first) {
             const int32_t* coarse_row = source_.coarse + token * source_.coarse_stride + first_component + first;
             const __m256i coarse = _mm256_maskload_epi32(coarse_row, refined);
+            prefetch_before(coarse_row);
             const __m256i thrice = _mm256_add_epi32(_mm256_slli_epi32(coarse, 1), coarse);
             const __m256i sign = _mm256_srai_epi32(coarse, 31);
             const __m256i third = _mm256_sub_epi32(_mm256_xor_si256(_mm256_sub_epi32(values, thrice), sign), sign);
@@ -84,6 +86,11 @@ class ComponentEncoder {
             is_codable_ &= _mm256_testz_si256(is_wrong, refined) != 0;
         }
         return _mm256_add_epi32(coded, _mm256_load_si256(load(tile.zero)));
+    }
+
+    // The next tile's: the one before.
+    CACHEGEN_AVX2_INLINE static void prefetch_before(const int32_t* components) {
+        _mm_prefetch(reinterpret_cast<const char*>(components - kTileComponents), _MM_HINT_T0);
     }
 
     // Which numbers have a magnitude above a limit.

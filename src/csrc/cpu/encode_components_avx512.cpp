@@ -59,16 +59,18 @@ class ComponentEncoder {
         const auto present = static_cast<__mmask16>(first_lanes(tile.count));
         const auto refined = static_cast<__mmask16>(first_lanes(tile.num_refined));
         const __m512i zero = _mm512_load_si512(tile.zero);
-        const __m512i values =
-            _mm512_maskz_loadu_epi32(present, source_.fine + token * source_.fine_stride + first_component);
+        const int32_t* const fine = source_.fine + token * source_.fine_stride + first_component;
+        const __m512i values = _mm512_maskz_loadu_epi32(present, fine);
+        prefetch_before(fine);
         __m512i coded =
             _mm512_max_epi32(_mm512_min_epi32(values, _mm512_load_si512(tile.highest)), _mm512_load_si512(tile.lowest));
         const auto anew = static_cast<__mmask16>(present & ~refined);
         const __mmask16 escaped = _mm512_mask_cmpneq_epi32_mask(anew, coded, values);
         if (escaped != 0) add_escapes(escaped, values, first_component, token);
         if (refined != 0) {
-            const __m512i coarse =
-                _mm512_maskz_loadu_epi32(refined, source_.coarse + token * source_.coarse_stride + first_component);
+            const int32_t* const coarse_row = source_.coarse + token * source_.coarse_stride + first_component;
+            const __m512i coarse = _mm512_maskz_loadu_epi32(refined, coarse_row);
+            prefetch_before(coarse_row);
             const __m512i thrice = _mm512_add_epi32(_mm512_slli_epi32(coarse, 1), coarse);
             __m512i third = _mm512_sub_epi32(values, thrice);
             third = _mm512_mask_sub_epi32(third, _mm512_movepi32_mask(coarse), _mm512_setzero_si512(), third);
@@ -80,6 +82,11 @@ class ComponentEncoder {
                                              _mm512_add_epi32(limit, limit)) == 0;
         }
         return _mm512_cvtepi32_epi16(_mm512_add_epi32(coded, zero));
+    }
+
+    // The next tile's: the one before.
+    CACHEGEN_AVX512_INLINE static void prefetch_before(const int32_t* components) {
+        _mm_prefetch(reinterpret_cast<const char*>(components - kTileComponents), _MM_HINT_T0);
     }
 
     CACHEGEN_AVX512_APART void add_escapes(__mmask16 escaped, __m512i values, int64_t first_component, int64_t token) {
