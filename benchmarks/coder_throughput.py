@@ -262,6 +262,7 @@ def main() -> None:
     os.sched_setaffinity(0, {processors[-1]})
     for case in iterate_component_cases():
         rows += run_case(case, component_entries(case, paths), args.rounds)
+    os.sched_setaffinity(0, processors)
     versions = {"cachegen": __version__, "python": platform.python_version(), **VERSIONS, "torch": torch.__version__}
     versions["numpy"] = np.__version__
     print(describe_device())

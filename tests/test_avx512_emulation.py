@@ -69,8 +69,8 @@ COMPONENT_MUTATIONS = {
     ),
     "escapes have the wrong token": (
         "encode_components_avx512.cpp",
-        "escapes_.add(token * source_.shape.num_channels",
-        "escapes_.add((token / 32 * 32) * source_.shape.num_channels",
+        "add_escapes(escaped, fine, token, first_component)",
+        "add_escapes(escaped, fine, token / 32 * 32, first_component)",
     ),
     "low bits stay in the high part": (
         "encode_components_avx512.cpp",
@@ -80,7 +80,7 @@ COMPONENT_MUTATIONS = {
 }
 COMPONENT_OVERRUNS = {
     "streams that have ended go on": (
-        "decode_components_avx512.cpp",
+        "component_tiles.h",
         "component >= batch_.streams[num_active - 1].num_components()",
         "component > batch_.streams[num_active - 1].num_components()",
     ),

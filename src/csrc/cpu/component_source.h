@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "component_streams.h"
@@ -71,25 +72,73 @@ class EscapeKeys {
     std::vector<uint64_t> keys_;
 };
 
-// The memory of a vector encoder, one part after the other.
-struct EncoderMemory {
-    uint8_t* tile;
-    uint8_t* low_bits;                                                  // zeros
-    uint16_t* words_end;                                                // words are written before it
-    static constexpr int64_t kBlockStride = 64 * kTileComponents + 64;  // blocks would share cache sets otherwise
-
-    EncoderMemory(const ComponentSource& source, Scratch& scratch) {
-        const int64_t num_symbols = source.shape.num_tokens * source.shape.num_channels;
-        const int64_t tile_bytes = round_up(source.shape.num_rows() * kBlockStride, 64);
+// The tiles that the vector encoders share: 16 components of all tokens of a stream, and what becomes of them.
+class SourceTiles {
+  public:
+    SourceTiles(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes)
+        : source_(source), coding_(*source.coding), num_rows_(source.shape.num_rows()), escapes_(escapes) {
+        const int64_t tile_bytes = num_rows_ * kBlockStride;
         // With 8 bytes more: tail rows are written by bits.
         const int64_t low_bytes = round_up(source.low_bits_layout->total() / 8 + 16, 64);
         // A symbol gives up at most one word, and a store may begin 16 bytes before the words.
-        const int64_t words_bytes = round_up(2 * num_symbols + 16, 64);
-        tile = scratch.reserve(tile_bytes + low_bytes + words_bytes);
-        low_bits = tile + tile_bytes;
-        std::memset(low_bits, 0, low_bytes);
-        words_end = reinterpret_cast<uint16_t*>(low_bits + low_bytes + words_bytes);
+        const int64_t words_bytes = round_up(2 * source.shape.num_tokens * source.shape.num_channels + 16, 64);
+        tile_ = scratch.reserve(tile_bytes + low_bytes + words_bytes);
+        low_bits_ = tile_ + tile_bytes;
+        std::memset(low_bits_, 0, low_bytes);
+        word_ = words_end_ = reinterpret_cast<uint16_t*>(low_bits_ + low_bytes + words_bytes);
+        escapes.clear();
     }
+
+  protected:
+    // A row's symbols of the tile: per component 32 words, one per token, in the order of the path's lanes.
+    uint8_t* block(int64_t row) const { return tile_ + row * kBlockStride; }
+
+    // Components of a token, from `first` on, are escapes: those of a mask.
+    __attribute__((noinline)) void add_escapes(uint32_t mask, const int32_t* components, int64_t token, int64_t first) {
+        for (; mask != 0; mask &= mask - 1) {
+            const int i = __builtin_ctz(mask);
+            is_codable_ &= components[i] >= -kMaxComponent && components[i] <= kMaxComponent;
+            escapes_.add(token * source_.shape.num_channels + first + i, components[i]);
+        }
+    }
+
+    // One bit of the symbols of a row and component.
+    void store_plane(int64_t position, int live, uint32_t plane) {
+        if (live == kNumLanes)
+            std::memcpy(low_bits_ + position / 8, &plane, 4);
+        else
+            write_bits(low_bits_, position, live, plane & ((1u << live) - 1));
+    }
+
+    // Put the stream together, where all was found to be codable.
+    void join(const uint32_t states[kNumLanes], EncodedStream* encoded) const {
+        escapes_.write(encoded->join(states, source_.shape.num_lanes(), low_bits_, source_.low_bits_layout->total(),
+                                     word_, words_end_, escapes_.num_bytes()));
+    }
+
+    const ComponentSource& source_;
+    const ComponentCoding& coding_;
+    const int64_t num_rows_;
+    uint16_t* word_;  // the words that there are begin here
+    bool is_codable_ = true;
+
+  private:
+    static constexpr int64_t kBlockStride = 64 * kTileComponents + 64;  // blocks would share cache sets otherwise
+
+    EscapeKeys& escapes_;
+    uint8_t* tile_;
+    uint8_t* low_bits_;
+    uint16_t* words_end_;
 };
+
+// What CpuKernels::encode_components does, by a path's encoder of tiles.
+template <class Encoder>
+void encode_by_tiles(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes, EncodedStream* encoded) {
+    Encoder encoder(source, scratch, escapes);
+    encoder.start();
+    const int64_t num_tiles = (source.shape.num_channels + kTileComponents - 1) / kTileComponents;
+    for (int64_t tile = num_tiles - 1; tile >= 0; --tile) encoder.encode(tile * kTileComponents);
+    encoder.finish(encoded);
+}
 
 }  // namespace cachegen

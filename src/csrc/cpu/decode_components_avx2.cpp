@@ -9,22 +9,16 @@
 
 #include "cpu/avx2.h"
 #include "cpu/component_batch.h"
+#include "cpu/component_tiles.h"
 #include "cpu/rans_decode_avx2.h"
 #include "cpu/rans_portable.h"
-#include "cpu/stream_words.h"
 
 namespace cachegen::avx2 {
 namespace {
 
-class ComponentDecoder {
+class ComponentDecoder : public ComponentTiles {
   public:
-    // `tile` and `words` are memory of tile_bytes() and StreamWords::num_copied_bytes().
-    ComponentDecoder(const ComponentBatch& batch, uint8_t* tile, uint8_t* words)
-        : batch_(batch), num_rows_(batch.shape.num_rows()), tile_(tile), words_(batch, words) {}
-
-    static size_t tile_bytes(const ComponentBatch& batch) {
-        return batch.shape.num_rows() * batch.num_streams * kBlockStride;
-    }
+    using ComponentTiles::ComponentTiles;
 
     CACHEGEN_AVX2 void load() {
         for (int s = 0; s < batch_.num_streams; ++s)
@@ -37,7 +31,7 @@ class ComponentDecoder {
         int num_active = batch_.num_streams;
         for (int i = 0; i < kTileComponents; ++i) {
             const int64_t component = first_component + i;
-            while (num_active > 0 && component >= batch_.streams[num_active - 1].num_components()) --num_active;
+            num_active = count_active(num_active, component);
             if (num_active == 0) break;
             decode_component(num_active, component, i);
             for (int s = 0; s < num_active; ++s)
@@ -50,11 +44,7 @@ class ComponentDecoder {
     CACHEGEN_AVX2 Status status(int s) const { return words_.status(s, are_at_start(states_[s])); }
 
   private:
-    // 64 bytes longer than a block, or blocks would share cache sets.
-    static constexpr int64_t kBlockStride = 64 * kTileComponents + 64;
-
-    // A row's symbols of a stream's tile: per component 32 words, those of tokens 0-7, 16-23, 8-15 and 24-31.
-    uint8_t* block(int64_t row, int s) const { return tile_ + (s * num_rows_ + row) * kBlockStride; }
+    // In the blocks, tokens stand in the order 0-7, 16-23, 8-15 and 24-31.
 
     // Decode one component of the first streams, in the way that its largest table needs.
     CACHEGEN_AVX2 void decode_component(int num_streams, int64_t component, int in_tile) {
@@ -205,10 +195,6 @@ class ComponentDecoder {
             _mm256_maskstore_epi32(out, eight.present, components);
     }
 
-    const ComponentBatch& batch_;
-    const int64_t num_rows_;
-    uint8_t* const tile_;
-    StreamWords words_;
     States states_[kMaxBatch];
     const NarrowTable* table_of_[kMaxBatch] = {};  // what tables_ were made of
     SpreadTable tables_[kMaxBatch];
@@ -216,13 +202,8 @@ class ComponentDecoder {
 
 }  // namespace
 
-CACHEGEN_AVX2 void decode_components(const ComponentBatch& batch, Scratch& scratch, Status* statuses) {
-    const size_t tile_bytes = round_up(ComponentDecoder::tile_bytes(batch), 64);
-    uint8_t* const memory = scratch.reserve(tile_bytes + StreamWords::num_copied_bytes(batch));
-    ComponentDecoder decoder(batch, memory, memory + tile_bytes);
-    decoder.load();
-    for (int64_t first = 0; first < batch.shape.num_channels; first += kTileComponents) decoder.decode(first);
-    for (int s = 0; s < batch.num_streams; ++s) statuses[s] = decoder.status(s);
+void decode_components(const ComponentBatch& batch, Scratch& scratch, Status* statuses) {
+    decode_by_tiles<ComponentDecoder>(batch, scratch, statuses);
 }
 
 }  // namespace cachegen::avx2

@@ -4,8 +4,6 @@
 
 #if CACHEGEN_X86
 
-#include <cstring>
-
 #include "cpu/avx2.h"
 #include "cpu/component_source.h"
 #include "cpu/rans_encode_avx2.h"
@@ -13,15 +11,9 @@
 namespace cachegen::avx2 {
 namespace {
 
-class ComponentEncoder {
+class ComponentEncoder : public SourceTiles {
   public:
-    ComponentEncoder(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes)
-        : source_(source),
-          coding_(*source.coding),
-          num_rows_(source.shape.num_rows()),
-          memory_(source, scratch),
-          escapes_(escapes),
-          word_(memory_.words_end) {}
+    using SourceTiles::SourceTiles;
 
     CACHEGEN_AVX2 void start() {
         for (__m256i& states : states_) states = _mm256_set1_epi32(kStateLow);
@@ -45,13 +37,11 @@ class ComponentEncoder {
         if (encoded->status != Status::kOk) return;
         uint32_t states[kNumLanes];
         store_states(states_, states);
-        escapes_.write(encoded->join(states, source_.shape.num_lanes(), memory_.low_bits,
-                                     source_.low_bits_layout->total(), word_, memory_.words_end, escapes_.num_bytes()));
+        join(states, encoded);
     }
 
   private:
-    // A row's symbols of the tile: per component 32 words, those of tokens 0-7, 16-23, 8-15 and 24-31.
-    uint8_t* block(int64_t row) const { return memory_.tile + row * EncoderMemory::kBlockStride; }
+    // In the blocks, tokens stand in the order 0-7, 16-23, 8-15 and 24-31.
 
     // The first `count` doublewords all ones.
     CACHEGEN_AVX2_INLINE static __m256i first_of_eight(int count) {
@@ -99,14 +89,6 @@ class ComponentEncoder {
                                _mm256_cmpgt_epi32(_mm256_sub_epi32(_mm256_setzero_si256(), limit), numbers));
     }
 
-    __attribute__((noinline)) void add_escapes(uint32_t escaped, const int32_t* fine, int64_t token, int64_t first) {
-        for (; escaped != 0; escaped &= escaped - 1) {
-            const int i = __builtin_ctz(escaped);
-            is_codable_ &= fine[i] >= -kMaxComponent && fine[i] <= kMaxComponent;
-            escapes_.add(token * source_.shape.num_channels + first + i, fine[i]);
-        }
-    }
-
     // Write a row's symbols of eight components into its block.
     __attribute__((noinline)) CACHEGEN_AVX2 void find_symbols(const TileSymbols& tile, int first,
                                                               int64_t first_component, int64_t row) {
@@ -141,10 +123,7 @@ class ComponentEncoder {
                 const __m256i bytes =
                     _mm256_packs_epi16(_mm256_sll_epi16(symbols[0], shift), _mm256_sll_epi16(symbols[1], shift));
                 const auto plane = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
-                if (live == kNumLanes)
-                    std::memcpy(memory_.low_bits + position / 8, &plane, 4);
-                else
-                    write_bits(memory_.low_bits, position, live, _bzhi_u32(plane, live));
+                store_plane(position, live, plane);
             }
             for (int i = 0; i < 2; ++i)
                 _mm256_store_si256(words + i, _mm256_srl_epi16(symbols[i], _mm_cvtsi32_si128(low_bits)));
@@ -178,13 +157,6 @@ class ComponentEncoder {
                                 word);
     }
 
-    const ComponentSource& source_;
-    const ComponentCoding& coding_;
-    const int64_t num_rows_;
-    const EncoderMemory memory_;
-    EscapeKeys& escapes_;
-    uint16_t* word_;
-    bool is_codable_ = true;
     const FrequencyTable* table_of_ = nullptr;  // what table_ was made of
     EncodeTable table_;
     __m256i states_[4];
@@ -193,14 +165,8 @@ class ComponentEncoder {
 
 }  // namespace
 
-CACHEGEN_AVX2 void encode_components(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes,
-                                     EncodedStream* encoded) {
-    escapes.clear();
-    ComponentEncoder encoder(source, scratch, escapes);
-    encoder.start();
-    const int64_t num_tiles = (source.shape.num_channels + kTileComponents - 1) / kTileComponents;
-    for (int64_t tile = num_tiles - 1; tile >= 0; --tile) encoder.encode(tile * kTileComponents);
-    encoder.finish(encoded);
+void encode_components(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes, EncodedStream* encoded) {
+    encode_by_tiles<ComponentEncoder>(source, scratch, escapes, encoded);
 }
 
 }  // namespace cachegen::avx2

@@ -6,8 +6,6 @@
 
 #if CACHEGEN_X86
 
-#include <cstring>
-
 #include "cpu/avx512.h"
 #include "cpu/component_source.h"
 #include "cpu/rans_encode_avx512.h"
@@ -15,15 +13,9 @@
 namespace cachegen::avx512 {
 namespace {
 
-class ComponentEncoder {
+class ComponentEncoder : public SourceTiles {
   public:
-    ComponentEncoder(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes)
-        : source_(source),
-          coding_(*source.coding),
-          num_rows_(source.shape.num_rows()),
-          memory_(source, scratch),
-          escapes_(escapes),
-          word_(memory_.words_end) {}
+    using SourceTiles::SourceTiles;
 
     CACHEGEN_AVX512 void start() {
         first_ = second_ = _mm512_set1_epi32(kStateLow);
@@ -46,14 +38,10 @@ class ComponentEncoder {
         if (encoded->status != Status::kOk) return;
         uint32_t states[kNumLanes];
         store_states(first_, second_, states);
-        escapes_.write(encoded->join(states, source_.shape.num_lanes(), memory_.low_bits,
-                                     source_.low_bits_layout->total(), word_, memory_.words_end, escapes_.num_bytes()));
+        join(states, encoded);
     }
 
   private:
-    // A row's symbols of the tile: per component 32 words, one per token.
-    uint8_t* block(int64_t row) const { return memory_.tile + row * EncoderMemory::kBlockStride; }
-
     // A token's symbols of the tile, and its escapes.
     CACHEGEN_AVX512_INLINE __m256i symbols_of(const TileSymbols& tile, int64_t first_component, int64_t token) {
         const auto present = static_cast<__mmask16>(first_lanes(tile.count));
@@ -66,7 +54,7 @@ class ComponentEncoder {
             _mm512_max_epi32(_mm512_min_epi32(values, _mm512_load_si512(tile.highest)), _mm512_load_si512(tile.lowest));
         const auto anew = static_cast<__mmask16>(present & ~refined);
         const __mmask16 escaped = _mm512_mask_cmpneq_epi32_mask(anew, coded, values);
-        if (escaped != 0) add_escapes(escaped, values, first_component, token);
+        if (escaped != 0) add_escapes(escaped, fine, token, first_component);
         if (refined != 0) {
             const int32_t* const coarse_row = source_.coarse + token * source_.coarse_stride + first_component;
             const __m512i coarse = _mm512_maskz_loadu_epi32(refined, coarse_row);
@@ -87,16 +75,6 @@ class ComponentEncoder {
     // The next tile's: the one before.
     CACHEGEN_AVX512_INLINE static void prefetch_before(const int32_t* components) {
         _mm_prefetch(reinterpret_cast<const char*>(components - kTileComponents), _MM_HINT_T0);
-    }
-
-    CACHEGEN_AVX512_APART void add_escapes(__mmask16 escaped, __m512i values, int64_t first_component, int64_t token) {
-        int32_t components[kTileComponents];
-        _mm512_storeu_si512(components, values);
-        for (uint32_t mask = escaped; mask != 0; mask &= mask - 1) {
-            const int i = __builtin_ctz(mask);
-            is_codable_ &= components[i] >= -kMaxComponent && components[i] <= kMaxComponent;
-            escapes_.add(token * source_.shape.num_channels + first_component + i, components[i]);
-        }
     }
 
     // Write a row's symbols of the tile into its block.
@@ -140,10 +118,7 @@ class ComponentEncoder {
             for (int bit = 0; bit < low_bits; ++bit, position += live) {
                 const uint32_t plane =
                     _mm512_test_epi16_mask(symbols, _mm512_set1_epi16(static_cast<int16_t>(1 << bit)));
-                if (live == kNumLanes)
-                    std::memcpy(memory_.low_bits + position / 8, &plane, 4);
-                else
-                    write_bits(memory_.low_bits, position, live, _bzhi_u32(plane, live));
+                store_plane(position, live, plane);
             }
             _mm512_store_si512(words, _mm512_srl_epi16(symbols, _mm_cvtsi32_si128(low_bits)));
         }
@@ -177,13 +152,6 @@ class ComponentEncoder {
             table_, first_lanes(kIsTail ? source_.shape.live_lanes(row) : kNumLanes), first, second, seen, word);
     }
 
-    const ComponentSource& source_;
-    const ComponentCoding& coding_;
-    const int64_t num_rows_;
-    const EncoderMemory memory_;
-    EscapeKeys& escapes_;
-    uint16_t* word_;
-    bool is_codable_ = true;
     const FrequencyTable* table_of_ = nullptr;  // what table_ was made of
     EncodeTable table_;
     __m512i first_, second_;  // states of lanes 0 to 15 and 16 to 31
@@ -192,14 +160,8 @@ class ComponentEncoder {
 
 }  // namespace
 
-CACHEGEN_AVX512 void encode_components(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes,
-                                       EncodedStream* encoded) {
-    escapes.clear();
-    ComponentEncoder encoder(source, scratch, escapes);
-    encoder.start();
-    const int64_t num_tiles = (source.shape.num_channels + kTileComponents - 1) / kTileComponents;
-    for (int64_t tile = num_tiles - 1; tile >= 0; --tile) encoder.encode(tile * kTileComponents);
-    encoder.finish(encoded);
+void encode_components(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes, EncodedStream* encoded) {
+    encode_by_tiles<ComponentEncoder>(source, scratch, escapes, encoded);
 }
 
 }  // namespace cachegen::avx512
