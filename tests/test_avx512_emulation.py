@@ -163,5 +163,5 @@ def test_comparison_notices_a_mutated_line(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", choose_mutations(ALL_OVERRUNS, ALWAYS_OVERRUNS))
 def test_sanitizer_notices_an_access_outside(tmp_path: Path, name: str) -> None:
     result = avx512.run_tests(mutate(tmp_path, *ALL_OVERRUNS[name]), "-x", "-s", NOTICED_BY[name])
-    # An overflow, or, where it leaps over the gap between two blocks, a use after free.
-    assert "ERROR: AddressSanitizer: heap-" in result.stderr, result.stdout + result.stderr
+    # An overflow; where it leaps over the gap between two blocks, a use after free; where it begins inside, "unknown".
+    assert "ERROR: AddressSanitizer: " in result.stderr, result.stdout + result.stderr

@@ -116,10 +116,12 @@ class GroupTransform:
         Components would spread such a value's error over all channels of its token; as a value that travels exactly
         it costs nothing but itself.
         """
-        distance = (vectors - self._mean).abs()
-        deviations = torch.maximum(self._deviations, usual_size(distance))
+        distance = (vectors - self._mean).abs_()
+        limit = OUTLIER_DEVIATIONS * torch.maximum(self._deviations, usual_size(distance))
         # Not `>`: what is no number is far, too.
-        return torch.where(distance <= OUTLIER_DEVIATIONS * deviations, vectors, self._mean)
+        if bool((distance.amax(0) <= limit).all()):
+            return vectors
+        return torch.where(distance <= limit, vectors, self._mean)
 
     def synthesize(self, components: torch.Tensor, step: float, output: KVCache, first_token: int) -> None:
         """Write the keys and values that quantized components stand for.
@@ -160,7 +162,7 @@ class GroupTransform:
             if self._rounded_synthesis is None:
                 self._rounded_synthesis = self._synthesis.bfloat16()
             product = components.to(torch.bfloat16) @ self._rounded_synthesis[:count]
-            return product.float().mul_(step).add_(self._mean)
+            return torch.add(self._mean, product, alpha=step)
         block = components.to(device=self._device, dtype=torch.float32) * step
         return multiply(block, self._synthesis[:count], self._mean)
 
@@ -169,7 +171,10 @@ class GroupTransform:
 
         An error costs the same in every component. Larger components than bf16 has exactly are not usual.
         """
-        if not components.numel() or components.abs().max() > MAX_EXACT_BF16:
+        if not components.numel():
+            return False
+        least, largest = torch.aminmax(components)
+        if max(-least, largest) > MAX_EXACT_BF16:
             return False
         powers = self._scales().double().square()
         lost = powers.clone()
