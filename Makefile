@@ -112,7 +112,7 @@ fuzz: $(INSTALLED) ## Fuzz the native coders and every reader of foreign bytes, 
 	@mkdir -p build/fuzz
 	@for target in $(FUZZ_TARGETS); do \
 	    echo "make: fuzzing the $$target"; \
-	    sources=; case $$target in paths|decoders) sources="$(FUZZ_SOURCES)";; esac; \
+	    sources=; case $$target in paths|decoders|components) sources="$(FUZZ_SOURCES)";; esac; \
 	    clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -ffp-contract=off \
 	        -Isrc/csrc -Itests/fuzz tests/fuzz/fuzz_$$target.cpp $$sources -o build/fuzz/$$target -pthread || exit 1; \
 	    mkdir -p build/fuzz/corpus_$$target; \

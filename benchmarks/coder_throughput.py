@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from components import ComponentCase, iterate_component_cases
 from cuda_throughput import describe_gpu, run_on_gpu
 from documents import Document, iterate_documents, run_pipeline
 from goals import print_goals
@@ -48,6 +49,8 @@ class Row:
     decode_over_constriction: float | None = None
     encode_over_constriction: float | None = None
     decode_over_zstd1: float | None = None
+    decode_over_portable: float | None = None
+    encode_over_portable: float | None = None
 
 
 @dataclass
@@ -107,6 +110,21 @@ def our_entries(document: Document, paths: tuple[str, ...], thread_counts: tuple
     return entries
 
 
+def component_entries(case: ComponentCase, paths: tuple[str, ...]) -> list[Entry]:
+    """Check that all paths give the same bytes and components, then offer each as an entry."""
+    payload, streams = case.check(paths)
+    return [
+        Entry(
+            "components",
+            path,
+            1,
+            None,
+            {name: lambda call=call: seconds_of(call, 1) for name, call in case.calls(payload, streams, path).items()},
+        )
+        for path in paths
+    ]
+
+
 def time_entries(entries: list[Entry], rounds: int) -> list[dict[str, float]]:
     """Run all entries round by round; returns each one's fewest seconds per operation."""
     seconds: list[dict[str, list[float]]] = [{name: [] for name in entry.calls} for entry in entries]
@@ -117,7 +135,7 @@ def time_entries(entries: list[Entry], rounds: int) -> list[dict[str, float]]:
     return [{name: min(values) for name, values in lists.items()} for lists in seconds]
 
 
-def run_case(document: Document, entries: list[Entry], rounds: int) -> list[Row]:
+def run_case(document: Document | ComponentCase, entries: list[Entry], rounds: int) -> list[Row]:
     times = time_entries(entries, rounds)
 
     def rate(seconds: float | None) -> float | None:
@@ -127,6 +145,16 @@ def run_case(document: Document, entries: list[Entry], rounds: int) -> list[Row]
 
     def ratio(found: dict[str, float], operation: str, peer: str) -> float | None:
         return of_coder[peer][operation] / found[operation] if peer in of_coder and operation in found else None
+
+    of_portable = {
+        (entry.coder, entry.threads): found
+        for entry, found in zip(entries, times, strict=True)
+        if entry.path == "portable"
+    }
+
+    def over_portable(entry: Entry, found: dict[str, float], operation: str) -> float | None:
+        base = of_portable.get((entry.coder, entry.threads))
+        return base[operation] / found[operation] if base else None
 
     rows = []
     for entry, found in zip(entries, times, strict=True):
@@ -144,6 +172,8 @@ def run_case(document: Document, entries: list[Entry], rounds: int) -> list[Row]
                 decode_over_constriction=ratio(found, "decode", "constriction"),
                 encode_over_constriction=ratio(found, "encode", "constriction"),
                 decode_over_zstd1=ratio(found, "decode", "zstd-1"),
+                decode_over_portable=over_portable(entry, found, "decode"),
+                encode_over_portable=over_portable(entry, found, "encode"),
             )
         )
         if "measure" in found:
@@ -170,7 +200,7 @@ def run_with_peers(document: Document, entries: list[Entry], rounds: int, proces
 
 def print_table(rows: list[Row]) -> None:
     names = ["case", "coder", "path", "threads", "enc Msym/s", "dec Msym/s", "bits over", "dec/tac", "enc/tac"]
-    names += ["dec/con", "enc/con", "dec/zstd"]
+    names += ["dec/con", "enc/con", "dec/zstd", "dec/port", "enc/port"]
     table = [names]
     for row in rows:
         cells = list(asdict(row).values())
@@ -203,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the small cases; the large ones take a third")
     parser.add_argument("--without_peers", action="store_true", help="install and run no other coder")
+    parser.add_argument("--only_components", action="store_true", help="measure the coder of components alone")
     parser.add_argument(
         "--output", type=Path, default=HERE / "results.json", help="where the results go (default: %(default)s)"
     )
@@ -211,7 +242,7 @@ def main() -> None:
     processors = sorted(os.sched_getaffinity(0))
     paths = cpu.supported_paths()
     rows = []
-    for document in iterate_documents(HERE.parent):
+    for document in () if args.only_components else iterate_documents(HERE.parent):
         # One thread stays on one processor, with the peers; then all threads on all.
         os.sched_setaffinity(0, {processors[-1]})
         is_small = document.num_values <= 1 << 21
@@ -228,6 +259,10 @@ def main() -> None:
             rows += [Row(document.name, *numbers) for numbers in run_pipeline(document, len(processors), rounds)]
         if document.is_large:
             rows += [Row(document.name, *numbers) for numbers in run_on_gpu(document, args.rounds, len(processors))]
+    os.sched_setaffinity(0, {processors[-1]})
+    for case in iterate_component_cases():
+        rows += run_case(case, component_entries(case, paths), args.rounds)
+    os.sched_setaffinity(0, processors)
     versions = {"cachegen": __version__, "python": platform.python_version(), **VERSIONS, "torch": torch.__version__}
     versions["numpy"] = np.__version__
     print(describe_device())

@@ -1,14 +1,22 @@
-"""The coder of components: the kernels write the reference's bytes, and nothing corrupt does harm."""
+"""The coder of components: on every path the kernels write the reference's bytes, and nothing corrupt does harm."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from cachegen.coder import components as coder
+from cachegen.coder import cpu
 from cachegen.coder.component_tables import NUM_CODED_SCALES, NUM_REFINED_SCALES, LevelCoding, component_frequencies
-from cachegen.coder.components import decode_components, encode_components
+from cachegen.coder.components import (
+    ComponentGroup,
+    decode_component_groups,
+    decode_components,
+    encode_components,
+)
 from cachegen.errors import BitstreamError
 from cachegen.format import StreamEntry
 from cachegen.methods.transform.transform import MAX_COMPONENT
@@ -20,6 +28,13 @@ from tests.reference.components import (
     zero_symbol,
 )
 from tests.reference.planes import crc32c
+
+
+@pytest.fixture(autouse=True, params=cpu.supported_paths())
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path that coding takes where a test names none: each in turn."""
+    monkeypatch.setattr(coder, "native_path", lambda asked: cpu.native_path(asked or request.param))
+    return request.param
 
 
 def make_coding(anew: list[tuple[int, int]], refined: list[int] | None = None) -> LevelCoding:
@@ -159,6 +174,91 @@ def test_columns_beyond_the_coded_ones_are_left_alone() -> None:
     assert (components[:, :-3] == fine).all() and (components[:, -3:] == 7).all()
 
 
+# Numbers of components around tiles and their halves, and an order in which streams are not decoded.
+GROUP_SIZES = (5, 33, 0, 16, 70, 17, 8, 70, 1, 40)
+
+
+def make_groups(num_tokens: int, tokens_per_stream: int) -> tuple[bytes, list[StreamEntry], list[ComponentGroup]]:
+    """Groups of several sizes, their payload, and what `decode_component_groups` is to find in `components`."""
+    payload, streams, groups = b"", [], []
+    for number, size in enumerate(GROUP_SIZES):
+        coding = make_coding([(1 + (index + number) % 13, 3 * (index % 5 == 4)) for index in range(size)])
+        fine, _ = draw(coding, num_tokens, seed=number)
+        part, entries = encode_components(fine, None, coding, tokens_per_stream)
+        payload += bytes(part)
+        streams += entries
+        groups.append(ComponentGroup(number, fine, coding, tokens_per_stream))
+    return payload, streams, groups
+
+
+def emptied(groups: list[ComponentGroup]) -> list[ComponentGroup]:
+    return [replace(group, components=np.full_like(group.components, 9)) for group in groups]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+@pytest.mark.parametrize("num_tokens", [1, 64, 70, 200])
+def test_groups_of_any_sizes_are_decoded_together(num_tokens: int, num_threads: int) -> None:
+    payload, streams, groups = make_groups(num_tokens, 64)
+    found = emptied(groups)
+    decode_component_groups(payload, streams, found, num_threads)
+    for group, expected in zip(found, groups, strict=True):
+        assert (group.components == expected.components).all()
+
+
+def test_the_corrupt_stream_of_several_groups_is_named() -> None:
+    payload, streams, groups = make_groups(200, 64)
+    offset = 0
+    for index, entry in enumerate(streams):
+        damaged = bytearray(payload)
+        damaged[offset + 2] ^= 2
+        with pytest.raises(BitstreamError, match=f"group {index // 4}, stream {index % 4}"):
+            decode_component_groups(damaged, streams, emptied(groups))
+        offset += -(-entry.num_bytes // 16) * 16
+
+
+@pytest.mark.parametrize("num_tokens", [32 * 256 - 1, 32 * 256 + 1])
+def test_long_streams_are_coded(num_tokens: int) -> None:
+    # Vector kernels leave streams of more than 256 rows to the portable one.
+    coding = make_coding([(13, 1), (1, 0)], refined=[4])
+    fine, coarse = draw(coding, num_tokens, seed=0)
+    payload, entries = encode_components(fine, coarse, coding, 1 << 14)
+    assert (bytes(payload), entries) == encode_portably(fine, coarse, coding, 1 << 14)
+    assert (decode_native(payload, entries, coarse, coding, fine.shape) == fine).all()
+
+
+def encode_portably(*arguments) -> tuple[bytes, list[StreamEntry]]:
+    payload, entries = encode_components(*arguments, path="portable")
+    return bytes(payload), entries
+
+
+@pytest.mark.parametrize("num_tokens", [1, 33, 64])
+def test_any_tables_do(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that no level has: a single symbol, gaps between symbols, all 32."""
+    frequencies = np.zeros((40, 32), np.uint16)
+    generator = np.random.default_rng(0)
+    for row in frequencies[:38]:
+        present = generator.choice(32, generator.integers(1, 33), replace=False)
+        row[present] = 1
+        row[present[0]] = 4097 - len(present)
+    frequencies[38, 31] = frequencies[39, 0] = 4096
+    monkeypatch.setattr(coder, "component_tables", lambda: cpu.Tables.from_frequencies(frequencies))
+    low_bits = [generator.integers(0, 9) if index % 3 == 0 else 0 for index in range(40)]
+    coding = LevelCoding(np.arange(40, dtype=np.uint16), np.array(low_bits, np.uint8), 0)
+    fine = np.empty((num_tokens, 40), np.int32)
+    for component in range(40):
+        high = generator.choice(np.flatnonzero(frequencies[component]), num_tokens)
+        low = generator.integers(0, 1 << low_bits[component], num_tokens)
+        fine[:, component] = (high << low_bits[component]) + low - zero_symbol(int(low_bits[component]))
+    payload, entries = encode_components(fine, None, coding, 64)
+    assert (bytes(payload), entries) == encode_portably(fine, None, coding, 64)
+    assert (decode_native(payload, entries, None, coding, fine.shape) == fine).all()
+    gap = int(np.flatnonzero(frequencies[5] == 0)[0])
+    fine[0, 5] = (gap << low_bits[5]) - zero_symbol(int(low_bits[5]))
+    if np.flatnonzero(frequencies[5])[0] < gap < np.flatnonzero(frequencies[5])[-1]:
+        with pytest.raises(ValueError, match="cannot be encoded: NO_FREQUENCY"):
+            encode_components(fine, None, coding, 64)
+
+
 # --- symbols ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +291,16 @@ def test_what_does_not_refine_is_refused(fine: int) -> None:
         encode_components(np.full((1, 1), fine, np.int32), coarse, coding, 32)
     with pytest.raises(ValueError, match="does not refine"):
         encode_component_stream([[fine]], [[0]], coding)
+
+
+@pytest.mark.parametrize("coarse", [2**29 + 1, -(2**29) - 1, 2**31 - 1, -(2**31)])
+def test_what_no_level_can_refine_is_refused(coarse: int) -> None:
+    # 3 coarse in 32 bits would be a refinement.
+    fine = (3 * coarse + 2**31) % 2**32 - 2**31
+    with pytest.raises(ValueError, match="cannot be encoded"):
+        encode_components(
+            np.full((40, 1), fine, np.int32), np.full((40, 1), coarse, np.int32), make_coding([], refined=[9]), 64
+        )
 
 
 # --- escapes ----------------------------------------------------------------------------------------------------------
@@ -389,3 +499,8 @@ def test_arguments_that_do_not_fit_are_value_errors() -> None:
     payload, entries = encode_components(fine, None, coding, 32)
     with pytest.raises(ValueError, match="components has another shape"):
         decode_components(payload, entries, np.zeros((4, 1), np.int32), coding, 32)
+
+
+def test_a_path_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="`path` must be one of portable, "):
+        encode_components(np.zeros((4, 0), np.int32), None, make_coding([]), 32, path="best")

@@ -102,17 +102,15 @@ def encode_components(
     num_refined: int,
     tokens_per_stream: int,
     num_threads: int,
+    path: CpuPath,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint32], int, int]: ...
 def decode_components(
     payload: NDArray[np.uint8],
     index: NDArray[np.uint32],
-    components: NDArray[np.int32],
+    groups: list[tuple[NDArray[np.int32], NDArray[np.uint16], NDArray[np.uint8], int, int]],
     tables: TableSet,
-    table_indices: NDArray[np.uint16],
-    low_bits: NDArray[np.uint8],
-    num_refined: int,
-    tokens_per_stream: int,
     num_threads: int,
+    path: CpuPath,
 ) -> tuple[int, int]: ...
 
 LosslessModel: TypeAlias = tuple[

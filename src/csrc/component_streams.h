@@ -18,6 +18,7 @@ namespace cachegen {
 
 constexpr int kLevelRatio = 3;              // the step of a level over that of the next
 constexpr int32_t kMaxComponent = 1 << 24;  // magnitude of a component, in steps of the level that codes it anew
+constexpr int32_t kMaxCoarse = 1 << 29;     // of one that is refined: three times as much fits 32 bits
 constexpr int kEscapeBytes = 8;             // u32 place in the stream, token after token; i32 component
 
 // The symbol of a component of zero: the middle of the middle high part.
@@ -39,7 +40,7 @@ struct ComponentSymbol {
 
 CACHEGEN_HOST_DEVICE inline ComponentSymbol refinement_symbol(int32_t coarse, int32_t fine) {
     const int64_t third = fine - int64_t{kLevelRatio} * coarse;
-    if (third < -1 || third > 1) return {1, false, false};
+    if (coarse < -kMaxCoarse || coarse > kMaxCoarse || third < -1 || third > 1) return {1, false, false};
     return {static_cast<int32_t>(1 + (coarse < 0 ? -third : third)), false, true};
 }
 

@@ -160,7 +160,8 @@ inline __m512i pack(__m512i a, __m512i b) {
 
 template <class T>
 inline Of<T> permute_two(const Of<T>& a, __m512i index, const Of<T>& b) {
-    const Of<std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>> from(index);
+    using Index = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+    const Of<Index> from(index);
     return make<T>([&](int i) {
         const int place = static_cast<int>(from.at[i] % (2 * a.kCount));
         return place < a.kCount ? a.at[place] : b.at[place - a.kCount];

@@ -46,6 +46,9 @@ inline __m512i _mm512_maskz_loadu_epi32(__mmask16 k, const void* address) {
 inline void _mm512_mask_storeu_epi16(void* address, __mmask32 k, __m512i a) {
     emulation::masked_store<uint16_t>(address, k, a);
 }
+inline void _mm512_mask_storeu_epi32(void* address, __mmask16 k, __m512i a) {
+    emulation::masked_store<uint32_t>(address, k, a);
+}
 inline void _mm512_mask_storeu_ps(void* address, __mmask16 k, __m512 a) {
     emulation::masked_store<float>(address, k, a);
 }
@@ -72,10 +75,16 @@ inline __m256i _mm256_set1_epi8(char a) {
     std::memset(&made, a, sizeof made);
     return made;
 }
+inline __m256i _mm256_setzero_si256() { return {}; }
 inline __m512i _mm512_setzero_si512() { return {}; }
 inline __m512 _mm512_setzero_ps() { return {}; }
 inline __m512i _mm512_set1_epi16(int16_t a) {
     return emulation::make<int16_t>([&](int) { return a; });
+}
+inline __m512i _mm512_setr_epi64(int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f, int64_t g,
+                                 int64_t h) {
+    const int64_t all[] = {a, b, c, d, e, f, g, h};
+    return emulation::load<__m512i>(all);
 }
 inline __m512i _mm512_set1_epi32(int32_t a) {
     return emulation::make<int32_t>([&](int) { return a; });
@@ -99,6 +108,8 @@ inline __m512i _mm512_inserti64x4(__m512i a, __m256i b, int half) {
     std::memcpy(a.bytes + 32 * (half & 1), &b, sizeof b);
     return a;
 }
+
+inline __m512i _mm512_broadcast_i64x4(__m256i a) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), a, 1); }
 
 // --- arithmetic, logic and comparisons, element by element ---
 
@@ -132,10 +143,13 @@ CACHEGEN_EMULATE_MAP(_mm512_mulhi_epu16, uint16_t, x* y >> 16)
 CACHEGEN_EMULATE_MAP(_mm512_max_epu16, uint16_t, std::max(x, y))
 CACHEGEN_EMULATE_MAP(_mm512_max_epu32, uint32_t, std::max(x, y))
 CACHEGEN_EMULATE_MAP(_mm512_min_epu16, uint16_t, std::min(x, y))
+CACHEGEN_EMULATE_MAP(_mm512_max_epi32, uint32_t, static_cast<int32_t>(x) > static_cast<int32_t>(y) ? x : y)
+CACHEGEN_EMULATE_MAP(_mm512_min_epi32, uint32_t, static_cast<int32_t>(x) < static_cast<int32_t>(y) ? x : y)
 CACHEGEN_EMULATE_MAP(_mm512_and_si512, uint32_t, x& y)
 CACHEGEN_EMULATE_MAP(_mm512_or_si512, uint32_t, x | y)
 CACHEGEN_EMULATE_MASKED_MAP(_mm512_mask_add_epi16, _mm512_add_epi16, uint16_t, __mmask32)
 CACHEGEN_EMULATE_MASKED_MAP(_mm512_mask_add_epi32, _mm512_add_epi32, uint32_t, __mmask16)
+CACHEGEN_EMULATE_MASKED_MAP(_mm512_mask_sub_epi32, _mm512_sub_epi32, uint32_t, __mmask16)
 CACHEGEN_EMULATE_MASKED_MAP(_mm512_mask_sub_epi16, _mm512_sub_epi16, uint16_t, __mmask32)
 CACHEGEN_EMULATE_COMPARE(_mm512_cmpeq_epi16_mask, uint16_t, __mmask32, x == y)
 CACHEGEN_EMULATE_COMPARE(_mm512_cmpge_epu16_mask, uint16_t, __mmask32, x >= y)
@@ -150,6 +164,18 @@ CACHEGEN_EMULATE_COMPARE(_mm512_testn_epi32_mask, uint32_t, __mmask16, (x & y) =
 #undef CACHEGEN_EMULATE_MASKED_MAP
 #undef CACHEGEN_EMULATE_COMPARE
 
+inline __mmask16 _mm512_mask_cmpgt_epu32_mask(__mmask16 k, __m512i first, __m512i second) {
+    const emulation::Of<uint32_t> a(first), b(second);
+    return static_cast<__mmask16>(k & emulation::mask_of<16>([&](int i) { return a.at[i] > b.at[i]; }));
+}
+inline __mmask16 _mm512_mask_cmpneq_epi32_mask(__mmask16 k, __m512i first, __m512i second) {
+    const emulation::Of<uint32_t> a(first), b(second);
+    return static_cast<__mmask16>(k & emulation::mask_of<16>([&](int i) { return a.at[i] != b.at[i]; }));
+}
+inline __mmask16 _mm512_movepi32_mask(__m512i a) {
+    const emulation::Of<uint32_t> x(a);
+    return static_cast<__mmask16>(emulation::mask_of<16>([&](int i) { return x.at[i] >> 31; }));
+}
 inline __mmask32 _mm256_test_epi8_mask(__m256i a, __m256i b) {
     return emulation::mask_of<32>([&](int i) { return a.bytes[i] & b.bytes[i]; });
 }
@@ -218,6 +244,9 @@ inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
 inline __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b) {
     return emulation::permute_two(emulation::Of<uint32_t>(a), index, emulation::Of<uint32_t>(b));
 }
+inline __m512i _mm512_permutex2var_epi64(__m512i a, __m512i index, __m512i b) {
+    return emulation::permute_two(emulation::Of<uint64_t>(a), index, emulation::Of<uint64_t>(b));
+}
 inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) {
     return emulation::permute_two(emulation::Of<float>(a), index, emulation::Of<float>(b));
 }
@@ -242,6 +271,10 @@ inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
     emulation::Elements<uint16_t, __m256i> made;
     for (int i = 0; i < made.kCount; ++i) made.at[i] = static_cast<uint16_t>(x.at[i]);
     return made;
+}
+inline __m512i _mm512_cvtepi16_epi32(__m256i a) {
+    const emulation::Elements<int16_t, __m256i> x(a);
+    return emulation::make<int32_t>([&](int i) { return x.at[i]; });
 }
 inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
     const emulation::Elements<uint16_t, __m256i> x(a);

@@ -1,5 +1,6 @@
-// Any bytes as a stream of components, and any components: decoding stays within its memory whatever the bytes, and
-// what encodes, or was accepted, decodes to the same components again.
+// Any bytes as a stream of components, and any components: on all paths of this processor decoding stays within its
+// memory whatever the bytes and comes to the same end, and what encodes, or was accepted, decodes to the same components
+// again.
 //
 // Half of the inputs are components, whose stream is then damaged; the rest of the others is the stream itself, mostly
 // with a number of words and escapes that make its length add up, so that most runs reach the symbols.
@@ -7,7 +8,10 @@
 #include <algorithm>
 
 #include "cpu/components.h"
+#include "cpu/decode_components.h"
+#include "cpu/encode_components.h"
 #include "fuzz_input.h"
+#include "fuzz_kernels.h"
 
 namespace cachegen {
 namespace {
@@ -16,7 +20,7 @@ constexpr int32_t kUntouched = 0x5A5A5A5A;  // in the columns that are not the s
 
 // The coding of a stream of components, drawn from an input. It owns what it points to.
 struct FuzzComponents {
-    int64_t num_tokens, stride, coarse_stride;
+    int64_t num_tokens, stride, coarse_stride, num_copies;
     std::vector<FrequencyTable> tables;
     std::vector<uint16_t> table_indices;
     std::vector<uint8_t> low_bits;
@@ -30,6 +34,7 @@ struct FuzzComponents {
         stride = coding.num_components + input.byte() % 3;
         coding.num_refined = input.byte() % (coding.num_components + 1);
         coarse_stride = coding.num_refined + input.byte() % 2;
+        num_copies = 1 + input.byte() % 5;
         make_tables(input.byte());
         for (int64_t c = 0; c < coding.num_components; ++c) {
             const uint32_t byte = input.byte();
@@ -63,23 +68,54 @@ struct FuzzComponents {
         return components;
     }
 
+    int64_t tokens_per_stream() const { return round_up(num_tokens, kNumLanes); }
+
+    // All paths encode to the same bytes.
     Status encode(const std::vector<int32_t>& fine, std::vector<uint8_t>& stream, uint32_t* num_words) const {
         StreamWorkspace workspace;
         const Status status = encode_components(fine.data(), stride, coarse.data(), coarse_stride, num_tokens, coding,
                                                 workspace, stream, num_words);
         stream.shrink_to_fit();
+        for (const CpuKernels* path : supported_paths()) {
+            const EncodedStreams encoded =
+                encode_components({fine.data(), num_tokens, stride}, {coarse.data(), num_tokens, coarse_stride}, coding,
+                                  tokens_per_stream(), *path, 1);
+            const EncodedStream& found = encoded.streams[0];
+            FUZZ_CHECK(found.status == status);
+            if (status != Status::kOk) continue;
+            FUZZ_CHECK(found.num_words == *num_words && found.num_bytes == static_cast<int64_t>(stream.size()));
+            FUZZ_CHECK(std::equal(stream.begin(), stream.end(), found.bytes.get()));
+        }
         return status;
     }
 
+    // All paths decode to the same end, and so do several of the stream in step.
     Status decode(const std::vector<uint8_t>& stream, uint32_t num_words, std::vector<int32_t>& components) const {
-        StreamWorkspace workspace;
-        components = start();
-        components.shrink_to_fit();
-        const Status status = decode_components(stream.data(), static_cast<int64_t>(stream.size()), num_words,
-                                                num_tokens, coding, workspace, components.data(), stride);
-        for (int64_t token = 0; token < num_tokens; ++token)
-            for (int64_t c = coding.num_components; c < stride; ++c)
-                FUZZ_CHECK(components[token * stride + c] == kUntouched);
+        Status status = Status::kOk;
+        for (const CpuKernels* path : supported_paths()) {
+            std::vector<std::vector<int32_t>> copies(num_copies, start());
+            std::vector<ComponentGroup> groups;
+            std::vector<uint32_t> index;
+            for (std::vector<int32_t>& copy : copies) {
+                copy.shrink_to_fit();
+                groups.push_back({{copy.data(), num_tokens, stride}, coding, tokens_per_stream()});
+                index.insert(index.end(), {static_cast<uint32_t>(stream.size()), num_words, 0});
+            }
+            const std::vector<ComponentStreamRef> streams =
+                list_streams(groups, std::vector<int64_t>(num_copies, 0), index.data());
+            std::vector<Status> statuses(num_copies, Status::kOk);
+            decode_components(streams, stream.data(), static_cast<int64_t>(stream.size()), *path, 1, statuses);
+            if (path == cpu_paths().front()) {
+                status = statuses[0];
+                components = copies[0];
+            }
+            for (int64_t i = 0; i < num_copies; ++i) {
+                FUZZ_CHECK(statuses[i] == status && (status != Status::kOk || copies[i] == components));
+                for (int64_t token = 0; token < num_tokens; ++token)
+                    for (int64_t c = coding.num_components; c < stride; ++c)
+                        FUZZ_CHECK(copies[i][token * stride + c] == kUntouched);
+            }
+        }
         return status;
     }
 

@@ -8,6 +8,7 @@
 #include "cpu/decode_planes.h"
 #include "cpu/encode_planes.h"
 #include "fuzz_input.h"
+#include "fuzz_kernels.h"
 
 namespace cachegen {
 namespace {
@@ -80,14 +81,6 @@ struct Document {
         }
     }
 };
-
-// The first is portable.
-std::vector<const CpuKernels*> supported_paths() {
-    std::vector<const CpuKernels*> paths;
-    for (const CpuKernels* path : cpu_paths())
-        if (path->is_supported()) paths.push_back(path);
-    return paths;
-}
 
 // Fill in the scales: the paths find the same ones, and the same counts. Returns whether all values are finite.
 template <class Dtype>

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from cachegen import _native
 from cachegen.coder.component_tables import LevelCoding, component_frequencies
-from cachegen.coder.cpu import Tables, decode_error, encode_error
+from cachegen.coder.cpu import Tables, decode_error, encode_error, native_path
 from cachegen.errors import BitstreamError
-from cachegen.format import ALIGNMENT, StreamEntry, round_up
+from cachegen.format import StreamEntry
 
 Components: TypeAlias = NDArray[np.int32] | torch.Tensor
 """int32 `[num_tokens, num_components]`; tensors on the kernels' device."""
@@ -60,6 +60,8 @@ def encode_components(
     coding: LevelCoding,
     tokens_per_stream: int,
     num_threads: int = 1,
+    *,
+    path: str | None = None,
 ) -> tuple[memoryview, list[StreamEntry]]:
     """Encode the components of one group at one level.
 
@@ -67,6 +69,7 @@ def encode_components(
         fine: int32 `[num_tokens, num_components]`, this level's.
         coarse: int32 `[num_tokens, at least num_refined]`, the level before's; None at level 1.
         tokens_per_stream: a multiple of 32.
+        path: as for `cpu.decode`.
 
     Returns:
         The payload (streams, each padded to a multiple of 16 bytes) and its index.
@@ -85,6 +88,7 @@ def encode_components(
         coding.num_refined,
         tokens_per_stream,
         num_threads,
+        native_path(path),
     )
     if failed >= 0:
         raise encode_error(failed, status)
@@ -98,6 +102,8 @@ def decode_components(
     coding: LevelCoding,
     tokens_per_stream: int,
     num_threads: int = 1,
+    *,
+    path: str | None = None,
 ) -> None:
     """Decode the components of one group at one level, in place.
 
@@ -105,29 +111,27 @@ def decode_components(
         payload: the group's streams, each padded to a multiple of 16 bytes.
         components: int32 `[num_tokens, at least num_components]`, C-contiguous: in, the level before's in the first
             num_refined columns; out, this level's in the first num_components.
+        path: as for `cpu.decode`.
 
     Raises:
         BitstreamError: a stream is corrupt; `components` then holds nothing usable.
     """
-    failed, status = _native.decode_components(
-        np.frombuffer(payload, np.uint8),
-        np.array(streams, dtype=np.uint32).reshape(len(streams), 3),
-        np.asarray(components),
-        component_tables(),
-        coding.table_indices,
-        coding.low_bits,
-        coding.num_refined,
-        tokens_per_stream,
-        num_threads,
+    failed, error = _decode(
+        payload, streams, [ComponentGroup(0, components, coding, tokens_per_stream)], num_threads, path
     )
-    if failed >= 0:
-        raise decode_error(failed, status)
+    if error is not None:
+        raise decode_error(failed, error)
 
 
 def decode_component_groups(
-    payload: bytes | memoryview, streams: Sequence[StreamEntry], groups: Sequence[ComponentGroup], num_threads: int = 1
+    payload: bytes | memoryview,
+    streams: Sequence[StreamEntry],
+    groups: Sequence[ComponentGroup],
+    num_threads: int = 1,
+    *,
+    path: str | None = None,
 ) -> None:
-    """Decode the components of some groups at one level, in place: `decode_components` for one after the other.
+    """Decode the components of some groups at one level, in place, as `decode_components` does one group's.
 
     Args:
         payload: the streams of the first group, of the second, ...
@@ -136,17 +140,38 @@ def decode_component_groups(
     Raises:
         BitstreamError: a stream is corrupt, naming group and stream.
     """
-    content, first_stream, offset = memoryview(payload), 0, 0
+    failed, error = _decode(payload, streams, groups, num_threads, path)
+    if error is None:
+        return
     for group in groups:
-        entries = streams[first_stream : first_stream + group.num_streams]
-        end = offset + sum(round_up(entry.num_bytes, ALIGNMENT) for entry in entries)
-        try:
-            decode_components(
-                content[offset:end], entries, group.components, group.coding, group.tokens_per_stream, num_threads
+        if failed < group.num_streams:
+            raise group.name_in(decode_error(failed, error))
+        failed -= group.num_streams
+
+
+def _decode(
+    payload: bytes | memoryview,
+    streams: Sequence[StreamEntry],
+    groups: Sequence[ComponentGroup],
+    num_threads: int,
+    path: str | None,
+) -> tuple[int, int | None]:
+    """Decode groups; returns the first stream that is corrupt and its status, None where none is."""
+    failed, status = _native.decode_components(
+        np.frombuffer(payload, np.uint8),
+        np.array(streams, dtype=np.uint32).reshape(len(streams), 3),
+        [
+            (
+                np.asarray(group.components),
+                group.coding.table_indices,
+                group.coding.low_bits,
+                group.coding.num_refined,
+                group.tokens_per_stream,
             )
-        except BitstreamError as error:
-            raise group.name_in(error) from error
-        first_stream += len(entries)
-        offset = end
-    if first_stream != len(streams) or offset != len(content):
-        raise ValueError("the payload is not as long as its streams")
+            for group in groups
+        ],
+        component_tables(),
+        num_threads,
+        native_path(path),
+    )
+    return failed, status if failed >= 0 else None

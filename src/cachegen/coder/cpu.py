@@ -119,7 +119,7 @@ def measure(
     scales = torch.empty(len(planes), cache.num_tokens, dtype=cache.dtype)
     native_planes = _native_planes(cache, scales, planes, None)
     counts, plane, token = _native.measure(
-        native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads, _native_path(path)
+        native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads, native_path(path)
     )
     if plane >= 0:
         raise NotFiniteError(plane, token)
@@ -153,7 +153,7 @@ def encode(
     """
     native_planes = _native_planes(cache, scales, planes, tables, coder)
     payload, index, failed, status = _native.encode(
-        native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads, _native_path(path)
+        native_planes, DTYPES[cache.dtype], cache.num_tokens, num_threads, native_path(path)
     )
     if failed >= 0:
         raise encode_error(failed, status)
@@ -194,7 +194,7 @@ def decode(
         np.frombuffer(payload, np.uint8),
         _index_array(streams),
         num_threads,
-        _native_path(path),
+        native_path(path),
     )
     if failed >= 0:
         raise decode_error(failed, status)
@@ -222,7 +222,13 @@ def decode_error(stream: int, status: int) -> BitstreamError:
     return BitstreamError(_PROBLEMS[_native.Status(status)], field=f"stream {stream}")
 
 
-def _native_path(path: str | None) -> _native.CpuPath:
+def native_path(path: str | None) -> _native.CpuPath:
+    """Return the kernels that a path names; None names the fastest that there are here.
+
+    Raises:
+        BackendUnavailableError: this processor does not run them.
+        ValueError: there are none of that name.
+    """
     if path is None:
         return _native.best_path()
     if path not in _PATHS:

@@ -5,9 +5,14 @@ Source: rotary position embedding (Su et al. 2021).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from cachegen.rotation import Rotation
+
+MAX_KEPT_TOKENS = 1024
+"""Angles of longer runs are not kept: a run's take 8 bytes per token and pair."""
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, fp32 `[num_tokens, 1, number of pairs]`."""
@@ -19,6 +24,12 @@ def angles_of(rotation: Rotation, num_tokens: int, first_token: int, device: tor
     frequencies = torch.tensor(rotation.inv_freq, dtype=torch.float64, device=device)
     angles = (positions[:, None] * frequencies)[:, None, :]
     return angles.cos().float(), angles.sin().float()
+
+
+@lru_cache(maxsize=16)
+def _kept_angles(rotation: Rotation, num_tokens: int, first_token: int, device: torch.device) -> Angles:
+    """Return what `angles_of` does: the groups of layers ask for those of the same few runs one after the other."""
+    return angles_of(rotation, num_tokens, first_token, device)
 
 
 class Turns:
@@ -38,17 +49,24 @@ class Turns:
 
     def _of(self, rotation: Rotation) -> Angles:
         if rotation not in self._angles:
-            self._angles[rotation] = angles_of(rotation, *self._run)
+            find = _kept_angles if self._run[0] <= MAX_KEPT_TOKENS else angles_of
+            self._angles[rotation] = find(rotation, *self._run)
         return self._angles[rotation]
 
 
 def apply_rotation(vectors: torch.Tensor, rotation: Rotation, angles: Angles) -> torch.Tensor:
-    """Turn vectors `[num_tokens, num_heads, head_dim]`; dims that are of no pair are left as they are."""
+    """Turn vectors, fp32 `[num_tokens, num_heads, head_dim]`; dims that are of no pair are left as they are."""
     cosines, sines = angles
     first, second = vectors[..., rotation.firsts], vectors[..., rotation.seconds]
-    turned = vectors.clone()
-    turned[..., rotation.firsts] = (first * cosines - second * sines) * rotation.attention_scaling
-    turned[..., rotation.seconds] = (second * cosines + first * sines) * rotation.attention_scaling
+    turned = vectors.clone() if rotation.num_dims < vectors.shape[-1] else torch.empty_like(vectors)
+    # In place: each pass over the values that is saved counts.
+    for target, along, across, sign in (
+        (turned[..., rotation.firsts], first, second, -1),
+        (turned[..., rotation.seconds], second, first, 1),
+    ):
+        torch.mul(along, cosines, out=target).addcmul_(across, sines, value=sign)
+        if rotation.attention_scaling != 1.0:
+            target.mul_(rotation.attention_scaling)
     return turned
 
 

@@ -18,6 +18,8 @@ namespace cachegen::avx2 {
 int64_t measure_plane(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts);
 void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded);
 void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
+void decode_components(const ComponentBatch& batch, Scratch& scratch, Status* statuses);
+void encode_components(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes, EncodedStream* encoded);
 
 // Sixteen bytes in both halves of a vector, as byte shuffles want their tables.
 CACHEGEN_AVX2_INLINE __m256i load_twice(const uint8_t bytes[16]) {
@@ -47,12 +49,33 @@ CACHEGEN_AVX2_INLINE void look_up_words(const uint8_t low[32], const uint8_t hig
     words[1] = _mm256_unpackhi_epi8(low_bytes, high_bytes);
 }
 
+// The same where symbols are below 16.
+CACHEGEN_AVX2_INLINE void look_up_few_words(const uint8_t low[16], const uint8_t high[16], __m256i symbols,
+                                            __m256i words[2]) {
+    const __m256i low_bytes = _mm256_shuffle_epi8(load_twice(low), symbols);
+    const __m256i high_bytes = _mm256_shuffle_epi8(load_twice(high), symbols);
+    words[0] = _mm256_unpacklo_epi8(low_bytes, high_bytes);
+    words[1] = _mm256_unpackhi_epi8(low_bytes, high_bytes);
+}
+
 // A byte of all ones for every set bit.
 CACHEGEN_AVX2_INLINE __m256i bytes_of_bits(uint32_t bits) {
     const __m256i which = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i select = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
     const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), which);
     return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, select), select);
+}
+
+// Transpose the 8x8 words in each 128-bit lane.
+CACHEGEN_AVX2_INLINE void transpose_8x8_words(__m256i row[8]) {
+    for (int stage = 0; stage < 3; ++stage) {
+        __m256i next[8];
+        for (int i = 0; i < 4; ++i) {
+            next[2 * i] = _mm256_unpacklo_epi16(row[i], row[i + 4]);
+            next[2 * i + 1] = _mm256_unpackhi_epi16(row[i], row[i + 4]);
+        }
+        for (int i = 0; i < 8; ++i) row[i] = next[i];
+    }
 }
 
 // Transpose 16x16 bytes.

@@ -38,6 +38,8 @@ namespace cachegen::avx512 {
 int64_t measure_plane(const Plane& plane, Dtype dtype, int64_t num_tokens, uint32_t* counts);
 void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, EncodedStream* encoded);
 void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
+void decode_components(const ComponentBatch& batch, Scratch& scratch, Status* statuses);
+void encode_components(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes, EncodedStream* encoded);
 
 // The first `count` <= 32 bits set.
 CACHEGEN_AVX512_INLINE __mmask32 first_lanes(int64_t count) {

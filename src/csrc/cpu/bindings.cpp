@@ -17,6 +17,7 @@
 #include "cpu/lossless.h"
 #include "cpu/planes.h"
 #include "cpu/python_classes.h"
+#include "cpu/python_components.h"
 #include "cpu/python_interface.h"
 #include "cpu/python_lossless.h"
 #include "cpu/table_set.h"
@@ -104,24 +105,10 @@ Reference measure(const Arguments& arguments) {
                                    static_cast<long long>(bad_plane < 0 ? -1 : bad_tokens[bad_plane])));
 }
 
-// Quantize and encode all planes. Returns (payload uint8, index uint32 [num_streams, 3] of bytes, words and CRC-32C,
-// failed stream, status).
-Reference encode(const Arguments& arguments) {
-    static const char* const kNames[] = {"planes", "dtype", "num_tokens", "num_threads", "path", nullptr};
-    PyObject *plane_list, *path_object;
-    int dtype, num_threads;
-    long long num_tokens;
-    arguments.read("OiLiO:encode", kNames, &plane_list, &dtype, &num_tokens, &num_threads, &path_object);
-    const CpuKernels& kernels = to_kernels(path_object);
-    const Reference tuple = python::to_tuple(plane_list);
-    const std::vector<Plane> planes = to_planes(tuple);
-    const std::vector<StreamRef> streams = list_streams(planes, num_tokens);
-    EncodedStreams encoded;
-    {
-        const UnlockedInterpreter unlocked;
-        encoded = encode_chunk(planes, static_cast<Dtype>(dtype), streams, num_threads, kernels);
-    }
-    const auto num_streams = static_cast<int64_t>(streams.size());
+// Join the streams and free them: (payload uint8, index uint32 [num_streams, 3] of bytes, words and CRC-32C, failed
+// stream, status).
+Reference encoded_tuple(EncodedStreams& encoded, int num_threads) {
+    const auto num_streams = static_cast<int64_t>(encoded.streams.size());
     const NewArray<uint32_t> index({num_streams, 3});
     std::vector<int64_t> offsets(num_streams + 1, 0);
     Failure failure;
@@ -140,6 +127,25 @@ Reference encode(const Arguments& arguments) {
     }
     return Reference(Py_BuildValue("(OOLi)", payload.get(), index.get(), static_cast<long long>(failure.index),
                                    static_cast<int>(failure.status)));
+}
+
+// Quantize and encode all planes; see encoded_tuple.
+Reference encode(const Arguments& arguments) {
+    static const char* const kNames[] = {"planes", "dtype", "num_tokens", "num_threads", "path", nullptr};
+    PyObject *plane_list, *path_object;
+    int dtype, num_threads;
+    long long num_tokens;
+    arguments.read("OiLiO:encode", kNames, &plane_list, &dtype, &num_tokens, &num_threads, &path_object);
+    const CpuKernels& kernels = to_kernels(path_object);
+    const Reference tuple = python::to_tuple(plane_list);
+    const std::vector<Plane> planes = to_planes(tuple);
+    const std::vector<StreamRef> streams = list_streams(planes, num_tokens);
+    EncodedStreams encoded;
+    {
+        const UnlockedInterpreter unlocked;
+        encoded = encode_chunk(planes, static_cast<Dtype>(dtype), streams, num_threads, kernels);
+    }
+    return encoded_tuple(encoded, num_threads);
 }
 
 // Decode all planes from a payload, which must hold the streams of `index` at multiples of 16 bytes.
@@ -303,97 +309,54 @@ Reference decode_symbols(const Arguments& arguments) {
 
 // --- components ------------------------------------------------------------------------------------------------------
 
-// The coding of components by arrays that must outlive it: table indices uint16 and low bits uint8, one per component.
-ComponentCoding make_component_coding(const TableSet& tables, const Array<uint16_t>& table_indices,
-                                      const Array<uint8_t>& low_bits, int64_t num_refined, int64_t tokens_per_stream) {
-    ComponentCoding coding;
-    coding.tables = tables.data();
-    coding.num_tables = tables.num_tables();
-    coding.table_indices = table_indices.data();
-    coding.low_bits = low_bits.data();
-    coding.num_components = table_indices.size();
-    coding.num_refined = num_refined;
-    if (low_bits.size() != coding.num_components) throw ValueError("one number of low bits per component");
-    if (num_refined < 0 || num_refined > coding.num_components) throw ValueError("num_refined is out of range");
-    if (tokens_per_stream < 1 || tokens_per_stream % kNumLanes != 0 ||
-        tokens_per_stream > int64_t{UINT32_MAX} / std::max<int64_t>(coding.num_components, 1))
-        throw ValueError("tokens_per_stream is out of range");
-    for (int64_t c = 0; c < coding.num_components; ++c) {
-        if (coding.table_indices[c] >= coding.num_tables) throw ValueError("a table index is out of range");
-        if (coding.low_bits[c] > (c < num_refined ? 0 : kMaxLowBits)) throw ValueError("low_bits out of range");
-    }
-    return coding;
-}
-
 // Encode the components of one group of layers at one level: fine int32 [num_tokens, num_components], coarse int32
-// [num_tokens, >= num_refined]. Returns (payload uint8, index uint32 [num_streams, 3], failed stream, status).
+// [num_tokens, >= num_refined]. See encoded_tuple.
 Reference encode_components_of(const Arguments& arguments) {
     static const char* const kNames[] = {
         "fine",        "coarse", "tables", "table_indices", "low_bits", "num_refined", "tokens_per_stream",
-        "num_threads", nullptr};
-    PyObject *fine_object, *coarse_object, *tables, *indices_object, *low_bits_object;
+        "num_threads", "path",   nullptr};
+    PyObject *fine_object, *coarse_object, *tables, *indices_object, *low_bits_object, *path_object;
     long long num_refined, tokens_per_stream;
     int num_threads;
-    arguments.read("OOOOOLLi:encode_components", kNames, &fine_object, &coarse_object, &tables, &indices_object,
-                   &low_bits_object, &num_refined, &tokens_per_stream, &num_threads);
+    arguments.read("OOOOOLLiO:encode_components", kNames, &fine_object, &coarse_object, &tables, &indices_object,
+                   &low_bits_object, &num_refined, &tokens_per_stream, &num_threads, &path_object);
+    const CpuKernels& kernels = to_kernels(path_object);
     const Array<int32_t> fine(fine_object, "fine"), coarse(coarse_object, "coarse");
-    const Array<uint16_t> table_indices(indices_object, "table_indices");
-    const Array<uint8_t> low_bits(low_bits_object, "low_bits");
-    const ComponentCoding coding =
-        make_component_coding(to_tables(tables), table_indices, low_bits, num_refined, tokens_per_stream);
+    const ComponentCodingArrays arrays(to_tables(tables), indices_object, low_bits_object, num_refined,
+                                       tokens_per_stream);
+    const ComponentCoding& coding = arrays.get();
     if (fine.num_dimensions() != 2 || fine.shape(1) != coding.num_components)
         throw ValueError("fine has another shape");
     if (coarse.num_dimensions() != 2 || coarse.shape(0) != fine.shape(0) || coarse.shape(1) < num_refined)
         throw ValueError("coarse has another shape");
-    EncodedComponents encoded;
+    EncodedStreams encoded;
     {
         const UnlockedInterpreter unlocked;
-        encoded = encode_component_group({fine.data(), fine.shape(0), fine.shape(1)},
-                                         {coarse.data(), coarse.shape(0), coarse.shape(1)}, coding, tokens_per_stream,
-                                         num_threads);
+        encoded = encode_component_streams({fine.data(), fine.shape(0), fine.shape(1)},
+                                           {coarse.data(), coarse.shape(0), coarse.shape(1)}, coding, tokens_per_stream,
+                                           num_threads, kernels);
     }
-    int64_t total = 0;
-    for (const auto& stream : encoded.streams) total += static_cast<int64_t>(stream.size());
-    const NewArray<uint8_t> payload({total});
-    uint8_t* next = payload.data();
-    for (const auto& stream : encoded.streams) {
-        if (!stream.empty()) std::memcpy(next, stream.data(), stream.size());
-        next += stream.size();
-    }
-    const NewArray<uint32_t> index({static_cast<int64_t>(encoded.streams.size()), 3});
-    if (!encoded.index.empty())
-        std::memcpy(index.data(), encoded.index.data(), sizeof(uint32_t) * encoded.index.size());
-    return Reference(Py_BuildValue("(OOLi)", payload.get(), index.get(), static_cast<long long>(encoded.failure.index),
-                                   static_cast<int>(encoded.failure.status)));
+    return encoded_tuple(encoded, num_threads);
 }
 
-// The inverse: decode into components int32 [num_tokens, >= num_components], whose first num_refined columns hold the
-// level before's. Returns (failed stream, status).
+// The inverse: decode groups of components, see ComponentGroupArrays, in place; their first num_refined columns hold
+// the level before's. The index has the streams of all groups, group after group. Returns (failed stream, status).
 Reference decode_components_of(const Arguments& arguments) {
-    static const char* const kNames[] = {"payload",  "index",       "components",        "tables",      "table_indices",
-                                         "low_bits", "num_refined", "tokens_per_stream", "num_threads", nullptr};
-    PyObject *payload_object, *index_object, *components_object, *tables, *indices_object, *low_bits_object;
-    long long num_refined, tokens_per_stream;
+    static const char* const kNames[] = {"payload", "index", "groups", "tables", "num_threads", "path", nullptr};
+    PyObject *payload_object, *index_object, *group_list, *tables, *path_object;
     int num_threads;
-    arguments.read("OOOOOOLLi:decode_components", kNames, &payload_object, &index_object, &components_object, &tables,
-                   &indices_object, &low_bits_object, &num_refined, &tokens_per_stream, &num_threads);
+    arguments.read("OOOOiO:decode_components", kNames, &payload_object, &index_object, &group_list, &tables,
+                   &num_threads, &path_object);
+    const CpuKernels& kernels = to_kernels(path_object);
     const Array<uint8_t> payload(payload_object, "payload");
     const Array<uint32_t> index(index_object, "index");
-    const Array<int32_t> components(components_object, "components", true);
-    const Array<uint16_t> table_indices(indices_object, "table_indices");
-    const Array<uint8_t> low_bits(low_bits_object, "low_bits");
-    const ComponentCoding coding =
-        make_component_coding(to_tables(tables), table_indices, low_bits, num_refined, tokens_per_stream);
-    if (components.num_dimensions() != 2 || components.shape(1) < coding.num_components)
-        throw ValueError("components has another shape");
-    const int64_t num_streams = (components.shape(0) + tokens_per_stream - 1) / tokens_per_stream;
-    const std::vector<int64_t> offsets = offsets_of(index, num_streams, payload);
+    const ComponentGroupArrays groups(to_tables(tables), group_list);
+    const std::vector<int64_t> offsets = offsets_of(index, groups.num_streams(), payload);
+    const std::vector<ComponentStreamRef> streams = list_streams(groups.get(), offsets, index.data());
     Failure failure;
     {
         const UnlockedInterpreter unlocked;
-        failure = decode_component_group(payload.data(), offsets, index.data(),
-                                         {components.mutable_data(), components.shape(0), components.shape(1)}, coding,
-                                         tokens_per_stream, num_threads);
+        failure = decode_component_streams(streams, payload.data(), payload.size(), num_threads, kernels);
     }
     return failure_tuple(failure);
 }

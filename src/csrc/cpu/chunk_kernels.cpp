@@ -125,43 +125,16 @@ Status decode_symbol_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t nu
                                 : decode_stream(bytes, num_bytes, num_words, shape, coding, workspace, copy);
 }
 
-EncodedComponents encode_component_group(const ComponentRows<const int32_t>& fine,
-                                         const ComponentRows<const int32_t>& coarse, const ComponentCoding& coding,
-                                         int64_t tokens_per_stream, int num_threads) {
-    const int64_t num_streams = (fine.num_tokens + tokens_per_stream - 1) / tokens_per_stream;
-    EncodedComponents encoded;
-    encoded.streams.resize(num_streams);
-    encoded.index.resize(3 * num_streams);
-    std::vector<Status> statuses(num_streams, Status::kOk);
-    parallel_for(num_streams, num_threads, [&](int64_t i) {
-        thread_local StreamWorkspace workspace;
-        const int64_t first = i * tokens_per_stream;
-        const int64_t count = std::min(tokens_per_stream, fine.num_tokens - first);
-        std::vector<uint8_t>& output = encoded.streams[i];
-        uint32_t* const record = &encoded.index[3 * i];
-        statuses[i] =
-            encode_components(fine.values + first * fine.stride, fine.stride, coarse.values + first * coarse.stride,
-                              coarse.stride, count, coding, workspace, output, &record[1]);
-        record[0] = static_cast<uint32_t>(output.size());
-        output.resize(round_up(static_cast<int64_t>(output.size()), kStreamAlignment), 0);
-        record[2] = checksum(output.data(), output.size());
-    });
-    encoded.failure = first_failure(statuses);
-    return encoded;
+EncodedStreams encode_component_streams(const ComponentRows<const int32_t>& fine,
+                                        const ComponentRows<const int32_t>& coarse, const ComponentCoding& coding,
+                                        int64_t tokens_per_stream, int num_threads, const CpuKernels& kernels) {
+    return encode_components(fine, coarse, coding, tokens_per_stream, kernels, num_threads);
 }
 
-Failure decode_component_group(const uint8_t* payload, const std::vector<int64_t>& offsets, const uint32_t* index,
-                               const ComponentRows<int32_t>& components, const ComponentCoding& coding,
-                               int64_t tokens_per_stream, int num_threads) {
-    const int64_t num_streams = static_cast<int64_t>(offsets.size()) - 1;
-    std::vector<Status> statuses(num_streams, Status::kOk);
-    parallel_for(num_streams, num_threads, [&](int64_t i) {
-        thread_local StreamWorkspace workspace;
-        const int64_t first = i * tokens_per_stream;
-        statuses[i] = decode_components(payload + offsets[i], index[3 * i], index[3 * i + 1],
-                                        std::min(tokens_per_stream, components.num_tokens - first), coding, workspace,
-                                        components.values + first * components.stride, components.stride);
-    });
+Failure decode_component_streams(const std::vector<ComponentStreamRef>& streams, const uint8_t* payload,
+                                 int64_t payload_bytes, int num_threads, const CpuKernels& kernels) {
+    std::vector<Status> statuses(streams.size(), Status::kOk);
+    decode_components(streams, payload, payload_bytes, kernels, num_threads, statuses);
     return first_failure(statuses);
 }
 

@@ -8,6 +8,8 @@
 
 #include "cpu/components.h"
 #include "cpu/cpu_kernels.h"
+#include "cpu/decode_components.h"
+#include "cpu/encode_components.h"
 #include "cpu/encode_planes.h"
 #include "cpu/planes.h"
 #include "quantization.h"
@@ -68,29 +70,13 @@ Status encode_symbol_stream(const uint16_t* symbols, const StreamShape& shape, c
 Status decode_symbol_stream(const uint8_t* bytes, int64_t num_bytes, uint32_t num_words, const StreamShape& shape,
                             const PlaneCoding& coding, uint16_t* symbols);
 
-// Components [num_tokens][stride] in memory.
-template <class Value>
-struct ComponentRows {
-    Value* values;
-    int64_t num_tokens;
-    int64_t stride;
-};
-
-// What became of the components of a group.
-struct EncodedComponents {
-    std::vector<std::vector<uint8_t>> streams;  // with their padding
-    std::vector<uint32_t> index;                // per stream: bytes, words and CRC-32C
-    Failure failure;
-};
-
 // Encode the components of one group of layers at one level; `coarse` has the level before's.
-EncodedComponents encode_component_group(const ComponentRows<const int32_t>& fine,
-                                         const ComponentRows<const int32_t>& coarse, const ComponentCoding& coding,
-                                         int64_t tokens_per_stream, int num_threads);
+EncodedStreams encode_component_streams(const ComponentRows<const int32_t>& fine,
+                                        const ComponentRows<const int32_t>& coarse, const ComponentCoding& coding,
+                                        int64_t tokens_per_stream, int num_threads, const CpuKernels& kernels);
 
-// The inverse, in place: stream i of the payload begins at offsets[i]; index as above.
-Failure decode_component_group(const uint8_t* payload, const std::vector<int64_t>& offsets, const uint32_t* index,
-                               const ComponentRows<int32_t>& components, const ComponentCoding& coding,
-                               int64_t tokens_per_stream, int num_threads);
+// Decode the components of groups, in place.
+Failure decode_component_streams(const std::vector<ComponentStreamRef>& streams, const uint8_t* payload,
+                                 int64_t payload_bytes, int num_threads, const CpuKernels& kernels);
 
 }  // namespace cachegen

@@ -19,7 +19,10 @@
 
 namespace cachegen {
 
+class EscapeKeys;
 class Scratch;
+struct ComponentBatch;
+struct ComponentSource;
 struct EncodedStream;
 struct Plane;
 struct StreamBatch;
@@ -43,6 +46,15 @@ struct CpuKernels {
     // Decode a batch into the cache, one status per stream: the same as decode_plane_stream gives, whose checks of the
     // parts' sizes the caller has made.
     void (*decode_batch)(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
+
+    // Encode a stream of components: the same bytes as encode_components (components.h) gives. `escapes` is memory that
+    // is kept. Null as encode_batch is.
+    void (*encode_components)(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes,
+                              EncodedStream* encoded);
+
+    // Decode a batch of components, one status per stream: the same as decode_components (components.h) gives, whose
+    // checks of the parts' sizes the caller has made, but for escapes. Null as decode_batch is.
+    void (*decode_components)(const ComponentBatch& batch, Scratch& scratch, Status* statuses);
 
     bool takes_batches() const { return encode_batch != nullptr; }
 };

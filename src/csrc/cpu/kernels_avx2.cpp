@@ -17,9 +17,13 @@ const CpuKernels kAvx2Kernels = {"AVX2",
                                      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
                                             __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("fma");
                                  },
-                                 avx2::measure_plane, avx2::encode_batch, avx2::decode_batch};
+                                 avx2::measure_plane,
+                                 avx2::encode_batch,
+                                 avx2::decode_batch,
+                                 avx2::encode_components,
+                                 avx2::decode_components};
 #else
-const CpuKernels kAvx2Kernels = {"AVX2", [] { return false; }, nullptr, nullptr, nullptr};
+const CpuKernels kAvx2Kernels = {"AVX2", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr};
 #endif
 
 }  // namespace cachegen

@@ -26,10 +26,15 @@ bool supports_avx512() {
 
 }  // namespace
 
-const CpuKernels kAvx512Kernels = {"AVX512", supports_avx512, avx512::measure_plane, avx512::encode_batch,
-                                   avx512::decode_batch};
+const CpuKernels kAvx512Kernels = {"AVX512",
+                                   supports_avx512,
+                                   avx512::measure_plane,
+                                   avx512::encode_batch,
+                                   avx512::decode_batch,
+                                   avx512::encode_components,
+                                   avx512::decode_components};
 #else
-const CpuKernels kAvx512Kernels = {"AVX512", [] { return false; }, nullptr, nullptr, nullptr};
+const CpuKernels kAvx512Kernels = {"AVX512", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr};
 #endif
 
 }  // namespace cachegen

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 
 #include "quantization.h"
@@ -103,6 +104,22 @@ struct EncodedStream {
         bytes.reset(new uint8_t[padded_bytes()]);
         for (int64_t i = size; i < padded_bytes(); ++i) bytes[i] = 0;
         return bytes.get();
+    }
+
+    // Put a stream together: `num_states` states, low bits to a multiple of 4 bytes, and the words up to words_end;
+    // behind them `num_more` bytes, where the next multiple of 4 begins. Returns where those are to be written.
+    uint8_t* join(const uint32_t* states, int num_states, const uint8_t* low_bits, int64_t num_low_bits,
+                  const uint16_t* words, const uint16_t* words_end, int64_t num_more = 0) {
+        const int64_t states_bytes = 4 * num_states, low_bytes = round_up((num_low_bits + 7) / 8, 4);
+        num_words = static_cast<uint32_t>(words_end - words);
+        const int64_t end = states_bytes + low_bytes + 2 * int64_t{num_words};
+        const int64_t more = num_more == 0 ? end : round_up(end, 4);
+        uint8_t* const begin = allocate(more + num_more);
+        std::memcpy(begin, states, states_bytes);
+        std::memcpy(begin + states_bytes, low_bits, low_bytes);
+        std::memcpy(begin + states_bytes + low_bytes, words, 2 * num_words);
+        std::memset(begin + end, 0, more - end);
+        return begin + more;
     }
 };
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cpu/stream_batch.h"
+#include "rans.h"
 
 namespace cachegen {
 
@@ -16,11 +17,12 @@ class StreamWords {
   public:
     const uint8_t* next[kMaxBatch];  // the kernels move these
 
-    // `memory` holds num_copied_bytes().
-    StreamWords(const StreamBatch& batch, uint8_t* memory) : num_streams_(batch.num_streams) {
+    // `memory` holds num_copied_bytes(). Batch: of planes or of components.
+    template <class Batch>
+    StreamWords(const Batch& batch, uint8_t* memory) : num_streams_(batch.num_streams) {
         const int64_t slack = slack_of(batch.shape);
         for (int s = 0; s < num_streams_; ++s) {
-            const BatchStream& stream = batch.streams[s];
+            const auto& stream = batch.streams[s];
             next[s] = stream.words;
             end_[s] = stream.words_end;
             if (batch.readable_end - stream.words_end >= slack) continue;
@@ -33,11 +35,12 @@ class StreamWords {
         }
     }
 
-    static size_t num_copied_bytes(const StreamBatch& batch) {
+    template <class Batch>
+    static size_t num_copied_bytes(const Batch& batch) {
         const int64_t slack = slack_of(batch.shape);
         size_t num_bytes = 0;
         for (int s = 0; s < batch.num_streams; ++s) {
-            const BatchStream& stream = batch.streams[s];
+            const auto& stream = batch.streams[s];
             if (batch.readable_end - stream.words_end < slack) num_bytes += stream.words_end - stream.words + slack;
         }
         return num_bytes;

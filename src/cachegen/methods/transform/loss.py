@@ -44,19 +44,27 @@ class LossMeter:
             first_token, first_channel: of the block, in the chunk.
         """
         info = torch.finfo(dtype)
-        magnitudes = values.abs()
         errors = (values - decoded.to(dtype).float()).abs_()
-        expected = torch.maximum(expected, usual_size(errors))
-        bound = EXPECTED_ERRORS * expected + info.eps * magnitudes + _ROUNDING * magnitudes.amax(dim=1, keepdim=True)
-        # Not `>`: an error that is no number is out of bounds. Another device may round away from zero where ours did
-        # not, so that what comes near the largest number of the dtype must not be left to it.
-        is_exact = ~((errors <= bound) & (decoded.abs() <= info.max * (1 - _MARGIN)))
-        errors.masked_fill_(is_exact, 0.0)
+        bound = EXPECTED_ERRORS * torch.maximum(expected, usual_size(errors))
+        # Another device may round away from zero where ours did not, so that what comes near the largest number of the
+        # dtype must not be left to it.
+        limit = info.max * (1 - _MARGIN)
+        least, greatest = torch.aminmax(decoded)
+        # Not `>`: an error that is no number is out of bounds. Mostly none is, and no value need be looked at alone.
+        if not bool((errors.amax(0) <= bound).all() and -limit <= least and greatest <= limit):
+            magnitudes = values.abs()
+            rounding = info.eps * magnitudes + _ROUNDING * magnitudes.amax(dim=1, keepdim=True)
+            is_exact = ~((errors <= bound + rounding) & (decoded.abs() <= limit))
+            errors.masked_fill_(is_exact, 0.0)
+            self._add_places(is_exact, first_token, first_channel)
         self._largest = max(self._largest, float(errors.max()))
         self._total += float(errors.sum(dtype=torch.float64))
         self._count += errors.numel()
-        if is_exact.any():
-            tokens, channels = is_exact.nonzero(as_tuple=True)
+
+    def _add_places(self, is_exact: torch.Tensor, first_token: int, first_channel: int) -> None:
+        """List the values of a block that must travel exactly."""
+        tokens, channels = is_exact.nonzero(as_tuple=True)
+        if len(tokens):
             self._tokens.append(tokens.cpu().numpy() + first_token)
             self._channels.append(channels.cpu().numpy() + first_channel)
 

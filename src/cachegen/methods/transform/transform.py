@@ -20,6 +20,7 @@ import torch
 
 from cachegen.kv_cache import KVCache
 from cachegen.methods.rotary import Turns
+from cachegen.methods.transform.products import multiply
 from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile, TransformGroup
 from cachegen.rotation import Rotation
 
@@ -82,11 +83,12 @@ class GroupTransform:
         self._deviations = self._spread(self._scales())
         self._analysis: torch.Tensor | None = None
         if group.analysis is not None:
-            analysis = group.analysis.to(device=device, dtype=torch.float32)
-            error = self._synthesis @ analysis
+            # Column after column, so that the first components' are contiguous.
+            analysis = group.analysis.T.to(device=device, dtype=torch.float32).contiguous().T
+            error = multiply(self._synthesis, analysis)
             error.diagonal().sub_(1)
             # One Newton step: the error of the inverse is squared. It is small, so that fp32 has it well enough.
-            self._analysis = torch.addmm(analysis, analysis, error, alpha=-1)
+            self._analysis = (analysis.T - multiply(error.T, analysis.T)).T
 
     def join(self, cache: KVCache, first_token: int) -> torch.Tensor:
         """Return the vectors of the group's layers, fp32 `[num_tokens, num_channels]`; see `join_planes`.
@@ -106,7 +108,7 @@ class GroupTransform:
         """
         if self._analysis is None:
             raise ValueError("the profile was loaded without its analysis matrices")
-        return (vectors - self._mean) @ self._analysis[:, :num_components]
+        return multiply(vectors - self._mean, self._analysis[:, :num_components])
 
     def replace_outliers(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return vectors whose values far from all that the profile knows are the profile's mean.
@@ -114,10 +116,12 @@ class GroupTransform:
         Components would spread such a value's error over all channels of its token; as a value that travels exactly
         it costs nothing but itself.
         """
-        distance = (vectors - self._mean).abs()
-        deviations = torch.maximum(self._deviations, usual_size(distance))
+        distance = (vectors - self._mean).abs_()
+        limit = OUTLIER_DEVIATIONS * torch.maximum(self._deviations, usual_size(distance))
         # Not `>`: what is no number is far, too.
-        return torch.where(distance <= OUTLIER_DEVIATIONS * deviations, vectors, self._mean)
+        if bool((distance.amax(0) <= limit).all()):
+            return vectors
+        return torch.where(distance <= limit, vectors, self._mean)
 
     def synthesize(self, components: torch.Tensor, step: float, output: KVCache, first_token: int) -> None:
         """Write the keys and values that quantized components stand for.
@@ -158,16 +162,19 @@ class GroupTransform:
             if self._rounded_synthesis is None:
                 self._rounded_synthesis = self._synthesis.bfloat16()
             product = components.to(torch.bfloat16) @ self._rounded_synthesis[:count]
-            return product.float().mul_(step).add_(self._mean)
+            return torch.add(self._mean, product, alpha=step)
         block = components.to(device=self._device, dtype=torch.float32) * step
-        return torch.addmm(self._mean, block, self._synthesis[:count])
+        return multiply(block, self._synthesis[:count], self._mean)
 
     def _is_rounding_cheap(self, components: torch.Tensor, step: float) -> bool:
         """Tell whether rounding the matrix and the product to bf16 loses hardly more than quantizing does anyway.
 
         An error costs the same in every component. Larger components than bf16 has exactly are not usual.
         """
-        if not components.numel() or components.abs().max() > MAX_EXACT_BF16:
+        if not components.numel():
+            return False
+        least, largest = torch.aminmax(components)
+        if max(-least, largest) > MAX_EXACT_BF16:
             return False
         powers = self._scales().double().square()
         lost = powers.clone()
