@@ -23,10 +23,10 @@ MAX_SECTIONS = 1 << 10
 MAX_PARTS = 1 + 1 + 4
 """Exact tokens, tables file, a chunk file for each of at most four levels."""
 
-# Magic, version, number of sections, bytes in all, CRC-32C of all but this field (which counts as zero), reserved;
-# then SHA-256 of key, layout and codec.
+# Magic, version, number of sections, bytes in all, CRC-32C of the header with this field zero, CRC-32C of what follows
+# the header; then SHA-256 of key, layout and codec.
 _HEADER = struct.Struct("<8sHHQII32s32s32s")
-_CRC_OFFSET = 8 + 2 + 2 + 8
+_CRC, _CRC_OFFSET = struct.Struct("<I"), 8 + 2 + 2 + 8
 # Kind, number of parts, first tokens stored exactly, reserved, position of the first token.
 _SECTION = struct.Struct("<BBHIQ")
 _LENGTH = struct.Struct("<Q")
@@ -85,7 +85,6 @@ def pack_blob(identity: Identity, sections: Sequence[Section]) -> bytearray:
     total = _HEADER.size + sum(section.num_bytes for section in sections)
     blob = bytearray(total)
     fields = (identity.key, identity.layout, identity.codec)
-    _HEADER.pack_into(blob, 0, BLOB_MAGIC, BLOB_VERSION, len(sections), total, 0, 0, *fields)
     offset = _HEADER.size
     for section in sections:
         _SECTION.pack_into(blob, offset, section.kind, len(section.parts), section.num_exact, 0, section.position)
@@ -96,7 +95,9 @@ def pack_blob(identity: Identity, sections: Sequence[Section]) -> bytearray:
         for part in section.parts:
             blob[offset : offset + len(part)] = part
             offset += len(part)
-    struct.pack_into("<I", blob, _CRC_OFFSET, _native.crc32c(blob))
+    body_crc = _native.crc32c(memoryview(blob)[_HEADER.size :])
+    _HEADER.pack_into(blob, 0, BLOB_MAGIC, BLOB_VERSION, len(sections), total, 0, body_crc, *fields)
+    _CRC.pack_into(blob, _CRC_OFFSET, _native.crc32c(blob[: _HEADER.size]))
     return blob
 
 
@@ -118,19 +119,21 @@ def read_blob(content: Buffer, identity: Identity) -> list[Section]:
     view = memoryview(content).cast("B")
     if len(view) < _HEADER.size:
         raise BitstreamError(f"has {len(view)} bytes, a blob has at least {_HEADER.size}", field="length")
-    magic, version, num_sections, total, crc, _, *found = _HEADER.unpack_from(view)
+    magic, version, num_sections, total, crc, body_crc, *found = _HEADER.unpack_from(view)
     if magic != BLOB_MAGIC:
         raise BitstreamError("is no blob of ours", field="magic")
     if version != BLOB_VERSION:
         problem = f"{version} is not supported, this release reads {BLOB_VERSION}"
         raise UnsupportedVersionError(problem, field="version")
+    head = bytearray(view[: _HEADER.size])
+    _CRC.pack_into(head, _CRC_OFFSET, 0)
+    if _native.crc32c(head) != crc:
+        raise BitstreamError("does not match the header: it has changed", field="header_crc")
     if not _HEADER.size <= total <= len(view):
         raise BitstreamError(f"{total} bytes are announced, {len(view)} are there: it is cut off", field="length")
     view = view[:total]
-    head = bytearray(view[: _HEADER.size])
-    head[_CRC_OFFSET : _CRC_OFFSET + 4] = bytes(4)
-    if _native.crc32c(view[_HEADER.size :], _native.crc32c(head)) != crc:
-        raise BitstreamError("does not match the bytes: they have changed", field="crc")
+    if _native.crc32c(view[_HEADER.size :]) != body_crc:
+        raise BitstreamError("does not match the bytes: they have changed", field="body_crc")
     names = ("key", "layout", "codec")
     for name, value, wanted in zip(names, found, (identity.key, identity.layout, identity.codec), strict=True):
         if value != wanted:
