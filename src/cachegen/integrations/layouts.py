@@ -1,8 +1,8 @@
 """Tensors as engines keep the blocks of a KV cache, seen as `KVCache` without copying a value.
 
-    [2, num_layers, num_tokens, num_channels]      keys, then values
-    [1, num_layers, num_tokens, num_channels]      one plane per layer, also without the 1: keys and values of each head
-                                                   side by side ("fused"), or latents that are neither (MLA)
+[2, num_layers, num_tokens, num_channels]      keys, then values
+[1, num_layers, num_tokens, num_channels]      one plane per layer, also without the 1: keys and values of each head
+                                               side by side ("fused"), or latents that are neither (MLA)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Layout:
         plane_shapes: heads and dims of keys and values of layer 0, of layer 1, ..., as a profile knows them; None where
             there is no profile.
         head_dim: without a profile, the dims of a head; None takes all channels of a plane as one head.
-        is_fused: without a profile, a single plane has keys and values of each head side by side; else it is cut in two.
+        is_fused: without a profile, a single plane has each head's keys and values side by side; else it is cut.
         first_channels: where a single plane that is not fused is cut; None cuts it in the middle.
     """
 
@@ -105,4 +105,4 @@ def hash_layout(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor on the CPU, of any dtype; writing into them writes into it."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -3,6 +3,9 @@
 Source: lmcache 0.5.6, `lmcache.v1.distributed.serde` and `lmcache.v1.distributed.l2_adapters`.
 """
 
+# The package is in no environment but its own: see `make test-doors`.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import contextlib
@@ -65,8 +68,8 @@ class CacheGenDeserializer(Deserializer):
 class FileAdapter(FSL2Adapter):
     """LMCache's adapter of files, which also loads what is shorter than its buffer.
 
-    The original refuses a file of fewer bytes than were reserved for it, so that nothing a serde has made smaller is ever
-    loaded. Named as a `plugin` adapter, it has this module imported before the serde is asked for.
+    The original refuses a file of fewer bytes than were reserved for it: nothing that a serde has made smaller is ever
+    loaded. Naming this class in a `plugin` adapter imports this module before the serde is asked for.
     """
 
     def __init__(self, config: FSL2AdapterConfig, l1_memory_desc: object = None) -> None:

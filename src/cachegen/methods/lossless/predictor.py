@@ -95,7 +95,7 @@ class Predictor:
         found: dict[int, torch.Tensor] = {}
         for group, model in zip(self.layer_groups, self.models(), strict=True):
             shapes = [self.plane_shapes[plane] for plane in _planes_of(group)]
-            parts = model.means().split([heads * dim for heads, dim in shapes])
+            parts = torch.split(model.means(), [heads * dim for heads, dim in shapes])
             for plane, part, shape in zip(_planes_of(group), parts, shapes, strict=True):
                 found[plane] = part.view(shape)
         return [found[plane] for plane in range(len(self.planes))]

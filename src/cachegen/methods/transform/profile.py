@@ -145,7 +145,8 @@ class Profile:
     @property
     def plane_means(self) -> list[torch.Tensor]:
         """The mean of each plane with its rotation undone, fp32 `[num_kv_heads, head_dim]`."""
-        parts = torch.cat([group.mean for group in self.groups]).split([heads * dim for heads, dim in self.plane_shapes])
+        means = torch.cat([group.mean for group in self.groups])
+        parts = torch.split(means, [heads * dim for heads, dim in self.plane_shapes])
         return [part.view(shape) for part, shape in zip(parts, self.plane_shapes, strict=True)]
 
     @cached_property
