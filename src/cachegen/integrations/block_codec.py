@@ -46,7 +46,7 @@ from cachegen.methods import (
     open_document,
     read_config,
 )
-from cachegen.methods.base import MethodConfig
+from cachegen.methods.base import ErrorMeasure, MethodConfig
 from cachegen.methods.profile_files import AnyProfile
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ SOURCE = "serde cachegen"
 """Names the configuration in messages."""
 MAX_CONTEXT_TOKENS = 1 << 17
 """The default for `max_context_tokens`."""
+MAX_RELATIVE_ERROR = 0.5
+"""Mean error over mean size of a block's values, beyond which a profile is not of such values."""
 _OWN_FIELDS = {"config", "head_dim", "fused", "first_channels", "threads", "max_context_tokens"}
 _CHECKED_TOKENS = 32
 _NO_FINGERPRINT = "0" * 64
@@ -184,8 +186,10 @@ def _try_profile(settings: BlockSettings, profile: AnyProfile) -> None:
     _encode(settings, KVCache(planes[0::2], planes[1::2]), 0, 0)
 
 
-def _encode(settings: BlockSettings, cache: KVCache, position: int, num_exact: int) -> list[Buffer]:
-    """Return the tables file and the chunk file of each level of a block's tokens.
+def _encode(
+    settings: BlockSettings, cache: KVCache, position: int, num_exact: int
+) -> tuple[list[Buffer], ErrorMeasure]:
+    """Return the tables file and the chunk file of each level of a block's tokens, and what all of them lose.
 
     Args:
         num_exact: first tokens that are not coded.
@@ -209,7 +213,8 @@ def _encode(settings: BlockSettings, cache: KVCache, position: int, num_exact: i
         first_stored=[num_exact] * cache.num_layers if num_exact else (),
     )
     index = encoder.num_chunks - 1
-    return [encoder.tables_file, *(b"".join(encoder.encode_chunk(index, level)) for level in encoder.levels)]
+    files = [b"".join(encoder.encode_chunk(index, level)) for level in encoder.levels]
+    return [encoder.tables_file, *files], encoder.read_error(index, encoder.levels[-1], [files[-1]])
 
 
 class BlockCodec:
@@ -217,8 +222,9 @@ class BlockCodec:
 
     Attributes:
         counters: of blobs `encoded`, `decoded`; of bytes `raw_bytes`, `blob_bytes` (encoded ones) and `decoded_bytes`;
-            of tensors `coded` and `raw:reason`: `dtype`, `layout`, `values` (NaN and infinity), `config` or `larger`;
-            of blocks whose `position_unknown`.
+            of tensors `coded` and `raw:reason`: `dtype`, `layout`, `values` (NaN and infinity), `config`, `larger`,
+            `position` (none fits, and the method would lose much) or `unlike` (it would lose more than half); of blocks
+            whose `position_unknown`.
     """
 
     def __init__(self, settings: BlockSettings, counters: Counters | None = None) -> None:
@@ -293,14 +299,25 @@ class BlockCodec:
         except InputError as error:
             self._report("layout", str(error))
             return None
-        position = self._find_position(cache)
+        found = self._find_position(cache)
+        position = found or 0
         num_exact = self._num_sinks if position == 0 and cache.num_tokens > self._num_sinks else 0
         exact = tensor.narrow(-2, 0, num_exact).contiguous()
         try:
-            files = _encode(self._settings, cache, position, num_exact)
-        except CacheGenError as error:
-            self._report("values" if isinstance(error, InputError) else "config", str(error))
+            files, error = _encode(self._settings, cache, position, num_exact)
+        except CacheGenError as problem:
+            self._report("values" if isinstance(problem, InputError) else "config", str(problem))
             return None
+        if self._settings.profile is not None and error.mean:
+            # A profile keeps only what it expects to matter: of what is unlike all that it knows, most would be lost.
+            if found is None:
+                self._report("position", "no position fits the keys: is the profile this model's?")
+                return None
+            usual = sum(plane.abs().mean().item() for plane in cache.planes) / len(cache.planes)
+            if error.mean > MAX_RELATIVE_ERROR * usual:
+                problem = f"{error.mean / usual:.2f} of the values would be lost: is the profile this model's?"
+                self._report("unlike", problem)
+                return None
         return Section(CODED, [bytes_of(exact), *files], num_exact, position)
 
     def _decode_tensor(self, section: Section, tensor: torch.Tensor) -> None:
@@ -324,14 +341,15 @@ class BlockCodec:
             raise BitstreamError("more tokens are exact than there are", field="num_exact")
         _copy_bytes(exact, tensor.narrow(-2, 0, section.num_exact))
 
-    def _find_position(self, cache: KVCache) -> int:
+    def _find_position(self, cache: KVCache) -> int | None:
+        """Return a block's position, 0 where none is needed; None, counted, where none fits."""
         profile = self._settings.profile
         if profile is None or self._means is None:
             return 0
         found = find_position(cache, self._means, profile.rotations, self._settings.max_context_tokens)
         if found is None:
             self.counters.add(position_unknown=1)
-        return found or 0
+        return found
 
     def _report(self, reason: str, problem: str) -> None:
         """Count a tensor that is stored as it is; the first of a reason is logged."""
