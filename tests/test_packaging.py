@@ -46,6 +46,7 @@ LAYERS = {
     "comparison": 6,
     "inspection": 6,
     "api": 6,
+    "integrations": 6,
     "command_line": 7,
     "answer_scripts": 7,
     "startup": 7,
