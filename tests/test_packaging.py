@@ -56,6 +56,8 @@ LAYERS = {
 
 MAY_IMPORT_TRANSFORMERS = {"pipeline", "calibration", "comparison"}
 
+SERVING_ENGINES = {"lmcache", "vllm", "sglang", "kvpress"}
+
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 SCRIPT_SOURCES = {name: ROOT / name for name in SCRIPTS if (ROOT / name).exists()}
 
@@ -179,6 +181,13 @@ def test_only_pipeline_calibration_and_comparison_import_transformers(name: str)
     source = (SOURCES | SCRIPT_SOURCES)[name].read_text("utf-8")
     imports = [imported for imported in imported_names(name, source) if imported.split(".")[0] == "transformers"]
     assert not imports or layer_name(name) in MAY_IMPORT_TRANSFORMERS
+
+
+@pytest.mark.parametrize("name", [*SOURCES, *SCRIPT_SOURCES])
+def test_a_serving_engine_is_imported_only_by_the_module_of_its_name(name: str) -> None:
+    source = (SOURCES | SCRIPT_SOURCES)[name].read_text("utf-8")
+    engines = {imported.split(".")[0] for imported in imported_names(name, source)} & SERVING_ENGINES
+    assert engines <= {name.removeprefix("integrations/").removesuffix(".py")}
 
 
 @pytest.mark.parametrize("name", [*SOURCES, *SCRIPT_SOURCES])

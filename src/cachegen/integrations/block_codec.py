@@ -240,7 +240,7 @@ class BlockCodec:
         return Identity(hashlib.sha256(key).digest(), hash_layout(shapes, dtypes), self._settings.codec_hash)
 
     def max_blob_bytes(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> int:
-        """Return the length that no blob of such an object exceeds: its own bytes and 152 or more for the heads."""
+        """Return the length that no blob of such an object exceeds: its own bytes and some for the heads."""
         numbers = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
         return max_blob_bytes(numbers)
 
