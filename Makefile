@@ -118,7 +118,7 @@ format: $(INSTALLED) ## Rewrite the sources in the house style
 
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := decoders round_trip tables components paths
-FUZZ_READERS := chunks kv profile config manifest store records
+FUZZ_READERS := chunks blobs kv profile config manifest store records
 # All of the CPU's kernels, without their bindings.
 FUZZ_SOURCES := $(filter-out %/bindings.cpp,$(wildcard src/csrc/cpu/*.cpp))
 FUZZ_FLAGS := -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/
@@ -138,7 +138,7 @@ fuzz: $(INSTALLED) ## Fuzz the native coders and every reader of foreign bytes, 
 	    --target build/fuzz/python atheris==3.0.0
 	@for target in $(FUZZ_READERS); do \
 	    echo "make: fuzzing the reader of $$target"; \
-	    script="fuzz_readers.py $$target"; test $$target != chunks || script=fuzz_chunks.py; \
+	    script="fuzz_readers.py $$target"; test ! -f tests/fuzz/fuzz_$$target.py || script=fuzz_$$target.py; \
 	    PYTHONPATH=build/fuzz/python $(BIN)/python tests/fuzz/$$script build/fuzz/corpus_$$target $(FUZZ_FLAGS) \
 	        >build/fuzz/$$target.log 2>&1 || { tail -40 build/fuzz/$$target.log >&2; exit 1; }; \
 	    grep stat::number build/fuzz/$$target.log; \

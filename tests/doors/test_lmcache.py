@@ -219,6 +219,12 @@ class Server:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             assert json.load(answer)["status"] == "ok"
 
+    def counters(self) -> dict[str, int]:
+        """What the serde has counted, as the server tells it."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/status", timeout=TIMEOUT_SECONDS) as answer:
+            (adapter,) = json.load(answer)["storage_manager"]["l2_adapters"]
+        return adapter["cachegen"]
+
     @contextlib.contextmanager
     def connect(self) -> Iterator[Any]:
         """The client that LMCache tries its server with, its caches those of an engine without a GPU."""
@@ -329,6 +335,9 @@ def test_the_server_stores_evicts_finds_and_loads(start_server, tmp_path, method
         size = sum(path.stat().st_size for path in (tmp_path / "files").glob("*.data"))
         assert size < MOST_OF_RAW[method] * num_chunks * torch.Size(SHAPE).numel() * 2
 
+        counts = server.counters()
+        assert counts["encoded"] == counts["coded"] == num_chunks and counts["blob_bytes"] == size
+
         server.clear_memory()
         second = client.create_request(0, "second", "warm")
         assert client.lookup(second).hit_chunks == num_chunks
@@ -341,10 +350,14 @@ def test_the_server_stores_evicts_finds_and_loads(start_server, tmp_path, method
                 else relative_error(tensor, before[name]) < 0.25
             )
 
+        assert server.counters()["decoded"] == num_chunks
+
         # What is not whole is not found: nobody is served a wrong cache.
         server.clear_memory()
         for path in (tmp_path / "files").glob("*.data"):
             path.write_bytes(path.read_bytes()[:-7])
         assert client.lookup(client.create_request(0, "third", "damaged")).is_full_miss
+        counts = server.counters()
+        assert counts["missed:damaged"] >= 1 and counts["decoded"] == num_chunks
     log = (tmp_path / "server.log").read_text("utf-8")
     assert log.count("a miss (damaged)") >= 1 and "Traceback" not in log

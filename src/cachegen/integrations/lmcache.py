@@ -85,6 +85,10 @@ class FileAdapter(FSL2Adapter):
                     memory.set_used_size(num_bytes)
         return super().submit_load_task(keys, objects)
 
+    def report_status(self) -> dict[str, Any]:
+        """Return what the server's `/status` says of the adapter, with the counters of all serdes of this process."""
+        return {**super().report_status(), "cachegen": COUNTERS.snapshot()}
+
 
 FileAdapterConfig = FSL2AdapterConfig
 """LMCache takes the fields of `adapter_params` by this."""
