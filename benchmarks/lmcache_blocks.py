@@ -1,7 +1,7 @@
 """What blocks of a KV cache take by themselves, as the serde of LMCache stores them: bytes and seconds of each method.
 
-Every whole block of a KV file of main.py is encoded and decoded; the bits of lossless ones are compared, the positions
-of the others. Bytes are those of the files that LMCache's adapter writes.
+Every whole block of a KV file of main.py is encoded and decoded. Lossless ones must come back bit for bit; blocks whose
+positions were not found, and those stored as they are, are counted. Bytes are those of the files in LMCache's tier.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cachegen.errors import CacheGenError
 from cachegen.integrations.blobs import CODED, read_blob
 from cachegen.integrations.block_codec import BlockCodec, read_settings
 from cachegen.kv_cache import KVCache, load_kv_cache
@@ -69,6 +70,8 @@ def measure(cache: KVCache, options: dict[str, Any], block_tokens: int, args: ar
         begin = time.perf_counter()
         codec.decode(key, blob, [output])
         seconds["decode"] += time.perf_counter() - begin
+        if options["method"] == "lossless" and not torch.equal(output.view(torch.int16), block.view(torch.int16)):
+            raise SystemExit(f"lmcache_blocks: the block at token {start} did not come back bit for bit")
         (section,) = read_blob(blob, codec.identify(key, [block.shape], [block.dtype]))
         table_bytes += len(section.parts[1]) if section.kind == CODED else 0
         num_misplaced += "profile" in options and section.position != start
@@ -91,8 +94,19 @@ def measure(cache: KVCache, options: dict[str, Any], block_tokens: int, args: ar
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    try:
+        rows = measure_all(args)
+    except CacheGenError as error:
+        raise SystemExit(f"lmcache_blocks: {error}") from None
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure and print every row."""
     cache, _ = load_kv_cache(args.kv_file)
-    rows = []
+    rows: list[dict[str, Any]] = []
     print("tokens  method                of raw  tables  error   encode    decode    misplaced  raw")
     for block_tokens in args.block_tokens:
         for options in list_options(args, cache.planes[0].shape[2]):
@@ -106,9 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{1000 * row['decode_seconds']:6.1f} ms  {row['misplaced']:9}  {row['stored_raw']:3}",
                 flush=True,
             )
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return rows
 
 
 if __name__ == "__main__":
