@@ -307,6 +307,11 @@ def start_server(tmp_path) -> Iterator[Callable[[dict], Server]]:
             process.wait()
 
 
+def test_a_wrong_config_ends_the_servers_start_and_its_last_line_says_why(start_server):
+    with pytest.raises(AssertionError, match="serde cachegen: bits must be 2 to 8, got 99\n"):
+        start_server({"method": "uniform", "bits": 99})
+
+
 def fill_caches(client: Any, request: Any) -> dict[str, torch.Tensor]:
     """Write the bundled model's cache into the blocks of a request; returns a copy of all."""
     cache = read_bundled_cache(NUM_TOKENS)
