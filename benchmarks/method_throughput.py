@@ -68,7 +68,7 @@ def list_cases(num_layers: int) -> list[Case]:
         Case("uniform 8-bit, packed", {"method": "uniform", "bits": 8, "coder": "packed"}, error=0.05),
         Case("uniform 8-bit, rans", {"method": "uniform", "bits": 8}, error=0.05),
         Case("cachegen 32/16 bins", cachegen, error=0.5),
-        Case("transform, 1 level", {"method": "transform", "step_log": 16}, error=0.6),
+        Case("transform, 1 level", {"method": "transform", "step_log": 2}, error=0.6),
         Case("transform, 3 levels", {"method": "transform", "step_log": 32}, levels=3, error=0.6),
         Case("lossless", {"method": "lossless"}),
     ]

@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens of a context of protocol half, at most those of --context_tokens",
     )
     add("--answer_tokens", type=command_line.positive_int, default=2048, help="tokens of a prompt to be answered")
-    add("--num_records", type=command_line.positive_int, default=20, help="prompts of each task")
+    add("--num_records", type=command_line.positive_int, default=10, help="prompts of each task")
     add(
         "--tasks",
         nargs="+",
