@@ -13,7 +13,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-zoo gpu test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-zoo test-doors gpu test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -68,6 +68,20 @@ test-faults: $(INSTALLED) ## Kill the scripts, fill their disks, deny them memor
 test-zoo: $(INSTALLED) ## Try a tiny random model of every family: what docs/models.md says
 	@$(BIN)/python -m pytest tests/zoo -m "zoo or not zoo" -n auto --dist loadgroup
 
+# LMCACHE: another version, such as 'lmcache>=0.5.6'. What .venv has is not installed again, torch above all.
+DOORS := build/doors
+LMCACHE ?=
+test-doors: $(INSTALLED) ## Run the plug-ins in the serving engines they are for, an environment for each in build/doors
+	@test -x $(DOORS)/lmcache/bin/python || $(BIN)/python -m venv $(DOORS)/lmcache
+	@$(DOORS)/lmcache/bin/python -c 'import sys, sysconfig; \
+	    open(sysconfig.get_path("purelib") + "/project.pth", "w").write(sys.argv[1] + "\n")' \
+	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@grep -v '^lmcache' tools/doors-lmcache.txt >$(DOORS)/lmcache/requirements.txt
+	@$(DOORS)/lmcache/bin/python -m pip install -q --disable-pip-version-check -r $(DOORS)/lmcache/requirements.txt
+	@$(DOORS)/lmcache/bin/python -m pip install -q --disable-pip-version-check --no-deps --upgrade \
+	    "$(or $(LMCACHE),$(shell grep '^lmcache' tools/doors-lmcache.txt))"
+	@$(DOORS)/lmcache/bin/python -m pytest tests/doors -m doors
+
 test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU")'
 	@$(BIN)/python -c 'import importlib.util, sys; importlib.util.find_spec("torchac_cuda") or sys.exit( \
@@ -104,7 +118,7 @@ format: $(INSTALLED) ## Rewrite the sources in the house style
 
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := decoders round_trip tables components paths
-FUZZ_READERS := chunks kv profile config manifest store records
+FUZZ_READERS := chunks blobs kv profile config manifest store records
 # All of the CPU's kernels, without their bindings.
 FUZZ_SOURCES := $(filter-out %/bindings.cpp,$(wildcard src/csrc/cpu/*.cpp))
 FUZZ_FLAGS := -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 -artifact_prefix=build/fuzz/
@@ -124,7 +138,7 @@ fuzz: $(INSTALLED) ## Fuzz the native coders and every reader of foreign bytes, 
 	    --target build/fuzz/python atheris==3.0.0
 	@for target in $(FUZZ_READERS); do \
 	    echo "make: fuzzing the reader of $$target"; \
-	    script="fuzz_readers.py $$target"; test $$target != chunks || script=fuzz_chunks.py; \
+	    script="fuzz_readers.py $$target"; test ! -f tests/fuzz/fuzz_$$target.py || script=fuzz_$$target.py; \
 	    PYTHONPATH=build/fuzz/python $(BIN)/python tests/fuzz/$$script build/fuzz/corpus_$$target $(FUZZ_FLAGS) \
 	        >build/fuzz/$$target.log 2>&1 || { tail -40 build/fuzz/$$target.log >&2; exit 1; }; \
 	    grep stat::number build/fuzz/$$target.log; \

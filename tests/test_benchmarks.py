@@ -1,4 +1,4 @@
-"""benchmarks/method_throughput.py and gpu_report.py: what they write and check, and that a dry run goes through."""
+"""method_throughput.py, lmcache_blocks.py and gpu_report.py: what they write and check; that a dry run goes through."""
 
 from __future__ import annotations
 
@@ -51,6 +51,22 @@ def test_wrong_values_end_the_run(throughput, monkeypatch) -> None:
 def test_a_case_that_does_not_exist_is_refused_in_one_line(throughput) -> None:
     with pytest.raises(SystemExit, match="there is no nothing"):
         throughput.main([*TINY, "--cases", "nothing"])
+
+
+def test_blocks_are_measured_with_their_tables(kv_path, tmp_path) -> None:
+    blocks = importlib.import_module("lmcache_blocks")
+    arguments = [str(kv_path), "--block_tokens", "16", "32", "--json", str(tmp_path / "x.json")]
+    assert blocks.main(arguments) == 0
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert [(row["method"], row["block_tokens"], row["blocks"]) for row in rows] == [
+        (method, tokens, 60 // tokens) for tokens in (16, 32) for method in ("lossless", "uniform", "cachegen")
+    ]
+    assert all(0 < row["of_raw"] < 1.5 and row["misplaced"] == 0 for row in rows)
+
+
+def test_blocks_of_no_kv_file_are_refused_in_one_line(tmp_path) -> None:
+    with pytest.raises(SystemExit, match=r"^lmcache_blocks: .*nothing"):
+        importlib.import_module("lmcache_blocks").main([str(tmp_path / "nothing")])
 
 
 def test_a_dry_run_of_the_gpus_report_writes_its_page(tmp_path, capfd) -> None:

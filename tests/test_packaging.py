@@ -46,6 +46,7 @@ LAYERS = {
     "comparison": 6,
     "inspection": 6,
     "api": 6,
+    "integrations": 6,
     "command_line": 7,
     "answer_scripts": 7,
     "startup": 7,
@@ -54,6 +55,8 @@ LAYERS = {
 """The layer of each file or folder of src/cachegen; docs in CONTRIBUTING.md."""
 
 MAY_IMPORT_TRANSFORMERS = {"pipeline", "calibration", "comparison"}
+
+SERVING_ENGINES = {"lmcache", "vllm", "sglang", "kvpress"}
 
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 SCRIPT_SOURCES = {name: ROOT / name for name in SCRIPTS if (ROOT / name).exists()}
@@ -178,6 +181,13 @@ def test_only_pipeline_calibration_and_comparison_import_transformers(name: str)
     source = (SOURCES | SCRIPT_SOURCES)[name].read_text("utf-8")
     imports = [imported for imported in imported_names(name, source) if imported.split(".")[0] == "transformers"]
     assert not imports or layer_name(name) in MAY_IMPORT_TRANSFORMERS
+
+
+@pytest.mark.parametrize("name", [*SOURCES, *SCRIPT_SOURCES])
+def test_a_serving_engine_is_imported_only_by_the_module_of_its_name(name: str) -> None:
+    source = (SOURCES | SCRIPT_SOURCES)[name].read_text("utf-8")
+    engines = {imported.split(".")[0] for imported in imported_names(name, source)} & SERVING_ENGINES
+    assert engines <= {name.removeprefix("integrations/").removesuffix(".py")}
 
 
 @pytest.mark.parametrize("name", [*SOURCES, *SCRIPT_SOURCES])

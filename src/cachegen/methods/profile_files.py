@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+import torch
+
 from cachegen.errors import BitstreamError, OutputError
 from cachegen.fields import Fields
 from cachegen.files import read_file, write_file
+from cachegen.rotation import PlaneRotations
 
 PROFILE_NAME = "profile.json"
 MAX_PROFILE_BYTES = 1 << 22
@@ -30,6 +33,9 @@ class AnyProfile(Protocol):
         profile_hash: SHA-256 in hex of profile.json.
         model_fingerprint: SHA-256 in hex, as in a KV cache file.
         num_bytes: of the files that decoding needs.
+        plane_shapes: (num_kv_heads, head_dim) of the keys and the values of layer 0, of layer 1, ...
+        rotations: what is undone in each plane.
+        plane_means: of each plane, with its rotation undone: fp32 `[num_kv_heads, head_dim]`.
     """
 
     @property
@@ -40,6 +46,15 @@ class AnyProfile(Protocol):
 
     @property
     def num_bytes(self) -> int: ...
+
+    @property
+    def plane_shapes(self) -> tuple[tuple[int, int], ...]: ...
+
+    @property
+    def rotations(self) -> PlaneRotations: ...
+
+    @property
+    def plane_means(self) -> list[torch.Tensor]: ...
 
     def describe(self) -> dict[str, object]:
         """Return what there is to say of it, for people."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -57,6 +58,12 @@ class TurningPairs:
         """Tell whether heads of so many dims have all the pairs."""
         return self.offset + 2 * len(self.turns) <= head_dim
 
+    def as_rotation(self) -> Rotation:
+        """Return the rotation, whose frequencies are fp64 then."""
+        # In half turns around zero, so that what turns backwards does not turn almost once forwards.
+        turns = [turn - (1 << 64) if turn >= 1 << 63 else turn for turn in self.turns]
+        return Rotation(tuple(2 * math.pi * turn / 2**64 for turn in turns), self.pairing, self.offset)
+
     def pack(self) -> bytes:
         """Return its bytes in the model."""
         head = struct.pack("<BHH", PAIRINGS.index(self.pairing), self.offset, len(self.turns))
@@ -109,6 +116,11 @@ class Model:
     frequencies: NDArray[np.uint16]
     rotations: tuple[TurningPairs, ...]
     plane_rotations: tuple[int, ...]
+
+    def means(self) -> torch.Tensor:
+        """Return the channels' means, fp32."""
+        means = np.ldexp(self.channels[:, 0].astype(np.float32), -self.channels[:, 3])
+        return torch.from_numpy(means)  # pyright: ignore[reportUnknownMemberType]  (torch has no type)
 
     def for_native(self, planes: Sequence[PlaneShape], *, is_float16: bool) -> _native.LosslessModel:
         """Return what the native functions take as `model`."""

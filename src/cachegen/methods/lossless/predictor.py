@@ -10,8 +10,9 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,7 @@ from cachegen.methods.profile_files import (
     refuse_other,
     write_files,
 )
+from cachegen.rotation import PlaneRotations, Rotation
 from cachegen.windows import Window, Windows, pack_windows, read_windows
 
 PREDICTOR_NAME = "predictor.zlib"
@@ -72,12 +74,42 @@ class Predictor:
         """The layers of each window, which predict each other, in the order of their first layers."""
         return group_by_window(self.windows, self.num_layers)
 
+    @property
+    def plane_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(num_kv_heads, head_dim) of each plane."""
+        return tuple((plane.num_kv_heads, plane.head_dim) for plane in self.planes)
+
+    @property
+    def rotations(self) -> PlaneRotations:
+        """What is undone in each plane."""
+        found: list[Rotation | None] = [None] * len(self.planes)
+        for group, model in zip(self.layer_groups, self.models(), strict=True):
+            rotations = [pairs.as_rotation() for pairs in model.rotations]
+            for plane, number in zip(_planes_of(group), model.plane_rotations, strict=True):
+                found[plane] = rotations[number - 1] if number else None
+        return tuple(found)
+
+    @property
+    def plane_means(self) -> list[torch.Tensor]:
+        """The mean of each plane with its rotation undone, fp32 `[num_kv_heads, head_dim]`."""
+        found: dict[int, torch.Tensor] = {}
+        for group, model in zip(self.layer_groups, self.models(), strict=True):
+            shapes = [self.plane_shapes[plane] for plane in _planes_of(group)]
+            parts = torch.split(model.means(), [heads * dim for heads, dim in shapes])
+            for plane, part, shape in zip(_planes_of(group), parts, shapes, strict=True):
+                found[plane] = part.view(shape)
+        return [found[plane] for plane in range(len(self.planes))]
+
     def models(self) -> list[Model]:
-        """Return the models of `layer_groups`.
+        """Return the models of `layer_groups`; they are unpacked once.
 
         Raises:
             BitstreamError: they are corrupt.
         """
+        return self._models
+
+    @cached_property
+    def _models(self) -> list[Model]:
         pairs = [self.planes[2 * layer : 2 * layer + 2] for layer in range(self.num_layers)]
         shapes = [[plane for layer in group for plane in pairs[layer]] for group in self.layer_groups]
         return unpack_models(self.packed, shapes)
@@ -125,6 +157,10 @@ class Predictor:
                     f"the profile's {field} is {_shorten(own)}, but the KV cache has {_shorten(expected)}: it is "
                     "another model's, give `profile` the one made for this model"
                 )
+
+
+def _planes_of(layers: Sequence[int]) -> list[int]:
+    return [plane for layer in layers for plane in (2 * layer, 2 * layer + 1)]
 
 
 def _shorten(value: object) -> str:

@@ -104,7 +104,13 @@ class TransformDocument(Document):
         if self.profile is None:
             raise InputError(f"the document needs the profile {self.header.profile_hash.hex()[:12]} (`profile`)")
         may_round = self.header.dtype.num_bytes == 2
-        return [GroupTransform(self.profile, group, self.device, may_round=may_round) for group in self.profile.groups]
+        kept, key = self.profile.kept, (self.device, may_round)
+        if key not in kept:
+            # What an encoder needs takes longer to compute than a short document takes to encode.
+            kept[key] = [
+                GroupTransform(self.profile, group, self.device, may_round=may_round) for group in self.profile.groups
+            ]
+        return kept[key]
 
     def prepare(self) -> None:
         """See `Document.prepare`."""

@@ -16,6 +16,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -140,6 +141,18 @@ class Profile:
         if self.plane_rotations is not None:
             return self.plane_rotations
         return rotations_by_rule(self.rotary_embeddings, [dim for _, dim in self.plane_shapes])
+
+    @property
+    def plane_means(self) -> list[torch.Tensor]:
+        """The mean of each plane with its rotation undone, fp32 `[num_kv_heads, head_dim]`."""
+        means = torch.cat([group.mean for group in self.groups])
+        parts = torch.split(means, [heads * dim for heads, dim in self.plane_shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.plane_shapes, strict=True)]
+
+    @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What documents of the profile compute of it alone and share, as long as it lives."""
+        return {}
 
     @property
     def rope_hash(self) -> str:
