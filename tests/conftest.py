@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,10 @@ import torch
 from tests.fixtures.absmax import write_config
 from tests.fixtures.caches import save_cache
 from tests.fixtures.fault_documents import make_documents, start_server  # noqa: F401
+
+# A shell starts what runs in its background with SIGINT ignored, and so would be the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
