@@ -6,16 +6,18 @@ The SHA-256 of profile.json is the profile's hash, which stands in every file th
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 
-from cachegen.errors import BitstreamError, OutputError
+from cachegen.errors import BitstreamError, MismatchError, OutputError
 from cachegen.fields import Fields
 from cachegen.files import read_file, write_file
+from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.rotation import PlaneRotations
 
 PROFILE_NAME = "profile.json"
@@ -86,6 +88,71 @@ def read_profile_folder(fields: Fields, source: str) -> str | None:
     if "profile" not in fields:
         return None
     return str(Path(source).parent / fields.check("profile", is_name, "a profile's folder"))
+
+
+def read_plane_shapes(fields: Fields) -> tuple[tuple[int, int], ...]:
+    """Return the field `plane_shapes` of profile.json: (num_kv_heads, head_dim) of each plane.
+
+    Raises:
+        BitstreamError: it is not two shapes of planes for each layer.
+    """
+    shapes: list[tuple[int, int]] = []
+    for shape in fields.items("plane_shapes", 2, 2 * MAX_LAYERS):
+        sizes = cast("list[Any]", shape) if type(shape) is list else []
+        if [type(size) for size in sizes] != [int, int]:
+            raise fields.error("plane_shapes", "must be pairs of heads and dims")
+        if not all(1 <= size <= MAX_HEADS for size in sizes):
+            raise fields.error("plane_shapes", f"must be 1 to {MAX_HEADS}")
+        shapes.append((sizes[0], sizes[1]))
+    if any(heads * dim > MAX_CHANNELS for heads, dim in shapes):
+        raise fields.error("plane_shapes", f"a plane must have at most {MAX_CHANNELS} channels")
+    if len(shapes) % 2:
+        raise fields.error("plane_shapes", "must be two shapes per layer")
+    return tuple(shapes)
+
+
+def check_named(profile: AnyProfile, profile_hash: bytes) -> None:
+    """Refuse a profile that is not the one that a document names.
+
+    Args:
+        profile_hash: 32 bytes, as the document has it.
+
+    Raises:
+        MismatchError: it is another one.
+    """
+    if bytes.fromhex(profile.profile_hash) != profile_hash:
+        raise MismatchError(
+            f"profile_hash is {profile.profile_hash[:12]}, but the document was encoded with the profile "
+            f"{profile_hash.hex()[:12]}: give `profile` its folder"
+        )
+
+
+def check_same_model(source: str, *fields: tuple[str, object, object]) -> None:
+    """Refuse a profile of another model.
+
+    Args:
+        source: what it is to be used on.
+        fields: name, what the profile has, and what the source has.
+
+    Raises:
+        MismatchError: naming the first field that differs.
+    """
+    for field, found, expected in fields:
+        if found != expected:
+            raise MismatchError(
+                f"the profile's {field} is {_shorten(found)}, but {source} has {_shorten(expected)}: it is another "
+                "model's, give `profile` the one made for this model"
+            )
+
+
+def _shorten(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value).removeprefix("torch.")[:60]
+
+
+def pack_record(record: Mapping[str, Any]) -> tuple[bytes, str]:
+    """Return the bytes of profile.json, and its SHA-256 in hex, which is the profile's hash."""
+    text = (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()
+    return text, hashlib.sha256(text).hexdigest()
 
 
 def check_hash(path: str, content: bytes, expected_hash: str) -> None:

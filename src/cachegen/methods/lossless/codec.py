@@ -26,6 +26,7 @@ from cachegen.methods.lossless.fit import fit_model
 from cachegen.methods.lossless.headers import BLOCK_TOKENS, LosslessChunkHeader, LosslessDocumentHeader
 from cachegen.methods.lossless.model import Model, join_bits, unpack_models
 from cachegen.methods.lossless.predictor import Predictor
+from cachegen.methods.profile_files import check_named
 
 METHOD_NUMBER = 4
 """How files call the method."""
@@ -52,11 +53,7 @@ class LosslessDocument(Document):
         self._tables, self._predictor = tables, predictor
         if predictor is None:
             return
-        if bytes.fromhex(predictor.profile_hash) != header.profile_hash:
-            raise MismatchError(
-                f"profile_hash is {predictor.profile_hash[:12]}, but the document was encoded with the profile "
-                f"{header.profile_hash.hex()[:12]}: give `profile` its folder"
-            )
+        check_named(predictor, header.profile_hash)
         if header.planes != predictor.planes or self.dtype != predictor.dtype:
             raise MismatchError("planes have other shapes or another dtype than the profile's")
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from cachegen.errors import MismatchError
-from cachegen.fields import Fields, parse_fields, refuse_file
-from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
+from cachegen.errors import BitstreamError
+from cachegen.fields import parse_fields, refuse_file
 from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.lossless.model import Model, max_packed_bytes, unpack_models
@@ -28,7 +26,10 @@ from cachegen.methods.profile_files import (
     PROFILE_NAME,
     ReadFile,
     check_hash,
+    check_same_model,
     folder_reader,
+    pack_record,
+    read_plane_shapes,
     refuse_other,
     write_files,
 )
@@ -146,25 +147,16 @@ class Predictor:
         Raises:
             MismatchError: naming the field that differs.
         """
-        found = {
-            "model_fingerprint": (self.model_fingerprint, metadata.model_fingerprint),
-            "dtype": (self.dtype, cache.dtype),
-            "planes": (list(self.planes), [PlaneShape(plane.shape[1], plane.shape[2]) for plane in cache.planes]),
-        }
-        for field, (own, expected) in found.items():
-            if own != expected:
-                raise MismatchError(
-                    f"the profile's {field} is {_shorten(own)}, but the KV cache has {_shorten(expected)}: it is "
-                    "another model's, give `profile` the one made for this model"
-                )
+        check_same_model(
+            "the KV cache",
+            ("model_fingerprint", self.model_fingerprint, metadata.model_fingerprint),
+            ("dtype", self.dtype, cache.dtype),
+            ("planes", self.plane_shapes, tuple(tuple(plane.shape[1:]) for plane in cache.planes)),
+        )
 
 
 def _planes_of(layers: Sequence[int]) -> list[int]:
     return [plane for layer in layers for plane in (2 * layer, 2 * layer + 1)]
-
-
-def _shorten(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value).removeprefix("torch.")[:60]
 
 
 def pack_predictor(predictor: Predictor) -> tuple[dict[str, bytes], Predictor]:
@@ -174,15 +166,13 @@ def pack_predictor(predictor: Predictor) -> tuple[dict[str, bytes], Predictor]:
         "version": FILE_VERSION,
         "model_fingerprint": predictor.model_fingerprint,
         "dtype": str(predictor.dtype).removeprefix("torch."),
-        "plane_shapes": [[plane.num_kv_heads, plane.head_dim] for plane in predictor.planes],
+        "plane_shapes": [list(shape) for shape in predictor.plane_shapes],
         **({"windows": pack_windows(predictor.windows)} if predictor.windows is not None else {}),
         "calibration": dict(predictor.calibration),
         "sha256": {PREDICTOR_NAME: hashlib.sha256(predictor.packed).hexdigest()},
     }
-    text = (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()
-    complete = dataclasses.replace(
-        predictor, profile_hash=hashlib.sha256(text).hexdigest(), num_bytes=len(text) + len(predictor.packed)
-    )
+    text, profile_hash = pack_record(record)
+    complete = dataclasses.replace(predictor, profile_hash=profile_hash, num_bytes=len(text) + len(predictor.packed))
     return {PREDICTOR_NAME: predictor.packed, PROFILE_NAME: text}, complete
 
 
@@ -211,7 +201,7 @@ def read_predictor(read: ReadFile, place: str) -> Predictor:
     fields = parse_fields(text, refuse_file(path))
     fields.check_format("format", FILE_FORMAT, "a profile for method lossless")
     fields.check_version("version", FILE_VERSION)
-    planes = _parse_planes(fields)
+    planes = tuple(PlaneShape(*shape) for shape in read_plane_shapes(fields))
     dtype = DTYPES[fields.choice("dtype", list(DTYPES))]
     fingerprint, calibration = fields.hash("model_fingerprint"), fields.object("calibration").content
     expected = fields.object("sha256").hash(PREDICTOR_NAME)
@@ -219,7 +209,10 @@ def read_predictor(read: ReadFile, place: str) -> Predictor:
     check_hash(f"{place}/{PREDICTOR_NAME}", packed, expected)
     num_bytes = len(text) + len(packed)
     profile_hash = hashlib.sha256(text).hexdigest()
-    windows = read_windows(fields, len(planes) // 2)
+    try:
+        windows = read_windows(fields, len(planes) // 2)
+    except BitstreamError as error:  # of one window, which knows no place
+        raise error if error.path else error.at(path) from error
     return Predictor(fingerprint, planes, dtype, packed, dict(calibration), profile_hash, num_bytes, windows)
 
 
@@ -229,17 +222,3 @@ def group_by_window(windows: Windows | None, num_layers: int) -> list[tuple[int,
     for layer in range(num_layers):
         groups.setdefault(windows[layer] if windows is not None else None, []).append(layer)
     return [tuple(group) for group in groups.values()]
-
-
-def _parse_planes(fields: Fields) -> tuple[PlaneShape, ...]:
-    planes: list[PlaneShape] = []
-    for shape in fields.items("plane_shapes", 2, 2 * MAX_LAYERS):
-        sizes = cast("list[Any]", shape) if type(shape) is list else []
-        if [type(size) for size in sizes] != [int, int] or not all(1 <= size <= MAX_HEADS for size in sizes):
-            raise fields.error("plane_shapes", f"must be pairs of heads and dims, 1 to {MAX_HEADS}")
-        planes.append(PlaneShape(sizes[0], sizes[1]))
-        if planes[-1].num_channels > MAX_CHANNELS:
-            raise fields.error("plane_shapes", f"a plane must have at most {MAX_CHANNELS} channels")
-    if len(planes) % 2:
-        raise fields.error("plane_shapes", "must be two shapes per layer")
-    return tuple(planes)

@@ -27,6 +27,7 @@ from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import Document, Encoder, ErrorMeasure, cut_streams, naming_level
 from cachegen.methods.layer_classes import share_first_stored
+from cachegen.methods.profile_files import check_named
 from cachegen.methods.transform.exact_values import (
     ExactValues,
     check_stored,
@@ -83,11 +84,7 @@ class TransformDocument(Document):
         self.profile, self.device = profile, device
         if profile is None:
             return
-        if bytes.fromhex(profile.profile_hash) != header.profile_hash:
-            raise MismatchError(
-                f"profile_hash is {profile.profile_hash[:12]}, but the document was encoded with the profile "
-                f"{header.profile_hash.hex()[:12]}: give `profile` its folder"
-            )
+        check_named(profile, header.profile_hash)
         if header.shapes != list(profile.plane_shapes):
             raise MismatchError("planes have other shapes than the profile's")
         if header.first_stored and share_in_groups(profile, header.first_stored) != header.first_stored:

@@ -10,22 +10,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from cachegen.errors import BitstreamError, InputError, MismatchError
+from cachegen.errors import BitstreamError, InputError
 from cachegen.fields import Fields, parse_fields, refuse_file
-from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
+from cachegen.format import MAX_LAYERS
 from cachegen.kv_cache import (
     RotaryEmbedding,
     hash_rotary_embeddings,
@@ -37,7 +36,10 @@ from cachegen.methods.profile_files import (
     PROFILE_NAME,
     ReadFile,
     check_hash,
+    check_same_model,
     folder_reader,
+    pack_record,
+    read_plane_shapes,
     refuse_other,
     write_files,
 )
@@ -309,7 +311,7 @@ def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, byte
         "calibration": profile.calibration,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
-    text = (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()
+    text, profile_hash = pack_record(record)
     groups = tuple(
         dataclasses.replace(
             group,
@@ -324,7 +326,7 @@ def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, byte
     complete = dataclasses.replace(
         profile,
         groups=groups,
-        profile_hash=hashlib.sha256(text).hexdigest(),
+        profile_hash=profile_hash,
         num_bytes=len(text) + len(contents[SYNTHESIS_NAME]),
     )
     return {**contents, PROFILE_NAME: text}, complete
@@ -391,37 +393,22 @@ def read_profile(read: ReadFile, place: str, *, for_encoding: bool = False) -> P
     )
 
 
-def check_profile(profile: Profile, model_fingerprint: str, rope_hash: str, source: object) -> None:
+def check_profile(profile: Profile, model_fingerprint: str, rope_hash: str, source: str) -> None:
     """Refuse a profile of another model.
 
     Raises:
         MismatchError: naming the field that differs.
     """
-    for field, found, expected in (
+    check_same_model(
+        source,
         ("model_fingerprint", profile.model_fingerprint, model_fingerprint),
         ("rope_hash", profile.rope_hash, rope_hash),
-    ):
-        if found != expected:
-            raise MismatchError(
-                f"the profile's {field} is {found[:12]}, but {source} has {expected[:12]}: it is another model's, "
-                "give `profile` the one made for this model"
-            )
+    )
 
 
 def _parse(fields: Fields) -> Profile:
     """Check the JSON's own fields; the groups' tensors come later."""
-    shapes: list[tuple[int, int]] = []
-    for shape in fields.items("plane_shapes", 2, 2 * MAX_LAYERS):
-        sizes = cast("list[Any]", shape) if type(shape) is list else []
-        if [type(size) for size in sizes] != [int, int]:
-            raise fields.error("plane_shapes", "must be pairs of heads and dims")
-        if not all(1 <= size <= MAX_HEADS for size in sizes):
-            raise fields.error("plane_shapes", f"must be 1 to {MAX_HEADS}")
-        shapes.append((sizes[0], sizes[1]))
-    if len(shapes) % 2:
-        raise fields.error("plane_shapes", "must be two shapes per layer")
-    if any(heads * dim > MAX_CHANNELS for heads, dim in shapes):
-        raise fields.error("plane_shapes", f"a plane must have at most {MAX_CHANNELS} channels")
+    shapes = read_plane_shapes(fields)
     rotary_embeddings = read_rotary_embeddings(fields)
     plane_rotations = read_rotations(fields, [dim for _, dim in shapes])
     for rotary in rotary_embeddings[:1] if plane_rotations is None else ():
@@ -441,7 +428,7 @@ def _parse(fields: Fields) -> Profile:
     return Profile(
         fingerprint,
         rotary_embeddings,
-        tuple(shapes),
+        shapes,
         (),
         curve,
         dict(calibration),
