@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cachegen.coder import cpu
-from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache, tables_of_counts
+from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache, decode_files, tables_of_counts
 from cachegen.format import Coder, PlaneLayout
 from cachegen.kv_cache import KVCache, from_planes
 from cachegen.methods import parse_chunk
@@ -73,16 +73,11 @@ class _AbsmaxScheme:
         return AbsmaxEncoder(saved.cache, saved.metadata, config, [saved.cache.num_tokens], coder)
 
     def _recode_with_own_tables(self, saved: SavedCache, setting: str, coder: Coder) -> tuple[KVCache, ByteCount]:
-        encoder, output = self._encoder(saved, setting, coder), _empty_like(saved.cache)
-        chunk = b"".join(encoder.encode_chunk(0))
-        token_hash = encoder.expected_header(0).token_hash
-        encoder.document.decode([chunk], output, first_token=0, token_hash=token_hash)
+        encoder = self._encoder(saved, setting, coder)
+        output, num_bytes = decode_files(encoder, saved.cache)
         header = encoder.document.header
-        tables_bytes = header.tables_bytes
-        rest = len(encoder.tables_file) - tables_bytes
-        if coder is Coder.AC:
-            tables_bytes = _original_tables_bytes(header.planes)
-        return output, ByteCount(len(chunk) + rest + tables_bytes, tables_bytes)
+        tables_bytes = _original_tables_bytes(header.planes) if coder is Coder.AC else header.tables_bytes
+        return output, ByteCount(num_bytes - header.tables_bytes + tables_bytes, tables_bytes)
 
     def _recode_with_profile(self, saved: SavedCache, setting: str) -> tuple[KVCache, ByteCount]:
         tables, profile_bytes = self._profile[setting]

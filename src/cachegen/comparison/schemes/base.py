@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from cachegen import _native
 from cachegen.coder.symbol_model import choose_weight_classes, normalize, pack_tables
 from cachegen.format import MAX_LOW_BITS, TABLE_SIZE
-from cachegen.kv_cache import ContextMetadata, KVCache
+from cachegen.kv_cache import ContextMetadata, KVCache, from_planes
+from cachegen.methods.base import Encoder
 
 _WHOLE = np.float32(1)
 _ESCAPE_BYTES = 6  # position in the plane (u32) and the value's distance from the alphabet's edge (i16)
@@ -200,6 +201,30 @@ def quantize_range(
     scales = np.maximum(spans / largest_code, np.finfo(np.float16).tiny).astype(np.float16)
     codes = np.rint((values - shifts.astype(np.float32)) / scales.astype(np.float32)).clip(0, largest_code)
     return codes.astype(np.int64), shifts, scales
+
+
+def decode_files(encoder: Encoder, like: KVCache, level: int = 1) -> tuple[KVCache, int]:
+    """Encode a document and decode it from its files of levels 1 to `level`.
+
+    Args:
+        like: the cache that is encoded, on the CPU.
+
+    Returns:
+        The decoded cache, and the bytes of these files and of the tables file.
+    """
+    output = from_planes([torch.empty(plane.shape, dtype=plane.dtype) for plane in like.planes])
+    num_bytes, start = len(encoder.tables_file), 0
+    for index, count in enumerate(encoder.document.header.chunk_tokens):
+        contents = [b"".join(encoder.encode_chunk(index, number)) for number in range(1, level + 1)]
+        encoder.document.decode(
+            contents,
+            output.slice(start, start + count),
+            first_token=start,
+            token_hash=encoder.expected_header(index, 1).token_hash,
+        )
+        num_bytes += sum(map(len, contents))
+        start += count
+    return output, num_bytes
 
 
 def pack_bits(codes: NDArray[np.int64], num_bits: int) -> bytes:

@@ -17,8 +17,8 @@ import torch
 
 from cachegen.calibration.calibrate import CalibrationContext
 from cachegen.calibration.predictor import make_predictor
-from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache
-from cachegen.kv_cache import KVCache, from_planes, hash_planes
+from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache, decode_files
+from cachegen.kv_cache import KVCache, hash_planes
 from cachegen.methods.lossless.codec import LosslessEncoder
 from cachegen.methods.lossless.predictor import Predictor
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
@@ -73,11 +73,4 @@ def _recode(saved: SavedCache, predictor: Predictor | None) -> tuple[KVCache, in
     cache = saved.cache
     chunk_tokens = plan_chunks(cache.num_tokens, None, DEFAULT_CHUNK_SIZE)
     encoder = LosslessEncoder(cache, saved.metadata, chunk_tokens, predictor=predictor)
-    output = from_planes([torch.empty(plane.shape, dtype=plane.dtype) for plane in cache.planes])
-    num_bytes, start = len(encoder.tables_file), 0
-    for index, count in enumerate(chunk_tokens):
-        content = b"".join(encoder.encode_chunk(index))
-        encoder.document.decode([content], output.slice(start, start + count), first_token=start, token_hash=None)
-        num_bytes += len(content)
-        start += count
-    return output, num_bytes, len(encoder.tables_file)
+    return *decode_files(encoder, cache), len(encoder.tables_file)

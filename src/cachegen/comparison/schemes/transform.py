@@ -10,13 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from cachegen.calibration.own import make_own_profile
 from cachegen.coder.cpu_kernels import CPU
-from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache
+from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache, decode_files
 from cachegen.errors import InputError
-from cachegen.kv_cache import KVCache, from_planes
+from cachegen.kv_cache import KVCache
 from cachegen.methods.transform.codec import TransformEncoder
 from cachegen.methods.transform.config import TransformConfig
 from cachegen.methods.transform.profile import Profile
@@ -149,16 +147,4 @@ def recode(
     encoder = TransformEncoder(
         saved.cache, saved.metadata, profile, chunk_tokens, step_log=step_log, num_levels=num_levels
     )
-    output = from_planes([torch.empty(plane.shape, dtype=plane.dtype) for plane in saved.cache.planes])
-    num_bytes, start = len(encoder.tables_file), 0
-    for index, count in enumerate(chunk_tokens):
-        contents = [b"".join(encoder.encode_chunk(index, number)) for number in range(1, level + 1)]
-        encoder.document.decode(
-            contents,
-            output.slice(start, start + count),
-            first_token=start,
-            token_hash=encoder.expected_header(index, 1).token_hash,
-        )
-        num_bytes += sum(map(len, contents))
-        start += count
-    return output, num_bytes
+    return decode_files(encoder, saved.cache, level)
