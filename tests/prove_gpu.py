@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Prove that a GPU's kernels give the CPU's bytes and values, without pytest: `python -m tests.prove_gpu`.
 
-The checks are those of tests/test_coder_cuda.py that need nothing of pytest, for machines that have only torch. --short
-is what a sanitizer's tools run. --emulated runs the kernels' own lines on the CPU.
+For machines that have only torch; tests/test_coder_cuda.py runs the same checks, and more, by pytest. --short is what a
+sanitizer's tools run. --emulated runs the kernels' own lines on the CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ CODERS = (Coder.RANS, Coder.PACKED)
 MISTRAL = Shape(300, (8, 8), (128, 128), (32, 16), (128, 128))
 LARGE = ComponentShape(600, (2048, 1024, 2048), (64, 96, 128))  # more blocks than one group of layers has
 
-Check = tuple[str, Callable[[], object]]
+Check = Callable[[CudaKernels], object]
+"""Fails by whatever it raises."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prove_gpu: {error}", file=sys.stderr)
         return 1
     num_failed, num_checks, start = 0, 0, time.perf_counter()
-    for name, check in list_checks(kernels, is_short=args.short):
+    for name, check in list_checks(is_short=args.short):
         num_checks += 1
         try:
-            check()
+            check(kernels)
         except Exception:  # whatever it is, the next check says something, too
             num_failed += 1
             print(f"failed: {name}\n{traceback.format_exc()}", file=sys.stderr)
@@ -80,32 +81,34 @@ def _load(is_emulated: bool) -> CudaKernels:
     return load_kernels(torch.device("cuda", torch.cuda.current_device()))
 
 
-def list_checks(on_device: CudaKernels, *, is_short: bool) -> Iterator[Check]:
-    """Yield names and checks; those of a GPU that fail raise whatever they find."""
-    kernels = OnDevice(on_device)
-    shapes = SHAPES[:3] if is_short else [*SHAPES, MISTRAL]
-    for shape in shapes:
+def list_checks(*, is_short: bool) -> Iterator[tuple[str, Check]]:
+    """Yield names and checks, which take the kernels of a GPU."""
+    for shape in SHAPES[:3] if is_short else [*SHAPES, MISTRAL]:
         for dtype in DTYPES[:1] if is_short else DTYPES:
             for coder in CODERS:
-                yield f"{shape} {dtype} {coder.name}", lambda s=shape, d=dtype, c=coder: check_shape(kernels, s, d, c)
+                yield (
+                    f"{shape} {dtype} {coder.name}",
+                    lambda gpu, s=shape, d=dtype, c=coder: check_shape(OnDevice(gpu), s, d, c),
+                )
     for shape in COMPONENT_SHAPES[:2] if is_short else [*COMPONENT_SHAPES, LARGE]:
-        yield f"components {shape}", lambda shape=shape: check_component_shape(kernels, shape)
-    yield "transform documents", lambda: check_transform_document(on_device)
+        yield f"components {shape}", lambda gpu, shape=shape: check_component_shape(OnDevice(gpu), shape)
+    yield "transform documents", check_transform_document
     for golden in GOLDENS:
         if golden.coder in CODERS:
-            yield f"golden {golden.name}", lambda golden=golden: _check_golden(kernels, golden)
+            yield f"golden {golden.name}", lambda gpu, golden=golden: _check_golden(OnDevice(gpu), golden)
     if not is_short:
-        yield (
-            "corrupt streams",
-            lambda: check_corrupt_streams(kernels, encode_on_cpu(SHAPES[2], torch.float16, Coder.RANS), 300),
-        )
-        yield "word counts", lambda: check_word_counts(kernels)
-        components = ComponentShape(70, (33, 5), (32, 96))
-        yield (
-            "corrupt components",
-            lambda: check_corrupt_components(kernels, encode_components_on_cpu(components), 300),
-        )
-        yield "corrupt escapes", lambda: check_corrupt_escapes(kernels)
+        yield "corrupt streams", _check_corrupt_streams
+        yield "corrupt components", _check_corrupt_components
+
+
+def _check_corrupt_streams(gpu: CudaKernels) -> None:
+    check_corrupt_streams(OnDevice(gpu), encode_on_cpu(SHAPES[2], torch.float16, Coder.RANS), 300)
+    check_word_counts(OnDevice(gpu))
+
+
+def _check_corrupt_components(gpu: CudaKernels) -> None:
+    check_corrupt_components(OnDevice(gpu), encode_components_on_cpu(ComponentShape(70, (33, 5), (32, 96))), 300)
+    check_corrupt_escapes(OnDevice(gpu))
 
 
 def _check_golden(kernels: OnDevice, golden: Golden) -> None:

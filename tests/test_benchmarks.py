@@ -86,7 +86,7 @@ def test_a_step_that_fails_is_noted_and_the_exit_code_says_so(tmp_path, monkeypa
         ("slow", lambda: report.Step("slow", ["-c", "import time; time.sleep(60)"], 1)),
         ("fine", lambda: report.Step("fine", ["-c", "pass"], 20)),
     ]
-    monkeypatch.setattr(report, "list_steps", lambda args, prefill: steps)
+    monkeypatch.setattr(report, "list_steps", lambda args, done: steps)
     assert report.main(["--dry_run", "--output_path", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())["steps"]
     states = [step["state"] for step in found.values()]

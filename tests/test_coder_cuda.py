@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -20,26 +19,16 @@ from cachegen.pipeline.encode import encode_document
 from tests.cuda_checks import (
     SHAPES,
     OnDevice,
-    Shape,
-    check_corrupt_streams,
     check_shape,
-    check_word_counts,
     encode_on_cpu,
 )
 from tests.cuda_component_checks import (
     COMPONENT_SHAPES,
-    ComponentShape,
     check_component_shape,
-    check_corrupt_components,
-    check_corrupt_escapes,
-    check_transform_document,
-    encode_components_on_cpu,
 )
 from tests.fixtures.absmax import make_config, quantize_and_dequantize
-from tests.fixtures.caches import DTYPES, are_equal, make_metadata, make_shaped_cache
-from tests.golden import make_golden
-from tests.golden.make_golden import FOLDER, GOLDENS, Golden
-from tests.prove_gpu import CODERS, LARGE, MISTRAL
+from tests.fixtures.caches import are_equal, make_metadata, make_shaped_cache
+from tests.prove_gpu import MISTRAL, Check, list_checks
 
 pytestmark = pytest.mark.cuda
 
@@ -63,38 +52,9 @@ def to(device: torch.device, cache: KVCache) -> KVCache:
     return from_planes([plane.to(device) for plane in cache.planes])
 
 
-@pytest.mark.parametrize("coder", CODERS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, MISTRAL], ids=str)
-def test_bytes_and_values_equal_the_cpus(kernels, shape: Shape, dtype: torch.dtype, coder: Coder) -> None:
-    check_shape(kernels, shape, dtype, coder)
-
-
-@pytest.mark.parametrize("shape", [*COMPONENT_SHAPES, LARGE], ids=str)
-def test_components_and_their_bytes_equal_the_cpus(kernels, shape: ComponentShape) -> None:
-    check_component_shape(kernels, shape)
-
-
-def test_transform_documents_of_either_device_decode_on_the_other(on_gpu: CudaKernels) -> None:
-    check_transform_document(on_gpu)
-
-
-@pytest.mark.parametrize("golden", [golden for golden in GOLDENS if golden.coder in CODERS], ids=lambda g: g.name)
-def test_golden_files_are_written_and_read(kernels, golden: Golden) -> None:
-    files = {path.name: path.read_bytes() for path in sorted((FOLDER / golden.name).iterdir())}
-    assert make_golden.encode(golden, kernels) == files
-    expected = json.loads((FOLDER / "decoded_sha256.json").read_text("utf-8"))
-    assert make_golden.hash_cache(make_golden.decode(golden, files, kernels)) == expected[golden.name]
-
-
-def test_corrupt_streams_are_refused_as_on_the_cpu(kernels) -> None:
-    check_corrupt_streams(kernels, encode_on_cpu(SHAPES[2], torch.float16, Coder.RANS), 300)
-    check_word_counts(kernels)
-
-
-def test_corrupt_components_are_refused_as_on_the_cpu(kernels) -> None:
-    check_corrupt_components(kernels, encode_components_on_cpu(ComponentShape(70, (33, 5), (32, 96))), 300)
-    check_corrupt_escapes(kernels)
+@pytest.mark.parametrize("check", [pytest.param(check, id=name) for name, check in list_checks(is_short=False)])
+def test_a_gpu_does_what_the_cpu_does(on_gpu: CudaKernels, check: Check) -> None:
+    check(on_gpu)
 
 
 def test_values_that_are_not_finite_are_named(kernels) -> None:
