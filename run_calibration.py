@@ -154,6 +154,7 @@ def _make_profile(output: Path, args: argparse.Namespace, report: command_line.R
     from cachegen.pipeline.fingerprint import compute_fingerprint
     from cachegen.pipeline.frequencies import match_frequencies
     from cachegen.pipeline.gguf import name_gguf_model
+    from cachegen.pipeline.hybrids import refuse_states
     from cachegen.pipeline.model import load_model
 
     settings = CalibrationSettings(
@@ -176,6 +177,7 @@ def _make_profile(output: Path, args: argparse.Namespace, report: command_line.R
     else:
         loaded = load_model(args.model_id, device=device, dtype=resolve_dtype(args.dtype), gguf_file=args.gguf_file)
         check_model(contexts, loaded.fingerprint, loaded.model_id)
+        refuse_states(loaded, "calibration with weights or a curve")
         loaded = match_frequencies(loaded, contexts[0].metadata.rope_hash)
     profile = make_profile(
         fitted_on,

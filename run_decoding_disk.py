@@ -78,6 +78,7 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
 
     from cachegen.pipeline.model_cache import allocate_cache, keep_whole, set_length, view_kv_cache
     from cachegen.pipeline.prefill import recompute_first_tokens
+    from cachegen.pipeline.state_layers import keep_states
     from cachegen.pipeline.windows import find_missing
 
     dtype = folder.dtype if dtype == "auto" else dtype
@@ -86,14 +87,13 @@ def _decode_and_answer(args: argparse.Namespace) -> None:
     folder.check_model(loaded)
     num_cached = sum(chunk_tokens)
     folder.check_context(token_ids, num_cached, args.path_to_context)
-    cache = allocate_cache(
-        folder.plane_shapes, session.capacity, folder.dtype, loaded.layer_devices, loaded.num_head_repeats
-    )
+    cache = allocate_cache(loaded.cache_layout, folder.plane_shapes, session.capacity, folder.dtype)
 
     # From here on the clock runs: what a server with the model in memory would do.
     start = time.perf_counter()
     with tqdm(total=num_cached, unit="token", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
         decoded = folder.decode_into(view_kv_cache(cache, num_cached), token_ids, chunk_tokens, bar.update)
+    keep_states(cache, folder.document.read_states(), num_cached)
     set_length(cache, num_cached)
     recompute_first_tokens(loaded, cache, token_ids, method.num_sink_tokens, num_cached)
     keep_whole(cache, num_cached, find_missing(loaded.text_config, header.first_stored, num_cached))

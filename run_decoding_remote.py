@@ -145,7 +145,7 @@ def _load_and_answer(args: argparse.Namespace) -> None:
         session = dataclasses.replace(session, loaded=loaded)
     policy = choose_policy(document, args.policy, args.level)
     num_cached, block_size = document.num_tokens, document.manifest.prefill_block_size
-    cache = empty_cache(loaded.num_layers, session.capacity, loaded.num_head_repeats)
+    cache = empty_cache(loaded.cache_layout, session.capacity)
     speeds = measure_speeds(
         loaded, cache, num_cached, token_ids, block_size, chosen.device, num_prompt_tokens=len(session.prompts[0])
     )

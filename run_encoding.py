@@ -206,6 +206,7 @@ def _encode(args: argparse.Namespace) -> None:
             "tables": sizes.tables,
             "scales": sizes.scales,
             "payload": sizes.payload,
+            **({"states": sizes.states} if sizes.states else {}),
             **({"profile": own_bytes} if own_bytes else {}),
         },
         "bits_per_value": 8 * (sizes.total + own_bytes) / num_values,

@@ -30,6 +30,7 @@ from cachegen.device import DTYPES, resolve_device, resolve_dtype
 from cachegen.files import write_file
 from cachegen.methods.transform.profile import load_profile
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
+from cachegen.pipeline.hybrids import refuse_states
 from cachegen.pipeline.model import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +116,7 @@ def _measure(args: argparse.Namespace) -> None:
         load_model, args.model_id, device=device, gguf_file=args.gguf_file
     )
     loaded = load(dtype=resolve_dtype(args.dtype))
+    refuse_states(loaded, "measuring")
     fit = functools.partial(fit_contexts, loaded=loaded, context_tokens=args.context_tokens)
     # A prompts folder has further questions, which no template has a place for; the default calibration is one.
     has_template = args.chat_template and args.path_to_calibration.suffix == ".jsonl"

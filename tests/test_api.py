@@ -83,7 +83,7 @@ def test_answers_are_those_of_the_decoded_folder(tmp_path, config):
     api.compress(run_model(loaded.model, cached_ids), cached_ids, loaded, config).save(path)
 
     encoded = EncodedFolder(path, 1, find_profile=profile_finder(None, [REPOSITORY / "models"]))
-    cache = allocate_cache(encoded.plane_shapes, PROMPT.shape[1] + 8, encoded.dtype, loaded.layer_devices)
+    cache = allocate_cache(loaded.cache_layout, encoded.plane_shapes, PROMPT.shape[1] + 8, encoded.dtype)
     encoded.decode_into(view_kv_cache(cache, NUM_TOKENS), cached_ids, encoded.select_chunks(None))
     set_length(cache, NUM_TOKENS)
     num_sinks = method_of(encoded.document.header).num_sink_tokens

@@ -310,7 +310,7 @@ def test_breaking_off_a_computation_does_not_touch_other_threads_passes():
     loaded = make_named("llama")
     workers = ModelWorkers.__new__(ModelWorkers)
     workers.loaded, workers.token_ids, workers.block_size = loaded, IDS, 50
-    workers.cache = allocate_cache(measure_plane_shapes(loaded), 60, loaded.dtype, loaded.layer_devices)
+    workers.cache = allocate_cache(loaded.cache_layout, measure_plane_shapes(loaded), 60, loaded.dtype)
     is_unwanted, outcomes = threading.Event(), []
 
     def run_elsewhere() -> None:

@@ -21,9 +21,11 @@ from cachegen.methods.absmax.codec import AbsmaxDocument, AbsmaxEncoder
 from cachegen.pipeline import decode, prefill
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
+from cachegen.pipeline.model_cache import allocate_cache
 from tests.fixtures import read_folder
 from tests.fixtures.absmax import decode_folder, make_encoder, quantize_and_dequantize, write_config
 from tests.fixtures.caches import allocate_like, are_equal, make_cache, make_metadata
+from tests.fixtures.models import make_layout
 
 CACHE, METADATA = make_cache(60), make_metadata(60)
 
@@ -342,7 +344,11 @@ def test_another_model_is_refused_by_field(folder, changes, field, monkeypatch):
         dtype=torch.float16,
         shapes=[(1, 8)] * 4,
     )
-    monkeypatch.setattr(prefill, "measure_plane_shapes", lambda loaded: loaded.shapes)
+    monkeypatch.setattr(
+        prefill,
+        "measure_cache",
+        lambda loaded: allocate_cache(make_layout(len(loaded.shapes) // 2), loaded.shapes, 1, torch.float16),
+    )
     assert hash_rotary_embeddings(loaded.rotary_embeddings) == METADATA.rope_hash
     for name, value in changes.items():
         setattr(loaded, name, value)

@@ -44,7 +44,7 @@ def sum_fisher(loaded: LoadedModel, num_tokens: int, groups: list[tuple[int, int
 def predict(loaded: LoadedModel, before: KVCache, window: torch.Tensor) -> torch.Tensor:
     """Log-probabilities after each token of the window, fp64."""
     shapes = [tuple(plane.shape[1:]) for plane in before.planes]
-    cache = allocate_cache(shapes, NUM_BEFORE + len(window), torch.float32, loaded.layer_devices)
+    cache = allocate_cache(loaded.cache_layout, shapes, NUM_BEFORE + len(window), torch.float32)
     for target, source in zip(view_kv_cache(cache, NUM_BEFORE).planes, before.planes, strict=True):
         target.copy_(source)
     set_length(cache, NUM_BEFORE)

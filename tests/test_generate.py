@@ -80,20 +80,20 @@ def test_a_cache_without_room_for_the_answer_is_refused_beforehand():
 def test_max_new_tokens_must_be_positive():
     loaded = make_named("llama")
     with pytest.raises(ValueError, match="`max_new_tokens`"):
-        generate_answer(loaded, empty_cache(3, 80), 0, make_token_ids(5), 0)
+        generate_answer(loaded, empty_cache(loaded.cache_layout, 80), 0, make_token_ids(5), 0)
 
 
 def test_generation_stops_at_the_end_token_which_the_text_does_not_show(monkeypatch):
     loaded, token_ids = make_named("llama"), make_token_ids(30)
-    full = generate_answer(loaded, empty_cache(3, 80), 0, token_ids, 8)
+    full = generate_answer(loaded, empty_cache(loaded.cache_layout, 80), 0, token_ids, 8)
     end = full.token_ids[3]
     monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", [end, 2])
-    answer = generate_answer(loaded, empty_cache(3, 80), 0, token_ids, 8)
+    answer = generate_answer(loaded, empty_cache(loaded.cache_layout, 80), 0, token_ids, 8)
     assert answer.token_ids == full.token_ids[: full.token_ids.index(end) + 1]
 
 
 def test_times_are_in_order_and_nothing_is_printed(capfd):
     loaded, token_ids = make_named("llama"), make_token_ids(30)
-    answer = generate_answer(loaded, empty_cache(3, 80), 0, token_ids, 8)
+    answer = generate_answer(loaded, empty_cache(loaded.cache_layout, 80), 0, token_ids, 8)
     assert 0 < answer.prefill_seconds <= answer.total_seconds
     assert capfd.readouterr() == ("", "")

@@ -103,7 +103,7 @@ def make_switching(rope_type: str) -> transformers.LlamaConfig:
 def test_a_table_of_positions_ends_exactly_where_the_limit_is(name):
     loaded = make_loaded(TABLES[name])
     assert loaded.length_limit is not None and loaded.length_limit.num_tokens == LIMIT
-    cache = empty_cache(loaded.num_layers, LIMIT + 1)
+    cache = empty_cache(loaded.cache_layout, LIMIT + 1)
     extend_cache(loaded, cache, make_token_ids(LIMIT), 16)
     with pytest.raises((IndexError, RuntimeError)):
         extend_cache(loaded, cache, make_token_ids(1))

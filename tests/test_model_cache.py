@@ -15,11 +15,9 @@ from cachegen.pipeline.model_cache import (
     view_kv_cache,
 )
 from cachegen.pipeline.prefill import prefill
-from tests.fixtures.models import CONFIGS, make_named, make_token_ids
+from tests.fixtures.models import CONFIGS, make_layout, make_named, make_token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-CPU = torch.device("cpu")
 
 
 def make_states(num_tokens: int, num_heads: int = 2, head_dim: int = 4, seed: int = 0) -> torch.Tensor:
@@ -27,7 +25,7 @@ def make_states(num_tokens: int, num_heads: int = 2, head_dim: int = 4, seed: in
 
 
 def test_update_returns_views_of_one_buffer_that_never_moves():
-    cache = empty_cache(1, capacity=10)
+    cache = empty_cache(make_layout(1), capacity=10)
     first_keys, _ = cache.update(make_states(4), make_states(4, head_dim=3, seed=1), 0)
     address = first_keys.data_ptr()
     keys, values = cache.update(make_states(6, seed=2), make_states(6, head_dim=3, seed=3), 0)
@@ -37,7 +35,7 @@ def test_update_returns_views_of_one_buffer_that_never_moves():
 
 
 def test_keys_and_values_may_differ_in_heads_and_dims():
-    cache = empty_cache(1, capacity=5)
+    cache = empty_cache(make_layout(1), capacity=5)
     cache.update(make_states(5, num_heads=1, head_dim=16), make_states(5, num_heads=3, head_dim=2), 0)
     kv_cache = view_kv_cache(cache, 5)
     assert kv_cache.keys[0].shape == (5, 1, 16)
@@ -45,7 +43,7 @@ def test_keys_and_values_may_differ_in_heads_and_dims():
 
 
 def test_update_refuses_to_outgrow_the_capacity_and_leaves_the_cache_as_it_was():
-    cache = empty_cache(1, capacity=5)
+    cache = empty_cache(make_layout(1), capacity=5)
     cache.update(make_states(4), make_states(4), 0)
     with pytest.raises(ValueError, match="allocated for 5 tokens and cannot hold 6"):
         cache.update(make_states(2), make_states(2), 0)
@@ -53,7 +51,7 @@ def test_update_refuses_to_outgrow_the_capacity_and_leaves_the_cache_as_it_was()
 
 
 def test_crop_by_a_negative_number_lets_the_next_update_overwrite_in_place():
-    cache = empty_cache(1, capacity=6)
+    cache = empty_cache(make_layout(1), capacity=6)
     cache.update(make_states(6), make_states(6), 0)
     cache.crop(-2)
     assert cache.get_seq_length() == 4
@@ -66,13 +64,13 @@ def test_crop_by_a_negative_number_lets_the_next_update_overwrite_in_place():
 def test_a_batch_is_refused():
     states = torch.zeros(2, 1, 3, 4)
     with pytest.raises(ValueError, match="one sequence, got a batch of 2"):
-        empty_cache(1, capacity=5).update(states, states, 0)
+        empty_cache(make_layout(1), capacity=5).update(states, states, 0)
     with pytest.raises(NotImplementedError, match="one sequence"):
-        empty_cache(1, capacity=5).batch_repeat_interleave(2)
+        empty_cache(make_layout(1), capacity=5).batch_repeat_interleave(2)
 
 
 def test_reset_forgets_the_tokens_and_keeps_the_memory():
-    cache = empty_cache(1, capacity=5)
+    cache = empty_cache(make_layout(1), capacity=5)
     address = cache.update(make_states(4), make_states(4), 0)[0].data_ptr()
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -80,7 +78,7 @@ def test_reset_forgets_the_tokens_and_keeps_the_memory():
 
 
 def test_a_decoder_writes_through_the_views_before_the_length_is_set():
-    cache = allocate_cache([(2, 4), (1, 3), (2, 4), (2, 5)], 8, torch.bfloat16, [CPU, CPU])
+    cache = allocate_cache(make_layout(2), [(2, 4), (1, 3), (2, 4), (2, 5)], 8, torch.bfloat16)
     assert cache.get_seq_length() == 0
     for i, plane in enumerate(view_kv_cache(cache, 6).planes):
         plane.fill_(i)
@@ -98,11 +96,11 @@ def test_a_decoder_writes_through_the_views_before_the_length_is_set():
 
 def test_plane_shapes_must_be_two_per_layer():
     with pytest.raises(ValueError, match="`plane_shapes`"):
-        allocate_cache([(2, 4)], 8, torch.float16, [CPU])
+        allocate_cache(make_layout(1), [(2, 4)], 8, torch.float16)
 
 
 def test_lengths_outside_the_capacity_are_refused():
-    cache = allocate_cache([(2, 4), (2, 4)], 8, torch.float16, [CPU])
+    cache = allocate_cache(make_layout(1), [(2, 4), (2, 4)], 8, torch.float16)
     assert get_capacity(cache) == 8
     for length in (-1, 9):
         with pytest.raises(ValueError, match="`num_tokens`"):
@@ -110,7 +108,7 @@ def test_lengths_outside_the_capacity_are_refused():
         with pytest.raises(ValueError, match="`num_tokens`"):
             view_kv_cache(cache, length)
     with pytest.raises(ValueError, match="still empty"):
-        set_length(empty_cache(1, 8), 1)
+        set_length(empty_cache(make_layout(1), capacity=8), 1)
 
 
 def test_a_foreign_cache_is_refused():
@@ -122,7 +120,7 @@ def test_a_foreign_cache_is_refused():
 
 @pytest.mark.parametrize("num_held", [3, 5, 8])
 def test_preserved_tokens_are_there_again_after_being_overwritten(num_held):
-    cache = empty_cache(1, capacity=10)
+    cache = empty_cache(make_layout(1), capacity=10)
     cache.update(make_states(num_held), make_states(num_held, seed=1), 0)
     before = [plane.clone() for plane in view_kv_cache(cache, num_held).planes]
     with pytest.raises(RuntimeError, match="on the way"), preserve_tokens(cache, 5, num_held):

@@ -33,6 +33,7 @@ LAYERS = {
     "kv_archive": 0,
     "kv_cache": 0,
     "rotation": 0,
+    "states": 0,
     "windows": 0,
     "format": 0,
     "coder": 1,
@@ -118,7 +119,11 @@ def forbidden_calls(source: str) -> list[str]:
             name = called_name(node)
             if (
                 name.endswith(("pickle.load", "pickle.loads", "Unpickler", "os.system", "os.popen"))
-                or (name.endswith("torch.load") and keywords.get("weights_only") != "True")
+                or (
+                    name.endswith("torch.load")
+                    and name != "safetensors.torch.load"
+                    and keywords.get("weights_only") != "True"
+                )
                 or keywords.get("weights_only", "True") != "True"
                 or keywords.get("shell", "False") != "False"
                 or keywords.get("allow_pickle", "False") != "False"

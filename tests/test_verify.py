@@ -30,12 +30,8 @@ def make_pair(token_ids: torch.Tensor, num_decoded: int, noise: float) -> tuple[
     """A reference of all tokens but the last, and a noisy copy of its first `num_decoded` tokens."""
     reference = prefill(LOADED, token_ids[:-1], 64, capacity=len(token_ids))
     planes = view_kv_cache(reference, num_decoded).planes
-    decoded = allocate_cache(
-        [(plane.shape[1], plane.shape[2]) for plane in planes],
-        len(token_ids),
-        torch.float32,
-        LOADED.layer_devices,
-    )
+    shapes = [(plane.shape[1], plane.shape[2]) for plane in planes]
+    decoded = allocate_cache(LOADED.cache_layout, shapes, len(token_ids), torch.float32)
     generator = torch.Generator().manual_seed(1)
     for target, source in zip(view_kv_cache(decoded, num_decoded).planes, planes, strict=True):
         target.copy_(source + noise * torch.randn(source.shape, generator=generator))

@@ -93,7 +93,7 @@ def decode_by(loaded: LoadedModel, encoder: Encoder, folder: Path, prompt: torch
     encoded = EncodedFolder(folder, 1, find_profile=lambda _: profile)
     encoded.check_model(loaded)
     num_tokens = encoded.document.header.num_cache_tokens
-    cache = allocate_cache(encoded.plane_shapes, len(prompt), encoded.dtype, loaded.layer_devices)
+    cache = allocate_cache(loaded.cache_layout, encoded.plane_shapes, len(prompt), encoded.dtype)
     encoded.decode_into(view_kv_cache(cache, num_tokens), prompt, encoded.select_chunks(None))
     set_length(cache, num_tokens)
     recompute_first_tokens(loaded, cache, prompt, 0 if profile is None else 4, num_tokens)
@@ -286,7 +286,7 @@ def test_a_profile_of_the_document_alone_has_groups_of_one_window(tmp_path, name
 
 def test_a_length_within_what_was_decoded_is_refused():
     loaded = make_named(WINDOWED[0])
-    cache = allocate_cache(measure_plane_shapes(loaded), 8, loaded.dtype, loaded.layer_devices)
+    cache = allocate_cache(loaded.cache_layout, measure_plane_shapes(loaded), 8, loaded.dtype)
     set_length(cache, 6)
     keep_whole(cache, 6, ())
     assert not is_whole_only(cache)
@@ -337,7 +337,7 @@ def load_by(store: Store, policy: str, level: int | None = None, *, minds: bool 
     loaded = make_named(MODEL)
     document = find_for_model(store, loaded, LONG_PROMPT, num_threads=1)
     assert document.is_whole_only
-    cache = allocate_cache(measure_plane_shapes(loaded), len(LONG_PROMPT), loaded.dtype, loaded.layer_devices)
+    cache = allocate_cache(loaded.cache_layout, measure_plane_shapes(loaded), len(LONG_PROMPT), loaded.dtype)
     speeds = Speeds(PrefillSpeed(1e5))
     arguments = (document, loaded, cache, LONG_PROMPT, choose_policy(document, policy, level))
     loader = make_loader(*arguments, Objective(0.001 if policy == "cachegen" else 1e-6), speeds)

@@ -157,8 +157,10 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
     document = EncodedFolder(folder, num_threads=1).document
     header = document.header
     problems: list[str] = []
-    levels, num_bytes = [], header.header_bytes + header.tables_bytes
+    levels, num_bytes = [], header.header_bytes + header.tables_bytes + header.states_bytes
     parts = {"header": header.header_bytes, "tables": header.tables_bytes}
+    if header.has_states:
+        parts["states"] = header.states_bytes
     try:
         profile = read_own_profile(folder, header.profile_hash)
     except (InputError, BitstreamError) as error:

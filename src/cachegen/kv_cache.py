@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from cachegen.files import atomic_write
 from cachegen.format import MAX_CHANNELS, MAX_HEADS, MAX_LAYERS
 from cachegen.kv_archive import check_archive
 from cachegen.rotation import PlaneRotations, Rotation, pack_rotations, read_rotations
+from cachegen.states import States, check_states, pack_states
 from cachegen.windows import Windows, first_visible_tokens, pack_windows, read_windows
 
 FILE_FORMAT = "cachegen-kv"
@@ -98,6 +99,7 @@ class ContextMetadata:
         load_in_8bit: whether the model's weights were rounded to 8 bits.
         plane_rotations: how each plane is turned; None: as `rotations_by_rule` says. No gate: it only says how to code.
         windows: how far back each layer's tokens attend; None where nobody knows. No gate either.
+        states: recurrent states at the end of the context, on the CPU; nothing for a model without.
     """
 
     model_id: str
@@ -109,6 +111,7 @@ class ContextMetadata:
     load_in_8bit: bool = False
     plane_rotations: PlaneRotations | None = None
     windows: Windows | None = None
+    states: States = field(default_factory=dict)
 
     def first_visible(self, num_tokens: int) -> tuple[int, ...]:
         """Return, per layer, the first of the context's first `num_tokens` tokens that any behind them attends to.
@@ -345,6 +348,9 @@ def save_kv_cache(
         content["plane_rotations"] = pack_rotations(metadata.plane_rotations)
     if metadata.windows is not None and any(metadata.windows):
         content["windows"] = pack_windows(metadata.windows)
+    if metadata.states:
+        content["states"] = dict(metadata.states)
+        content["states_hash"] = _hash_states(metadata.states)
     with atomic_write(path, replace=replace) as stream:
         try:
             torch.save(content, stream)
@@ -436,14 +442,16 @@ def _parse(content: object, file_bytes: int) -> tuple[KVCache, ContextMetadata]:
     fields = Fields(content, refuse_file())
     keys, values = (fields.items(name, 1, MAX_LAYERS) for name in ("keys", "values"))
     token_ids = fields.value("token_ids")
-    for field, tensors in (("token_ids", [token_ids]), ("keys", keys), ("values", values)):
+    states = check_states(fields.value("states")) if "states" in fields else {}
+    tensors_of = {"token_ids": [token_ids], "keys": keys, "values": values, "states": states.values()}
+    for name, tensors in tensors_of.items():
         for tensor in tensors:
-            _check_tensor(tensor, field)
+            _check_tensor(tensor, name)
     # Planes may be views of one storage, and a file may name one span of bytes as several storages: neither may make
     # more of the file than it is.
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in [token_ids, *keys, *values])
+    num_bytes = sum(tensor.numel() * tensor.element_size() for of_field in tensors_of.values() for tensor in of_field)
     if num_bytes > file_bytes:
-        raise BitstreamError("the tensors are larger than the file", field="keys, values, token_ids")
+        raise BitstreamError("the tensors are larger than the file", field="keys, values, token_ids, states")
     try:
         cache = KVCache(list(map(_with_contiguous_heads, keys)), list(map(_with_contiguous_heads, values)))
     except ValueError as error:
@@ -460,12 +468,21 @@ def _parse(content: object, file_bytes: int) -> tuple[KVCache, ContextMetadata]:
         load_in_8bit=fields.flag("load_in_8bit"),
         plane_rotations=read_rotations(fields, [plane.shape[2] for plane in cache.planes]),
         windows=read_windows(fields, cache.num_layers),
+        states=states,
     )
     if hash_token_prefixes(token_ids, [cache.num_tokens]) != [fields.hash("token_hash")]:
         raise BitstreamError("does not match the token ids", field="token_hash")
     if metadata.rope_hash != fields.hash("rope_hash"):
         raise BitstreamError("does not match the rotary embeddings", field="rope_hash")
+    if states and fields.hash("states_hash") != _hash_states(states):
+        raise BitstreamError(
+            "does not match the states, the file is damaged: prefill the context again", field="states_hash"
+        )
     return cache, metadata
+
+
+def _hash_states(states: States) -> str:
+    return hashlib.sha256(pack_states(states)).hexdigest()
 
 
 def _check_tensor(tensor: object, field: str) -> None:

@@ -33,7 +33,7 @@ class Invalid:
     field: str
 
 
-_CHUNK_PLANES_AT, _TABLES_PLANES_AT, _PLANE_BYTES = 212, 212, 12
+_CHUNK_PLANES_AT, _TABLES_PLANES_AT, _PLANE_BYTES = 212, 220, 12
 
 
 def put(content: bytes, offset: int, layout: str, *values: int) -> bytes:
@@ -85,7 +85,7 @@ def replace_tables(content: bytes, tables: bytes) -> bytes:
     num_bytes = len(tables) - header.plane_table_bytes[1]
     head = put(content[: header.header_bytes], _TABLES_PLANES_AT + 8, "I", num_bytes)
     head = put(head, 16, "Q", len(head) + len(tables))
-    return seal(put(head, 208, "I", crc32c(tables))) + tables
+    return seal(put(head, 216, "I", crc32c(tables))) + tables
 
 
 def pack_bits(bits: str) -> bytes:

@@ -278,11 +278,11 @@ def list_invalid() -> Iterator[tuple[str, bytes, str, str]]:
         ("dtype_0", reseal(tables, 40, "B", 0), unsupported, "dtype"),
         ("stored_tokens_2", reseal(tables, 42, "H", 2), unsupported, "stored_tokens"),
         ("without_block_size", reseal(tables, 44, "I", 0), error, "prefill_block_size"),
-        ("step_beyond_the_limit", reseal(tables, 208, "i", 1025), error, "step_log"),
-        ("without_heads", reseal(tables, 212, "H", 0), error, "shape"),
-        ("chunks_beyond_the_cache", reseal(tables, 228, "I", 36), error, "chunk_tokens"),
+        ("step_beyond_the_limit", reseal(tables, 216, "i", 1025), error, "step_log"),
+        ("without_heads", reseal(tables, 220, "H", 0), error, "shape"),
+        ("chunks_beyond_the_cache", reseal(tables, 236, "I", 36), error, "chunk_tokens"),
         ("of_another_profile", reseal(tables, 144, "B", tables[144] ^ 1), mismatch, "profile_hash"),
-        ("of_another_shape", reseal(tables, 212, "HH", 2, 4), mismatch, "planes"),
+        ("of_another_shape", reseal(tables, 220, "HH", 2, 4), mismatch, "planes"),
     ):
         yield f"tables_{what}.cgt", content, problem, field
     for what, content, problem, field in (

@@ -7,21 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import cachegen
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.errors import InputError
-from cachegen.kv_cache import KVCache
+from cachegen.kv_cache import KVCache, from_planes
 from cachegen.methods import make_encoder
 from cachegen.methods.lossless.config import LosslessConfig
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
 from cachegen.pipeline.generate import generate_answer
-from cachegen.pipeline.model import LoadedModel, quiet_transformers
-from cachegen.pipeline.model_cache import allocate_cache, set_length, view_kv_cache
+from cachegen.pipeline.hybrids import continues_in_blocks
+from cachegen.pipeline.model import LoadedModel, identify_model, quiet_transformers
+from cachegen.pipeline.model_cache import allocate_cache, fill_cache, set_length, view_kv_cache
 from cachegen.pipeline.prefill import prefill, prefill_context, run_model
+from cachegen.pipeline.state_layers import keep_states, state_layers
 from cachegen.pipeline.verify import is_saved_cache
 from cachegen.pipeline.windows import find_first_visible
 from tests.zoo.checkpoints import Specimen, make_ids
@@ -70,15 +74,19 @@ def check_answers(specimen: Specimen, folder: Path) -> None:
 
 
 def check_python(specimen: Specimen, folder: Path) -> None:
-    """What a notebook does, with the model as transformers loads it, gives the answer from the text, too."""
+    """What a notebook does, with the model as transformers loads it, gives the answer from the text, or is refused."""
     plain, num_context = specimen.plain, CONTEXTS[1]
     prompt = make_ids(num_context + NUM_QUESTION, seed=2)
     with torch.inference_mode():
-        cache = plain(prompt[None, :num_context], **name_cache(plain, DynamicCache()), use_cache=True)
+        cache = plain(prompt[None, :num_context], **name_cache(plain, make_full_cache(plain)), use_cache=True)
         own = plain(prompt[None, :num_context], use_cache=True)  # its windows have dropped what they hide
     expected = generate_plainly(plain, prompt)
     for name, given in (("all", cache), ("own", own)):
         cachegen.compress(given, prompt[:num_context], plain, {"method": "lossless"}).save(folder / name)
+        if not continues_in_blocks(identify_model(plain)):
+            with pytest.raises(InputError, match="forgets its recurrent states"):
+                cachegen.load(folder / name).to_cache(plain, prompt)
+            continue
         decoded = cachegen.load(folder / name).to_cache(plain, prompt)
         answer = generate_plainly(plain, prompt, **name_cache(plain, decoded), use_cache=True)
         if answer != expected:
@@ -93,9 +101,15 @@ def check_questions(specimen: Specimen) -> None:
         cache = prefill(loaded, prompt[:num_cached], BLOCK_SIZES[0], capacity=len(prompt))
         expected = predict_plainly(loaded.model, prompt)[num_cached:]
         assert difference(expected, predict_from(loaded, cache, num_cached, prompt)) < EXACT_TOLERANCE
-        for values in view_kv_cache(cache, num_cached).slice(num_cached - 2, num_cached).values:
+        unharmed = from_planes([plane.clone() for plane in view_kv_cache(cache, num_cached).planes])
+        for values in view_kv_cache(cache, num_cached).values:
             values.copy_(values.flip(0))
         assert difference(expected, predict_from(loaded, cache, num_cached, prompt)) > 100 * EXACT_TOLERANCE
+        for layer in state_layers(cache):
+            fill_cache(cache, unharmed)
+            layer.keep({name: -state for name, state in layer.kept.items()}, num_cached)
+            assert difference(expected, predict_from(loaded, cache, num_cached, prompt)) > 100 * EXACT_TOLERANCE
+            layer.keep({name: -state for name, state in layer.kept.items()}, num_cached)
 
 
 def check_windows(specimen: Specimen) -> None:
@@ -164,11 +178,10 @@ def encode_and_decode(loaded: LoadedModel, context: torch.Tensor, folder: Path, 
     encoded = EncodedFolder(folder, 1, CPU)
     encoded.check_model(loaded)
     encoded.check_context(context, num_cached, "the context")
-    decoded = allocate_cache(
-        encoded.plane_shapes, capacity, encoded.dtype, loaded.layer_devices, loaded.num_head_repeats
-    )
+    decoded = allocate_cache(loaded.cache_layout, encoded.plane_shapes, capacity, encoded.dtype)
     output: KVCache = view_kv_cache(decoded, num_cached)
     encoded.decode_into(output, context, encoded.select_chunks(None))
+    keep_states(decoded, encoded.document.read_states(), num_cached)
     assert is_saved_cache(output, encoded.document.header)
     return decoded, num_cached
 
@@ -197,10 +210,17 @@ def name_cache(model: Any, cache: Cache) -> dict[str, Cache]:
     return {"past_key_values" if is_old else "cache": cache}
 
 
+def make_full_cache(model: Any) -> DynamicCache:
+    """Return a cache that keeps all tokens of each layer, whatever its window; with states where the model has some."""
+    own = DynamicCache(config=model.config.get_text_config(decoder=True))
+    has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in own.layers)
+    return own if has_states else DynamicCache()
+
+
 @torch.inference_mode()
 def run_plainly(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return keys and values `[num_tokens, heads, dim]` of the layers that have some, of one pass over all tokens."""
-    cache = DynamicCache()
+    cache = make_full_cache(model)
     model(ids[None], **name_cache(model, cache), use_cache=True)
     return [
         (layer.keys[0].permute(1, 0, 2), layer.values[0].permute(1, 0, 2))
@@ -218,7 +238,7 @@ def run_with_own_cache(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor
     for layer in cache.layers:
         tensors = {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
         tensors.pop("_sliding_window_tensor", None)
-        if tensors:
+        if tensors:  # those of states are in dictionaries
             assert set(tensors) == {"keys", "values"}
             held.append(tuple(tensors[name][0].permute(1, 0, 2) for name in ("keys", "values")))
     return held

@@ -1,8 +1,8 @@
-"""Families whose cache is more than keys and values of every token, or no cache at all."""
+"""Families with recurrent states beside keys and values of every token, or without any, or without a cache."""
 
 from __future__ import annotations
 
-from tests.zoo.sizes import EXPERTS, VOCABULARY_SIZE, WINDOW, Family, only, sizes
+from tests.zoo.sizes import EXPERTS, LATENT, VOCABULARY_SIZE, WINDOW, Family, only, sizes
 
 _LINEAR = {
     "linear_num_key_heads": 2,
@@ -70,7 +70,37 @@ HYBRIDS = [
         "BambaConfig",
         sizes(head_dim=None, attn_layer_indices=[2], mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16),
     ),
-    Family("Kimi-Linear", "KimiLinearConfig", sizes(num_experts=4, num_experts_per_token=2)),
+    Family(
+        "Kimi-Linear",
+        "KimiLinearConfig",
+        sizes(
+            **LATENT,
+            **EXPERTS,
+            num_local_experts=4,
+            linear_head_dim=16,
+            linear_num_heads=4,
+            layer_types=_LINEAR_LAYERS,
+        ),
+    ),
+    Family(
+        "Ling 3 (Bailing hybrid)",
+        "BailingHybridConfig",
+        sizes(
+            **LATENT,
+            **EXPERTS,
+            num_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_mtp_layers=0,
+            layer_group_size=3,
+        ),
+    ),
+    Family(
+        "LFM2-MoE",
+        "Lfm2MoeConfig",
+        sizes(**EXPERTS, head_dim=None, num_experts=4, layer_types=["conv", "conv", "full_attention"]),
+    ),
+    Family("LFM3", "Lfm3Config", sizes(head_dim=None, layer_types=["conv", "sliding_attention", "full_attention"])),
     Family("OLMo-Hybrid", "OlmoHybridConfig", sizes()),
     Family("RecurrentGemma", "RecurrentGemmaConfig", sizes(attention_window_size=WINDOW)),
     Family("Mamba", "MambaConfig", only(vocab_size=VOCABULARY_SIZE, hidden_size=64, num_hidden_layers=2, state_size=8)),

@@ -8,6 +8,7 @@ from typing import Any
 
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.pipeline.prefill import prefill_context
+from cachegen.states import split_name
 from tests.zoo.checkpoints import Specimen, make_ids
 
 COLUMNS = ("family", "config", "works", "how keys are turned", "what is stored per token", "most tokens", "notes")
@@ -26,7 +27,7 @@ def describe(specimen: Specimen) -> str:
         cells = [
             "yes",
             describe_rotation(cache, metadata),
-            describe_planes(cache, loaded.text_config.num_hidden_layers),
+            describe_planes(cache, metadata, loaded.text_config.num_hidden_layers),
             str(limit.num_tokens) if limit is not None else "",
             family.note,
         ]
@@ -65,11 +66,15 @@ def _describe_one(rotation: Any, frequencies: Sequence[tuple[float, ...]]) -> st
     return " ".join(words)
 
 
-def describe_planes(cache: KVCache, num_layers: int) -> str:
-    """Say which layers keep how many heads and dims of keys and values."""
+def describe_planes(cache: KVCache, metadata: ContextMetadata, num_layers: int) -> str:
+    """Say which layers keep how many heads and dims of keys and values, and how many have states."""
     shapes = [(*keys.shape[1:], *values.shape[1:]) for keys, values in zip(cache.keys, cache.values, strict=True)]
     runs = [(len(list(run)), shape) for shape, run in itertools.groupby(shapes)]
     parts = [f"{count} × ({k} × {dk} + {v} × {dv})" for count, (k, dk, v, dv) in runs]
+    if metadata.states:
+        num_with_states = len({split_name(name)[0] for name in metadata.states})
+        count = "1 layer" if num_with_states == 1 else f"{num_with_states} layers"
+        return f"{' + '.join(parts)}; states of {count}"
     left_out = num_layers - len(shapes)
     return " + ".join(parts) + (f", {left_out} of {num_layers} layers share them" if left_out else "")
 

@@ -18,7 +18,9 @@ from cachegen.methods.profile_files import AnyProfile
 from cachegen.pipeline.limits import check_length
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import keep_distinct_heads, planes_and_missing, planes_of_cache
-from cachegen.pipeline.prefill import measure_plane_shapes
+from cachegen.pipeline.prefill import measure_cache, measure_plane_shapes
+from cachegen.pipeline.state_layers import states_of_cache
+from cachegen.states import find_different_state
 
 CLONE = Path(__file__).resolve().parents[3]
 """Of an installed package this is no clone: then there are neither its configs nor its models."""
@@ -45,6 +47,22 @@ def read_visible_cache(cache: Any) -> tuple[KVCache, tuple[int, ...]]:
     cache = _unwrap(cache)
     planes, num_missing = (cache, ()) if isinstance(cache, KVCache) else planes_and_missing(cache)
     return _on_cpu(planes), num_missing if any(num_missing) else ()
+
+
+def read_model_states(cache: Any, loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """Return the recurrent states that a cache holds, on the CPU; nothing for a model without.
+
+    Raises:
+        InputError: the model has some, and the cache none.
+        MismatchError: they are not of the model.
+    """
+    states = states_of_cache(_unwrap(cache))
+    difference = find_different_state(states, states_of_cache(measure_cache(loaded)))
+    if difference is None:
+        return states
+    if not states:
+        raise InputError(f"{loaded.model_id} has recurrent states, the cache has none: give the model's own cache")
+    raise MismatchError(f"the cache is not of {loaded.model_id}: {difference}")
 
 
 def _on_cpu(cache: KVCache) -> KVCache:

@@ -28,6 +28,7 @@ from cachegen.errors import InputError, MismatchError
 from cachegen.kv_cache import ContextMetadata, from_planes, hash_planes, load_kv_cache, save_kv_cache
 from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
+from cachegen.pipeline.hybrids import refuse_states
 from cachegen.pipeline.model import LoadedModel, identify_checkpoint, identify_model
 from cachegen.pipeline.model_cache import view_kv_cache
 from cachegen.pipeline.prefill import prefill
@@ -128,6 +129,8 @@ def calibrate(
     with torch.inference_mode(False), tempfile.TemporaryDirectory(prefix="cachegen-") as folder:
         in_memory = identify_model(model)
         loaded = identify_checkpoint(in_memory) or in_memory
+        if weights != "none" or not no_curve:
+            refuse_states(loaded, "calibration with weights or a curve")
         opened = [
             _open_context(context, f"context {index}", loaded, tokenizer, Path(folder) / f"{index}.pkl")
             for index, context in enumerate(contexts)

@@ -15,6 +15,7 @@ from cachegen.api.arguments import (
     check_cache,
     choose_config,
     read_cache,
+    read_model_states,
     read_token_ids,
     read_visible_cache,
 )
@@ -133,7 +134,8 @@ def compress(
             shapes; or a profile is of another model.
         InputError: a file is missing; `token_ids` have one that stands for an image; the cache is empty, is a batch,
             holds NaN or infinity or lacks tokens that are to be kept or that a profile would be made of (a sliding
-            window has dropped them); or the model's state is more than keys and values of every token.
+            window has dropped them); or the model is not supported, or has recurrent states
+            that the cache has not.
         ConfigError: the config or a name in it is wrong.
         BackendUnavailableError: CUDA was asked for and is not there.
         TypeError, ValueError: an argument is of another type or shape, or the model is in training mode.
@@ -186,6 +188,7 @@ def compress(
         block_size,
         plane_rotations=rotations,
         windows=windows,
+        states=read_model_states(cache, loaded),
     )
     first_stored = () if keep_all_tokens else first_visible_tokens(windows, planes.num_tokens)
     _check_missing(num_missing, first_stored, chosen)

@@ -20,11 +20,13 @@ from cachegen.methods import load_profile, method_of
 from cachegen.methods.profile_files import AnyProfile
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.frequencies import match_frequencies
+from cachegen.pipeline.hybrids import refuse_forgetful
 from cachegen.pipeline.images import forget_images
 from cachegen.pipeline.model import LoadedModel, identify_model
 from cachegen.pipeline.model_cache import allocate_cache, keep_whole, set_length, to_dynamic_cache, view_kv_cache
 from cachegen.pipeline.prefill import recompute_first_tokens
 from cachegen.pipeline.profiles import profile_finder
+from cachegen.pipeline.state_layers import keep_states
 from cachegen.pipeline.windows import find_missing
 from cachegen.store.index import STORE_INFO_NAME
 from cachegen.store.store import Store, open_store
@@ -93,10 +95,10 @@ class StoredCache(Measured):
             )
         loaded = match_frequencies(loaded, folder.document.header.rope_hash.hex())
         folder.check_model(loaded)
-        cache = allocate_cache(
-            folder.plane_shapes, self.num_tokens, folder.dtype, loaded.layer_devices, loaded.num_head_repeats
-        )
+        refuse_forgetful(loaded)
+        cache = allocate_cache(loaded.cache_layout, folder.plane_shapes, self.num_tokens, folder.dtype)
         folder.decode_into(view_kv_cache(cache, self.num_tokens), ids, folder.select_chunks(None))
+        keep_states(cache, folder.document.read_states(), self.num_tokens)
         set_length(cache, self.num_tokens)
         if ids is not None:
             recompute_first_tokens(loaded, cache, ids, num_sinks, self.num_tokens)

@@ -115,7 +115,7 @@ class CacheStore:
         document.expect_planes(shapes, loaded.dtype)
         num_tokens = document.num_tokens
         # One more, which measuring generates from.
-        cache = allocate_cache(shapes, num_tokens + 1, loaded.dtype, loaded.layer_devices, loaded.num_head_repeats)
+        cache = allocate_cache(loaded.cache_layout, shapes, num_tokens + 1, loaded.dtype)
         lookup_seconds = time.perf_counter() - start
         speeds = _SPEEDS.get(loaded, document, cache, ids, self._choice.device)
         loader = make_loader(

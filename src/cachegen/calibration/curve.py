@@ -83,10 +83,7 @@ def measure_document(
         cache, metadata, profile, chunk_tokens, step_log=step_log, num_threads=num_threads, kernels=kernels
     )
     caches = [
-        allocate_cache(
-            plane_shapes_of(cache), cache.num_tokens, loaded.dtype, loaded.layer_devices, loaded.num_head_repeats
-        )
-        for _ in range(2)
+        allocate_cache(loaded.cache_layout, plane_shapes_of(cache), cache.num_tokens, loaded.dtype) for _ in range(2)
     ]
     reference, decoded = caches
     fill_cache(reference, cache)

@@ -54,6 +54,6 @@ class ContextLoss:
 
     def _fill(self, kv: KVCache) -> Cache:
         loaded, shapes = self._loaded, [(plane.shape[1], plane.shape[2]) for plane in kv.planes]
-        cache = allocate_cache(shapes, kv.num_tokens, loaded.dtype, loaded.layer_devices, loaded.num_head_repeats)
+        cache = allocate_cache(loaded.cache_layout, shapes, kv.num_tokens, loaded.dtype)
         fill_cache(cache, kv)
         return cache

@@ -317,7 +317,7 @@ class _Bench:
 
     def _allocate(self, loaded: LoadedModel, capacity: int) -> Cache:
         shapes = [(plane.shape[1], plane.shape[2]) for plane in self._saved.cache.planes]
-        return allocate_cache(shapes, capacity, loaded.dtype, loaded.layer_devices, loaded.num_head_repeats)
+        return allocate_cache(loaded.cache_layout, shapes, capacity, loaded.dtype)
 
 
 def load_caches(study: Study, contexts: Sequence[PromptContext], kind: str) -> Iterator[SavedCache]:

@@ -19,6 +19,7 @@ MAX_CHANNELS = 1 << 16
 MAX_LAYERS = MAX_HEADS = (1 << 16) - 1  # and dims of a head: fields have 16 bits
 MAX_CHUNK_TOKENS = 1 << 24
 MAX_CHUNKS = 1 << 20
+MAX_STATES_BYTES = 128 << 20
 MAX_LEVELS = 4
 MAX_CODE_TOKENS = 1 << 14  # of a stream of coder `ac`: a code's length in bytes must fit in 16 bits
 

@@ -122,23 +122,24 @@ def _check_streams(payload: memoryview, header: ChunkHeader, num_threads: int) -
         raise BitstreamError("does not match its checksum", offset=offset, field=f"stream {corrupt[0]}")
 
 
-def split_document(content: bytes, header_class: type[_Document]) -> tuple[_Document, bytes]:
+def split_document(content: bytes, header_class: type[_Document]) -> tuple[_Document, bytes, bytes]:
     """Take a tables file apart and check all of it.
 
     Args:
         header_class: of the method that the file names.
 
     Returns:
-        Its header, and the rest.
+        Its header, the tables and the recurrent states.
 
     Raises:
         BitstreamError: the file is not whole, or any bit of it has changed.
         UnsupportedVersionError: this release does not read it.
     """
     header = header_class.unpack(content)
-    tables = content[header.header_bytes :]
+    states_at = header.header_bytes + header.tables_bytes
+    tables = content[header.header_bytes : states_at]
     header.check_tables(tables)
-    return header, tables
+    return header, tables, content[states_at:]
 
 
 def read_whole(path: str | os.PathLike[str]) -> bytes:

@@ -21,6 +21,7 @@ from cachegen.format.constants import (
     MAX_CHUNK_TOKENS,
     MAX_CHUNKS,
     MAX_LEVELS,
+    MAX_STATES_BYTES,
     STREAM,
     TABLES_MAGIC,
     Coder,
@@ -87,6 +88,12 @@ class DocumentHeader(Record):
     rope_hash: bytes = hash32("see [Hashes](#hashes-and-gates)")
     profile_hash: bytes = hash32("SHA-256 of the profile's `profile.json`; zeros for a document that needs none")
     cache_hash: bytes = hash32("[hash of the cache's values](#hashes-and-gates): what the document was encoded from")
+    states_bytes: int = u32(
+        "length of the [recurrent states](#recurrent-states) behind the tables",
+        most=MAX_STATES_BYTES,
+        default=0,
+    )
+    states_crc: int = u32("CRC-32C of the recurrent states; zero where there are none", default=0)
     chunk_tokens: tuple[int, ...] = ()
     first_stored: tuple[int, ...] = ()
 
@@ -104,7 +111,12 @@ class DocumentHeader(Record):
     @property
     @abstractmethod
     def tables_bytes(self) -> int:
-        """Length of the file behind its header."""
+        """Length of the tables, which follow the header."""
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the model has recurrent states, which are those at the end of the context."""
+        return self.states_bytes > 0
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -127,8 +139,11 @@ class DocumentHeader(Record):
 
     @property
     def is_whole_only(self) -> bool:
-        """Whether the chunks are of use only all together, since layers lack tokens that those within attend to."""
-        return bool(self.first_stored)
+        """Whether the chunks are of use only all together.
+
+        Layers lack tokens that those within attend to, or have states, which are known at the end alone.
+        """
+        return bool(self.first_stored) or self.has_states
 
     @property
     def stored_values_of_chunks(self) -> list[int]:
@@ -183,7 +198,7 @@ class DocumentHeader(Record):
         """Serialize the header, its checksum included."""
         body = self.pack_record() + self.pack_planes() + struct.pack(f"<{self.num_chunks}I", *self.chunk_tokens)
         body += struct.pack(f"<{len(self.first_stored)}Q", *self.first_stored)
-        file_bytes = self.header_bytes + self.tables_bytes
+        file_bytes = self.header_bytes + self.tables_bytes + self.states_bytes
         return seal_header(TABLES_MAGIC, self.header_bytes, file_bytes, body, _native.crc32c)
 
     @classmethod
@@ -214,8 +229,18 @@ class DocumentHeader(Record):
             _check_first_stored(first_stored, sum(chunk_tokens), first_at, "first_stored")
         header = cls(**fields, **cls.unpack_planes(records), chunk_tokens=chunk_tokens, first_stored=first_stored)
         header.check_file()
-        check_file_bytes(content, header.header_bytes + header.tables_bytes)
+        check_file_bytes(content, header.header_bytes + header.tables_bytes + header.states_bytes)
+        header.check_states(content[header.header_bytes + header.tables_bytes :])
         return header
+
+    def check_states(self, states: Buffer) -> None:
+        """Refuse recurrent states that have changed, or that the chunks do not end with."""
+        at = self.header_bytes + self.tables_bytes
+        require(
+            (_native.crc32c(states) if states else 0) == self.states_crc, "do not match their checksum", at, "states"
+        )
+        covers = not states or self.num_covered_tokens == self.num_cache_tokens
+        require(covers, "the chunks end before the states", at, "states")
 
     def check_file(self) -> None:
         """Refuse fields that contradict each other; see `unpack`."""

@@ -116,9 +116,11 @@ def make_encoder(
     method = method_named(config.method)
     if method is None:
         raise ValueError(f"`config` must be of a known method, got {config.method!r}")
-    return method.make_encoder(
+    encoder = method.make_encoder(
         config, cache, metadata, chunk_tokens, num_threads=num_threads, kernels=kernels, first_stored=first_stored
     )
+    encoder.document.states_section = encoder.states_section
+    return encoder
 
 
 def open_document(
@@ -139,8 +141,8 @@ def open_document(
     """
     content = bytes(tables_file)
     method = method_of_file(content, TABLES_MAGIC, "tables")
-    header, tables = split_document(content, method.document_header)
-    return method.open_document(
+    header, tables, states = split_document(content, method.document_header)
+    document = method.open_document(
         header,
         hashlib.sha256(content).digest(),
         tables,
@@ -148,6 +150,8 @@ def open_document(
         kernels=kernels,
         find_profile=find_profile,
     )
+    document.states_section = states
+    return document
 
 
 def read_profile(read: ReadFile, place: str, *, for_encoding: bool = False) -> AnyProfile:

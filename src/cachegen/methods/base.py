@@ -26,7 +26,7 @@ from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
 from cachegen.errors import BitstreamError, ConfigError, MismatchError, UnsupportedVersionError
 from cachegen.fields import Fields
-from cachegen.format.constants import CHUNK_MAGIC, LANES, Coder
+from cachegen.format.constants import CHUNK_MAGIC, LANES, MAX_STATES_BYTES, Coder
 from cachegen.format.files import Chunk, split_chunk
 from cachegen.format.framing import Buffer, open_header
 from cachegen.format.headers import METHOD_OFFSET, ChunkHeader, DocumentHeader
@@ -39,6 +39,7 @@ from cachegen.kv_cache import (
     hash_token_prefixes,
 )
 from cachegen.methods.profile_files import AnyProfile, ReadFile
+from cachegen.states import States, pack_states, unpack_states
 
 FindProfile: TypeAlias = Callable[[bytes], Any]
 """Returns what a method calls a profile, by its hash of 32 bytes."""
@@ -63,7 +64,10 @@ class Document(ABC):
     Attributes:
         header: of its tables file.
         tables_hash: SHA-256 of that file.
+        states_section: of that file: see `read_states`.
     """
+
+    states_section: bytes = b""
 
     def __init__(self, header: Any, tables_hash: bytes) -> None:
         self.header: DocumentHeader = header
@@ -73,6 +77,14 @@ class Document(ABC):
     def dtype(self) -> torch.dtype:
         """The cache's dtype."""
         return TORCH_DTYPES[self.header.dtype]
+
+    def read_states(self) -> States:
+        """Return the recurrent states at the end of the context, on the CPU; nothing for a model without.
+
+        Raises:
+            BitstreamError: they are corrupt.
+        """
+        return unpack_states(self.states_section)
 
     @abstractmethod
     def prepare(self) -> None:
@@ -229,10 +241,12 @@ class Encoder(ABC):
     Attributes:
         document: what a decoder will know.
         tables_file: the tables file's bytes.
+        states_section: what it has behind the tables: recurrent states.
     """
 
     document: Document
     tables_file: bytes
+    states_section: bytes
 
     def __init__(
         self,
@@ -253,11 +267,14 @@ class Encoder(ABC):
 
         Raises:
             BitstreamError: the cache's values are not those that were saved.
+            ConfigError: there are recurrent states, and the chunks end before the context; or they are too large.
         """
         if sum(chunk_tokens) > cache.num_tokens or min(chunk_tokens, default=0) < 1:
             raise ValueError(f"`chunk_tokens` must be positive and at most {cache.num_tokens} in all")
         if first_stored and (len(first_stored) != cache.num_layers or max(first_stored) > sum(chunk_tokens)):
             raise ValueError("`first_stored` must have one token of the chunks, or their end, for each layer")
+        self.states_section = pack_states(metadata.states)
+        _check_states(len(self.states_section), sum(chunk_tokens), cache.num_tokens)
         self._cache, self._num_threads, self._kernels = cache, num_threads, kernels
         self._stops = list(itertools.accumulate(chunk_tokens))
         self._first_stored = tuple(first_stored) if any(first_stored) else ()
@@ -274,6 +291,8 @@ class Encoder(ABC):
             "token_hash": token_hash,
             "rope_hash": bytes.fromhex(metadata.rope_hash),
             "cache_hash": cache_hash,
+            "states_bytes": len(self.states_section),
+            "states_crc": _native.crc32c(self.states_section) if self.states_section else 0,
             "chunk_tokens": tuple(chunk_tokens),
             "first_stored": self._first_stored,
         }
@@ -355,6 +374,17 @@ class Encoder(ABC):
             "tables_hash": self.document.tables_hash,
             "profile_hash": document.profile_hash,
         }
+
+
+def _check_states(states_bytes: int, num_covered: int, num_tokens: int) -> None:
+    """Refuse recurrent states that a document cannot hold."""
+    if states_bytes > MAX_STATES_BYTES:
+        raise ConfigError(f"the recurrent states have {states_bytes} bytes, {MAX_STATES_BYTES} at most can be stored")
+    if states_bytes and num_covered < num_tokens:
+        raise ConfigError(
+            f"the chunks end after {num_covered} of {num_tokens} tokens, and recurrent states are known after the last "
+            "one alone: encode the whole context"
+        )
 
 
 class MethodConfig(ABC):

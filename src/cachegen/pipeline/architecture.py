@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from cachegen.errors import InputError
@@ -15,6 +17,25 @@ _REPRESENTABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "
 # Layers without attention keep nothing at all.
 _CACHELESS_LAYER_TYPES = frozenset({"mlp", "moe"})
 _STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent"})
+# Models of attention layers and others with recurrent states that are tried in tests/zoo, by `model_type`.
+_HYBRIDS = frozenset(
+    {
+        "bailing_hybrid",
+        "bamba",
+        "falcon_h1",
+        "granitemoehybrid",
+        "jamba",
+        "kimi_linear",
+        "lfm2",
+        "lfm2_moe",
+        "lfm3",
+        "nemotron_h",
+        "olmo_hybrid",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+    }
+)
 # Models for images and text whose text part alone is tried in tests/zoo, by `model_type`.
 _TEXT_OF_MULTIMODAL = frozenset(
     {
@@ -30,11 +51,48 @@ _TEXT_OF_MULTIMODAL = frozenset(
         "mistral3",
         "qwen2_5_vl",
         "qwen2_vl",
+        "qwen3_5",
+        "qwen3_5_moe",
         "qwen3_vl",
         "qwen3_vl_moe",
         "smolvlm",
     }
 )
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer of a model keeps of the tokens before.
+
+    Attributes:
+        has_planes: keys and values of every token.
+        num_states: recurrent states, and as many of convolutions, at most.
+    """
+
+    has_planes: bool
+    num_states: int = 0
+
+
+def find_layer_caches(text_config: Any) -> tuple[LayerCache, ...]:
+    """Return what each layer keeps, but for last ones that use the keys and values of others.
+
+    Args:
+        text_config: the decoder's config, which `refuse_unrepresentable` lets pass.
+    """
+    if not _has_states(text_config):
+        return (LayerCache(True),) * _count_own_layers(text_config)
+    return tuple(
+        LayerCache(isinstance(layer, DynamicLayer), getattr(layer, "number_of_states", 0))
+        for layer in DynamicCache(config=text_config).layers
+    )
+
+
+def _has_states(text_config: Any) -> bool:
+    return bool(_STATE_LAYER_TYPES & set(_list_layer_types(text_config)))
+
+
+def _list_layer_types(text_config: Any) -> list[str]:
+    return list(getattr(text_config, "layer_types", None) or getattr(text_config, "block_types", None) or ())
 
 
 def choose_auto_class(config: Any) -> Any:
@@ -48,12 +106,8 @@ def find_cache_argument(model_class: Any) -> str | None:
     return next((name for name in ("past_key_values", "cache") if name in parameters), None)
 
 
-def count_cached_layers(text_config: Any) -> int:
-    """Return how many layers keep keys and values of their own: the first ones; the others use theirs.
-
-    Args:
-        text_config: the decoder's config, which `refuse_unrepresentable` lets pass.
-    """
+def _count_own_layers(text_config: Any) -> int:
+    """Return how many layers keep keys and values of their own: the first ones; the others use theirs."""
     modes = getattr(text_config, "kv_sharing_modes", None)
     if modes is not None:
         return sum(mode != "reuse" for mode in modes)
@@ -104,22 +158,27 @@ def _find_model_class(name: str, config: Any) -> Any:
 
 
 def _refuse_layers(name: str, text_config: Any) -> None:
-    listed = getattr(text_config, "layer_types", None) or getattr(text_config, "block_types", None)
-    layer_types = set(listed or ())
-    foreign = sorted(layer_types - _REPRESENTABLE_LAYER_TYPES - _CACHELESS_LAYER_TYPES)
+    layer_types = set(_list_layer_types(text_config))
+    foreign = sorted(layer_types - _REPRESENTABLE_LAYER_TYPES - _CACHELESS_LAYER_TYPES - _STATE_LAYER_TYPES)
     if foreign:
-        raise InputError(
-            f"{name} has layers of type {', '.join(foreign)}, whose state is not keys and values"
-            + (
-                ": storing states that do not grow with the text is missing"
-                if _STATE_LAYER_TYPES & set(foreign)
-                else ""
-            )
-        )
-    if layer_types & _CACHELESS_LAYER_TYPES:
+        raise InputError(f"{name} has layers of type {', '.join(foreign)}, whose state is not keys and values")
+    if _has_states(text_config):
+        _refuse_states(name, text_config, layer_types)
+    elif layer_types & _CACHELESS_LAYER_TYPES:
         raise InputError(f"{name} has layers without attention among those with it; not supported")
     if getattr(text_config, "cross_attention_layers", None):
         raise InputError(f"{name} has layers that attend to an image and keep nothing without one; not supported")
     modes = list(getattr(text_config, "kv_sharing_modes", None) or ())
-    if "reuse" in modes[: count_cached_layers(text_config)]:
+    if "reuse" in modes[: _count_own_layers(text_config)]:
         raise InputError(f"{name} has layers that share keys and values before ones that keep their own; not supported")
+
+
+def _refuse_states(name: str, text_config: Any, layer_types: set[str]) -> None:
+    """Refuse, of models with recurrent states, those of which no more than states is known."""
+    types = ", ".join(sorted(layer_types & _STATE_LAYER_TYPES))
+    if not any(layer.has_planes for layer in find_layer_caches(text_config)):
+        raise InputError(f"{name} has no layer with keys and values, which are what is compressed")
+    if text_config.model_type not in _HYBRIDS:
+        raise InputError(f"{name} has layers of type {types}, of a kind that is not supported")
+    if not hasattr(Cache, "get_conv_state"):
+        raise InputError(f"{name} has layers of type {types}: install a later transformers, which names their states")

@@ -27,6 +27,7 @@ from cachegen.kv_cache import KVCache, describe_difference, hash_rotary_embeddin
 from cachegen.methods import open_document
 from cachegen.methods.base import Document, FindProfile, check_output
 from cachegen.pipeline.profiles import measure_own_profile
+from cachegen.states import find_different_state
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import LoadedModel
@@ -286,7 +287,7 @@ class EncodedFolder:
         return self.document.dtype
 
 
-def check_model(document: Document, tables_name: object, loaded: LoadedModel) -> None:
+def check_model(document: Document, tables_name: str | os.PathLike[str], loaded: LoadedModel) -> None:
     """Refuse a model that is not the one whose cache was encoded, or whose cache has other shapes.
 
     Nothing of a document's size has been allocated before. The shapes are those that one token of the model gives. A
@@ -298,7 +299,9 @@ def check_model(document: Document, tables_name: object, loaded: LoadedModel) ->
     Raises:
         MismatchError: naming the field that differs.
     """
-    from cachegen.pipeline.prefill import measure_plane_shapes  # transformers takes seconds to import
+    from cachegen.pipeline.model_cache import view_kv_cache  # transformers takes seconds to import
+    from cachegen.pipeline.prefill import measure_cache
+    from cachegen.pipeline.state_layers import states_of_cache
 
     header = document.header
     gates: list[tuple[str, object, object]] = [
@@ -310,9 +313,17 @@ def check_model(document: Document, tables_name: object, loaded: LoadedModel) ->
     for field, found, expected in gates:
         if found != expected:
             raise MismatchError(f"{tables_name}: {field} is {found}, but {loaded.model_id} has {expected}: {remedy}")
-    difference = describe_difference(header.shapes, measure_plane_shapes(loaded))
+    measured = measure_cache(loaded)
+    shapes = [(plane.shape[1], plane.shape[2]) for plane in view_kv_cache(measured, 1).planes]
+    difference = describe_difference(header.shapes, shapes)
     if difference is not None:
         raise MismatchError(f"{tables_name}: planes: {difference} with {loaded.model_id}: {remedy}")
+    try:
+        difference = find_different_state(document.read_states(), states_of_cache(measured))
+    except BitstreamError as error:
+        raise error.at(tables_name) from error
+    if difference is not None:
+        raise MismatchError(f"{tables_name}: states: {difference} with {loaded.model_id}: {remedy}")
     check_windows(header.first_stored, header.num_covered_tokens, tables_name, loaded)
 
 

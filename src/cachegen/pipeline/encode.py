@@ -37,6 +37,7 @@ class EncodedSizes:
     Attributes:
         header: headers with their indexes of streams, and padding between sections.
         tables: frequency tables.
+        states: recurrent states.
         scales: one scale per token and plane.
         payload: streams with their padding.
     """
@@ -45,10 +46,11 @@ class EncodedSizes:
     tables: int
     scales: int
     payload: int
+    states: int = 0
 
     @property
     def total(self) -> int:
-        return self.header + self.tables + self.scales + self.payload
+        return self.header + self.tables + self.states + self.scales + self.payload
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ class _ChunkWriter:
     def __init__(self, encoder: Encoder, folder: Path, claim: _Claim) -> None:
         header = encoder.document.header
         self._encoder, self._folder = encoder, folder
-        self._sizes = EncodedSizes(header.header_bytes, header.tables_bytes, scales=0, payload=0)
+        self._sizes = EncodedSizes(
+            header.header_bytes, header.tables_bytes, scales=0, payload=0, states=header.states_bytes
+        )
         self._num_reused = 0
         self._repaired, self.written = list(claim.repaired), list(claim.written)
         self._chunk_bytes: dict[int, list[int]] = {level: [] for level in encoder.levels}

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
+from cachegen.pipeline.hybrids import continues_in_blocks
 from cachegen.pipeline.images import on_text_alone
 from cachegen.pipeline.limits import check_length, decoder_of, find_rotary_switches
 from cachegen.pipeline.model import LoadedModel, quiet_transformers
@@ -80,6 +81,8 @@ def generate_answer(
     start_seconds = time.perf_counter()
     set_length(cache, num_cached_tokens)
     # generate() would take all missing tokens in one step, quadratic in their number.
+    if not continues_in_blocks(loaded):
+        block_size = 1  # generate() would take several tokens in one step, too
     num_in_blocks = (num_tokens - 1 - num_cached_tokens) // block_size * block_size
     extend_cache(loaded, cache, token_ids[num_cached_tokens : num_cached_tokens + num_in_blocks], block_size)
     with loaded.fixed_frequencies():

@@ -26,6 +26,7 @@ class KeptEncoding(Encoder):
             InputError: the cache holds what cannot be encoded.
         """
         self.document, self.tables_file = encoder.document, encoder.tables_file
+        self.states_section = encoder.states_section
         self._num_threads = num_threads
         places = [(index, level) for index in range(encoder.num_chunks) for level in encoder.levels]
         self._files = {place: b"".join(encoder.encode_chunk(*place)) for place in places}

@@ -35,9 +35,9 @@ from cachegen.errors import BackendUnavailableError, CacheGenError, ConfigError,
 from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
 from cachegen.pipeline.architecture import (
     choose_auto_class,
-    count_cached_layers,
     count_head_repeats,
     find_cache_argument,
+    find_layer_caches,
     refuse_unrepresentable,
 )
 from cachegen.pipeline.fingerprint import compute_fingerprint, compute_memory_fingerprint, find_checkpoint_fingerprint
@@ -52,6 +52,7 @@ from cachegen.pipeline.gguf import (
     unpacking,
 )
 from cachegen.pipeline.limits import LengthLimit, decoder_of, read_length_limit
+from cachegen.pipeline.model_cache import CacheLayout
 from cachegen.pipeline.model_files import CONFIG_NAME, first_line, read_config
 
 BUNDLED_MODEL = "models/tiny-mistral"
@@ -98,8 +99,15 @@ class LoadedModel:
 
     @property
     def num_layers(self) -> int:
-        """The number of layers that have keys and values of their own: the first ones."""
-        return count_cached_layers(self.text_config)
+        """The number of layers that have keys and values of their own."""
+        return sum(layer.has_planes for layer in find_layer_caches(self.text_config))
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """What a cache of the model holds, layer by layer."""
+        return CacheLayout(
+            find_layer_caches(self.text_config), tuple(self._devices), count_head_repeats(self.text_config)
+        )
 
     @property
     def num_head_repeats(self) -> int:
@@ -122,11 +130,16 @@ class LoadedModel:
     @property
     def layer_devices(self) -> list[torch.device]:
         """Where the keys and values belong of each layer that has some."""
-        devices = [next(layer.parameters()).device for layer in self.layers[: self.num_layers]]
+        kept = find_layer_caches(self.text_config)
+        return [device for device, layer in zip(self._devices, kept, strict=True) if layer.has_planes]
+
+    @property
+    def _devices(self) -> list[torch.device]:
+        """Where each layer is that keeps anything."""
+        num_layers = len(find_layer_caches(self.text_config))
+        devices = [next(layer.parameters()).device for layer in self.layers[:num_layers]] or [self.device] * num_layers
         # Weights that accelerate keeps elsewhere show as meta; they are computed where the ids go in.
-        return [
-            self.device if device.type == "meta" else device for device in devices or [self.device] * self.num_layers
-        ]
+        return [self.device if device.type == "meta" else device for device in devices]
 
     @functools.cached_property
     def length_limit(self) -> LengthLimit | None:
@@ -171,7 +184,7 @@ def load_model(
         max_gpu_memory: GiB of weights per GPU at most.
 
     Raises:
-        InputError: there is no such model, it is damaged, or its cache is more than keys and values of every token.
+        InputError: there is no such model, it is damaged, or its cache holds what is not supported.
         BackendUnavailableError: a package or a GPU that was asked for is not there.
         ConfigError: the flags contradict each other.
     """
@@ -253,7 +266,7 @@ def identify_model(model: Any, fingerprint: str | None = None) -> LoadedModel:
     Raises:
         TypeError: it is no transformers model.
         ValueError: it is in training mode.
-        InputError: its cache is more than keys and values of every token, it computes in another dtype than fp16, bf16
+        InputError: its cache holds what is not supported, it computes in another dtype than fp16, bf16
             or fp32, or some of its weights are not in memory.
     """
     if isinstance(model, LoadedModel):

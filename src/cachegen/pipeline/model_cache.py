@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import cache_utils
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from cachegen.errors import InputError
 from cachegen.kv_cache import KVCache
+from cachegen.pipeline.architecture import LayerCache
+from cachegen.pipeline.state_layers import StateLayer, copy_states, state_layers
 
 
 class WholeLayer(DynamicLayer):
@@ -203,6 +215,30 @@ class PreallocatedLayer(DynamicLayer):
         self.set_length(0)
 
 
+class PreallocatedStateLayer(StateLayer, PreallocatedLayer):
+    """A layer with recurrent states beside its keys and values."""
+
+    def __init__(self, num_states: int, device: torch.device, capacity: int, num_head_repeats: int) -> None:
+        PreallocatedLayer.__init__(self, capacity, num_head_repeats)
+        StateLayer.__init__(self, num_states, device)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Make the buffers, for keys and values, or states, which transformers names."""
+        if args:
+            PreallocatedLayer.lazy_initialization(self, *args)
+        else:
+            StateLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        """Forget the tokens and keep the memory."""
+        PreallocatedLayer.reset(self)
+        self.return_to(0, 0)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> NoReturn:
+        """Refuse: the layer holds one sequence."""
+        self._refuse_batches()
+
+
 def repeat_heads(states: Any, num_repeats: int) -> torch.Tensor:
     """Return states `[1, num_kv_heads, num_tokens, head_dim]` with each head as often as the model has it."""
     return states.repeat_interleave(num_repeats, dim=1)
@@ -220,21 +256,50 @@ def keep_distinct_heads(cache: KVCache, num_repeats: int) -> KVCache:
     return KVCache([k[:, ::num_repeats] for k in cache.keys], [v[:, ::num_repeats] for v in cache.values])
 
 
-def empty_cache(num_layers: int, capacity: int, num_head_repeats: int = 1) -> Cache:
-    """Return a cache whose layers take the shapes, dtype and device of the first states they are given.
+@dataclass(frozen=True)
+class CacheLayout:
+    """What a model's cache holds.
 
-    Args:
-        num_head_repeats: how often the model repeats each head.
+    Attributes:
+        layers: of the model, all that keep anything, and those between them.
+        devices: of each of these.
+        num_head_repeats: how often the model repeats each head of keys and values, of which one is kept.
     """
-    return Cache(layers=[PreallocatedLayer(capacity, num_head_repeats) for _ in range(num_layers)])
+
+    layers: tuple[LayerCache, ...]
+    devices: tuple[torch.device, ...]
+    num_head_repeats: int = 1
+
+    @property
+    def plane_layers(self) -> list[int]:
+        """The numbers of the layers with keys and values."""
+        return [index for index, layer in enumerate(self.layers) if layer.has_planes]
+
+
+def empty_cache(layout: CacheLayout, capacity: int) -> Cache:
+    """Return a cache whose layers take the shapes, dtype and device of the first states they are given."""
+    return Cache(
+        layers=[
+            _make_layer(layer, device, capacity, layout.num_head_repeats)
+            for layer, device in zip(layout.layers, layout.devices, strict=True)
+        ]
+    )
+
+
+def _make_layer(kept: LayerCache, device: torch.device, capacity: int, num_head_repeats: int) -> Any:
+    if not kept.has_planes:
+        return StateLayer(kept.num_states, device) if kept.num_states else _dummy_layer()
+    if not kept.num_states:
+        return PreallocatedLayer(capacity, num_head_repeats)
+    return PreallocatedStateLayer(kept.num_states, device, capacity, num_head_repeats)
+
+
+def _dummy_layer() -> Any:
+    return cache_utils.DummyLayer()  # not in every release that is allowed, but in those with layers that need it
 
 
 def allocate_cache(
-    plane_shapes: Sequence[tuple[int, int]],
-    capacity: int,
-    dtype: torch.dtype,
-    layer_devices: Sequence[torch.device],
-    num_head_repeats: int = 1,
+    layout: CacheLayout, plane_shapes: Sequence[tuple[int, int]], capacity: int, dtype: torch.dtype
 ) -> Cache:
     """Return a cache of length 0 to decode into: write through `view_kv_cache`, then `set_length`.
 
@@ -242,19 +307,16 @@ def allocate_cache(
         plane_shapes: (num_kv_heads, head_dim) of each plane, in the order of `KVCache.planes`.
         capacity: the most tokens it will ever hold: context, question and answer.
         dtype: of all planes.
-        layer_devices: one device per layer.
-        num_head_repeats: how often the model repeats each head.
     """
-    if len(plane_shapes) != 2 * len(layer_devices):
+    numbers = layout.plane_layers
+    if len(plane_shapes) != 2 * len(numbers):
         raise ValueError(
-            f"`plane_shapes` must have two shapes per layer, got {len(plane_shapes)} for {len(layer_devices)} layers"
+            f"`plane_shapes` must have two shapes per layer, got {len(plane_shapes)} for {len(numbers)} layers"
         )
-    layers = []
-    for i in range(len(layer_devices)):
-        layer = PreallocatedLayer(capacity, num_head_repeats)
-        layer.allocate(plane_shapes[2 * i], plane_shapes[2 * i + 1], dtype, layer_devices[i])
-        layers.append(layer)
-    return Cache(layers=layers)
+    cache = empty_cache(layout, capacity)
+    for i, (layer, number) in enumerate(zip(preallocated_layers(cache), numbers, strict=True)):
+        layer.allocate(plane_shapes[2 * i], plane_shapes[2 * i + 1], dtype, layout.devices[number])
+    return cache
 
 
 def view_kv_cache(cache: Cache, num_tokens: int) -> KVCache:
@@ -335,9 +397,9 @@ def planes_and_missing(cache: Any) -> tuple[KVCache, tuple[int, ...]]:
     keys, values = [], []
     num_missing: list[int] = []
     layers = list(getattr(cache, "layers", ()))
-    while layers and type(layers[-1]).__name__ == "DummyLayer":  # of layers that use the keys and values of others
-        layers.pop()
     for index, layer in enumerate(layers):
+        if _keeps_no_planes(layer):
+            continue
         if not hasattr(layer, "get_seq_length"):
             raise InputError(f"the cache's layer {index} ({type(layer).__name__}) holds no keys of every token")
         num_tokens = int(layer.get_seq_length())
@@ -362,16 +424,29 @@ def planes_and_missing(cache: Any) -> tuple[KVCache, tuple[int, ...]]:
     return KVCache(keys, values), tuple(num_missing)
 
 
+def _keeps_no_planes(layer: object) -> bool:
+    """Tell whether a layer holds states alone, or nothing, as where it uses what others keep."""
+    is_of_states = isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, DynamicLayer)
+    return is_of_states or type(layer).__name__ == "DummyLayer"
+
+
 def to_dynamic_cache(cache: Cache) -> DynamicCache:
     """Return transformers' own kind of cache over the same memory: it grows without bound, at the price of copies.
 
     Args:
         cache: of preallocated layers; what it holds now is what the new one holds, as views of its buffers. All layers
             keep all tokens, whatever windows the model has: its mask does the rest. But where it must be used whole,
-            the new one refuses to be cropped into it, and layers that lack tokens hold copies of what they have.
+            the new one refuses to be cropped into it, and layers that lack tokens hold copies of what they have, as do
+            those with recurrent states.
     """
     dynamic = DynamicCache()
-    for layer in preallocated_layers(cache):
+    preallocated_layers(cache)  # refuses others
+    for layer in cache.layers:
+        if not isinstance(layer, PreallocatedLayer):
+            is_state = isinstance(layer, StateLayer)
+            plain = LinearAttentionLayer(number_of_states=layer.number_of_states) if is_state else _dummy_layer()
+            dynamic.layers.append(copy_states(layer, plain) if is_state else plain)
+            continue
         if layer.keys is None or layer.values is None:
             raise ValueError("`cache` must have buffers in every layer")
         dynamic.layers.append(_to_dynamic_layer(layer, layer.keys, layer.values))
@@ -380,7 +455,10 @@ def to_dynamic_cache(cache: Cache) -> DynamicCache:
 
 def _to_dynamic_layer(layer: PreallocatedLayer, keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
     """Return transformers' own kind of layer, of views, or of copies of what a windowed layer has."""
-    if layer.num_missing:
+    if isinstance(layer, PreallocatedStateLayer):
+        grown = LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+        copy_states(layer, grown)
+    elif layer.num_missing:
         grown = WindowedLayer(layer.least_length, layer.num_missing)
         # Copies, so that the memory of what is missing is free; what is born in inference mode cannot be used outside.
         with torch.inference_mode(False):
@@ -400,10 +478,17 @@ def set_length(cache: Cache, num_tokens: int) -> None:
     A question writes behind the context and leaves the context as it was.
 
     Raises:
-        ValueError: a layer has no room for so many, or no buffer yet.
+        ValueError: a layer has no room for so many, or no buffer yet; or the recurrent states after them are not known.
     """
-    for layer in preallocated_layers(cache):
+    layers, with_states = preallocated_layers(cache), state_layers(cache)
+    num_held = layers[0].get_seq_length() if with_states else 0
+    for layer in with_states:
+        layer.return_to(num_tokens, num_held)
+    for layer in layers:
         layer.set_length(num_tokens)
+    if with_states and num_tokens == with_states[0].kept_tokens:
+        for layer in layers:
+            layer.least_length = num_tokens
 
 
 def keep_whole(cache: Cache, num_tokens: int, num_missing: Sequence[int]) -> None:
@@ -419,8 +504,8 @@ def keep_whole(cache: Cache, num_tokens: int, num_missing: Sequence[int]) -> Non
 
 
 def is_whole_only(cache: Cache) -> bool:
-    """Tell whether `keep_whole` was asked of a cache."""
-    return any(layer.least_length for layer in preallocated_layers(cache))
+    """Tell whether `keep_whole` was asked of a cache, or it has recurrent states."""
+    return bool(state_layers(cache)) or any(layer.least_length for layer in preallocated_layers(cache))
 
 
 @contextmanager
@@ -451,13 +536,15 @@ def get_capacity(cache: Cache) -> int:
 
 
 def preallocated_layers(cache: Cache) -> list[PreallocatedLayer]:
-    """Return the layers, all of them preallocated.
+    """Return the layers with keys and values, all of them preallocated.
 
     Raises:
         TypeError: some layer is of another class.
     """
     layers = []
     for layer in cache.layers:
+        if type(layer) is StateLayer or type(layer).__name__ == "DummyLayer":
+            continue
         if not isinstance(layer, PreallocatedLayer):
             raise TypeError(f"`cache` must come from empty_cache or allocate_cache, got a layer {type(layer).__name__}")
         layers.append(layer)

@@ -14,11 +14,13 @@ from transformers.cache_utils import Cache
 from cachegen.errors import InputError
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
+from cachegen.pipeline.hybrids import continues_in_blocks, name_positions
 from cachegen.pipeline.images import on_text_alone, refuse_images
 from cachegen.pipeline.limits import check_context, check_length
 from cachegen.pipeline.model import LoadedModel, read_rotary_embeddings
 from cachegen.pipeline.model_cache import empty_cache, preallocated_layers, set_length, view_kv_cache
 from cachegen.pipeline.rotation import find_rotations
+from cachegen.pipeline.state_layers import keep_states, state_layers, states_of_cache
 from cachegen.pipeline.windows import find_windows
 
 
@@ -69,9 +71,10 @@ def prefill_context(
         model_fingerprint=loaded.fingerprint,
         token_ids=cached_ids.to(dtype=torch.int32, device="cpu"),
         rotary_embeddings=loaded.rotary_embeddings,
-        block_size=block_size,
+        block_size=choose_block_size(loaded, block_size, len(cached_ids)),
         plane_rotations=find_rotations(loaded).planes,
         windows=find_windows(loaded.text_config),
+        states=states_of_cache(cache),
     )
     return view_kv_cache(cache, len(cached_ids)), metadata
 
@@ -107,7 +110,8 @@ def prefill(
         raise ValueError("`token_ids` must have at least one token")
     check_length(loaded, num_tokens, "the text to prefill")
     refuse_images(loaded, token_ids, "the text to prefill")
-    cache = empty_cache(loaded.num_layers, max(num_tokens, capacity or 0), loaded.num_head_repeats)
+    block_size = choose_block_size(loaded, block_size, num_tokens)
+    cache = empty_cache(loaded.cache_layout, max(num_tokens, capacity or 0))
     # What a model keeps shows after the first block, long before the last.
     extend_cache(loaded, cache, token_ids[:block_size], block_size, progress)
     _check_whole(loaded.model_id, cache, min(block_size, num_tokens))
@@ -119,7 +123,22 @@ def prefill(
             f"{loaded.model_id}: its rotary embedding ({rope_types}) changes its frequencies within {num_tokens} "
             "tokens; use a shorter context"
         )
+    keep_states(cache, states_of_cache(cache), num_tokens)
     return cache
+
+
+def choose_block_size(loaded: LoadedModel, block_size: int, num_tokens: int) -> int:
+    """Return the tokens per step of a prefill: all in one of a model whose code forgets its states between blocks."""
+    return block_size if continues_in_blocks(loaded) else max(block_size, num_tokens)
+
+
+def measure_cache(loaded: LoadedModel) -> Cache:
+    """Return what the model keeps of one token.
+
+    Raises:
+        InputError: as `prefill`.
+    """
+    return prefill(loaded, torch.zeros(1, dtype=torch.int64))
 
 
 def measure_plane_shapes(loaded: LoadedModel) -> list[tuple[int, int]]:
@@ -128,8 +147,7 @@ def measure_plane_shapes(loaded: LoadedModel) -> list[tuple[int, int]]:
     Raises:
         InputError: as `prefill`.
     """
-    cache = prefill(loaded, torch.zeros(1, dtype=torch.int64))
-    return [(plane.shape[1], plane.shape[2]) for plane in view_kv_cache(cache, 1).planes]
+    return [(plane.shape[1], plane.shape[2]) for plane in view_kv_cache(measure_cache(loaded), 1).planes]
 
 
 @torch.inference_mode()
@@ -182,15 +200,19 @@ def run_model(loaded: LoadedModel, cache: Cache, token_ids: torch.Tensor, num_lo
     Returns:
         Logits `[num_logits, vocabulary]` of the last tokens, in the model's dtype.
     """
+    if state_layers(cache) and len(token_ids) > 1 and cache.get_seq_length() and not continues_in_blocks(loaded):
+        logits = [run_model(loaded, cache, token_id, 1) for token_id in token_ids.split(1)]
+        return torch.cat(logits[-num_logits:])
     logits_limit = {"logits_to_keep": num_logits} if loaded.can_limit_logits else {}
     inputs = token_ids.to(device=loaded.device, dtype=torch.int64)[None]
+    arguments = loaded.name_cache(cache) | name_positions(loaded, cache, len(token_ids)) | logits_limit
     with on_text_alone(loaded.model), loaded.fixed_frequencies():
-        output = loaded.model(input_ids=inputs, **loaded.name_cache(cache), use_cache=True, **logits_limit)
+        output = loaded.model(input_ids=inputs, **arguments, use_cache=True)
     return output.logits[0, -num_logits:]
 
 
 def _check_whole(model_id: str, cache: Cache, num_tokens: int) -> None:
-    """Refuse a cache that is not keys and values of every token in every layer, in one dtype."""
+    """Refuse a cache that is not keys and values of every token in every layer that has any, in one dtype."""
     layers = preallocated_layers(cache)
     dtypes = set()
     for i, layer in enumerate(layers):

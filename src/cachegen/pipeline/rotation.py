@@ -146,7 +146,7 @@ def _cache_one_token(loaded: LoadedModel) -> KVCache | None:
     # Not one of the first ids: a padding token's embedding is zero.
     token_id = loaded.model.get_input_embeddings().num_embeddings // 2
     ids = torch.full((1, num_tokens), token_id, dtype=torch.int64, device=loaded.device)
-    cache = empty_cache(loaded.num_layers, num_tokens, loaded.num_head_repeats)
+    cache = empty_cache(loaded.cache_layout, num_tokens)
     hooks = [layer.register_forward_pre_hook(_repeat_first_state, with_kwargs=True) for layer in loaded.layers]
     logits_limit = {"logits_to_keep": 1} if loaded.can_limit_logits else {}
     try:

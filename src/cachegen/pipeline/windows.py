@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from cachegen.pipeline.architecture import count_cached_layers
+from cachegen.pipeline.architecture import find_layer_caches
 from cachegen.windows import Window, Windows, first_visible_tokens
 
 
 def find_windows(text_config: Any) -> Windows:
-    """Return the window of each layer with a cache.
+    """Return the window of each layer with keys and values.
 
     Where transformers itself keeps all tokens of a layer, it has none here: GPT-Neo has windows that its cache does not
     know.
@@ -24,9 +24,11 @@ def find_windows(text_config: Any) -> Windows:
         text_config: the decoder's config, which `architecture.refuse_unrepresentable` lets pass.
     """
     layer_types = getattr(text_config, "layer_types", None)
-    layers = DynamicCache(config=text_config).layers[: count_cached_layers(text_config)]
+    layers = DynamicCache(config=text_config).layers
     windows: list[Window | None] = []
-    for index, layer in enumerate(layers):
+    for index, (layer, kept) in enumerate(zip(layers, find_layer_caches(text_config), strict=False)):
+        if not kept.has_planes:
+            continue
         num_tokens = getattr(layer, "sliding_window", None)
         if num_tokens is None:
             windows.append(None)

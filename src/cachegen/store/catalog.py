@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cachegen.errors import BitstreamError, MismatchError, StoreError
+from cachegen.errors import BitstreamError, ConfigError, MismatchError, StoreError
 from cachegen.format.headers import ChunkHeader, DocumentHeader
 from cachegen.kv_cache import ContextMetadata, hash_token_prefixes
 from cachegen.methods import method_of, open_document, parse_chunk
@@ -112,6 +112,7 @@ def publish_document(
 
     Raises:
         BitstreamError: a file is corrupt.
+        ConfigError: the document has recurrent states.
         MismatchError: the levels, or levels and metadata, do not belong together.
         OutputError: the store cannot be written.
     """
@@ -120,6 +121,8 @@ def publish_document(
     documents = [open_document(level.tables_file) for level in levels]
     _check_together([document.header for document in documents], metadata)
     header = documents[0].header
+    if header.has_states:
+        raise ConfigError("the document has recurrent states, which stores do not hold: read it from its folder")
     stops = list(itertools.accumulate(header.chunk_tokens))
     hashes = hash_token_prefixes(metadata.token_ids, stops)
     descriptions, chunk_files = [], []

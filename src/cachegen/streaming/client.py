@@ -94,7 +94,7 @@ class ModelWorkers:
         from cachegen.pipeline.prefill import extend_cache
 
         if self._num_first:
-            first_tokens = empty_cache(self.loaded.num_layers, self._num_first, self.loaded.num_head_repeats)
+            first_tokens = empty_cache(self.loaded.cache_layout, self._num_first)
             extend_cache(self.loaded, first_tokens, self.token_ids[: self._num_first])
             copy_cache(view_kv_cache(first_tokens, self._num_first), self._target.slice(0, self._num_first))
 

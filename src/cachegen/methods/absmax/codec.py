@@ -167,7 +167,7 @@ class AbsmaxEncoder(Encoder):
         if plane_tables:
             lengths = tuple(map(len, plane_tables))
             header = dataclasses.replace(header, tables_crc=_native.crc32c(tables), plane_table_bytes=lengths)
-        self.tables_file = header.pack() + tables
+        self.tables_file = header.pack() + tables + self.states_section
         document = AbsmaxDocument(header, self._hash_tables(), tables, num_threads, kernels)
         self.document = document  # pyright: ignore[reportIncompatibleVariableOverride]  (set here alone)
 

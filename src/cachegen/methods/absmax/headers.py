@@ -79,7 +79,7 @@ class AbsmaxDocumentHeader(DocumentHeader):
         plane_table_bytes: per plane, the length of its tables; 0 for coder `packed`.
     """
 
-    tables_crc: int = u32("CRC of all bytes after the header")
+    tables_crc: int = u32("CRC of the tables")
     # A field of a frozen dataclass is as read-only as the property.
     planes: tuple[PlaneLayout, ...] = ()  # pyright: ignore[reportIncompatibleMethodOverride]
     plane_table_bytes: tuple[int, ...] = ()

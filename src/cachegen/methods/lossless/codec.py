@@ -207,7 +207,7 @@ class LosslessEncoder(Encoder):
                 part, of_part = layers.part_of(cache, 0), tuple(layers.pick(rotations))
                 tables += fit_model(part, of_part, first_token=layers.first_stored).pack()
         header = dataclasses.replace(header, model_bytes=len(tables), model_crc=_native.crc32c(tables))
-        self.tables_file = header.pack() + tables
+        self.tables_file = header.pack() + tables + self.states_section
         document = LosslessDocument(header, self._hash_tables(), tables, predictor)
         self.document = document  # pyright: ignore[reportIncompatibleVariableOverride]  (set here alone)
 

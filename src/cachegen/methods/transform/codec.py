@@ -243,7 +243,7 @@ class TransformEncoder(Encoder):
             step_log=step_log,
             planes=tuple(PlaneShape(*shape) for shape in profile.plane_shapes),
         )
-        self.tables_file = header.pack()
+        self.tables_file = header.pack() + self.states_section
         document = TransformDocument(header, self._hash_tables(), profile, self._device)
         self.document = document  # pyright: ignore[reportIncompatibleVariableOverride]  (set here alone)
         self._quantized: _QuantizedChunk | None = None  # of the chunk that was asked for last
