@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--device", choices=DEVICE_NAMES, default="auto", help="auto is cuda where torch has it")
     add("--dtype", choices=DTYPE_NAMES, default="auto", help="of weights and cache; auto is the checkpoint's")
-    add("--load_in_8bit", action="store_true", help="keep the weights in 8 bits (needs bitsandbytes)")
+    command_line.add_weight_flags(parser)
     add("--num_gpus", type=command_line.positive_int, help="spread the layers over so many GPUs (needs accelerate)")
     add("--max_gpu_memory", type=command_line.positive_int, help="GiB of weights on each GPU at most")
     add(
@@ -133,7 +133,7 @@ def _prefill_documents(args: argparse.Namespace) -> None:
         device=device,
         dtype=dtype,
         gguf_file=args.gguf_file,
-        load_in_8bit=args.load_in_8bit,
+        weight_bits=args.weight_bits,
         num_gpus=args.num_gpus,
         max_gpu_memory=args.max_gpu_memory,
     )
@@ -203,7 +203,7 @@ def _prefill_document(
         cache, metadata = prefill_context(loaded, token_ids, args.block_size, progress=bar.update)
         prefill_seconds = time.perf_counter() - start
         num_values = cache.num_values
-        metadata = dataclasses.replace(metadata, load_in_8bit=args.load_in_8bit)
+        metadata = dataclasses.replace(metadata, weight_bits=args.weight_bits)
         try:
             save_kv_cache(document.kv_path, cache, metadata, replace=args.overwrite or state is FileState.DAMAGED)
         except OutputExistsError:
@@ -277,7 +277,7 @@ def _examine(
     """
     if not os.path.lexists(kv_path):
         return FileState.FREE, 0
-    from cachegen.pipeline.prefill import measure_plane_shapes
+    from cachegen.pipeline.prefill import choose_block_size, measure_plane_shapes
 
     remedy = "give another --save_dir, or --overwrite to replace it"
     try:
@@ -294,8 +294,8 @@ def _examine(
         "context": hash_token_prefixes(metadata.token_ids, [cache.num_tokens])
         != hash_token_prefixes(token_ids[:-1], [num_cached]),
         "dtype": cache.dtype != loaded.dtype,
-        "block size": metadata.block_size != args.block_size,
-        "precision of the weights (--load_in_8bit)": metadata.load_in_8bit != args.load_in_8bit,
+        "block size": metadata.block_size != choose_block_size(loaded, args.block_size, num_cached),
+        "precision of the weights (--load_in_8bit, --load_in_4bit)": metadata.weight_bits != args.weight_bits,
         # What a model caches has changed between versions of transformers (latent attention).
         "form of keys and values": describe_difference(shapes, measure_plane_shapes(loaded)) is not None,
         "rotary embedding": metadata.rope_hash != hash_rotary_embeddings(loaded.rotary_embeddings),

@@ -110,7 +110,7 @@ def test_a_gguf_file_within_another_or_of_another_kind_is_refused():
 
 
 def test_8_bits_are_refused_for_a_gguf_file(gguf_path):
-    assert "`load_in_8bit` is not for a GGUF file" in refuse_model(gguf_path, ConfigError, load_in_8bit=True)
+    assert "`load_in_8bit` is not for a GGUF file" in refuse_model(gguf_path, ConfigError, weight_bits=8)
 
 
 def test_a_missing_gguf_file_is_refused(tmp_path):

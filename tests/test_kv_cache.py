@@ -307,7 +307,7 @@ def test_a_flipped_bit_is_refused_or_harmless_but_never_another_error(tmp_path):
             {"rotary_embeddings": [{**RECORD, "inv_freq": [1.0] * 65_537}]},
             "inv_freq: must be a list",
         ),
-        ({"load_in_8bit": 1}, "field load_in_8bit: must be true or false"),
+        ({"weight_bits": 5}, "field weight_bits: must be "),
         ({"model_id": 7}, "field model_id: must be a text"),
         ({"model_id": "x" * 5000}, "field model_id: must be a text"),
         ({"model_fingerprint": "ab"}, "field model_fingerprint: must be a SHA-256 in hex"),

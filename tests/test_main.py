@@ -238,9 +238,9 @@ def test_a_cache_of_8_bit_weights_is_another_one(context, save_dir, capsys):
     assert prefill(context, save_dir) == 0
     path = save_dir / "test_kv_3.pkl"
     cache, metadata = load_kv_cache(path)
-    save_kv_cache(path, cache, dataclasses.replace(metadata, load_in_8bit=True))
+    save_kv_cache(path, cache, dataclasses.replace(metadata, weight_bits=8))
     assert prefill(context, save_dir) == 7
-    assert "another precision of the weights (--load_in_8bit)" in read_error(capsys)
+    assert "another precision of the weights (--load_in_8bit, --load_in_4bit)" in read_error(capsys)
 
 
 @pytest.mark.parametrize("is_same", [True, False])

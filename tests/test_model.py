@@ -194,7 +194,7 @@ def test_more_gpus_than_there_are_is_refused(monkeypatch):
 def test_gpu_placement_bounds_the_memory_of_each_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(model_module, "_require_package", lambda package, flag: None)
-    placement = model_module._plan_placement(torch.device("cuda", 0), False, 2, 48)
+    placement = model_module._plan_placement(torch.device("cuda", 0), "auto", None, 2, 48)
     assert placement == {"device_map": "auto", "max_memory": {0: 48 * 2**30, 1: 48 * 2**30}}
 
 
@@ -205,7 +205,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
         model_module.importlib.util, "find_spec", lambda name: None if name == package else real("json")
     )
     with pytest.raises(BackendUnavailableError, match=f"pip install {package}"):
-        load_model(BUNDLED_MODEL, device=CPU, load_in_8bit=True)
+        load_model(BUNDLED_MODEL, device=CPU, weight_bits=8)
 
 
 def test_silencing_transformers_ends_with_its_block_and_lets_errors_through():

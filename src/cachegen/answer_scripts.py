@@ -54,7 +54,7 @@ def add_answer_flags(parser: argparse.ArgumentParser, script_folder: str | os.Pa
         help="where the model runs and chunks decode; auto is cuda where torch has it",
     )
     add("--dtype", choices=DTYPE_NAMES, default="auto", help="auto is the encoded cache's; others must equal it")
-    add("--load_in_8bit", action="store_true", help="keep the weights in 8 bits (needs bitsandbytes)")
+    command_line.add_weight_flags(parser)
     add("--num_gpus", type=command_line.positive_int, help="spread the layers over so many GPUs (needs accelerate)")
     add("--max_gpu_memory", type=command_line.positive_int, help="GiB of weights on each GPU at most")
     add("--threads", type=command_line.positive_int, help="CPU threads for decoding; None takes all processors")
@@ -106,7 +106,7 @@ def load_model_of(args: argparse.Namespace, dtype: torch.dtype | Literal["auto"]
         device=resolve_device(args.device),
         dtype=dtype,
         gguf_file=args.gguf_file,
-        load_in_8bit=args.load_in_8bit,
+        weight_bits=args.weight_bits,
         num_gpus=args.num_gpus,
         max_gpu_memory=args.max_gpu_memory,
     )

@@ -164,6 +164,19 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def add_weight_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that round a model's weights, --load_in_8bit and --load_in_4bit: `weight_bits` of the arguments."""
+    group = parser.add_mutually_exclusive_group()
+    for bits, kind in ((8, "LLM.int8"), (4, "NF4")):
+        group.add_argument(
+            f"--load_in_{bits}bit",
+            dest="weight_bits",
+            action="store_const",
+            const=bits,
+            help=f"keep the weights in {bits} bits ({kind}; needs bitsandbytes)",
+        )
+
+
 def positive_int(text: str) -> int:
     """Parse a flag's value that must be an integer of at least 1; for argparse's `type`."""
     return _bounded_int(text, 1)
@@ -317,7 +330,9 @@ def _list_flags(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
             for command in action.choices.values():
                 yield from _list_flags(command)
         else:
-            yield from ((action.dest, flag) for flag in action.option_strings[:1] if flag.startswith("--"))
+            for flag in action.option_strings[:1]:
+                if flag.startswith("--"):
+                    yield from ((name, flag) for name in (action.dest, flag.removeprefix("--")))
 
 
 def _name_flags(text: str) -> str:

@@ -96,7 +96,7 @@ class ContextMetadata:
         block_size: tokens per prefill step; part of the result, since blocks change float rounding.
         cache_hash: `hash_planes` of the cache, as its file records it; None for a cache that no file holds. What reads
             all values anyway compares them with it.
-        load_in_8bit: whether the model's weights were rounded to 8 bits.
+        weight_bits: that the model's weights were rounded to on loading, 8 or 4; None where they were not.
         plane_rotations: how each plane is turned; None: as `rotations_by_rule` says. No gate: it only says how to code.
         windows: how far back each layer's tokens attend; None where nobody knows. No gate either.
         states: recurrent states at the end of the context, on the CPU; nothing for a model without.
@@ -108,7 +108,7 @@ class ContextMetadata:
     rotary_embeddings: tuple[RotaryEmbedding, ...]
     block_size: int
     cache_hash: str | None = None
-    load_in_8bit: bool = False
+    weight_bits: int | None = None
     plane_rotations: PlaneRotations | None = None
     windows: Windows | None = None
     states: States = field(default_factory=dict)
@@ -339,7 +339,6 @@ def save_kv_cache(
             for rotary in metadata.rotary_embeddings
         ],
         "block_size": metadata.block_size,
-        "load_in_8bit": metadata.load_in_8bit,
         "cache_hash": hash_planes(cache),
         "keys": cache.keys,
         "values": cache.values,
@@ -348,6 +347,8 @@ def save_kv_cache(
         content["plane_rotations"] = pack_rotations(metadata.plane_rotations)
     if metadata.windows is not None and any(metadata.windows):
         content["windows"] = pack_windows(metadata.windows)
+    if metadata.weight_bits is not None:
+        content["weight_bits"] = metadata.weight_bits
     if metadata.states:
         content["states"] = dict(metadata.states)
         content["states_hash"] = _hash_states(metadata.states)
@@ -465,7 +466,7 @@ def _parse(content: object, file_bytes: int) -> tuple[KVCache, ContextMetadata]:
         rotary_embeddings=read_rotary_embeddings(fields),
         block_size=fields.integer("block_size", 1, (1 << 32) - 1),
         cache_hash=fields.hash("cache_hash"),
-        load_in_8bit=fields.flag("load_in_8bit"),
+        weight_bits=_read_weight_bits(fields),
         plane_rotations=read_rotations(fields, [plane.shape[2] for plane in cache.planes]),
         windows=read_windows(fields, cache.num_layers),
         states=states,
@@ -479,6 +480,12 @@ def _parse(content: object, file_bytes: int) -> tuple[KVCache, ContextMetadata]:
             "does not match the states, the file is damaged: prefill the context again", field="states_hash"
         )
     return cache, metadata
+
+
+def _read_weight_bits(fields: Fields) -> int | None:
+    if "weight_bits" not in fields:
+        return None
+    return fields.check("weight_bits", lambda value: type(value) is int and value in (4, 8), "4 or 8")
 
 
 def _hash_states(states: States) -> str:

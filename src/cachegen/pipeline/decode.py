@@ -309,7 +309,7 @@ def check_model(document: Document, tables_name: str | os.PathLike[str], loaded:
         ("model_fingerprint", header.model_fingerprint.hex()[:12], loaded.fingerprint[:12]),
         ("rope_hash", header.rope_hash.hex()[:12], hash_rotary_embeddings(loaded.rotary_embeddings)[:12]),
     ]
-    remedy = "give the model that computed the cache (`model_id`, `dtype`, `load_in_8bit`)"
+    remedy = "give the model that computed the cache (`model_id`, `dtype`, `load_in_8bit`, `load_in_4bit`)"
     for field, found, expected in gates:
         if found != expected:
             raise MismatchError(f"{tables_name}: {field} is {found}, but {loaded.model_id} has {expected}: {remedy}")

@@ -60,7 +60,7 @@ _READING_ERRORS = (
 )
 
 
-def compute_fingerprint(model_id: str, *, local_files_only: bool = False, load_in_8bit: bool = False) -> str:
+def compute_fingerprint(model_id: str, *, local_files_only: bool = False, weight_bits: int | None = None) -> str:
     """Hash what makes a cache this model's: config, tokenizer, and a sample of every tensor of the weights.
 
     Only files are looked at, so that neither the dtype in which the model computes, nor the device, the number of GPUs,
@@ -71,7 +71,7 @@ def compute_fingerprint(model_id: str, *, local_files_only: bool = False, load_i
 
     Args:
         model_id: a Hugging Face id, a local folder or a GGUF file.
-        load_in_8bit: whether the weights are rounded to 8 bits on loading, which gives other keys and values.
+        weight_bits: that the weights are rounded to on loading, which gives other keys and values; None for none.
 
     Returns:
         SHA-256 in hex.
@@ -103,8 +103,8 @@ def compute_fingerprint(model_id: str, *, local_files_only: bool = False, load_i
     for kind, paths in (("tensor", weight_paths), ("adapter tensor", adapter_paths)):
         for description, sample in sorted(_describe_sample(*entry) for path in paths for entry in _read_samples(path)):
             _add(digest, f"{kind} {description}", sample)
-    if load_in_8bit:
-        _add(digest, "load_in_8bit", b"")
+    if weight_bits is not None:
+        _add(digest, f"load_in_{weight_bits}bit", b"")
     return digest.hexdigest()
 
 

@@ -168,7 +168,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | Literal["auto"] = "auto",
     gguf_file: str | None = None,
-    load_in_8bit: bool = False,
+    weight_bits: int | None = None,
     num_gpus: int | None = None,
     max_gpu_memory: int | None = None,
 ) -> LoadedModel:
@@ -179,7 +179,7 @@ def load_model(
         device: where the model runs; with `num_gpus` or `max_gpu_memory` it must be CUDA.
         dtype: of weights and computation; "auto" is the checkpoint's own, bfloat16 for a GGUF file.
         gguf_file: name of a GGUF file in `model_id`, which is loaded instead of the checkpoint's other files.
-        load_in_8bit: keep the weights in 8 bits (bitsandbytes, LLM.int8).
+        weight_bits: keep the weights in 8 bits (bitsandbytes, LLM.int8) or in 4 (NF4); None as they are.
         num_gpus: spread the layers over so many GPUs.
         max_gpu_memory: GiB of weights per GPU at most.
 
@@ -190,9 +190,11 @@ def load_model(
     """
     model_id = name_gguf_model(model_id, gguf_file)
     gguf_names = split_gguf_name(model_id)
-    if gguf_names is not None and load_in_8bit:
-        raise ConfigError(f"`load_in_8bit` is not for a GGUF file, whose weights are rounded already: {model_id}")
-    placement = _plan_placement(device, load_in_8bit, num_gpus, max_gpu_memory)
+    if gguf_names is not None and weight_bits is not None:
+        raise ConfigError(
+            f"`load_in_{weight_bits}bit` is not for a GGUF file, whose weights are rounded already: {model_id}"
+        )
+    placement = _plan_placement(device, dtype, weight_bits, num_gpus, max_gpu_memory)
     with quiet_transformers(), hidden_bar():
         local_files_only = _check_reachable(model_id)
         place, source = _find_source(model_id, local_files_only)
@@ -201,7 +203,7 @@ def load_model(
         try:
             config = AutoConfig.from_pretrained(place, **source)
             refuse_unrepresentable(model_id, config)
-            fingerprint = compute_fingerprint(model_id, local_files_only=local_files_only, load_in_8bit=load_in_8bit)
+            fingerprint = compute_fingerprint(model_id, local_files_only=local_files_only, weight_bits=weight_bits)
             tokenizer = AutoTokenizer.from_pretrained(place, **source)
             if gguf_names is not None:
                 placement["quantization_config"] = unpacking()
@@ -352,14 +354,21 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _plan_placement(
-    device: torch.device, load_in_8bit: bool, num_gpus: int | None, max_gpu_memory: int | None
+    device: torch.device,
+    dtype: torch.dtype | Literal["auto"],
+    weight_bits: int | None,
+    num_gpus: int | None,
+    max_gpu_memory: int | None,
 ) -> dict[str, Any]:
     """Return the arguments of from_pretrained that place and quantize the weights."""
     placement: dict[str, Any] = {}
-    if load_in_8bit:
-        _require_package("bitsandbytes", "`load_in_8bit`")
-        _require_package("accelerate", "`load_in_8bit`")
-        placement["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if weight_bits is not None:
+        _require_package("bitsandbytes", f"`load_in_{weight_bits}bit`")
+        _require_package("accelerate", f"`load_in_{weight_bits}bit`")
+        computing: dict[str, Any] = {} if dtype == "auto" or weight_bits == 8 else {"bnb_4bit_compute_dtype": dtype}
+        placement["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=weight_bits == 8, load_in_4bit=weight_bits == 4, bnb_4bit_quant_type="nf4", **computing
+        )
         placement["device_map"] = {"": device}
     if num_gpus is None and max_gpu_memory is None:
         return placement
