@@ -51,6 +51,7 @@ LAYERS = {
     "command_line": 7,
     "answer_scripts": 7,
     "startup": 7,
+    "sweeps": 7,
     "__main__": 7,
 }
 """The layer of each file or folder of src/cachegen; docs in CONTRIBUTING.md."""
