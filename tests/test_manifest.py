@@ -110,6 +110,9 @@ BAD_FIELDS = [
     ("first_stored", [0.0, 5], "first_stored"),
     ("first_stored", [1] * 65536, "first_stored"),
     ("first_stored", None, "first_stored"),
+    ("has_states", False, "has_states"),
+    ("has_states", 1, "has_states"),
+    ("has_states", None, "has_states"),
 ]
 
 
@@ -127,6 +130,8 @@ def test_a_document_that_can_only_be_used_whole_says_so(manifest):
     assert b"first_stored" not in pack_manifest(manifest) and not manifest.is_whole_only
     windowed = dataclasses.replace(manifest, first_stored=(0, 640))
     assert windowed.is_whole_only and unpack_manifest(pack_manifest(windowed)) == windowed
+    covering = dataclasses.replace(manifest, num_cache_tokens=manifest.num_covered_tokens, has_states=True)
+    assert covering.is_whole_only and unpack_manifest(pack_manifest(covering)) == covering
 
 
 def test_an_unknown_field_is_refused(content):

@@ -17,8 +17,10 @@ import cachegen
 import main
 import run_calibration
 import run_decoding_disk
+import run_decoding_remote
 import run_encoding
 import run_publishing
+from cachegen.api.compressing import CompressedCache
 from cachegen.errors import BitstreamError, ConfigError, InputError, MismatchError
 from cachegen.inspection import inspect
 from cachegen.kv_cache import load_kv_cache, save_kv_cache
@@ -26,10 +28,28 @@ from cachegen.methods import make_encoder, open_document, parse_document, read_c
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
 from cachegen.pipeline.hybrids import continues_in_blocks
-from cachegen.pipeline.model_cache import is_whole_only, set_length
-from cachegen.pipeline.prefill import extend_cache, prefill, prefill_context, recompute_first_tokens
+from cachegen.pipeline.kept import KeptEncoding
+from cachegen.pipeline.model_cache import allocate_cache, is_whole_only, set_length
+from cachegen.pipeline.prefill import (
+    extend_cache,
+    measure_plane_shapes,
+    prefill,
+    prefill_context,
+    recompute_first_tokens,
+)
 from cachegen.pipeline.state_layers import keep_states, state_layers, states_of_cache
 from cachegen.states import pack_states, unpack_states
+from cachegen.store.store import open_store
+from cachegen.streaming.client import (
+    ModelWorkers,
+    choose_policy,
+    find_for_model,
+    finish_cache,
+    make_loader,
+    measure_speeds,
+)
+from cachegen.streaming.policies import POLICIES
+from cachegen.streaming.policy import Objective, PrefillSpeed, Speeds
 from tests.fixtures.caches import are_equal, make_cache, make_metadata
 from tests.fixtures.models import VOCABULARY_SIZE
 from tests.zoo.checkpoints import Specimen, make_ids, save_specimen
@@ -39,7 +59,8 @@ from tests.zoo.families import FAMILIES
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STATES = {"0.conv.0": torch.arange(6.0).view(1, 2, 3), "11.recurrent.0": torch.ones(1, 2, dtype=torch.bfloat16)}
-UNIFORM = read_config({"method": "uniform", "bits": 8}, "test")
+UNIFORM_8 = {"method": "uniform", "bits": 8}
+UNIFORM = read_config(UNIFORM_8, "test")
 
 
 def make_tables(**fields: Any) -> bytes:
@@ -256,7 +277,7 @@ def decode(specimen: Specimen, folder: Path, method: str, *flags: str) -> int:
     return run_decoding_disk.main([*argv, "--path_to_encoded_kv", str(folder / method), *flags])
 
 
-def publish(_: Specimen, folder: Path) -> int:
+def publish(folder: Path) -> int:
     paths = {"--path_to_encoded_kv": "lossless", "--path_to_kv": "test_kv_0.pkl", "--path_to_store": "store"}
     flags = [part for flag, name in paths.items() for part in (flag, str(folder / name))]
     return run_publishing.main([*flags, "--quiet"])
@@ -281,10 +302,6 @@ def test_the_scripts_answer_from_states_and_say_so(specimen, prefilled, capsys, 
         (lambda s, f: decode(s, f, "lossless", "--num_chunks", "1"), "can only be used whole"),
         (lambda s, f: encode(f, "uniform", "--num_chunks", "1", "--overwrite"), "encode the whole context"),
         (
-            publish,
-            "recurrent states, which stores do not hold",
-        ),
-        (
             lambda s, f: run_calibration.main(
                 [
                     "--model_id",
@@ -300,7 +317,7 @@ def test_the_scripts_answer_from_states_and_say_so(specimen, prefilled, capsys, 
             "has recurrent states",
         ),
     ],
-    ids=["part", "uncovered", "store", "calibration"],
+    ids=["part", "uncovered", "calibration"],
 )
 def test_what_cannot_be_done_is_one_line(specimen, prefilled, capsys, run, reason):
     assert encode(prefilled, "lossless") == 0
@@ -342,3 +359,99 @@ def test_a_decoded_cache_cannot_be_cropped(specimen, tmp_path):
     decoded = cachegen.load(tmp_path).to_cache(model, ids)
     with pytest.raises((RuntimeError, ValueError)):
         decoded.crop(-1)
+
+
+# --- stores -----------------------------------------------------------------------------------------------------------
+
+NUM_CONTEXT = 300
+NUM_CHUNKS = 5
+LONG_PROMPT = make_ids(NUM_CONTEXT + 9)
+
+
+@pytest.fixture
+def store(specimen, tmp_path) -> Path:
+    """A store of 300 tokens in chunks of 60."""
+    loaded = specimen.exact
+    cache = prefill(loaded, LONG_PROMPT[:NUM_CONTEXT], 16)
+    chunks = {"chunk_tokens": NUM_CONTEXT // NUM_CHUNKS, "block_size": 16}
+    cachegen.publish(tmp_path, cachegen.compress(cache, LONG_PROMPT[:NUM_CONTEXT], loaded, UNIFORM_8, **chunks))
+    return tmp_path
+
+
+def damage(store: Path, chunk: int) -> None:
+    (manifest,) = (json.loads(path.read_bytes()) for path in store.rglob("documents/*/*/*.json"))
+    path = store / manifest["chunks"][chunk]["files"][0]["name"]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("damaged", [None, 0, 2, 4])
+def test_every_policy_gives_the_right_answer_whatever_is_damaged(specimen, store, policy, damaged):
+    if damaged is not None:
+        damage(store, damaged)
+    loaded = specimen.exact
+    document = find_for_model(open_store(store), loaded, LONG_PROMPT, num_threads=1)
+    assert document.is_whole_only and document.manifest.has_states
+    cache = allocate_cache(loaded.cache_layout, measure_plane_shapes(loaded), len(LONG_PROMPT), loaded.dtype)
+    # What measuring leaves in the cache is of no document.
+    measured = measure_speeds(loaded, cache, NUM_CONTEXT, LONG_PROMPT, 16, torch.device("cpu"))
+    speeds = measured if policy == "text" else Speeds(PrefillSpeed(1e5))
+    loader = make_loader(
+        document, loaded, cache, LONG_PROMPT, choose_policy(document, policy), Objective(0.001), speeds
+    )
+    with loader:
+        result = loader.run()
+    finish_cache(loaded, cache, document, result)
+    sources = [chunk.source for chunk in result.chunks]
+    assert sources == sorted(sources, reverse=True)  # text first, then the store
+    if damaged is not None:
+        assert sources[: damaged + 1] == ["text"] * (damaged + 1)
+    expected = predict_plainly(loaded.model, LONG_PROMPT)[NUM_CONTEXT:]
+    assert difference(expected, predict_from(loaded, cache, NUM_CONTEXT, LONG_PROMPT)) < 0.1
+    for layer in state_layers(cache):
+        layer.keep({name: -state for name, state in layer.kept.items()}, NUM_CONTEXT)
+    assert difference(expected, predict_from(loaded, cache, NUM_CONTEXT, LONG_PROMPT)) > 0.5
+
+
+def test_a_block_that_is_broken_off_leaves_no_states(specimen, store):
+    loaded = specimen.exact
+    document = find_for_model(open_store(store), loaded, LONG_PROMPT, num_threads=1)
+    cache = allocate_cache(loaded.cache_layout, measure_plane_shapes(loaded), len(LONG_PROMPT), loaded.dtype)
+    workers = ModelWorkers(document, loaded, cache, LONG_PROMPT, 16, torch.device("cpu"))
+    assert workers.compute(0, 16, lambda: False) and workers.compute(16, 32, lambda: False)
+    for place in (1, 2):  # the first layers have seen the block by then
+        calls = iter(range(9))
+        assert not workers.compute(32, 48, lambda calls=calls, place=place: next(calls) == place)
+    assert workers.compute(32, NUM_CONTEXT, lambda: False)
+    keep_states(cache, states_of_cache(cache), NUM_CONTEXT)
+    expected = predict_plainly(loaded.model, LONG_PROMPT)[NUM_CONTEXT:]
+    assert difference(expected, predict_from(loaded, cache, NUM_CONTEXT, LONG_PROMPT)) < EXACT_TOLERANCE
+
+
+def test_a_store_of_other_states_is_refused(specimen, store):
+    loaded = specimen.exact
+    cache, metadata = prefill_context(loaded, LONG_PROMPT[: NUM_CONTEXT + 1], block_size=16)
+    first = next(iter(metadata.states))
+    wider = {**metadata.states, first: torch.cat([metadata.states[first]] * 2, 1)}
+    encoder = make_encoder(UNIFORM, cache, dataclasses.replace(metadata, states=wider), [NUM_CONTEXT])
+    cachegen.publish(store, CompressedCache(KeptEncoding(encoder), metadata))
+    with pytest.raises(MismatchError, match=f"states: {first} is "):
+        cachegen.load(store, level=1).to_cache(loaded, LONG_PROMPT)
+
+
+def test_the_scripts_answer_from_a_store(specimen, prefilled, capsys):
+    assert encode(prefilled, "lossless") == 0
+    assert publish(prefilled) == 0
+    capsys.readouterr()
+    flags = [
+        "--path_to_context",
+        str(prefilled / "0.txt"),
+        "--path_to_encoded_kv",
+        str(prefilled / "store"),
+        "--level",
+        "1",
+    ]
+    assert run_decoding_remote.main([*model_flags(specimen), *flags, "--verify", "--json", "-"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["kl"] < 1e-4 and record["greedy_match"]
+    assert {chunk["source"] for chunk in record["chunks"]} == {"store"}

@@ -105,6 +105,13 @@ def keep_states(cache: Cache, states: States, num_tokens: int) -> None:
         layer.keep(of_layer, num_tokens)
 
 
+def forget_states(cache: Cache) -> None:
+    """Let a cache have no states, nor a place that they lead back to."""
+    for layer in state_layers(cache):
+        layer.kept, layer.kept_tokens = {}, None
+        layer.return_to(0, 0)
+
+
 def states_of_cache(cache: Any) -> dict[str, torch.Tensor]:
     """Return the recurrent states that any transformers cache holds, copied to the CPU; nothing where it has none.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cachegen.errors import BitstreamError, ConfigError, MismatchError, StoreError
+from cachegen.errors import BitstreamError, MismatchError, StoreError
 from cachegen.format.headers import ChunkHeader, DocumentHeader
 from cachegen.kv_cache import ContextMetadata, hash_token_prefixes
 from cachegen.methods import method_of, open_document, parse_chunk
@@ -112,7 +112,6 @@ def publish_document(
 
     Raises:
         BitstreamError: a file is corrupt.
-        ConfigError: the document has recurrent states.
         MismatchError: the levels, or levels and metadata, do not belong together.
         OutputError: the store cannot be written.
     """
@@ -121,8 +120,6 @@ def publish_document(
     documents = [open_document(level.tables_file) for level in levels]
     _check_together([document.header for document in documents], metadata)
     header = documents[0].header
-    if header.has_states:
-        raise ConfigError("the document has recurrent states, which stores do not hold: read it from its folder")
     stops = list(itertools.accumulate(header.chunk_tokens))
     hashes = hash_token_prefixes(metadata.token_ids, stops)
     descriptions, chunk_files = [], []
@@ -157,6 +154,7 @@ def publish_document(
             )
         ),
         first_stored=header.first_stored,
+        has_states=header.has_states,
     )
     content, name = pack_manifest(manifest), manifest_name(manifest)
     unpack_manifest(content)  # what we would refuse must not be written
@@ -337,6 +335,7 @@ def _check_together(headers: Sequence[DocumentHeader], metadata: ContextMetadata
             ("prefill_block_size", header.prefill_block_size, first.prefill_block_size),
             ("chunk_tokens", header.chunk_tokens, first.chunk_tokens),
             ("first_stored", header.first_stored, first.first_stored),
+            ("states", (header.states_bytes, header.states_crc), (first.states_bytes, first.states_crc)),
             ("planes", header.shapes, first.shapes),
         ]
         for field, found, wanted in gates:

@@ -86,6 +86,7 @@ class Manifest:
         values_per_token: scalars of keys and values of all layers; bounds every file's size.
         first_stored: per layer, the first token that the chunks hold, as in a `DocumentHeader`; empty where they hold
             all. The manifest has the field only where it is not empty.
+        has_states: whether the tables files end with recurrent states. The manifest has the field only where they do.
     """
 
     model_id: str
@@ -99,11 +100,12 @@ class Manifest:
     levels: tuple[Level, ...]
     chunks: tuple[ChunkEntry, ...]
     first_stored: tuple[int, ...] = ()
+    has_states: bool = False
 
     @property
     def is_whole_only(self) -> bool:
         """Whether the chunks are of use only all together."""
-        return bool(self.first_stored)
+        return bool(self.first_stored) or self.has_states
 
     @property
     def num_covered_tokens(self) -> int:
@@ -125,6 +127,8 @@ def pack_manifest(manifest: Manifest) -> bytes:
     content = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, **asdict(manifest)}
     if not manifest.first_stored:
         del content["first_stored"]
+    if not manifest.has_states:
+        del content["has_states"]
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
@@ -178,7 +182,8 @@ def is_object_name(name: object) -> bool:
 
 
 def _read_manifest(fields: Fields) -> Manifest:
-    names = [name for name in Manifest.__dataclass_fields__ if name != "first_stored" or name in fields]
+    optional = {"first_stored", "has_states"}
+    names = [name for name in Manifest.__dataclass_fields__ if name not in optional or name in fields]
     fields.require(("format", "version", *names))
     levels = tuple(
         _read_level(level, number) for number, level in enumerate(fields.objects("levels", 1, MAX_STORED_LEVELS), 1)
@@ -205,7 +210,16 @@ def _read_manifest(fields: Fields) -> Manifest:
         levels=levels,
         chunks=tuple(chunks),
         first_stored=_read_first_stored(fields, chunks[-1].end_token),
+        has_states=_read_has_states(fields, chunks[-1].end_token == num_cache_tokens),
     )
+
+
+def _read_has_states(fields: Fields, covers_all: bool) -> bool:
+    if "has_states" not in fields:
+        return False
+    if not fields.flag("has_states") or not covers_all:
+        raise fields.error("has_states", "must be true, of chunks that cover the whole cache")
+    return True
 
 
 def _read_first_stored(fields: Fields, num_covered: int) -> tuple[int, ...]:

@@ -14,11 +14,12 @@ import torch
 
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
-from cachegen.errors import ConfigError
+from cachegen.errors import ConfigError, MismatchError
 from cachegen.kv_cache import hash_rotary_embeddings
 from cachegen.methods import method_named
 from cachegen.methods.base import FindProfile
 from cachegen.pipeline.decode import check_windows, copy_cache, empty_on
+from cachegen.states import find_different_state
 from cachegen.store.store import Store
 from cachegen.streaming.load_report import LoadResult
 from cachegen.streaming.loader import SILENCE_SECONDS, Loader
@@ -102,6 +103,7 @@ class ModelWorkers:
         """Compute a block; see `loader.Workers`. It can break off before every layer."""
         from cachegen.pipeline.model_cache import set_length
         from cachegen.pipeline.prefill import extend_cache
+        from cachegen.pipeline.state_layers import keep_states, states_of_cache
 
         thread = threading.get_ident()
 
@@ -111,6 +113,9 @@ class ModelWorkers:
                 raise _Interrupted
 
         set_length(self.cache, start)
+        if start:
+            # Layers that were reached before it broke off have states behind the block: this leads back.
+            keep_states(self.cache, states_of_cache(self.cache), start)
         hooks = [layer.register_forward_pre_hook(look) for layer in self.loaded.layers]
         try:
             extend_cache(self.loaded, self.cache, self.token_ids[start:stop], self.block_size)
@@ -200,16 +205,38 @@ def make_loader(
 
 
 def finish_cache(loaded: LoadedModel, cache: Cache, document: RemoteDocument, result: LoadResult) -> None:
-    """Let a cache hold what was loaded, and refuse from now on to let it hold less where layers lack tokens."""
+    """Let a cache hold what was loaded, and refuse from now on to let it hold less where layers lack tokens.
+
+    Raises:
+        BitstreamError, MismatchError: the document's recurrent states are corrupt, or of another model.
+    """
     from cachegen.pipeline.model_cache import keep_whole, set_length
+    from cachegen.pipeline.state_layers import state_layers
     from cachegen.pipeline.windows import find_missing
 
-    set_length(cache, document.num_tokens)
     computed = itertools.takewhile(lambda chunk: chunk.source == "text", result.chunks)
     num_computed = sum(chunk.num_tokens for chunk in computed)
+    if document.manifest.has_states or state_layers(cache):
+        _put_states(loaded, cache, document, num_computed)
+    set_length(cache, document.num_tokens)
     first_stored = document.manifest.first_stored
     if max(first_stored, default=0) > num_computed:
         keep_whole(cache, document.num_tokens, find_missing(loaded.text_config, first_stored, document.num_tokens))
+
+
+def _put_states(loaded: LoadedModel, cache: Cache, document: RemoteDocument, num_computed: int) -> None:
+    """Give a cache the recurrent states at the end of a document: those computed, if all of it was."""
+    from cachegen.pipeline.prefill import measure_cache
+    from cachegen.pipeline.state_layers import keep_states, states_of_cache
+
+    if num_computed == document.num_tokens:
+        states = states_of_cache(cache)
+    else:
+        states = document.read_states()
+        difference = find_different_state(states, states_of_cache(measure_cache(loaded)))
+        if difference is not None:
+            raise MismatchError(f"{document.address}: states: {difference}: the document is of another model")
+    keep_states(cache, states, document.num_tokens)
 
 
 @torch.inference_mode()
@@ -238,12 +265,20 @@ def measure_speeds(
     from cachegen.pipeline.generate import generate_answer
     from cachegen.pipeline.model_cache import set_length, view_kv_cache
     from cachegen.pipeline.prefill import extend_cache
+    from cachegen.pipeline.state_layers import forget_states, keep_states, states_of_cache
 
     num_block = min(block_size, num_tokens)
     last = num_tokens - num_block
 
+    def hold(num_held: int) -> None:
+        set_length(cache, 0)
+        if num_held:
+            # For the time they take, any recurrent states do; there are some once a block was computed.
+            keep_states(cache, states_of_cache(cache), num_held)
+            set_length(cache, num_held)
+
     def time_block(start: int) -> float:
-        set_length(cache, start)
+        hold(start)
         begin = time.perf_counter()
         extend_cache(loaded, cache, token_ids[start : start + num_block], block_size)
         _wait_for(loaded.device)
@@ -256,11 +291,13 @@ def measure_speeds(
     slope = max(last_seconds - first_seconds, 0.0)
     attention_seconds = slope / (2 * num_block * last) if last else 0.0
     linear_seconds = max(first_seconds - attention_seconds * num_block**2, first_seconds / 10)
+    hold(num_tokens)
     answer = generate_answer(loaded, cache, num_tokens, token_ids[: num_tokens + 1], 1, block_size)
     prefill = PrefillSpeed(num_block / linear_seconds, attention_seconds)
     slowdown = 0.0
     if decoding_device.type == loaded.device.type:
         slowdown = 1.0 if decoding_device.type == "cuda" else _measure_slowdown(last_seconds, lambda: time_block(last))
+    forget_states(cache)
     speeds = Speeds(
         prefill=prefill,
         decode=DecodeSpeed(compute_slowdown=slowdown),

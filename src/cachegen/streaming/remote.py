@@ -16,6 +16,7 @@ from cachegen.kv_cache import KVCache, describe_difference
 from cachegen.methods import open_document
 from cachegen.methods.base import Document, FindProfile
 from cachegen.methods.profile_files import AnyProfile
+from cachegen.states import States
 from cachegen.store.catalog import FoundDocument, find_document
 from cachegen.store.manifest import Manifest, StoredObject
 from cachegen.store.profiles import ProfileFetcher
@@ -112,7 +113,7 @@ class RemoteDocument:
 
     @property
     def is_whole_only(self) -> bool:
-        """Whether the chunks lack what tokens within the document attend to."""
+        """Whether the chunks lack what tokens within the document attend to, or recurrent states belong to them."""
         return self.manifest.is_whole_only
 
     @property
@@ -181,6 +182,20 @@ class RemoteDocument:
                 self._check_document(document, self.describe(tables))
                 self._documents[tables.sha256] = document
             return self._documents[tables.sha256]
+
+    def read_states(self) -> States:
+        """Return the recurrent states at the end of the document, once a level is open; nothing for a model without.
+
+        Raises:
+            BitstreamError: they are corrupt in spite of their hash: they were published so.
+        """
+        for level in self.manifest.levels:
+            if level.tables.sha256 in self._documents:
+                try:
+                    return self._documents[level.tables.sha256].read_states()
+                except BitstreamError as error:
+                    raise error.at(self.describe(level.tables)) from error
+        return {}
 
     def _find_profile_or_fetch(self, profile_hash: bytes) -> AnyProfile:
         """Return the profile that is at hand, or else the store's.
@@ -286,6 +301,7 @@ class RemoteDocument:
             ("values_per_token", header.values_per_token, manifest.values_per_token),
             ("chunk_tokens", header.chunk_tokens, tuple(chunk.num_tokens for chunk in manifest.chunks)),
             ("first_stored", header.first_stored, manifest.first_stored),
+            ("has_states", header.has_states, manifest.has_states),
         ]
         difference = describe_difference(header.shapes, self._plane_shapes) if self._plane_shapes is not None else None
         if difference is not None:
