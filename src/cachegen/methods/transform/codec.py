@@ -162,7 +162,7 @@ class TransformDocument(Document):
             if not num_tokens:
                 continue  # nor are there streams
             num_absent = output.num_tokens - num_tokens
-            decoded = [torch.zeros(num_tokens, widths[group], dtype=torch.int32, device=self.device) for group in batch]
+            decoded = [torch.empty(num_tokens, widths[group], dtype=torch.int32, device=self.device) for group in batch]
             for level, (chunk, header) in enumerate(zip(chunks, headers, strict=True)):
                 groups = [
                     ComponentGroup(
@@ -180,7 +180,7 @@ class TransformDocument(Document):
                 offsets[level] += num_bytes
             for group, components in zip(batch, decoded, strict=True):
                 part = output.slice(num_absent, output.num_tokens)
-                self.transforms[group].synthesize(components, step, part, first_token + num_absent)
+                self.transforms[group].synthesize(components, step, part, first_token + num_absent, num_threads)
         place_exact_values(exact, output)
 
         def finish_all() -> None:
@@ -374,10 +374,8 @@ class TransformEncoder(Encoder):
             quantized = quantize_components(transform.analyze(vectors, num_coded[-1]), steps[0], num_coded)
             values = join_planes(transform.planes(block), [None] * len(transform.planes(block)), position, self._device)
             for loss, components, step, errors in zip(losses, quantized, steps, expected, strict=True):
-                decoded = torch.cat(
-                    [plane.flatten(1) for plane in transform.reconstruct(components, step, position)], 1
-                )
-                loss.add(values, decoded, errors, block.dtype, begin, first_channel)
+                decoded = transform.decode_block(components, step, block.dtype, position, self._num_threads)
+                loss.add(values, decoded, errors, begin, first_channel)
             blocks.append(quantized)
         return [torch.cat(parts) for parts in zip(*blocks, strict=True)]  # of no blocks: nothing
 

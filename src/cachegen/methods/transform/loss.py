@@ -31,20 +31,19 @@ class LossMeter:
         values: torch.Tensor,
         decoded: torch.Tensor,
         expected: torch.Tensor,
-        dtype: torch.dtype,
         first_token: int,
         first_channel: int,
     ) -> None:
         """Compare a block.
 
         Args:
-            values, decoded: fp32 `[num_tokens, num_channels]`; the latter are not rounded to `dtype` yet.
+            values: fp32 `[num_tokens, num_channels]`.
+            decoded: the same in the dtype of the cache.
             expected: the error to expect, `[num_channels]`.
-            dtype: of the cache.
             first_token, first_channel: of the block, in the chunk.
         """
-        info = torch.finfo(dtype)
-        errors = (values - decoded.to(dtype).float()).abs_()
+        info = torch.finfo(decoded.dtype)
+        errors = (values - decoded.float()).abs_()
         bound = EXPECTED_ERRORS * torch.maximum(expected, usual_size(errors))
         # Another device may round away from zero where ours did not, so that what comes near the largest number of the
         # dtype must not be left to it.

@@ -20,6 +20,12 @@ import torch
 
 from cachegen.kv_cache import KVCache
 from cachegen.methods.rotary import Turns
+from cachegen.methods.transform.integers import (
+    IntegerMatrix,
+    has_integer_synthesis,
+    make_integer_matrix,
+    synthesize,
+)
 from cachegen.methods.transform.products import multiply
 from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile, TransformGroup
 from cachegen.rotation import Rotation
@@ -27,6 +33,9 @@ from cachegen.rotation import Rotation
 LEVEL_RATIO = 3
 """The step of a level over that of the next one."""
 LEVEL_RATIO_LOG = 25  # 16 log2 3, rounded
+HALF_BYTES = 2
+MAX_KEPT_STEPS = 4
+"""Steps whose matrices in integers are kept: as many as a document has levels."""
 SINK_TOKENS = 4
 """First tokens that a model computes itself: much attention rests on them, and they are unlike all others."""
 BLOCK_TOKENS = 512  # at a time, so that temporaries stay small
@@ -80,6 +89,8 @@ class GroupTransform:
         self._expected: dict[tuple[float, int], torch.Tensor] = {}
         self._may_round = may_round and has_bf16_products(device)
         self._rounded_synthesis: torch.Tensor | None = None
+        self._may_use_integers = may_round and device.type == "cpu" and has_integer_synthesis()
+        self._integers: dict[tuple[float, int], IntegerMatrix | None] = {}
         self._deviations = self._spread(self._scales())
         self._analysis: torch.Tensor | None = None
         if group.analysis is not None:
@@ -123,20 +134,81 @@ class GroupTransform:
             return vectors
         return torch.where(distance <= limit, vectors, self._mean)
 
-    def synthesize(self, components: torch.Tensor, step: float, output: KVCache, first_token: int) -> None:
+    def synthesize(
+        self, components: torch.Tensor, step: float, output: KVCache, first_token: int, num_threads: int = 1
+    ) -> None:
         """Write the keys and values that quantized components stand for.
 
         Args:
-            components: integers `[num_tokens, num_components]`, in steps; the first components, the rest are zero.
+            components: int32 `[num_tokens, num_components]`, in steps; the first components, the rest are zero.
             step: the quantization step.
             output: all layers, on the transform's device; only the group's are written.
             first_token: the position of the output's first token.
+            num_threads: of the kernels in integers; torch has a number of its own.
         """
         for start in range(0, output.num_tokens, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, output.num_tokens)
-            parts = self.reconstruct(components[start:stop], step, first_token + start)
-            for part, plane in zip(parts, self.planes(output.slice(start, stop)), strict=True):
+            planes = self.planes(output.slice(start, stop))
+            self.synthesize_block(components[start:stop], step, planes, first_token + start, num_threads)
+
+    def synthesize_block(
+        self,
+        components: torch.Tensor,
+        step: float,
+        planes: Sequence[torch.Tensor],
+        first_token: int,
+        num_threads: int = 1,
+    ) -> None:
+        """Write a block's keys and values, rounded to the planes' dtype; the same for all threads and processors.
+
+        Args:
+            components: as in `synthesize`, of at most `BLOCK_TOKENS` tokens.
+            planes: the group's.
+        """
+        matrix = self._find_integers(step, components.shape[1]) if self._takes_integers(planes) else None
+        if matrix is None:
+            for part, plane in zip(self.reconstruct(components, step, first_token), planes, strict=True):
                 plane.copy_(part)
+            return
+        turns = Turns(len(components), first_token, self._device)
+        angles = [turns.angles(rotation) for rotation in self._rotations]
+        misfits = synthesize(matrix, components.contiguous(), planes, self._rotations, angles, num_threads)
+        for token in misfits.nonzero()[0].tolist():
+            one = slice(token, token + 1)
+            parts = self.reconstruct(components[one], step, first_token + token)
+            for part, plane in zip(parts, planes, strict=True):
+                plane[one].copy_(part)
+
+    def decode_block(
+        self, components: torch.Tensor, step: float, dtype: torch.dtype, first_token: int, num_threads: int = 1
+    ) -> torch.Tensor:
+        """Return what a block decodes to, `[num_tokens, num_channels]` of a dtype.
+
+        Args:
+            components: as in `synthesize_block`.
+        """
+        decoded = torch.empty(len(components), self.group.num_channels, dtype=dtype, device=self._device)
+        parts = torch.split(decoded, [heads * dim for heads, dim in self._shapes], dim=1)
+        planes = [part.view(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        self.synthesize_block(components, step, planes, first_token, num_threads)
+        return decoded
+
+    def _takes_integers(self, planes: Sequence[torch.Tensor]) -> bool:
+        """Tell whether the kernels in integers can write to these planes."""
+        return self._may_use_integers and all(
+            plane.element_size() == HALF_BYTES and plane.stride(2) == 1 and plane.numel() > 0 for plane in planes
+        )
+
+    def _find_integers(self, step: float, num_components: int) -> IntegerMatrix | None:
+        """Return the matrix in integers for a step; None where rounding it would lose too much."""
+        key = step, num_components
+        if key not in self._integers:
+            channels = [heads * dim for heads, dim in self._shapes]
+            parts = (self._synthesis, self._mean, self._scales(), channels, step, num_components)
+            while len(self._integers) >= MAX_KEPT_STEPS:
+                del self._integers[next(iter(self._integers))]
+            self._integers[key] = make_integer_matrix(*parts)
+        return self._integers[key]
 
     def reconstruct(self, components: torch.Tensor, step: float, first_token: int) -> list[torch.Tensor]:
         """Return the keys and values that quantized components stand for, before they are rounded to a dtype.
