@@ -77,6 +77,7 @@ def synthesize_levels(cache: KVCache, profile: Profile, step_log: int, num_level
 def exact_products(monkeypatch) -> None:
     """As on a processor without products in bf16, whose rounding test_transform.py bounds."""
     monkeypatch.setattr(transform, "has_bf16_products", lambda device: False)
+    monkeypatch.setattr(transform, "CAN_MULTIPLY_BF16", False)
 
 
 @pytest.mark.usefixtures("exact_products")

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/analysis.h"
 #include "cpu/checksum.h"
 #include "cpu/chunk_kernels.h"
 #include "cpu/cpu_kernels.h"
@@ -443,6 +444,106 @@ Reference synthesize_planes(const Arguments& arguments) {
     return Reference::borrow(misfits.get());
 }
 
+Dtype to_half_dtype(int dtype) {
+    if (dtype != static_cast<int>(Dtype::kFloat16) && dtype != static_cast<int>(Dtype::kBfloat16))
+        throw ValueError("dtype must be of 16 bits");
+    return static_cast<Dtype>(dtype);
+}
+
+int64_t count_channels(const std::vector<SynthesisPlane>& planes) {
+    int64_t total = 0;
+    for (const SynthesisPlane& plane : planes) total += plane.num_heads * plane.head_dim;
+    return total;
+}
+
+// Whether this processor has gather_rows and measure_errors, and whether multiply_bf16.
+Reference analysis_of_processor(const Arguments& arguments) {
+    static const char* const kNames[] = {nullptr};
+    arguments.read(":analysis", kNames);
+    return Reference(Py_BuildValue("(OO)", can_gather() ? Py_True : Py_False, can_multiply_bf16() ? Py_True : Py_False));
+}
+
+// The values of planes less means float32 [num_channels], as rows; see analysis.h. Returns (rows float32
+// [num_tokens, num_channels], or uint16 of bf16 [num_tokens, num_channels rounded up to 2], largest and sums of their
+// sizes float32 [num_channels]).
+Reference gather_rows_of(const Arguments& arguments) {
+    static const char* const kNames[] = {"planes", "dtype", "num_tokens", "means", "is_bf16", "num_threads", nullptr};
+    PyObject *plane_list, *means_object;
+    long long num_tokens;
+    int dtype, is_bf16, num_threads;
+    arguments.read("OiLOii:gather_rows", kNames, &plane_list, &dtype, &num_tokens, &means_object, &is_bf16,
+                   &num_threads);
+    if (!can_gather()) throw ValueError("this processor has no gather_rows");
+    const SynthesisPlaneArrays planes(plane_list, num_tokens);
+    const Array<float> means(means_object, "means");
+    const int64_t num_channels = count_channels(planes.get());
+    if (means.size() != num_channels) throw ValueError("means has another size");
+    ChannelSizes sizes;
+    const auto run = [&](void* rows, int64_t stride) {
+        const UnlockedInterpreter unlocked;
+        gather_rows(planes.get(), to_half_dtype(dtype), num_tokens, means.data(), is_bf16 != 0, rows, stride,
+                    num_threads, sizes);
+    };
+    const int64_t stride = is_bf16 != 0 ? round_up(num_channels, 2) : num_channels;
+    Reference rows;
+    if (is_bf16 != 0) {
+        const NewArray<uint16_t> made({num_tokens, stride});
+        run(made.data(), stride);
+        rows = Reference::borrow(made.get());
+    } else {
+        const NewArray<float> made({num_tokens, stride});
+        run(made.data(), stride);
+        rows = Reference::borrow(made.get());
+    }
+    return Reference(
+        Py_BuildValue("(OOO)", rows.get(), copy_to_array(sizes.largest).get(), copy_to_array(sizes.sums).get()));
+}
+
+// Rows uint16 [num_tokens, 2 num_pairs] of bf16 times a matrix uint16 [num_blocks, num_pairs, 64, 2] of bf16, of which
+// the first blocks are taken: float32 [num_tokens, 64 blocks].
+Reference multiply_bf16_of(const Arguments& arguments) {
+    static const char* const kNames[] = {"rows", "matrix", "num_blocks", "num_threads", nullptr};
+    PyObject *rows_object, *matrix_object;
+    long long num_blocks;
+    int num_threads;
+    arguments.read("OOLi:multiply_bf16", kNames, &rows_object, &matrix_object, &num_blocks, &num_threads);
+    if (!can_multiply_bf16()) throw ValueError("this processor has no multiply_bf16");
+    const Array<uint16_t> rows(rows_object, "rows"), matrix(matrix_object, "matrix");
+    if (rows.num_dimensions() != 2 || matrix.num_dimensions() != 4 || matrix.shape(2) != kAnalysisComponents ||
+        matrix.shape(3) != 2 || rows.shape(1) != 2 * matrix.shape(1) || num_blocks < 0 || num_blocks > matrix.shape(0))
+        throw ValueError("rows or matrix has another shape");
+    const NewArray<float> components({rows.shape(0), num_blocks * kAnalysisComponents});
+    {
+        const UnlockedInterpreter unlocked;
+        multiply_bf16(rows.data(), rows.shape(0), matrix.shape(1), matrix.data(), num_blocks, components.data(),
+                      num_threads);
+    }
+    return Reference::borrow(components.get());
+}
+
+// Compare planes with what they decode to, given as uint16 [num_tokens, num_channels] of their dtype. Returns (largest
+// errors and sums of errors float32 [num_channels], the least and the greatest decoded value or 0).
+Reference measure_errors_of(const Arguments& arguments) {
+    static const char* const kNames[] = {"planes", "dtype", "decoded", "num_threads", nullptr};
+    PyObject *plane_list, *decoded_object;
+    int dtype, num_threads;
+    arguments.read("OiOi:measure_errors", kNames, &plane_list, &dtype, &decoded_object, &num_threads);
+    if (!can_gather()) throw ValueError("this processor has no measure_errors");
+    const Array<uint16_t> decoded(decoded_object, "decoded");
+    if (decoded.num_dimensions() != 2) throw ValueError("decoded must be [num_tokens, num_channels]");
+    const SynthesisPlaneArrays planes(plane_list, decoded.shape(0));
+    if (decoded.shape(1) != count_channels(planes.get())) throw ValueError("decoded has another shape");
+    ChannelSizes sizes;
+    float least, most;
+    {
+        const UnlockedInterpreter unlocked;
+        measure_errors(planes.get(), to_half_dtype(dtype), decoded.shape(0), decoded.data(), num_threads, sizes, &least,
+                       &most);
+    }
+    return Reference(Py_BuildValue("(OOff)", copy_to_array(sizes.largest).get(), copy_to_array(sizes.sums).get(), least,
+                                   most));
+}
+
 // --- method lossless -------------------------------------------------------------------------------------------------
 
 // Returns the streams as bytes: for each block of tokens one per layer.
@@ -562,6 +663,10 @@ Reference make_module() {
                                       python::describe_function<decode_symbols>("decode_symbols"),
                                       python::describe_function<encode_components_of>("encode_components"),
                                       python::describe_function<decode_components_of>("decode_components"),
+                                      python::describe_function<analysis_of_processor>("analysis"),
+                                      python::describe_function<gather_rows_of>("gather_rows"),
+                                      python::describe_function<multiply_bf16_of>("multiply_bf16"),
+                                      python::describe_function<measure_errors_of>("measure_errors"),
                                       python::describe_function<pack_synthesis_of>("pack_synthesis"),
                                       python::describe_function<synthesize_planes>("synthesize"),
                                       python::describe_function<lossless_encode>("lossless_encode"),

@@ -46,7 +46,6 @@ from cachegen.methods.transform.transform import (
     BLOCK_TOKENS,
     LEVEL_RATIO_LOG,
     GroupTransform,
-    join_planes,
     quantize_components,
     step_of_level,
 )
@@ -370,12 +369,12 @@ class TransformEncoder(Encoder):
         for begin in range(first_stored, tokens.num_tokens, BLOCK_TOKENS):
             block = tokens.slice(begin, min(begin + BLOCK_TOKENS, tokens.num_tokens))
             position = first_token + begin
-            vectors = transform.replace_outliers(transform.join(block, position))
-            quantized = quantize_components(transform.analyze(vectors, num_coded[-1]), steps[0], num_coded)
-            values = join_planes(transform.planes(block), [None] * len(transform.planes(block)), position, self._device)
-            for loss, components, step, errors in zip(losses, quantized, steps, expected, strict=True):
-                decoded = transform.decode_block(components, step, block.dtype, position, self._num_threads)
-                loss.add(values, decoded, errors, begin, first_channel)
+            components = transform.analyze_block(block, position, num_coded[-1], steps[-1], self._num_threads)
+            quantized = quantize_components(components, steps[0], num_coded)
+            planes = transform.planes(block)
+            for loss, integers, step, errors in zip(losses, quantized, steps, expected, strict=True):
+                decoded = transform.decode_block(integers, step, block.dtype, position, self._num_threads)
+                loss.add(planes, decoded, errors, begin, first_channel, self._num_threads)
             blocks.append(quantized)
         return [torch.cat(parts) for parts in zip(*blocks, strict=True)]  # of no blocks: nothing
 

@@ -25,6 +25,7 @@ DENSE_DEVIATION = 1.0
 """Components whose deviation is at least so many steps are dense: adding rows for each unit of theirs takes longer."""
 MAX_INTEGER_SHARE = 0.0025
 """Of the error of quantizing, that rounding the matrix to bytes may add, in the mean over channels."""
+HALF_BYTES = 2
 _QUAD = 4  # dense components come by fours
 
 
@@ -117,21 +118,41 @@ def synthesize(
     Returns:
         Bool `[num_tokens]`: the tokens whose components are beyond the kernels; their values are not right.
     """
-    nothing = np.empty((len(components), 0), np.float32)
+    misfits = _native.synthesize(
+        np.asarray(components),
+        matrix.parts,
+        describe_planes(planes, rotations, angles),
+        int(DTYPES[planes[0].dtype]),
+        num_threads,
+        native_path(path),
+    )
+    return misfits.astype(np.bool_)
+
+
+def describe_planes(
+    planes: Sequence[torch.Tensor], rotations: Sequence[Rotation | None], angles: Sequence[Angles | None]
+) -> list[tuple[Any, ...]]:
+    """Return planes as the native kernels take them.
+
+    Args:
+        planes: as `synthesize` takes them; they must outlive what is returned.
+        angles: of each plane; None: it is taken as it is.
+    """
+    nothing = np.empty((len(planes[0]), 0), np.float32)
     described: list[tuple[Any, ...]] = []
     for plane, rotation, turned in zip(planes, rotations, angles, strict=True):
         address = (plane.data_ptr(), plane.stride(0), plane.stride(1), plane.shape[1], plane.shape[2])
         if rotation is None or turned is None:
             described.append((*address, nothing, nothing, 0, False))
             continue
-        cosines, sines = (part[:, 0].numpy() for part in turned)
+        cosines, sines = (part[:, 0].contiguous().numpy() for part in turned)
         described.append((*address, cosines, sines, rotation.offset, rotation.pairing == "interleaved"))
-    misfits = _native.synthesize(
-        np.asarray(components),
-        matrix.parts,
-        described,
-        int(DTYPES[planes[0].dtype]),
-        num_threads,
-        native_path(path),
+    return described
+
+
+def are_native_planes(planes: Sequence[torch.Tensor]) -> bool:
+    """Tell whether native kernels can read and write these planes: 16 bits per value, heads contiguous, not empty."""
+    return all(
+        plane.device.type == "cpu" and plane.element_size() == HALF_BYTES and plane.stride(2) == 1 and plane.numel() > 0
+        for plane in planes
     )
-    return misfits.astype(np.bool_)

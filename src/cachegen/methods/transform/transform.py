@@ -20,8 +20,10 @@ import torch
 
 from cachegen.kv_cache import KVCache
 from cachegen.methods.rotary import Turns
+from cachegen.methods.transform.analysis import CAN_GATHER, CAN_MULTIPLY_BF16, RoundedAnalysis, gather_rows
 from cachegen.methods.transform.integers import (
     IntegerMatrix,
+    are_native_planes,
     has_integer_synthesis,
     make_integer_matrix,
     synthesize,
@@ -33,7 +35,6 @@ from cachegen.rotation import Rotation
 LEVEL_RATIO = 3
 """The step of a level over that of the next one."""
 LEVEL_RATIO_LOG = 25  # 16 log2 3, rounded
-HALF_BYTES = 2
 MAX_KEPT_STEPS = 4
 """Steps whose matrices in integers are kept: as many as a document has levels."""
 SINK_TOKENS = 4
@@ -93,6 +94,7 @@ class GroupTransform:
         self._integers: dict[tuple[float, int], IntegerMatrix | None] = {}
         self._deviations = self._spread(self._scales())
         self._analysis: torch.Tensor | None = None
+        self._rounded_analysis: RoundedAnalysis | None = None
         if group.analysis is not None:
             # Column after column, so that the first components' are contiguous.
             analysis = group.analysis.T.to(device=device, dtype=torch.float32).contiguous().T
@@ -120,6 +122,42 @@ class GroupTransform:
         if self._analysis is None:
             raise ValueError("the profile was loaded without its analysis matrices")
         return multiply(vectors - self._mean, self._analysis[:, :num_components])
+
+    def analyze_block(
+        self, block: KVCache, first_token: int, num_components: int, step: float, num_threads: int = 1
+    ) -> torch.Tensor:
+        """Return the components of a block of a cache, fp32 `[num_tokens, num_components]`.
+
+        Args:
+            block: all layers, at most `BLOCK_TOKENS` tokens.
+            first_token: the block's first position.
+            num_components: only the first so many.
+            step: of the finest level; components are no more exact than it needs.
+        """
+        found = self._analyze_in_passes(block, first_token, num_components, step, num_threads)
+        if found is not None:
+            return found
+        return self.analyze(self.replace_outliers(self.join(block, first_token)), num_components)
+
+    def _analyze_in_passes(
+        self, block: KVCache, first_token: int, num_components: int, step: float, num_threads: int
+    ) -> torch.Tensor | None:
+        """Do what `analyze_block` does in native passes; None where they do not serve."""
+        planes = self.planes(block)
+        if not CAN_GATHER or self._analysis is None or not self._takes_integers(planes):
+            return None
+        turns = Turns(block.num_tokens, first_token, self._device)
+        angles = [turns.undoing_angles(rotation) for rotation in self._rotations]
+        arguments = (planes, self._rotations, angles, self._mean)
+        rows, sizes = gather_rows(*arguments, is_bf16=CAN_MULTIPLY_BF16, num_threads=num_threads)
+        usual = sizes.sums / block.num_tokens if block.num_tokens >= LEAST_TOKENS else torch.zeros_like(sizes.sums)
+        if not sizes.are_within(OUTLIER_DEVIATIONS * torch.maximum(self._deviations, usual)):
+            return None
+        if not CAN_MULTIPLY_BF16:
+            return multiply(torch.from_numpy(rows), self._analysis[:, :num_components])
+        if self._rounded_analysis is None:
+            self._rounded_analysis = RoundedAnalysis(self._analysis)
+        return self._rounded_analysis.multiply(rows, num_components, step, num_threads)
 
     def replace_outliers(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return vectors whose values far from all that the profile knows are the profile's mean.
@@ -195,9 +233,7 @@ class GroupTransform:
 
     def _takes_integers(self, planes: Sequence[torch.Tensor]) -> bool:
         """Tell whether the kernels in integers can write to these planes."""
-        return self._may_use_integers and all(
-            plane.element_size() == HALF_BYTES and plane.stride(2) == 1 and plane.numel() > 0 for plane in planes
-        )
+        return self._may_use_integers and are_native_planes(planes)
 
     def _find_integers(self, step: float, num_components: int) -> IntegerMatrix | None:
         """Return the matrix in integers for a step; None where rounding it would lose too much."""
