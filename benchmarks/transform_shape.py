@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for way in ways:
         way.set()
         documents.append(case.open(dataclasses.replace(case.decoding_profile)))
-        seconds = _time(lambda: case.decode(documents[-1], kernels))  # noqa: B023  (called here)
+        seconds = _time(lambda: case.decode(documents[-1], kernels))
         rows.append({"way": way.name, "first_seconds": seconds, "mean_squared_error": case.mean_squared_error()})
     best: dict[str, float] = {}
 
@@ -226,7 +226,7 @@ def count_operations(case: Case, document: TransformDocument) -> dict[str, float
     def count(group: GroupTransform, components: torch.Tensor, step: float, *rest: Any) -> None:
         nonlocal num_tokens
         channels = group.group.num_channels
-        matrix = group._find_integers(step, components.shape[1])  # noqa: SLF001
+        matrix = group._find_integers(step, components.shape[1])
         num_dense = components.shape[1] if matrix is None else matrix.num_dense
         num_tokens += len(components)
         counts["all_coded"] += len(components) * components.shape[1] * channels

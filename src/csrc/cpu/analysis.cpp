@@ -40,9 +40,7 @@ CACHEGEN_GATHER inline __m256 widen(const uint16_t* values, int64_t count) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
 }
 
-CACHEGEN_GATHER inline __m256 magnitude(__m256 values) {
-    return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), values);
-}
+CACHEGEN_GATHER inline __m256 magnitude(__m256 values) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), values); }
 
 // Keep the largest and the sum. What is no number may be lost to the maximum, and stays in the sum.
 CACHEGEN_GATHER inline void add_sizes(__m256 values, float* largest, float* sums) {
@@ -93,8 +91,8 @@ CACHEGEN_GATHER void gather_tokens(const std::vector<SynthesisPlane>& planes, in
             const uint16_t* const values = plane.values + token * plane.token_stride;
             for (int64_t head = 0; head < plane.num_heads; ++head, target += plane.head_dim) {
                 for (int64_t dim = 0; dim < plane.head_dim; dim += kWidth)
-                    _mm256_storeu_ps(target + dim, widen<kIsHalf>(values + head * plane.head_stride + dim,
-                                                                  plane.head_dim - dim));
+                    _mm256_storeu_ps(target + dim,
+                                     widen<kIsHalf>(values + head * plane.head_stride + dim, plane.head_dim - dim));
                 if (plane.num_pairs != 0)
                     undo_head(target, plane, plane.cosines + token * plane.num_pairs,
                               plane.sines + token * plane.num_pairs);

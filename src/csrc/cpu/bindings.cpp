@@ -460,7 +460,8 @@ int64_t count_channels(const std::vector<SynthesisPlane>& planes) {
 Reference analysis_of_processor(const Arguments& arguments) {
     static const char* const kNames[] = {nullptr};
     arguments.read(":analysis", kNames);
-    return Reference(Py_BuildValue("(OO)", can_gather() ? Py_True : Py_False, can_multiply_bf16() ? Py_True : Py_False));
+    return Reference(
+        Py_BuildValue("(OO)", can_gather() ? Py_True : Py_False, can_multiply_bf16() ? Py_True : Py_False));
 }
 
 // The values of planes less means float32 [num_channels], as rows; see analysis.h. Returns (rows float32
@@ -540,8 +541,8 @@ Reference measure_errors_of(const Arguments& arguments) {
         measure_errors(planes.get(), to_half_dtype(dtype), decoded.shape(0), decoded.data(), num_threads, sizes, &least,
                        &most);
     }
-    return Reference(Py_BuildValue("(OOff)", copy_to_array(sizes.largest).get(), copy_to_array(sizes.sums).get(), least,
-                                   most));
+    return Reference(
+        Py_BuildValue("(OOff)", copy_to_array(sizes.largest).get(), copy_to_array(sizes.sums).get(), least, most));
 }
 
 // --- method lossless -------------------------------------------------------------------------------------------------

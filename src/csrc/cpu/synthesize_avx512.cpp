@@ -113,6 +113,10 @@ CACHEGEN_AVX512 void add_sparse(const uint8_t* section, const TokenTile& tile, c
                                 int32_t* sums, int64_t stride) {
     const uint16_t* row = tile.rows.data() + kQuad * int64_t{row_starts[0]};
     for (int64_t token = 0; token < tile.num_tokens; ++token, sums += stride) {
+        // What comes next is read in no order, which no processor fetches ahead.
+        const uint8_t* const next = section + kSectionRows * kBlockChannels + 4 * 64 * token;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) _mm_prefetch(reinterpret_cast<const char*>(next + 64 * i), _MM_HINT_T1);
         const uint16_t* const end = tile.rows.data() + kQuad * int64_t{row_starts[token + 1]};
         // Of pairs of bytes the sum, modulo 2^16, and the odd ones' alone.
         __m512i all = _mm512_setzero_si512(), odd = all;
@@ -188,13 +192,24 @@ CACHEGEN_AVX512_INLINE void turn_head(float* head, const SynthesisPlane& plane, 
     }
 }
 
+// Store 32 values: past the caches, which the rows of the matrix are to stay in, where they are a whole line.
+CACHEGEN_AVX512_INLINE void store_both(uint16_t* target, const __m256i halves[2], bool bypasses) {
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1);
+    if (bypasses && reinterpret_cast<uintptr_t>(target) % 64 == 0)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(target), both);
+    else
+        _mm512_storeu_si512(target, both);
+}
+
 template <bool kIsHalf>
 CACHEGEN_AVX512 void finish_tokens(const int32_t* sums, int64_t stride, const TokenTile& tile,
                                    const SynthesisPlane& plane, int64_t first_head, int64_t num_heads,
                                    const float* factors, const float* means, float* row) {
     const int64_t num_channels = num_heads * plane.head_dim;
-    const bool turns_whole = !plane.is_interleaved && plane.offset == 0 && plane.num_pairs % 16 == 0 &&
+    const bool turns_whole = !plane.is_interleaved && plane.offset == 0 && plane.num_pairs % 32 == 0 &&
                              2 * plane.num_pairs == plane.head_dim;
+    // Few tokens are likely to be read again at once.
+    const bool bypasses = tile.num_tokens == kTileTokens;
     for (int64_t token = 0; token < tile.num_tokens; ++token, sums += stride) {
         const __m512i correction = _mm512_set1_epi32(tile.corrections[token]);
         const float* const cosines = plane.cosines + (tile.first_token + token) * plane.num_pairs;
@@ -203,24 +218,34 @@ CACHEGEN_AVX512 void finish_tokens(const int32_t* sums, int64_t stride, const To
             plane.values + (tile.first_token + token) * plane.token_stride + first_head * plane.head_stride;
         if (turns_whole) {
             for (int64_t head = 0; head < num_heads; ++head) {
-                for (int64_t pair = 0; pair < plane.num_pairs; pair += 16) {
-                    const int64_t u = head * plane.head_dim + pair, v = u + plane.num_pairs;
-                    __m512 x = value_of(sums + u, correction, factors + u, means + u);
-                    __m512 y = value_of(sums + v, correction, factors + v, means + v);
-                    turn(&x, &y, _mm512_loadu_ps(cosines + pair), _mm512_loadu_ps(sines + pair));
+                for (int64_t pair = 0; pair < plane.num_pairs; pair += 32) {
+                    __m256i firsts[2], seconds[2];
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        const int64_t u = head * plane.head_dim + pair + 16 * i, v = u + plane.num_pairs;
+                        __m512 x = value_of(sums + u, correction, factors + u, means + u);
+                        __m512 y = value_of(sums + v, correction, factors + v, means + v);
+                        turn(&x, &y, _mm512_loadu_ps(cosines + pair + 16 * i), _mm512_loadu_ps(sines + pair + 16 * i));
+                        firsts[i] = narrow<kIsHalf>(x);
+                        seconds[i] = narrow<kIsHalf>(y);
+                    }
                     uint16_t* const target = values + head * plane.head_stride + pair;
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), narrow<kIsHalf>(x));
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + plane.num_pairs), narrow<kIsHalf>(y));
+                    store_both(target, firsts, bypasses);
+                    store_both(target + plane.num_pairs, seconds, bypasses);
                 }
             }
             continue;
         }
-        if (plane.num_pairs == 0 && plane.head_dim % 16 == 0) {
+        if (plane.num_pairs == 0 && plane.head_dim % 32 == 0) {
             for (int64_t head = 0; head < num_heads; ++head)
-                for (int64_t dim = 0; dim < plane.head_dim; dim += 16) {
-                    const int64_t u = head * plane.head_dim + dim;
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + head * plane.head_stride + dim),
-                                        narrow<kIsHalf>(value_of(sums + u, correction, factors + u, means + u)));
+                for (int64_t dim = 0; dim < plane.head_dim; dim += 32) {
+                    __m256i halves[2];
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; ++i) {
+                        const int64_t u = head * plane.head_dim + dim + 16 * i;
+                        halves[i] = narrow<kIsHalf>(value_of(sums + u, correction, factors + u, means + u));
+                    }
+                    store_both(values + head * plane.head_stride + dim, halves, bypasses);
                 }
             continue;
         }
@@ -237,6 +262,7 @@ CACHEGEN_AVX512 void finish_tokens(const int32_t* sums, int64_t stride, const To
             }
         }
     }
+    if (bypasses) _mm_sfence();
 }
 
 CACHEGEN_AVX512 void finish(const int32_t* sums, int64_t stride, const TokenTile& tile, const SynthesisPlane& plane,

@@ -72,7 +72,7 @@ def gather_rows(
         is_bf16,
         num_threads,
     )
-    return rows, ChannelSizes(torch.from_numpy(largest), torch.from_numpy(sums))
+    return rows, ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums))
 
 
 def measure_errors(
@@ -91,7 +91,7 @@ def measure_errors(
     bits = decoded.view(torch.int16).numpy().view(np.uint16)
     described = describe_planes(planes, nothing, nothing)
     largest, sums, least, most = _native.measure_errors(described, int(DTYPES[decoded.dtype]), bits, num_threads)
-    return ChannelSizes(torch.from_numpy(largest), torch.from_numpy(sums)), least, most
+    return ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums)), least, most
 
 
 class RoundedAnalysis:
@@ -117,7 +117,7 @@ class RoundedAnalysis:
             all of its components.
         """
         num_blocks = -(-num_components // _BLOCK_COMPONENTS)
-        found = torch.from_numpy(_native.multiply_bf16(rows, self._matrix, num_blocks, num_threads))[:, :num_components]
-        largest = float(torch.linalg.vector_norm(found, dim=1).amax()) if found.numel() else 0.0
+        found = torch.as_tensor(_native.multiply_bf16(rows, self._matrix, num_blocks, num_threads))[:, :num_components]
+        largest = math.sqrt(float(found.square().sum(1).amax())) if found.numel() else 0.0
         limit = step * math.sqrt(_MAX_SHARE / 12 / _ROUNDING * self._num_channels)
         return found if largest <= limit else None

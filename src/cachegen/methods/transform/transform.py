@@ -154,7 +154,7 @@ class GroupTransform:
         if not sizes.are_within(OUTLIER_DEVIATIONS * torch.maximum(self._deviations, usual)):
             return None
         if not CAN_MULTIPLY_BF16:
-            return multiply(torch.from_numpy(rows), self._analysis[:, :num_components])
+            return multiply(torch.as_tensor(rows), self._analysis[:, :num_components])
         if self._rounded_analysis is None:
             self._rounded_analysis = RoundedAnalysis(self._analysis)
         return self._rounded_analysis.multiply(rows, num_components, step, num_threads)
