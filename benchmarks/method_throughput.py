@@ -256,7 +256,8 @@ def format_table(record: dict[str, Any]) -> str:
         f"{record['device']}, {record['threads']} threads, {shape}, {record['num_tokens']} tokens, "
         f"{record['fp16_bytes'] / 1e6:.0f} MB of fp16; a copy of it: {record['copy_gb_per_second']:.1f} GB/s",
         "",
-        "| method | bits per value | encode, GB/s of fp16 | decode, GB/s of fp16 | first layers ready after | faster than fp16 below, Gbit/s |"
+        "| method | bits per value | encode, GB/s of fp16 | decode, GB/s of fp16 | first layers ready after "
+        "| faster than fp16 below, Gbit/s |"
         + (" faster than the text above, Gbit/s |" if has_text else "")
         + (" memory beside the cache, MB |" if has_peak else ""),
         "|---|---:|---:|---:|---|---:|" + ("---:|" if has_text else "") + ("---:|" if has_peak else ""),

@@ -130,8 +130,11 @@ def test_digits_signs_and_repeated_units_count(path: str) -> None:
     group.components[3, :8] = torch.tensor([63, 64, -64, -65, 1000, -8128, 8128, 127])
     group.components[4, matrix.num_dense + 7] = 40
     group.components[5, matrix.num_dense + 7] = -255 + int(group.components[5, matrix.num_dense :].abs().sum())
+    for token, units in ((8, 255), (9, -255)):  # as many as the kernels take
+        group.components[token, matrix.num_dense :] = 0
+        group.components[token, matrix.num_dense] = units
     found, misfits = group.run(path, [None], matrix=matrix)
-    assert not misfits[:5].any()
+    assert not misfits[[0, 1, 2, 3, 4, 6, 7, 8, 9]].any()
     for plane, expected in zip(found, expect(group, matrix, [None], torch.float16), strict=True):
         assert torch.equal(plane[~misfits], expected[~misfits])
 

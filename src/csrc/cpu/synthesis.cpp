@@ -116,14 +116,14 @@ class TileMaker {
                 part = rest;
             }
             uint32_t large = kernels_.sort(part, first, positive_, &num_positive, negative_, &num_negative);
-            if (num_positive + num_negative > kMaxSectionUnits) return false;
+            if (std::max(num_positive, num_negative) > kMaxSectionUnits) return false;
             // As often as they have units.
             for (; large != 0; large &= large - 1) {
                 const int lane = __builtin_ctz(large);
                 const int64_t units = std::abs(int64_t{part[lane]}) - 1;
                 int& num = part[lane] > 0 ? num_positive : num_negative;
                 uint16_t* const target = part[lane] > 0 ? positive_ : negative_;
-                if (units > kMaxSectionUnits - num_positive - num_negative) return false;
+                if (units > kMaxSectionUnits - num) return false;
                 for (int64_t i = 0; i < units; ++i) target[num++] = static_cast<uint16_t>((first + lane) * 64);
             }
         }

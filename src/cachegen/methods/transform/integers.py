@@ -26,6 +26,9 @@ DENSE_DEVIATION = 1.0
 MAX_INTEGER_SHARE = 0.0025
 """Of the error of quantizing, that rounding the matrix to bytes may add, in the mean over channels."""
 HALF_BYTES = 2
+_SECTION_COMPONENTS = 511
+_SECTION_UNITS = 256
+"""That so many sparse components may be expected to have; the kernels take twice as many, half of either sign."""
 _QUAD = 4  # dense components come by fours
 
 
@@ -83,7 +86,7 @@ def make_integer_matrix(
     Returns:
         None where rounding would add more than `MAX_INTEGER_SHARE`.
     """
-    num_dense = int((deviations[:num_components] >= DENSE_DEVIATION * step).sum())
+    num_dense = _choose_dense(deviations[:num_components] / step)
     parts, share = _native.pack_synthesis(
         synthesis.contiguous().numpy(),
         deviations.square().numpy(),
@@ -96,6 +99,20 @@ def make_integer_matrix(
         num_threads,
     )
     return IntegerMatrix(parts, share) if share <= MAX_INTEGER_SHARE else None
+
+
+def _choose_dense(deviations: torch.Tensor) -> int:
+    """Return how many of the first components are dense.
+
+    Args:
+        deviations: of the coded components, in steps, not increasing.
+    """
+    num_dense = int((deviations >= DENSE_DEVIATION).sum())
+    # The mean size of a normal variable is .8 deviations. The first sections have the most units.
+    units = torch.cat([torch.zeros(1), (0.8 * deviations).cumsum(0)])
+    last = (torch.arange(len(units)) + _SECTION_COMPONENTS).clamp(max=len(deviations))
+    fits = units[last] - units <= _SECTION_UNITS
+    return max(num_dense, int(fits.to(torch.int8).argmax()))
 
 
 def synthesize(

@@ -42,6 +42,8 @@ SINK_TOKENS = 4
 BLOCK_TOKENS = 512  # at a time, so that temporaries stay small
 LEAST_TOKENS = 64
 """Of a block whose own values tell what is usual in a channel."""
+FEW_TOKENS = 8
+"""That are decoded one by one rather than with all others of their block."""
 MAX_EXACT_BF16 = 256
 """Integers up to here are exact in bf16."""
 BF16_ROUNDING = 2.0**-18
@@ -211,7 +213,13 @@ class GroupTransform:
         turns = Turns(len(components), first_token, self._device)
         angles = [turns.angles(rotation) for rotation in self._rotations]
         misfits = synthesize(matrix, components.contiguous(), planes, self._rotations, angles, num_threads)
-        for token in misfits.nonzero()[0].tolist():
+        left = [token for token, is_left in enumerate(misfits.tolist()) if is_left] if misfits.any() else []
+        if len(left) > FEW_TOKENS:
+            parts = self.reconstruct(components, step, first_token)
+            for part, plane in zip(parts, planes, strict=True):
+                plane[left] = part[left].to(plane.dtype)
+            return
+        for token in left:
             one = slice(token, token + 1)
             parts = self.reconstruct(components[one], step, first_token + token)
             for part, plane in zip(parts, planes, strict=True):
