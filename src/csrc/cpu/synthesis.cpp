@@ -78,7 +78,7 @@ class TileMaker {
         int32_t low_sum = 0, fine_low_sum = 0, units = 0;
         for (int64_t c = 0; c < count; ++c) {
             const int32_t digit = (components[c] + kMaxDigit) >> kDigitShift;
-            const int32_t rest = components[c] - (digit << kDigitShift);
+            const int32_t rest = components[c] - digit * (1 << kDigitShift);
             low[c] = static_cast<int8_t>(rest);
             low_sum += rest;
             units += std::abs(components[c]);
