@@ -145,7 +145,7 @@ fuzz: $(INSTALLED) ## Fuzz the native coders and every reader of foreign bytes, 
 	done
 
 SANITIZED := build/sanitized
-SANITIZED_TESTS ?= test_lossless test_cpu_paths test_coder_cpu test_components test_symbol_model test_golden test_codec test_container
+SANITIZED_TESTS ?= test_lossless test_integers test_analysis test_cpu_paths test_coder_cpu test_components test_symbol_model test_golden test_codec test_container
 test-sanitized: $(INSTALLED) ## Run the tests of the native module, built with ASan and UBSan
 	@mkdir -p $(SANITIZED)
 	@cp -R src/cachegen $(SANITIZED)/ && rm -f $(SANITIZED)/cachegen/*.so
@@ -160,6 +160,7 @@ test-sanitized: $(INSTALLED) ## Run the tests of the native module, built with A
 bench: $(INSTALLED) ## Measure the coders: bytes first, then times
 	@$(IN_VENV) python benchmarks/coder_throughput.py
 	@$(IN_VENV) python benchmarks/method_throughput.py --threads 1 --num_tokens 1024
+	@$(IN_VENV) python benchmarks/transform_shape.py --layers 8 --num_tokens 1024 --step_log 5 --threads 1 --rounds 9 --ablation
 
 clean: ## Remove what was built; .venv stays and is refreshed by the next target
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(RUNNABLE) $(INSTALLED) src/cachegen.egg-info src/*.so src/cachegen/*.so

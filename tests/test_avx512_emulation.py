@@ -100,6 +100,26 @@ COMPONENT_OVERRUNS = {
         "_mm512_loadu_si512(coarse_row)",
     ),
 }
+INTEGER_MUTATIONS = {
+    "odd channels keep what even ones carry": (
+        "synthesize_avx512.cpp",
+        "_mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8))",
+        "all",
+    ),
+    "high digits do not count": ("synthesize_avx512.cpp", "if (num_high == 0) continue;", "continue;"),
+    "seconds are turned by the first's new value": (
+        "synthesize_avx512.cpp",
+        "*second = _mm512_add_ps(_mm512_mul_ps(*second, cosine), _mm512_mul_ps(*first, sine));\n    *first = turned;",
+        "*first = turned;\n    *second = _mm512_add_ps(_mm512_mul_ps(*second, cosine), _mm512_mul_ps(*first, sine));",
+    ),
+}
+INTEGER_OVERRUNS = {
+    "dims behind a head's last one are written": (
+        "synthesize_avx512.cpp",
+        "const auto live = static_cast<__mmask16>(first_lanes(plane.head_dim - dim));",
+        "const __mmask16 live = 0xFFFF;",
+    ),
+}
 OVERRUNS = {
     "the states of dead lanes are read": (
         "rans_decode_avx512.h",
@@ -137,17 +157,20 @@ def mutate(folder: Path, file_name: str, line: str, mutated: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tests", ["test_cpu_paths", "test_components", "test_golden"])
+@pytest.mark.parametrize("tests", ["test_cpu_paths", "test_components", "test_golden", "test_integers"])
 def test_kernels_agree_with_the_other_paths_and_stay_inside(module_path: Path, tests: str) -> None:
     result = avx512.run_tests(module_path, f"tests/{tests}.py")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+INTEGERS = "tests/test_integers.py"
 PLANES, COMPONENTS = "tests/test_cpu_paths.py", "tests/test_components.py"
 NOTICED_BY = dict.fromkeys([*MUTATIONS, *OVERRUNS], PLANES) | dict.fromkeys(
     [*COMPONENT_MUTATIONS, *COMPONENT_OVERRUNS], COMPONENTS
 )
-ALL_MUTATIONS, ALL_OVERRUNS = MUTATIONS | COMPONENT_MUTATIONS, OVERRUNS | COMPONENT_OVERRUNS
+NOTICED_BY |= dict.fromkeys([*INTEGER_MUTATIONS, *INTEGER_OVERRUNS], INTEGERS)
+ALL_MUTATIONS = MUTATIONS | COMPONENT_MUTATIONS | INTEGER_MUTATIONS
+ALL_OVERRUNS = OVERRUNS | COMPONENT_OVERRUNS | INTEGER_OVERRUNS
 ALWAYS = {"dead lanes take words", "quotients are not corrected", "thirds are not mirrored"}
 ALWAYS_OVERRUNS = {"rows behind the last token are written", "components behind the last one are written"}
 

@@ -227,3 +227,15 @@ class TestRoundedProducts:
     def test_no_components_at_all_give_the_mean(self, transforms):
         exact, rounded = (t.reconstruct(torch.zeros(4, 0, dtype=torch.int32), 1.0, 0) for t in transforms)
         assert all(torch.equal(a, b) for a, b in zip(exact, rounded, strict=True))
+
+
+@pytest.mark.parametrize("num_misfits", [1, 30])
+def test_tokens_that_integers_do_not_hold_are_decoded_in_fp32(num_misfits: int) -> None:
+    profile = make_profile([(2, 16)] * 2, (1,), rotary=None)
+    exact, rounded = (GroupTransform(profile, profile.groups[0], CPU, may_round=flag) for flag in (False, True))
+    components = torch.ones(60, profile.groups[0].num_components, dtype=torch.int32)
+    components[5 : 5 + num_misfits, -1] = 3000
+    wanted, found = (t.decode_block(components, 1.0, torch.float16, 3) for t in (exact, rounded))
+    misfits = slice(5, 5 + num_misfits)
+    assert torch.allclose(found[misfits].float(), wanted[misfits].float(), rtol=2e-3, atol=1e-3)
+    assert torch.allclose(found.float(), wanted.float(), rtol=0, atol=3000 / 64)

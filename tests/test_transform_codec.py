@@ -61,7 +61,7 @@ def synthesize_levels(cache: KVCache, profile: Profile, step_log: int, num_level
     encoder = start_transform_encoder(cache, profile, (cache.num_tokens,), step_log=step_log, num_levels=num_levels)
     codings = [encoder.document.codings(level) for level in encoder.levels]
     for index, group in enumerate(profile.groups):
-        transform = GroupTransform(profile, group, CPU)
+        transform = GroupTransform(profile, group, CPU, may_round=dtype.itemsize == 2)
         counts = [coding[index].num_components for coding in codings]
         components = transform.analyze(transform.join(cache, 0), counts[-1])
         levels = quantize_components(components, step_of_level(step_log, 1), counts)
@@ -77,6 +77,7 @@ def synthesize_levels(cache: KVCache, profile: Profile, step_log: int, num_level
 def exact_products(monkeypatch) -> None:
     """As on a processor without products in bf16, whose rounding test_transform.py bounds."""
     monkeypatch.setattr(transform, "has_bf16_products", lambda device: False)
+    monkeypatch.setattr(transform, "CAN_MULTIPLY_BF16", False)
 
 
 @pytest.mark.usefixtures("exact_products")

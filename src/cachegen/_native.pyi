@@ -1,7 +1,7 @@
 """Types of the native CPU module; src/csrc/cpu/bindings.cpp says what the functions do."""
 
 import enum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,40 @@ def decode_components(
     num_threads: int,
     path: CpuPath,
 ) -> tuple[int, int]: ...
+def analysis() -> tuple[bool, bool]: ...
+def gather_rows(
+    planes: list[tuple[Any, ...]],
+    dtype: int,
+    num_tokens: int,
+    means: NDArray[np.float32],
+    is_bf16: bool,
+    num_threads: int,
+) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]: ...
+def multiply_bf16(
+    rows: NDArray[np.uint16], matrix: NDArray[np.uint16], num_blocks: int, num_threads: int
+) -> NDArray[np.float32]: ...
+def measure_errors(
+    planes: list[tuple[Any, ...]], dtype: int, decoded: NDArray[np.uint16], num_threads: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32], float, float]: ...
+def pack_synthesis(
+    synthesis: NDArray[np.float32],
+    powers: NDArray[np.float32],
+    means: NDArray[np.float32],
+    plane_channels: list[int],
+    num_components: int,
+    num_dense: int,
+    step: float,
+    max_share: float,
+    num_threads: int,
+) -> tuple[tuple[Any, ...], float]: ...
+def synthesize(
+    components: NDArray[np.int32],
+    matrix: tuple[Any, ...],
+    planes: list[tuple[Any, ...]],
+    dtype: int,
+    num_threads: int,
+    path: CpuPath,
+) -> NDArray[np.uint8]: ...
 
 LosslessModel: TypeAlias = tuple[
     NDArray[np.int32],

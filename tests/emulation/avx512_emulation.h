@@ -20,6 +20,7 @@ inline __m128i _mm_load_si128(const __m128i* address) { return emulation::load_a
 inline __m256i _mm256_load_si256(const __m256i* address) { return emulation::load_aligned<__m256i>(address); }
 inline __m256i _mm256_loadu_si256(const __m256i* address) { return emulation::load<__m256i>(address); }
 inline void _mm256_store_si256(__m256i* address, __m256i a) { emulation::store_aligned(address, a); }
+inline void _mm256_storeu_si256(__m256i* address, __m256i a) { std::memcpy(address, &a, sizeof a); }
 inline __m512i _mm512_load_si512(const void* address) { return emulation::load_aligned<__m512i>(address); }
 inline __m512i _mm512_loadu_si512(const void* address) { return emulation::load<__m512i>(address); }
 inline __m512 _mm512_load_ps(const void* address) { return emulation::load_aligned<__m512>(address); }
@@ -43,6 +44,10 @@ inline __m512i _mm512_maskz_loadu_epi16(__mmask32 k, const void* address) {
 inline __m512i _mm512_maskz_loadu_epi32(__mmask16 k, const void* address) {
     return emulation::masked_load<uint32_t>(__m512i{}, k, address);
 }
+inline __m512 _mm512_maskz_loadu_ps(__mmask16 k, const void* address) {
+    return emulation::masked_load<float>(__m512{}, k, address);
+}
+inline void _mm512_storeu_ps(void* address, __m512 a) { std::memcpy(address, &a, sizeof a); }
 inline void _mm512_mask_storeu_epi16(void* address, __mmask32 k, __m512i a) {
     emulation::masked_store<uint16_t>(address, k, a);
 }
@@ -84,6 +89,12 @@ inline __m512i _mm512_set1_epi16(int16_t a) {
 inline __m512i _mm512_setr_epi64(int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f, int64_t g,
                                  int64_t h) {
     const int64_t all[] = {a, b, c, d, e, f, g, h};
+    return emulation::load<__m512i>(all);
+}
+inline __m512i _mm512_setr_epi32(int32_t a, int32_t b, int32_t c, int32_t d, int32_t e, int32_t f, int32_t g, int32_t h,
+                                 int32_t i, int32_t j, int32_t k, int32_t l, int32_t m, int32_t n, int32_t o,
+                                 int32_t p) {
+    const int32_t all[] = {a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p};
     return emulation::load<__m512i>(all);
 }
 inline __m512i _mm512_set1_epi32(int32_t a) {
@@ -133,6 +144,7 @@ inline __m512i _mm512_broadcast_i64x4(__m256i a) { return _mm512_inserti64x4(_mm
             return expression;                                             \
         }));                                                               \
     }
+CACHEGEN_EMULATE_MAP(_mm512_add_epi8, uint8_t, x + y)
 CACHEGEN_EMULATE_MAP(_mm512_add_epi16, uint16_t, x + y)
 CACHEGEN_EMULATE_MAP(_mm512_add_epi32, uint32_t, x + y)
 CACHEGEN_EMULATE_MAP(_mm512_sub_epi16, uint16_t, x - y)
@@ -205,6 +217,10 @@ inline __m512i _mm512_slli_epi16(__m512i a, uint32_t count) { return emulation::
 inline __m512i _mm512_slli_epi32(__m512i a, uint32_t count) { return emulation::shift_left<uint32_t>(a, count); }
 inline __m512i _mm512_srli_epi16(__m512i a, uint32_t count) { return emulation::shift_right<uint16_t>(a, count); }
 inline __m512i _mm512_srli_epi32(__m512i a, uint32_t count) { return emulation::shift_right<uint32_t>(a, count); }
+inline __m512i _mm512_srai_epi32(__m512i a, uint32_t count) {
+    const emulation::Of<int32_t> x(a);
+    return emulation::make<int32_t>([&](int i) { return x.at[i] >> (count < 31 ? count : 31); });
+}
 inline __m512i _mm512_mask_srli_epi32(__m512i src, __mmask16 k, __m512i a, uint32_t count) {
     return emulation::select<uint32_t>(k, _mm512_srli_epi32(a, count), src);
 }
@@ -312,6 +328,25 @@ inline __m256i _mm512_cvtps_ph(__m512 a, int) {
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) {
     const emulation::Of<float> x(a), y(b);
     return emulation::make<float>([&](int i) { return x.at[i] * y.at[i]; });
+}
+inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
+    const emulation::Of<float> x(a), y(b);
+    return emulation::make<float>([&](int i) { return x.at[i] + y.at[i]; });
+}
+inline __m512 _mm512_sub_ps(__m512 a, __m512 b) {
+    const emulation::Of<float> x(a), y(b);
+    return emulation::make<float>([&](int i) { return x.at[i] - y.at[i]; });
+}
+// Of four bytes each, unsigned ones times signed ones.
+inline __m512i _mm512_dpbusd_epi32(__m512i src, __m512i a, __m512i b) {
+    const emulation::Of<uint8_t> x(a);
+    const emulation::Of<int8_t> y(b);
+    const emulation::Of<uint32_t> z(src);
+    return emulation::make<uint32_t>([&](int i) {
+        int32_t sum = 0;
+        for (int j = 4 * i; j < 4 * i + 4; ++j) sum += x.at[j] * y.at[j];
+        return z.at[i] + static_cast<uint32_t>(sum);
+    });
 }
 inline __m512 _mm512_div_ps(__m512 a, __m512 b) {
     const emulation::Of<float> x(a), y(b);

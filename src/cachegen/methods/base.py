@@ -58,6 +58,19 @@ class ErrorMeasure:
     mean: float | None = None
 
 
+@dataclass(frozen=True)
+class DecodingPart:
+    """Some layers of a chunk, to be decoded together.
+
+    Attributes:
+        layers: consecutive ones.
+        start: begins; returns what waits for the end, as `Document.start_decoding` does.
+    """
+
+    layers: range
+    start: Callable[[], Callable[[], None]]
+
+
 class Document(ABC):
     """What decoding needs of a document.
 
@@ -139,6 +152,38 @@ class Document(ABC):
             BitstreamError: a file is corrupt, naming its level; `output` then holds no usable values.
             MismatchError: a file is of another document, model, context, configuration or level, naming the field.
         """
+        parts = self.list_parts(
+            contents, output, first_token=first_token, token_hash=token_hash, num_threads=num_threads, kernels=kernels
+        )
+        finishes = [part.start() for part in parts]
+
+        def finish_all() -> None:
+            for finish in finishes:
+                finish()
+
+        return finish_all
+
+    def list_parts(
+        self,
+        contents: Sequence[Buffer],
+        output: KVCache,
+        *,
+        first_token: int,
+        token_hash: bytes | None,
+        num_threads: int = 1,
+        kernels: Kernels = CPU,
+    ) -> list[DecodingPart]:
+        """Make the checks of `start_decoding`, and return the parts of decoding, in the order of their layers.
+
+        Args:
+            contents, output, first_token, token_hash: as for `start_decoding`; both must outlive the parts.
+
+        Returns:
+            Parts to be begun in this order, each once; together they cover all layers.
+
+        Raises:
+            BitstreamError, MismatchError: as `start_decoding`.
+        """
         if not contents:
             raise ValueError("`contents` must have at least the file of level 1")
         check_output(self.header.shapes, output)
@@ -149,7 +194,14 @@ class Document(ABC):
         num_absent = self.header.num_absent(first_token, output.num_tokens)
         for index, plane in enumerate(output.planes if num_absent else ()):
             plane[: num_absent[index // 2]].zero_()
-        return self._start(chunks, output, first_token, num_threads, kernels)
+        return self._list_parts(chunks, output, first_token, num_threads, kernels)
+
+    def _list_parts(
+        self, chunks: Sequence[Chunk[Any]], output: KVCache, first_token: int, num_threads: int, kernels: Kernels
+    ) -> list[DecodingPart]:
+        """Return the parts of a chunk that is taken apart: one, for methods that decode all layers together."""
+        layers = range(self.header.num_layers)
+        return [DecodingPart(layers, lambda: self._start(chunks, output, first_token, num_threads, kernels))]
 
     def _split(
         self,

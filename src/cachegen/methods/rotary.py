@@ -39,6 +39,24 @@ class Turns:
         self._run = num_tokens, first_token, device
         self._angles: dict[Rotation, Angles] = {}
 
+    def angles(self, rotation: Rotation | None) -> Angles | None:
+        """Return the cosines and sines of a rotation, times its attention scaling; None where `rotation` is None."""
+        if rotation is None:
+            return None
+        cosines, sines = self._of(rotation)
+        if rotation.attention_scaling == 1.0:
+            return cosines, sines
+        return cosines * rotation.attention_scaling, sines * rotation.attention_scaling
+
+    def undoing_angles(self, rotation: Rotation | None) -> Angles | None:
+        """Return the same over its attention scaling, which undoes what `angles` does."""
+        if rotation is None:
+            return None
+        cosines, sines = self._of(rotation)
+        if rotation.attention_scaling == 1.0:
+            return cosines, sines
+        return cosines / rotation.attention_scaling, sines / rotation.attention_scaling
+
     def apply(self, vectors: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
         """Turn vectors `[num_tokens, num_heads, head_dim]` by their positions; as they are where `rotation` is None."""
         return vectors if rotation is None else apply_rotation(vectors, rotation, self._of(rotation))

@@ -25,7 +25,7 @@ from cachegen.files import open_file
 from cachegen.format.files import TABLES_NAME, chunk_name, read_whole
 from cachegen.kv_cache import KVCache, describe_difference, hash_rotary_embeddings, hash_token_prefixes
 from cachegen.methods import open_document
-from cachegen.methods.base import Document, FindProfile, check_output
+from cachegen.methods.base import DecodingPart, Document, FindProfile, check_output
 from cachegen.pipeline.profiles import measure_own_profile
 from cachegen.states import find_different_state
 
@@ -222,6 +222,57 @@ class EncodedFolder:
             finish_until(0)  # an earlier chunk's error comes first
             raise
         return DecodeResult(sum(chunk_tokens), encoded_bytes, load_seconds, decode_seconds)
+
+    def decode_layers(
+        self, output: KVCache, token_ids: torch.Tensor | None, chunk_tokens: Sequence[int]
+    ) -> Iterator[range]:
+        """Decode chunks into a cache, the first layers of all chunks first, so that a model can start on them.
+
+        All files are read and checked before the first layers are decoded. With methods that decode all layers of a
+        chunk together, all become ready at once.
+
+        Args:
+            output: as for `decode_into`, on the kernels' device.
+            token_ids, chunk_tokens: as for `decode_into`.
+
+        Yields:
+            Layers that are ready, from 0 on; the others hold no usable values yet.
+
+        Raises:
+            InputError, BitstreamError, MismatchError: as `decode_into`, before the first layers or between.
+        """
+        stops = list(itertools.accumulate(chunk_tokens))
+        hashes: list[bytes | None] = [None] * len(stops)
+        if token_ids is not None:
+            hashes = [bytes.fromhex(digest) for digest in hash_token_prefixes(token_ids, stops)]
+        if any(plane.device.type != self._kernels.device.type for plane in output.planes):
+            raise ValueError(f"`output` must be on {self._kernels.device.type}, where it is decoded")
+        self._prepare(output)
+        chunks: list[deque[DecodingPart]] = []
+        for index, (contents, _) in enumerate(self._read_ahead(len(chunk_tokens))):
+            first_token = stops[index] - chunk_tokens[index]
+            with self._naming(index):
+                parts = self.document.list_parts(
+                    contents,
+                    output.slice(first_token, stops[index]),
+                    first_token=first_token,
+                    token_hash=hashes[index],
+                    num_threads=self._num_threads,
+                    kernels=self._kernels,
+                )
+            chunks.append(deque(parts))
+        num_ready, done = 0, [0] * len(chunks)
+        while chunks and num_ready < self.document.header.num_layers:
+            # Chunks may have other parts than each other.
+            goal = min(parts[0].layers.stop if parts else stop for parts, stop in zip(chunks, done, strict=True))
+            for index, parts in enumerate(chunks):
+                while done[index] < goal:
+                    part = parts.popleft()
+                    with self._naming(index):
+                        part.start()()
+                    done[index] = part.layers.stop
+            yield range(num_ready, min(done))
+            num_ready = min(done)
 
     def _prepare(self, output: KVCache) -> None:
         """Unpack what all chunks share, now that the document is known to be this output's."""

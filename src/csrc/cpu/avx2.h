@@ -20,6 +20,7 @@ void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Encod
 void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
 void decode_components(const ComponentBatch& batch, Scratch& scratch, Status* statuses);
 void encode_components(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes, EncodedStream* encoded);
+extern const SynthesisKernels kSynthesis;
 
 // Sixteen bytes in both halves of a vector, as byte shuffles want their tables.
 CACHEGEN_AVX2_INLINE __m256i load_twice(const uint8_t bytes[16]) {

@@ -26,7 +26,7 @@
 #define CACHEGEN_AVX512_INLINE inline
 #else
 #define CACHEGEN_AVX512 \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,bmi2,popcnt,f16c,fma")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,avx2,bmi2,popcnt,f16c,fma")))
 #define CACHEGEN_AVX512_INLINE CACHEGEN_AVX512 __attribute__((always_inline)) inline
 #endif
 // Compiled once, rather than into each of many callers.
@@ -40,6 +40,7 @@ void encode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Encod
 void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Status* statuses);
 void decode_components(const ComponentBatch& batch, Scratch& scratch, Status* statuses);
 void encode_components(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes, EncodedStream* encoded);
+extern const SynthesisKernels kSynthesis;
 
 // The first `count` <= 32 bits set.
 CACHEGEN_AVX512_INLINE __mmask32 first_lanes(int64_t count) {

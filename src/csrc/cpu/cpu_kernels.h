@@ -26,6 +26,7 @@ struct ComponentSource;
 struct EncodedStream;
 struct Plane;
 struct StreamBatch;
+struct SynthesisKernels;
 
 // What a path does in its own way. Those of an architecture that this build is not for are null.
 struct CpuKernels {
@@ -55,6 +56,9 @@ struct CpuKernels {
     // Decode a batch of components, one status per stream: the same as decode_components (components.h) gives, whose
     // checks of the parts' sizes the caller has made, but for escapes. Null as decode_batch is.
     void (*decode_components)(const ComponentBatch& batch, Scratch& scratch, Status* statuses);
+
+    // The inverse transform in integers (synthesis.h). Null where a path has none.
+    const SynthesisKernels* synthesis;
 
     bool takes_batches() const { return encode_batch != nullptr; }
 };

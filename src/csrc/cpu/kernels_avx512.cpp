@@ -19,8 +19,9 @@ bool supports_avx512() {
 #else
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("fma");
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
+           __builtin_cpu_supports("fma");
 #endif
 }
 
@@ -32,9 +33,11 @@ const CpuKernels kAvx512Kernels = {"AVX512",
                                    avx512::encode_batch,
                                    avx512::decode_batch,
                                    avx512::encode_components,
-                                   avx512::decode_components};
+                                   avx512::decode_components,
+                                   &avx512::kSynthesis};
 #else
-const CpuKernels kAvx512Kernels = {"AVX512", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr};
+const CpuKernels kAvx512Kernels = {"AVX512", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr,
+                                   nullptr};
 #endif
 
 }  // namespace cachegen

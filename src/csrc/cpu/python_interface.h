@@ -138,6 +138,11 @@ struct ElementType<int32_t> {
     static constexpr const char *kName = "int32", *kFormats = "il";
 };
 
+template <>
+struct ElementType<float> {
+    static constexpr const char *kName = "float32", *kFormats = "f";
+};
+
 // The memory of an object with Python's buffer protocol, C-contiguous, as long as it lives. Does not move.
 class Buffer {
   public:

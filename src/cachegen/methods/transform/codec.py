@@ -25,7 +25,7 @@ from cachegen.format.files import Chunk, header_crc, join_chunk
 from cachegen.format.framing import PREFIX, Buffer
 from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import ContextMetadata, KVCache
-from cachegen.methods.base import Document, Encoder, ErrorMeasure, cut_streams, naming_level
+from cachegen.methods.base import DecodingPart, Document, Encoder, ErrorMeasure, cut_streams, naming_level
 from cachegen.methods.layer_classes import share_first_stored
 from cachegen.methods.profile_files import check_named
 from cachegen.methods.transform.exact_values import (
@@ -46,7 +46,6 @@ from cachegen.methods.transform.transform import (
     BLOCK_TOKENS,
     LEVEL_RATIO_LOG,
     GroupTransform,
-    join_planes,
     quantize_components,
     step_of_level,
 )
@@ -144,6 +143,23 @@ class TransformDocument(Document):
         num_threads: int,
         kernels: Kernels,
     ) -> Callable[[], None]:
+        finishes = [part.start() for part in self._list_parts(chunks, output, first_token, num_threads, kernels)]
+
+        def finish_all() -> None:
+            for finish in finishes:
+                finish()
+
+        return finish_all
+
+    def _list_parts(
+        self,
+        chunks: Sequence[Chunk[TransformChunkHeader]],
+        output: KVCache,
+        first_token: int,
+        num_threads: int,
+        kernels: Kernels,
+    ) -> list[DecodingPart]:
+        """Return a part for each batch of groups whose components are decoded together."""
         headers = [chunk.header for chunk in chunks]
         codings = [self.codings(level) for level in range(1, len(chunks) + 1)]
         with naming_level(len(chunks)):
@@ -151,37 +167,63 @@ class TransformDocument(Document):
             header = self.header
             exact = unpack_exact_values(section, header.dtype, output.num_tokens, header.values_per_token)
             check_stored(exact, header.shapes, header.num_absent(first_token, output.num_tokens))
-        started: list[tuple[int, Callable[[], None]]] = []
-        step = step_of_level(self.header.step_log, len(chunks))
-        longest = round_up(output.num_tokens, LANES)  # a file may claim longer streams, and has one then
+        parts: list[DecodingPart] = []
         starts, offsets = [0] * len(chunks), [0] * len(chunks)
         widths = [coding.num_components for coding in codings[-1]]
-        num_stored = headers[-1].tokens_of_groups
-        for batch in _batch_groups(widths, num_stored, kernels.components_at_a_time):
-            num_tokens = num_stored[batch[0]]
-            if not num_tokens:
-                continue  # nor are there streams
-            num_absent = output.num_tokens - num_tokens
-            decoded = [torch.zeros(num_tokens, widths[group], dtype=torch.int32, device=self.device) for group in batch]
+        for batch in _batch_groups(widths, headers[-1].tokens_of_groups, kernels.components_at_a_time):
+            streams: list[Sequence[StreamEntry]] = []
+            payloads: list[memoryview | bytes] = []
             for level, (chunk, header) in enumerate(zip(chunks, headers, strict=True)):
+                found = header.streams[starts[level] :][: sum(header.streams_of_groups[group] for group in batch)]
+                num_bytes = sum(round_up(stream.num_bytes, ALIGNMENT) for stream in found)
+                streams.append(found)
+                payloads.append(chunk.payload[offsets[level] : offsets[level] + num_bytes])
+                starts[level] += len(found)
+                offsets[level] += num_bytes
+            first, last = self.transforms[batch[0]].group, self.transforms[batch[-1]].group
+            layers = range(first.first_layer, last.first_layer + last.num_layers)
+            start = functools.partial(
+                self._start_batch, batch, headers, codings, payloads, streams, output, first_token, num_threads, kernels
+            )
+            parts.append(DecodingPart(layers, functools.partial(_place_behind, start, exact, output, layers)))
+        return parts
+
+    def _start_batch(
+        self,
+        batch: range,
+        headers: Sequence[TransformChunkHeader],
+        codings: Sequence[Sequence[LevelCoding]],
+        payloads: Sequence[memoryview | bytes],
+        streams: Sequence[Sequence[StreamEntry]],
+        output: KVCache,
+        first_token: int,
+        num_threads: int,
+        kernels: Kernels,
+    ) -> Callable[[], None]:
+        """Begin to decode groups with equally many tokens; everything but `batch` is by level."""
+        started: list[tuple[int, Callable[[], None]]] = []
+        step = step_of_level(self.header.step_log, len(headers))
+        longest = round_up(output.num_tokens, LANES)  # a file may claim longer streams, and has one then
+        num_tokens = headers[-1].tokens_of_groups[batch[0]]
+        if num_tokens:  # else there are no streams either
+            num_absent = output.num_tokens - num_tokens
+            decoded = [
+                torch.empty(num_tokens, codings[-1][group].num_components, dtype=torch.int32, device=self.device)
+                for group in batch
+            ]
+            for level, header in enumerate(headers):
                 groups = [
                     ComponentGroup(
                         group, components, codings[level][group], min(header.tokens_per_stream[group], longest)
                     )
                     for group, components in zip(batch, decoded, strict=True)
                 ]
-                streams = header.streams[starts[level] :][: sum(header.streams_of_groups[group] for group in batch)]
-                num_bytes = sum(round_up(stream.num_bytes, ALIGNMENT) for stream in streams)
-                payload = chunk.payload[offsets[level] : offsets[level] + num_bytes]
                 with naming_level(level + 1):
-                    finish = kernels.start_decode_component_groups(payload, streams, groups, num_threads)
+                    finish = kernels.start_decode_component_groups(payloads[level], streams[level], groups, num_threads)
                 started.append((level + 1, finish))
-                starts[level] += len(streams)
-                offsets[level] += num_bytes
             for group, components in zip(batch, decoded, strict=True):
                 part = output.slice(num_absent, output.num_tokens)
-                self.transforms[group].synthesize(components, step, part, first_token + num_absent)
-        place_exact_values(exact, output)
+                self.transforms[group].synthesize(components, step, part, first_token + num_absent, num_threads)
 
         def finish_all() -> None:
             for level, finish in started:
@@ -189,6 +231,19 @@ class TransformDocument(Document):
                     finish()
 
         return finish_all
+
+
+def _place_behind(
+    start: Callable[[], Callable[[], None]], exact: ExactValues, output: KVCache, layers: range
+) -> Callable[[], None]:
+    """Begin to decode some layers, and put their exact values in their places behind it."""
+    finish = start()
+    if len(exact):
+        widths = [plane[0].numel() for plane in output.planes]
+        first, end = sum(widths[: 2 * layers.start]), sum(widths[: 2 * layers.stop])
+        chosen = (exact.channels >= first) & (exact.channels < end)
+        place_exact_values(ExactValues(exact.tokens[chosen], exact.channels[chosen], exact.bits[chosen]), output)
+    return finish
 
 
 class TransformEncoder(Encoder):
@@ -370,14 +425,12 @@ class TransformEncoder(Encoder):
         for begin in range(first_stored, tokens.num_tokens, BLOCK_TOKENS):
             block = tokens.slice(begin, min(begin + BLOCK_TOKENS, tokens.num_tokens))
             position = first_token + begin
-            vectors = transform.replace_outliers(transform.join(block, position))
-            quantized = quantize_components(transform.analyze(vectors, num_coded[-1]), steps[0], num_coded)
-            values = join_planes(transform.planes(block), [None] * len(transform.planes(block)), position, self._device)
-            for loss, components, step, errors in zip(losses, quantized, steps, expected, strict=True):
-                decoded = torch.cat(
-                    [plane.flatten(1) for plane in transform.reconstruct(components, step, position)], 1
-                )
-                loss.add(values, decoded, errors, block.dtype, begin, first_channel)
+            components = transform.analyze_block(block, position, num_coded[-1], steps[-1], self._num_threads)
+            quantized = quantize_components(components, steps[0], num_coded)
+            planes = transform.planes(block)
+            for loss, integers, step, errors in zip(losses, quantized, steps, expected, strict=True):
+                decoded = transform.decode_block(integers, step, block.dtype, position, self._num_threads)
+                loss.add(planes, decoded, errors, begin, first_channel, self._num_threads)
             blocks.append(quantized)
         return [torch.cat(parts) for parts in zip(*blocks, strict=True)]  # of no blocks: nothing
 

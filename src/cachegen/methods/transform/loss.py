@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cachegen.kv_cache import KVCache
 from cachegen.methods.base import ErrorMeasure
+from cachegen.methods.transform.analysis import CAN_GATHER, measure_errors
 from cachegen.methods.transform.exact_values import ExactValues, gather_exact_values
-from cachegen.methods.transform.transform import usual_size
+from cachegen.methods.transform.integers import are_native_planes
+from cachegen.methods.transform.transform import LEAST_TOKENS, usual_size
 
 EXPECTED_ERRORS = 32.0
 """A value travels exactly where the transform misses it by more than so many times the error to expect of its channel,
@@ -28,27 +32,38 @@ class LossMeter:
 
     def add(
         self,
-        values: torch.Tensor,
+        planes: Sequence[torch.Tensor],
         decoded: torch.Tensor,
         expected: torch.Tensor,
-        dtype: torch.dtype,
         first_token: int,
         first_channel: int,
+        num_threads: int = 1,
     ) -> None:
         """Compare a block.
 
         Args:
-            values, decoded: fp32 `[num_tokens, num_channels]`; the latter are not rounded to `dtype` yet.
+            planes: of a group of layers.
+            decoded: what they decode to, `[num_tokens, num_channels]` of their dtype.
             expected: the error to expect, `[num_channels]`.
-            dtype: of the cache.
             first_token, first_channel: of the block, in the chunk.
         """
-        info = torch.finfo(dtype)
-        errors = (values - decoded.to(dtype).float()).abs_()
-        bound = EXPECTED_ERRORS * torch.maximum(expected, usual_size(errors))
+        info = torch.finfo(decoded.dtype)
         # Another device may round away from zero where ours did not, so that what comes near the largest number of the
         # dtype must not be left to it.
         limit = info.max * (1 - _MARGIN)
+        if CAN_GATHER and are_native_planes(planes):
+            sizes, least, greatest = measure_errors(planes, decoded, num_threads)
+            usual = sizes.sums / len(decoded) if len(decoded) >= LEAST_TOKENS else torch.zeros_like(sizes.sums)
+            bound = EXPECTED_ERRORS * torch.maximum(expected, usual)
+            # Mostly none is out of bounds, and no value need be looked at alone.
+            if sizes.are_within(bound) and -limit <= least and greatest <= limit:
+                self._largest = max(self._largest, float(sizes.largest.max()))
+                self._total += float(sizes.sums.sum(dtype=torch.float64))
+                self._count += decoded.numel()
+                return
+        values = torch.cat([plane.to(decoded.device, torch.float32).flatten(1) for plane in planes], 1)
+        errors = (values - decoded.float()).abs_()
+        bound = EXPECTED_ERRORS * torch.maximum(expected, usual_size(errors))
         least, greatest = torch.aminmax(decoded)
         # Not `>`: an error that is no number is out of bounds. Mostly none is, and no value need be looked at alone.
         if not bool((errors.amax(0) <= bound).all() and -limit <= least and greatest <= limit):

@@ -20,6 +20,14 @@ import torch
 
 from cachegen.kv_cache import KVCache
 from cachegen.methods.rotary import Turns
+from cachegen.methods.transform.analysis import CAN_GATHER, CAN_MULTIPLY_BF16, RoundedAnalysis, gather_rows
+from cachegen.methods.transform.integers import (
+    IntegerMatrix,
+    are_native_planes,
+    has_integer_synthesis,
+    make_integer_matrix,
+    synthesize,
+)
 from cachegen.methods.transform.products import multiply
 from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile, TransformGroup
 from cachegen.rotation import Rotation
@@ -27,11 +35,15 @@ from cachegen.rotation import Rotation
 LEVEL_RATIO = 3
 """The step of a level over that of the next one."""
 LEVEL_RATIO_LOG = 25  # 16 log2 3, rounded
+MAX_KEPT_STEPS = 4
+"""Steps whose matrices in integers are kept: as many as a document has levels."""
 SINK_TOKENS = 4
 """First tokens that a model computes itself: much attention rests on them, and they are unlike all others."""
 BLOCK_TOKENS = 512  # at a time, so that temporaries stay small
 LEAST_TOKENS = 64
 """Of a block whose own values tell what is usual in a channel."""
+FEW_TOKENS = 8
+"""That are decoded one by one rather than with all others of their block."""
 MAX_EXACT_BF16 = 256
 """Integers up to here are exact in bf16."""
 BF16_ROUNDING = 2.0**-18
@@ -80,8 +92,11 @@ class GroupTransform:
         self._expected: dict[tuple[float, int], torch.Tensor] = {}
         self._may_round = may_round and has_bf16_products(device)
         self._rounded_synthesis: torch.Tensor | None = None
+        self._may_use_integers = may_round and device.type == "cpu" and has_integer_synthesis()
+        self._integers: dict[tuple[float, int], IntegerMatrix | None] = {}
         self._deviations = self._spread(self._scales())
         self._analysis: torch.Tensor | None = None
+        self._rounded_analysis: RoundedAnalysis | None = None
         if group.analysis is not None:
             # Column after column, so that the first components' are contiguous.
             analysis = group.analysis.T.to(device=device, dtype=torch.float32).contiguous().T
@@ -110,6 +125,42 @@ class GroupTransform:
             raise ValueError("the profile was loaded without its analysis matrices")
         return multiply(vectors - self._mean, self._analysis[:, :num_components])
 
+    def analyze_block(
+        self, block: KVCache, first_token: int, num_components: int, step: float, num_threads: int = 1
+    ) -> torch.Tensor:
+        """Return the components of a block of a cache, fp32 `[num_tokens, num_components]`.
+
+        Args:
+            block: all layers, at most `BLOCK_TOKENS` tokens.
+            first_token: the block's first position.
+            num_components: only the first so many.
+            step: of the finest level; components are no more exact than it needs.
+        """
+        found = self._analyze_in_passes(block, first_token, num_components, step, num_threads)
+        if found is not None:
+            return found
+        return self.analyze(self.replace_outliers(self.join(block, first_token)), num_components)
+
+    def _analyze_in_passes(
+        self, block: KVCache, first_token: int, num_components: int, step: float, num_threads: int
+    ) -> torch.Tensor | None:
+        """Do what `analyze_block` does in native passes; None where they do not serve."""
+        planes = self.planes(block)
+        if not CAN_GATHER or self._analysis is None or not self._takes_integers(planes):
+            return None
+        turns = Turns(block.num_tokens, first_token, self._device)
+        angles = [turns.undoing_angles(rotation) for rotation in self._rotations]
+        arguments = (planes, self._rotations, angles, self._mean)
+        rows, sizes = gather_rows(*arguments, is_bf16=CAN_MULTIPLY_BF16, num_threads=num_threads)
+        usual = sizes.sums / block.num_tokens if block.num_tokens >= LEAST_TOKENS else torch.zeros_like(sizes.sums)
+        if not sizes.are_within(OUTLIER_DEVIATIONS * torch.maximum(self._deviations, usual)):
+            return None
+        if not CAN_MULTIPLY_BF16:
+            return multiply(torch.as_tensor(rows), self._analysis[:, :num_components])
+        if self._rounded_analysis is None:
+            self._rounded_analysis = RoundedAnalysis(self._analysis)
+        return self._rounded_analysis.multiply(rows, num_components, step, num_threads)
+
     def replace_outliers(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return vectors whose values far from all that the profile knows are the profile's mean.
 
@@ -123,20 +174,85 @@ class GroupTransform:
             return vectors
         return torch.where(distance <= limit, vectors, self._mean)
 
-    def synthesize(self, components: torch.Tensor, step: float, output: KVCache, first_token: int) -> None:
+    def synthesize(
+        self, components: torch.Tensor, step: float, output: KVCache, first_token: int, num_threads: int = 1
+    ) -> None:
         """Write the keys and values that quantized components stand for.
 
         Args:
-            components: integers `[num_tokens, num_components]`, in steps; the first components, the rest are zero.
+            components: int32 `[num_tokens, num_components]`, in steps; the first components, the rest are zero.
             step: the quantization step.
             output: all layers, on the transform's device; only the group's are written.
             first_token: the position of the output's first token.
+            num_threads: of the kernels in integers; torch has a number of its own.
         """
         for start in range(0, output.num_tokens, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, output.num_tokens)
-            parts = self.reconstruct(components[start:stop], step, first_token + start)
-            for part, plane in zip(parts, self.planes(output.slice(start, stop)), strict=True):
+            planes = self.planes(output.slice(start, stop))
+            self.synthesize_block(components[start:stop], step, planes, first_token + start, num_threads)
+
+    def synthesize_block(
+        self,
+        components: torch.Tensor,
+        step: float,
+        planes: Sequence[torch.Tensor],
+        first_token: int,
+        num_threads: int = 1,
+    ) -> None:
+        """Write a block's keys and values, rounded to the planes' dtype; the same for all threads and processors.
+
+        Args:
+            components: as in `synthesize`, of at most `BLOCK_TOKENS` tokens.
+            planes: the group's.
+        """
+        matrix = self._find_integers(step, components.shape[1]) if self._takes_integers(planes) else None
+        if matrix is None:
+            for part, plane in zip(self.reconstruct(components, step, first_token), planes, strict=True):
                 plane.copy_(part)
+            return
+        turns = Turns(len(components), first_token, self._device)
+        angles = [turns.angles(rotation) for rotation in self._rotations]
+        misfits = synthesize(matrix, components.contiguous(), planes, self._rotations, angles, num_threads)
+        left = [token for token, is_left in enumerate(misfits.tolist()) if is_left] if misfits.any() else []
+        if len(left) > FEW_TOKENS:
+            parts = self.reconstruct(components, step, first_token)
+            for part, plane in zip(parts, planes, strict=True):
+                plane[left] = part[left].to(plane.dtype)
+            return
+        for token in left:
+            one = slice(token, token + 1)
+            parts = self.reconstruct(components[one], step, first_token + token)
+            for part, plane in zip(parts, planes, strict=True):
+                plane[one].copy_(part)
+
+    def decode_block(
+        self, components: torch.Tensor, step: float, dtype: torch.dtype, first_token: int, num_threads: int = 1
+    ) -> torch.Tensor:
+        """Return what a block decodes to, `[num_tokens, num_channels]` of a dtype.
+
+        Args:
+            components: as in `synthesize_block`.
+        """
+        decoded = torch.empty(len(components), self.group.num_channels, dtype=dtype, device=self._device)
+        parts = torch.split(decoded, [heads * dim for heads, dim in self._shapes], dim=1)
+        planes = [part.view(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        self.synthesize_block(components, step, planes, first_token, num_threads)
+        return decoded
+
+    def _takes_integers(self, planes: Sequence[torch.Tensor]) -> bool:
+        """Tell whether the kernels in integers can write to these planes."""
+        return self._may_use_integers and are_native_planes(planes)
+
+    def _find_integers(self, step: float, num_components: int) -> IntegerMatrix | None:
+        """Return the matrix in integers for a step; None where rounding it would lose too much."""
+        key = step, num_components
+        if key not in self._integers:
+            channels = [heads * dim for heads, dim in self._shapes]
+            parts = (self._synthesis, self._mean, self._scales(), channels, step, num_components)
+            while len(self._integers) >= MAX_KEPT_STEPS:
+                del self._integers[next(iter(self._integers))]
+            self._integers[key] = make_integer_matrix(*parts)
+        return self._integers[key]
 
     def reconstruct(self, components: torch.Tensor, step: float, first_token: int) -> list[torch.Tensor]:
         """Return the keys and values that quantized components stand for, before they are rounded to a dtype.
