@@ -13,7 +13,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-zoo test-doors gpu test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-zoo test-doors test-door-lmcache test-door-vllm gpu test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -68,19 +68,26 @@ test-faults: $(INSTALLED) ## Kill the scripts, fill their disks, deny them memor
 test-zoo: $(INSTALLED) ## Try a tiny random model of every family: what docs/models.md says
 	@$(BIN)/python -m pytest tests/zoo -m "zoo or not zoo" -n auto --dist loadgroup
 
-# LMCACHE: another version, such as 'lmcache>=0.5.6'. What .venv has is not installed again, torch above all.
+# An environment for each engine. What .venv has is not installed again, torch above all.
+# LMCACHE, VLLM: another version, such as 'lmcache>=0.5.6'; CACHEGEN_DOORS_MODEL: a model's folder instead of a tiny random model.
 DOORS := build/doors
 LMCACHE ?=
-test-doors: $(INSTALLED) ## Run the plug-ins in the serving engines they are for, an environment for each in build/doors
-	@test -x $(DOORS)/lmcache/bin/python || $(BIN)/python -m venv $(DOORS)/lmcache
-	@$(DOORS)/lmcache/bin/python -c 'import sys, sysconfig; \
+VLLM ?=
+test-doors: test-door-lmcache test-door-vllm ## Run the plug-ins in the serving engines they are for, an environment for each in build/doors
+
+test-door-lmcache test-door-vllm: test-door-%: $(DOORS)/%/bin/python
+	@grep -v '^$*' tools/doors-$*.txt >$(DOORS)/$*/requirements.txt
+	@$(DOORS)/$*/bin/python -m pip install -q --disable-pip-version-check -r $(DOORS)/$*/requirements.txt
+	@$(DOORS)/$*/bin/python -m pip install -q --disable-pip-version-check --no-deps --upgrade \
+	    "$(or $(if $(filter lmcache,$*),$(LMCACHE),$(VLLM)),$(shell grep '^$*' tools/doors-$*.txt))"
+	@$(DOORS)/$*/bin/python -m pytest tests/doors/test_$*.py tests/doors/test_metrics.py -m doors
+
+$(DOORS)/%/bin/python: $(INSTALLED)
+	@test -x $@ || $(BIN)/python -m venv $(DOORS)/$*
+	@$@ -c 'import sys, sysconfig; \
 	    open(sysconfig.get_path("purelib") + "/project.pth", "w").write(sys.argv[1] + "\n")' \
 	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-	@grep -v '^lmcache' tools/doors-lmcache.txt >$(DOORS)/lmcache/requirements.txt
-	@$(DOORS)/lmcache/bin/python -m pip install -q --disable-pip-version-check -r $(DOORS)/lmcache/requirements.txt
-	@$(DOORS)/lmcache/bin/python -m pip install -q --disable-pip-version-check --no-deps --upgrade \
-	    "$(or $(LMCACHE),$(shell grep '^lmcache' tools/doors-lmcache.txt))"
-	@$(DOORS)/lmcache/bin/python -m pytest tests/doors -m doors
+	@touch $@
 
 test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU")'

@@ -225,6 +225,11 @@ class Server:
             (adapter,) = json.load(answer)["storage_manager"]["l2_adapters"]
         return adapter["cachegen"]
 
+    def metrics(self) -> list[str]:
+        """Its samples for Prometheus, a line each."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=TIMEOUT_SECONDS) as answer:
+            return answer.read().decode().splitlines()
+
     @contextlib.contextmanager
     def connect(self) -> Iterator[Any]:
         """The client that LMCache tries its server with, its caches those of an engine without a GPU."""
@@ -356,6 +361,7 @@ def test_the_server_stores_evicts_finds_and_loads(start_server, tmp_path, method
             )
 
         assert server.counters()["decoded"] == num_chunks
+        assert f'cachegen_loaded_blocks_total{{door="lmcache"}} {float(num_chunks)}' in server.metrics()
 
         # What is not whole is not found: nobody is served a wrong cache.
         server.clear_memory()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from cachegen.coder.cpu import default_num_threads
 from cachegen.config import load_config_fields
-from cachegen.errors import BitstreamError, CacheGenError, ConfigError, InputError
+from cachegen.errors import BitstreamError, CacheGenError, ConfigError, InputError, MismatchError, StoreError
 from cachegen.fields import Fields, refuse_config
 from cachegen.format import MAX_CHUNK_TOKENS
 from cachegen.format.framing import Buffer
@@ -104,35 +105,37 @@ class BlockSettings:
     num_threads: int
     max_context_tokens: int
     codec_hash: bytes
+    source: str = SOURCE
 
 
-def read_settings(options: Mapping[str, Any]) -> BlockSettings:
+def read_settings(options: Mapping[str, Any], source: str = SOURCE) -> BlockSettings:
     """Read what a user's JSON object says.
 
     Args:
         options: `method` and its fields as in a quantization config (config/README.md), or `config`: such a config as
             an object or a path. Beside that `profile` (a folder), `head_dim`, `fused`, `first_channels` (see `Layout`),
             `threads` and `max_context_tokens`.
+        source: what messages call it.
 
     Raises:
         ConfigError: naming the field that is wrong.
         InputError, BitstreamError: a file is missing or corrupt, or the profile cannot do what is asked.
     """
-    fields = Fields(dict(options), refuse_config(SOURCE), reads_digits=True)
-    content = _read_content(fields, options)
+    fields = Fields(dict(options), refuse_config(source), reads_digits=True)
+    content = _read_content(fields, options, source)
     name = content.get("method", DEFAULT_METHOD)
     config: MethodConfig | None = None
     folder = content.pop("profile", None)
     if set(content) - {"method", "description"} or name != DEFAULT_METHOD:
-        config = read_config({**content, "method": name}, SOURCE)
+        config = read_config({**content, "method": name}, source)
     profile = None
     if folder is not None:
         if not isinstance(folder, str) or config is None:
-            raise ConfigError(f"{SOURCE}: profile must be a folder, and the method must be one that takes it")
+            raise ConfigError(f"{source}: profile must be a folder, and the method must be one that takes it")
         profile = load_profile(folder, for_encoding=True)
         config = config.with_flags({"profile": profile})
     if config is not None and config.needs_profile:
-        raise ConfigError(f"{SOURCE}: method {name} needs a profile: a folder of run_calibration.py")
+        raise ConfigError(f"{source}: method {name} needs a profile: a folder of run_calibration.py")
     layout = Layout(
         plane_shapes=None if profile is None else profile.plane_shapes,
         head_dim=fields.integer("head_dim", 1, 1 << 16) if "head_dim" in fields else None,
@@ -157,24 +160,25 @@ def read_settings(options: Mapping[str, Any]) -> BlockSettings:
             else MAX_CONTEXT_TOKENS
         ),
         codec_hash=hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).digest(),
+        source=source,
     )
     if profile is not None:
         _try_profile(settings, profile)
     return settings
 
 
-def _read_content(fields: Fields, options: Mapping[str, Any]) -> dict[str, Any]:
+def _read_content(fields: Fields, options: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the fields of the quantization config, and perhaps `profile`."""
     content = {name: value for name, value in options.items() if name not in _OWN_FIELDS}
     if "config" not in fields:
         return content
     others = sorted(set(content) - {"method", "profile"})
     if others:
-        raise ConfigError(f"{SOURCE}: {others[0]} belongs into config, where there is one")
+        raise ConfigError(f"{source}: {others[0]} belongs into config, where there is one")
     given = fields.value("config")
     found = dict(load_config_fields(given).content if isinstance(given, str) else fields.object("config").content)
     if content.get("method", found.get("method", DEFAULT_METHOD)) != found.get("method", DEFAULT_METHOD):
-        raise ConfigError(f"{SOURCE}: method is {content['method']}, config says {found.get('method', DEFAULT_METHOD)}")
+        raise ConfigError(f"{source}: method is {content['method']}, config says {found.get('method', DEFAULT_METHOD)}")
     return {**found, **content, "method": found.get("method", DEFAULT_METHOD)}
 
 
@@ -224,7 +228,7 @@ class BlockCodec:
         counters: of blobs `encoded`, `decoded`; of bytes `raw_bytes`, `blob_bytes` (encoded ones) and `decoded_bytes`;
             of tensors `coded` and `raw:reason`: `dtype`, `layout`, `values` (NaN and infinity), `config`, `larger`,
             `position` (none fits, and the method would lose much) or `unlike` (it would lose more than half); of blocks
-            whose `position_unknown`.
+            whose `position_unknown`; and `seconds:encode`, `seconds:decode`, of all threads together.
     """
 
     def __init__(self, settings: BlockSettings, counters: Counters | None = None) -> None:
@@ -244,16 +248,19 @@ class BlockCodec:
         numbers = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
         return max_blob_bytes(numbers)
 
-    def encode(self, key: bytes, tensors: Sequence[torch.Tensor]) -> bytearray:
+    def encode(self, key: bytes, tensors: Sequence[torch.Tensor], position: int | None = None) -> bytearray:
         """Return the blob of an object.
 
         Args:
             tensors: on the CPU, contiguous; not changed.
+            position: of the first token in its context, where that is known; None looks for it in the keys.
         """
-        sections = [self._encode_tensor(tensor) for tensor in tensors]
+        start = time.perf_counter()
+        sections = [self._encode_tensor(tensor, position) for tensor in tensors]
         identity = self.identify(key, [t.shape for t in tensors], [t.dtype for t in tensors])
         blob = pack_blob(identity, sections)
         self.counters.add(encoded=1, raw_bytes=sum(tensor.nbytes for tensor in tensors), blob_bytes=len(blob))
+        self.counters.add_for("seconds", "encode", time.perf_counter() - start)
         return blob
 
     def decode(self, key: bytes, content: Buffer, tensors: Sequence[torch.Tensor]) -> None:
@@ -268,6 +275,7 @@ class BlockCodec:
             BitstreamError: the blob is damaged, cut off, or none of ours.
             MismatchError: it is of another key, shape, dtype, method, configuration or profile.
         """
+        start = time.perf_counter()
         identity = self.identify(key, [t.shape for t in tensors], [t.dtype for t in tensors])
         sections = read_blob(content, identity)
         if len(sections) != len(tensors):
@@ -278,9 +286,10 @@ class BlockCodec:
             else:
                 self._decode_tensor(section, tensor)
         self.counters.add(decoded=1, decoded_bytes=sum(tensor.nbytes for tensor in tensors))
+        self.counters.add_for("seconds", "decode", time.perf_counter() - start)
 
-    def _encode_tensor(self, tensor: torch.Tensor) -> Section:
-        section = self._code_tensor(tensor)
+    def _encode_tensor(self, tensor: torch.Tensor, position: int | None) -> Section:
+        section = self._code_tensor(tensor, position)
         if section is not None and section.num_bytes >= raw_section_bytes(tensor.nbytes):
             self._report("larger", "coded it would be larger")
             section = None
@@ -289,7 +298,7 @@ class BlockCodec:
         self.counters.add(coded=1)
         return section
 
-    def _code_tensor(self, tensor: torch.Tensor) -> Section | None:
+    def _code_tensor(self, tensor: torch.Tensor, known: int | None) -> Section | None:
         """Return a tensor's coded section; None, reported, where it cannot be coded."""
         if tensor.dtype not in SUPPORTED_DTYPES:
             self._report("dtype", f"{str(tensor.dtype).removeprefix('torch.')} is not coded")
@@ -299,7 +308,7 @@ class BlockCodec:
         except InputError as error:
             self._report("layout", str(error))
             return None
-        found = self._find_position(cache)
+        found = self._find_position(cache, known)
         position = found or 0
         num_exact = self._num_sinks if position == 0 and cache.num_tokens > self._num_sinks else 0
         exact = tensor.narrow(-2, 0, num_exact).contiguous()
@@ -341,11 +350,13 @@ class BlockCodec:
             raise BitstreamError("more tokens are exact than there are", field="num_exact")
         _copy_bytes(exact, tensor.narrow(-2, 0, section.num_exact))
 
-    def _find_position(self, cache: KVCache) -> int | None:
+    def _find_position(self, cache: KVCache, known: int | None) -> int | None:
         """Return a block's position, 0 where none is needed; None, counted, where none fits."""
         profile = self._settings.profile
         if profile is None or self._means is None:
             return 0
+        if known is not None:
+            return known
         found = find_position(cache, self._means, profile.rotations, self._settings.max_context_tokens)
         if found is None:
             self.counters.add(position_unknown=1)
@@ -356,7 +367,21 @@ class BlockCodec:
         self.counters.add_for("raw", reason)
         if reason not in self._reported:
             self._reported.add(reason)
-            logger.warning("%s: stored as it is, and so are others like it (raw:%s): %s", SOURCE, reason, problem)
+            logger.warning(
+                "%s: stored as it is, and so are others like it (raw:%s): %s", self._settings.source, reason, problem
+            )
+
+
+def miss_reason(error: Exception) -> str:
+    """Return why a block was not loaded, as the counters name it.
+
+    `foreign` (of something else), `damaged`, `absent`, `late`, `outage` (the store fails) or `failed` (anything else).
+    """
+    if isinstance(error, StoreError):
+        return "absent" if error.is_missing else "late" if error.is_too_slow else "outage"
+    return (
+        "foreign" if isinstance(error, MismatchError) else "damaged" if isinstance(error, BitstreamError) else "failed"
+    )
 
 
 def _copy_bytes(content: Buffer, tensor: torch.Tensor) -> None:

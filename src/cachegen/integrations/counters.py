@@ -9,24 +9,33 @@ from collections import Counter
 class Counters:
     """Named counts that only grow.
 
-    Names are `a` or `a:reason`, such as `decoded` and `missed:damaged`.
+    Names are `a` or `a:reason`, such as `decoded` and `missed:damaged`; seconds are fractions, all others whole.
+    `metrics` has what each of them is called outside.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._taken: Counter[str] = Counter()
 
     def add(self, **amounts: int) -> None:
         """Add to several counts at once."""
         with self._lock:
             self._counts.update(amounts)
 
-    def add_for(self, name: str, reason: str) -> None:
-        """Add one to a count that has a reason."""
+    def add_for(self, name: str, reason: str, amount: float = 1) -> None:
+        """Add to a count that has a reason."""
         with self._lock:
-            self._counts[f"{name}:{reason}"] += 1
+            self._counts[f"{name}:{reason}"] += amount  # type: ignore[assignment]
 
-    def snapshot(self) -> dict[str, int]:
+    def snapshot(self) -> dict[str, float]:
         """Return a copy of all counts, of one moment."""
         with self._lock:
             return dict(self._counts)
+
+    def take(self) -> dict[str, float]:
+        """Return by how much each count has grown since the last call, without those that have not."""
+        with self._lock:
+            grown = {name: count - self._taken[name] for name, count in self._counts.items()}
+            self._taken = self._counts.copy()
+        return {name: amount for name, amount in grown.items() if amount}

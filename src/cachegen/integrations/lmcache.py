@@ -25,10 +25,11 @@ from lmcache.v1.distributed.serde import (
 )
 from lmcache.v1.memory_management import MemoryObj
 
-from cachegen.errors import CacheGenError, ConfigError
+from cachegen.errors import BackendUnavailableError, CacheGenError, ConfigError
 from cachegen.integrations.block_codec import SOURCE, BlockCodec, read_settings
 from cachegen.integrations.counters import Counters
 from cachegen.integrations.memory_objects import deserialize_object, estimate_bytes, serialize_object
+from cachegen.integrations.metrics import register
 
 SERDE_NAME = "cachegen"
 COUNTERS = Counters()
@@ -123,4 +124,6 @@ def create_serde(options: Mapping[str, Any]) -> SerdeProcessor:
 
 
 register_serde_factory(SERDE_NAME, create_serde)
+with contextlib.suppress(BackendUnavailableError):  # without Prometheus there is still the server's `/status`
+    register(COUNTERS, "lmcache")
 logging.getLogger(AsyncSerdeProcessor.__module__).addFilter(_OnOneLine())

@@ -11,8 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cachegen.errors import BitstreamError, MismatchError
-from cachegen.integrations.block_codec import SOURCE, BlockCodec
+from cachegen.integrations.block_codec import SOURCE, BlockCodec, miss_reason
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +81,7 @@ def deserialize_object(codec: BlockCodec, source: MemoryObject, target: MemoryOb
     try:
         codec.decode(pack_key(key), memoryview(source.byte_array).cast("B"), tensors_of(target))
     except Exception as error:
-        is_foreign = isinstance(error, MismatchError)
-        reason = "foreign" if is_foreign else "damaged" if isinstance(error, BitstreamError) else "failed"
+        reason = miss_reason(error)
         codec.counters.add_for("missed", reason)
         logger.warning("%s: a miss (%s): %s %s: %s", SOURCE, reason, key.model_name, key.chunk_hash.hex()[:12], error)
         raise
