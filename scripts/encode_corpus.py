@@ -15,10 +15,10 @@ from pathlib import Path
 
 from cachegen import command_line
 from cachegen.device import DEVICE_NAMES, DTYPE_NAMES
-from cachegen.errors import CacheGenError
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE, DEFAULT_CHUNK_SIZE
 from cachegen.sweeps.corpus import CorpusSettings, encode_context, find_tasks, is_done, summarize
 from cachegen.sweeps.executors import EXECUTORS, run_all
+from cachegen.sweeps.failures import collect_errors, raise_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,8 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from cachegen.pipeline.fingerprint import compute_fingerprint
     from cachegen.pipeline.gguf import name_gguf_model
 
@@ -70,11 +68,8 @@ def _encode(args: argparse.Namespace) -> None:
     tasks = find_tasks(args.path_to_contexts, settings, compute_fingerprint(model_id))
     todo = [task for task in tasks if not is_done(task)]
     report.row("contexts", f"{len(tasks)}, {len(tasks) - len(todo)} done before")
-    errors: list[str] = []
-    with tqdm(total=len(todo), unit="context", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
-        for _, error in run_all(encode_context, todo, args.executor, args.workers, in_processes=True):
-            bar.update()
-            errors += [error] if error is not None else []
+    results = run_all(encode_context, todo, args.executor, args.workers, in_processes=True)
+    errors = collect_errors((error for _, error in results), len(todo), "context", is_quiet=report.is_quiet)
     record = {"stage": "encode_corpus", **summarize(tasks), "errors": errors}
     report.row("encoded", f"{record['num_encoded']:,} contexts, {record['num_tokens']:,} tokens")
     if record["num_bytes"]:
@@ -83,9 +78,7 @@ def _encode(args: argparse.Namespace) -> None:
         )
         report.row("smaller by", f"{record['ratio_vs_fp16']:.2f}x than fp16")
     command_line.finish(args, record)
-    if errors:
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise CacheGenError(f"{len(errors)} of {len(todo)} contexts failed; run again to try them: {errors[0]}{more}")
+    raise_errors(errors, len(todo), "contexts")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cachegen import command_line
-from cachegen.errors import CacheGenError
 from cachegen.sweeps.executors import EXECUTORS
+from cachegen.sweeps.failures import collect_errors, raise_errors
 from cachegen.sweeps.grid import read_grid
 from cachegen.sweeps.sweep import Sweep
 
@@ -63,26 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     report = command_line.Reporter(args)
     sweep = Sweep(read_grid(args.grid), ROOT, Path.cwd(), args.output_path, args.keep_files)
-    todo = sweep.find_missing(args.shard)
-    report.row("runs", f"{len(sweep.grid.runs)}, {len(sweep.grid.runs) - len(sweep.find_missing())} done before")
-    errors: list[str] = []
-    with tqdm(total=len(todo), unit="run", file=sys.stderr, disable=True if report.is_quiet else None) as bar:
-        for error in sweep.run(todo, args.executor, args.workers):
-            bar.update()
-            errors += [error] if error is not None else []
+    missing, (first, step) = sweep.find_missing(), args.shard
+    todo = [number for number in missing if number % step == first]
+    report.row("runs", f"{len(sweep.grid.runs)}, {len(sweep.grid.runs) - len(missing)} done before")
+    results = sweep.run(todo, args.executor, args.workers)
+    errors = collect_errors(results, len(todo), "run", is_quiet=report.is_quiet)
     num_missing = len(sweep.find_missing())
     if not num_missing:
         report.line(sweep.write_results())
         report.row("written", f"{args.output_path}/results.jsonl, times.jsonl, table.md")
     record = {"stage": "sweep", "num_runs": len(sweep.grid.runs), "num_missing": num_missing, "errors": errors}
     command_line.finish(args, record)
-    if errors:
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise CacheGenError(f"{len(errors)} of {len(todo)} runs failed; run again to try them: {errors[0]}{more}")
+    raise_errors(errors, len(todo), "runs")
 
 
 if __name__ == "__main__":

@@ -455,3 +455,11 @@ def test_the_scripts_answer_from_a_store(specimen, prefilled, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["kl"] < 1e-4 and record["greedy_match"]
     assert {chunk["source"] for chunk in record["chunks"]} == {"store"}
+
+
+def test_a_model_that_forgets_is_refused_its_cache_from_a_store_too(forgetful, tmp_path):
+    loaded = forgetful.exact
+    cache = prefill(loaded, LONG_PROMPT[:NUM_CONTEXT])
+    cachegen.publish(tmp_path, cachegen.compress(cache, LONG_PROMPT[:NUM_CONTEXT], loaded, UNIFORM_8))
+    with pytest.raises(InputError, match="forgets its recurrent states"):
+        cachegen.load(tmp_path).to_cache(loaded, LONG_PROMPT)

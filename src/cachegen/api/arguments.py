@@ -57,6 +57,8 @@ def read_model_states(cache: Any, loaded: LoadedModel) -> dict[str, torch.Tensor
         MismatchError: they are not of the model.
     """
     states = states_of_cache(_unwrap(cache))
+    if not states and not loaded.has_states:
+        return {}  # there is nothing to measure
     difference = find_different_state(states, states_of_cache(measure_cache(loaded)))
     if difference is None:
         return states

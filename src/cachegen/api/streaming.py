@@ -18,6 +18,7 @@ from cachegen.device import KernelChoice
 from cachegen.errors import ConfigError, StoreError
 from cachegen.methods.profile_files import AnyProfile
 from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
+from cachegen.pipeline.hybrids import refuse_forgetful
 from cachegen.pipeline.images import forget_images
 from cachegen.pipeline.model import LoadedModel, identify_checkpoint, identify_model
 from cachegen.pipeline.model_cache import allocate_cache, to_dynamic_cache
@@ -110,6 +111,7 @@ class CacheStore:
         start = time.perf_counter()
         ids = read_token_ids(token_ids)
         loaded, document = self._find(identify_model(model), ids)
+        refuse_forgetful(loaded)
         policy = choose_policy(document, level=self._level)
         shapes = measure_plane_shapes(loaded)
         document.expect_planes(shapes, loaded.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import defaultdict
 
 
 class Counters:
@@ -15,18 +15,19 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-        self._taken: Counter[str] = Counter()
+        self._counts: defaultdict[str, float] = defaultdict(int)
+        self._taken: dict[str, float] = {}
 
     def add(self, **amounts: int) -> None:
         """Add to several counts at once."""
         with self._lock:
-            self._counts.update(amounts)
+            for name, amount in amounts.items():
+                self._counts[name] += amount
 
     def add_for(self, name: str, reason: str, amount: float = 1) -> None:
         """Add to a count that has a reason."""
         with self._lock:
-            self._counts[f"{name}:{reason}"] += amount  # type: ignore[assignment]
+            self._counts[f"{name}:{reason}"] += amount
 
     def snapshot(self) -> dict[str, float]:
         """Return a copy of all counts, of one moment."""
@@ -36,6 +37,6 @@ class Counters:
     def take(self) -> dict[str, float]:
         """Return by how much each count has grown since the last call, without those that have not."""
         with self._lock:
-            grown = {name: count - self._taken[name] for name, count in self._counts.items()}
-            self._taken = self._counts.copy()
+            grown = {name: count - self._taken.get(name, 0) for name, count in self._counts.items()}
+            self._taken = dict(self._counts)
         return {name: amount for name, amount in grown.items() if amount}

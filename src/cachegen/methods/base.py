@@ -71,6 +71,17 @@ class DecodingPart:
     start: Callable[[], Callable[[], None]]
 
 
+def start_all(parts: Iterable[DecodingPart]) -> Callable[[], None]:
+    """Begin all parts; returns what waits for them, as `Document.start_decoding` does."""
+    finishes = [part.start() for part in parts]
+
+    def finish_all() -> None:
+        for finish in finishes:
+            finish()
+
+    return finish_all
+
+
 class Document(ABC):
     """What decoding needs of a document.
 
@@ -155,13 +166,7 @@ class Document(ABC):
         parts = self.list_parts(
             contents, output, first_token=first_token, token_hash=token_hash, num_threads=num_threads, kernels=kernels
         )
-        finishes = [part.start() for part in parts]
-
-        def finish_all() -> None:
-            for finish in finishes:
-                finish()
-
-        return finish_all
+        return start_all(parts)
 
     def list_parts(
         self,

@@ -6,7 +6,6 @@ not looked up: a few tokens behind others are given at once and one by one, and 
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import weakref
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from transformers.cache_utils import Cache
 
 from cachegen.errors import InputError
-from cachegen.pipeline.architecture import find_layer_caches
 from cachegen.pipeline.images import on_text_alone
 from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.model_cache import empty_cache
@@ -33,7 +31,7 @@ def continues_in_blocks(loaded: LoadedModel) -> bool:
 
     Costs seven passes over a few tokens, once per model.
     """
-    if not has_states(loaded):
+    if not loaded.has_states:
         return True
     if loaded.model not in _found:
         _found[loaded.model] = _try_blocks(loaded)
@@ -48,7 +46,7 @@ def name_positions(loaded: LoadedModel, cache: Cache, num_new: int) -> dict[str,
     Args:
         num_new: tokens that follow.
     """
-    if not has_states(loaded) or "position_ids" not in inspect.signature(type(loaded.model).forward).parameters:
+    if not (loaded.has_states and loaded.can_be_told_positions):
         return {}
     start = cache.get_seq_length()
     return {"position_ids": torch.arange(start, start + num_new, device=loaded.device)[None]}
@@ -73,16 +71,11 @@ def refuse_states(loaded: LoadedModel, task: str) -> None:
     Raises:
         InputError: in one line.
     """
-    if has_states(loaded):
+    if loaded.has_states:
         raise InputError(
             f"{loaded.model_id} has recurrent states, which are known at the end of a context alone: {task} is not "
             "supported for such models"
         )
-
-
-def has_states(loaded: LoadedModel) -> bool:
-    """Tell whether a model has recurrent states."""
-    return any(layer.num_states for layer in find_layer_caches(loaded.text_config))
 
 
 def _try_blocks(loaded: LoadedModel) -> bool:

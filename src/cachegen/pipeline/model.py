@@ -34,6 +34,7 @@ from transformers.utils.hub import cached_file
 from cachegen.errors import BackendUnavailableError, CacheGenError, ConfigError, InputError
 from cachegen.kv_cache import SUPPORTED_DTYPES, RotaryEmbedding
 from cachegen.pipeline.architecture import (
+    LayerCache,
     choose_auto_class,
     count_head_repeats,
     find_cache_argument,
@@ -100,14 +101,22 @@ class LoadedModel:
     @property
     def num_layers(self) -> int:
         """The number of layers that have keys and values of their own."""
-        return sum(layer.has_planes for layer in find_layer_caches(self.text_config))
+        return sum(layer.has_planes for layer in self.layer_caches)
+
+    @functools.cached_property
+    def layer_caches(self) -> tuple[LayerCache, ...]:
+        """What each layer keeps."""
+        return find_layer_caches(self.text_config)
+
+    @functools.cached_property
+    def has_states(self) -> bool:
+        """Whether some layers have recurrent states."""
+        return any(layer.num_states for layer in self.layer_caches)
 
     @property
     def cache_layout(self) -> CacheLayout:
         """What a cache of the model holds, layer by layer."""
-        return CacheLayout(
-            find_layer_caches(self.text_config), tuple(self._devices), count_head_repeats(self.text_config)
-        )
+        return CacheLayout(self.layer_caches, tuple(self._devices), count_head_repeats(self.text_config))
 
     @property
     def num_head_repeats(self) -> int:
@@ -130,13 +139,12 @@ class LoadedModel:
     @property
     def layer_devices(self) -> list[torch.device]:
         """Where the keys and values belong of each layer that has some."""
-        kept = find_layer_caches(self.text_config)
-        return [device for device, layer in zip(self._devices, kept, strict=True) if layer.has_planes]
+        return [device for device, layer in zip(self._devices, self.layer_caches, strict=True) if layer.has_planes]
 
     @property
     def _devices(self) -> list[torch.device]:
         """Where each layer is that keeps anything."""
-        num_layers = len(find_layer_caches(self.text_config))
+        num_layers = len(self.layer_caches)
         devices = [next(layer.parameters()).device for layer in self.layers[:num_layers]] or [self.device] * num_layers
         # Weights that accelerate keeps elsewhere show as meta; they are computed where the ids go in.
         return [self.device if device.type == "meta" else device for device in devices]
@@ -159,7 +167,15 @@ class LoadedModel:
     @functools.cached_property
     def can_limit_logits(self) -> bool:
         """Whether the forward pass can compute logits for the last tokens only."""
-        return "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
+        return self._takes("logits_to_keep")
+
+    @functools.cached_property
+    def can_be_told_positions(self) -> bool:
+        """Whether the forward pass takes the tokens' positions."""
+        return self._takes("position_ids")
+
+    def _takes(self, argument: str) -> bool:
+        return argument in inspect.signature(type(self.model).forward).parameters
 
 
 def load_model(

@@ -57,14 +57,9 @@ class Sweep:
         self._identities = {path: identify(path) for path in sorted(named)}
         self.keys = [hash_run(run, self._identities, self._place) for run in grid.runs]
 
-    def find_missing(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
-        """Return the numbers of the runs without a record, of every n-th run from the i-th on."""
-        first, step = shard
-        return [
-            number
-            for number in range(first, len(self.keys), step)
-            if read_record(self._place.record_of(self.keys[number])) is None
-        ]
+    def find_missing(self) -> list[int]:
+        """Return the numbers of the runs without a record."""
+        return [number for number, key in enumerate(self.keys) if read_record(self._place.record_of(key)) is None]
 
     def run(self, numbers: Sequence[int], executor: str = "local", num_workers: int = 1) -> Iterator[str | None]:
         """Do runs, prefills first; yield for each what went wrong, or None."""

@@ -25,7 +25,7 @@ from cachegen.format.files import Chunk, header_crc, join_chunk
 from cachegen.format.framing import PREFIX, Buffer
 from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import ContextMetadata, KVCache
-from cachegen.methods.base import DecodingPart, Document, Encoder, ErrorMeasure, cut_streams, naming_level
+from cachegen.methods.base import DecodingPart, Document, Encoder, ErrorMeasure, cut_streams, naming_level, start_all
 from cachegen.methods.layer_classes import share_first_stored
 from cachegen.methods.profile_files import check_named
 from cachegen.methods.transform.exact_values import (
@@ -143,13 +143,7 @@ class TransformDocument(Document):
         num_threads: int,
         kernels: Kernels,
     ) -> Callable[[], None]:
-        finishes = [part.start() for part in self._list_parts(chunks, output, first_token, num_threads, kernels)]
-
-        def finish_all() -> None:
-            for finish in finishes:
-                finish()
-
-        return finish_all
+        return start_all(self._list_parts(chunks, output, first_token, num_threads, kernels))
 
     def _list_parts(
         self,
