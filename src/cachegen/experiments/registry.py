@@ -1,0 +1,34 @@
+"""All experiments by name, in the order of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cachegen.experiments import (
+    bandwidth,
+    breakdown,
+    chunk_length,
+    insights,
+    interference,
+    layer_sensitivity,
+    size_quality,
+    slo_misses,
+    storage_cost,
+)
+from cachegen.experiments.bench import Bench
+from cachegen.experiments.outcome import Outcome
+
+EXPERIMENTS: Mapping[str, Callable[[Bench], Outcome]] = {
+    module.NAME: module.run
+    for module in (
+        size_quality,
+        insights,
+        layer_sensitivity,
+        chunk_length,
+        bandwidth,
+        slo_misses,
+        breakdown,
+        interference,
+        storage_cost,
+    )
+}
