@@ -13,7 +13,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-zoo test-doors test-door-lmcache test-door-vllm gpu test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-zoo test-doors test-door-lmcache test-door-vllm test-browser report gpu test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -53,6 +53,13 @@ REAL_REPORT ?=
 real-report: real-model ## Measure that model, every method beside the usual ones: docs/results/smollm2; about an hour
 	@$(IN_VENV) python scripts/real_report.py --model_id $(REAL_MODEL) $(if $(REAL_DATA),--path_to_data $(REAL_DATA)) $(REAL_REPORT)
 
+# PAPER: flags of scripts/paper.py, such as another model's; REPORT_FOLDERS: further results to be shown beside.
+PAPER ?=
+REPORT_FOLDERS ?=
+report: $(INSTALLED) ## Do the paper's experiments with the bundled model, and make a page of them: build/report/report.html
+	@$(IN_VENV) python scripts/paper.py all --output_path build/report $(PAPER)
+	@$(IN_VENV) python scripts/report.py build/report $(REPORT_FOLDERS) --output_path build/report/report.html
+
 cuda: $(INSTALLED) ## Compile the CUDA module for all GPUs that are supported; needs nvcc, no GPU
 	@CACHEGEN_CUDA=all $(BIN)/python setup.py build_ext --inplace
 
@@ -88,6 +95,9 @@ $(DOORS)/%/bin/python: $(INSTALLED)
 	    open(sysconfig.get_path("purelib") + "/project.pth", "w").write(sys.argv[1] + "\n")' \
 	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@touch $@
+
+test-browser: $(INSTALLED) ## Look at the report's page in headless chromium, which must be there
+	@$(BIN)/python -m pytest -m browser tests/test_report_browser.py
 
 test-gpu: $(INSTALLED) ## Run the CUDA tests; fails where there is no GPU or no test
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA GPU")'

@@ -21,7 +21,7 @@ from cachegen.errors import ConfigError, OutputError
 from cachegen.experiments.bench import Bench, Prices
 from cachegen.experiments.markdown import format_outcomes
 from cachegen.experiments.outcome import list_outcomes
-from cachegen.experiments.registry import EXPERIMENTS
+from cachegen.experiments.registry import EXPERIMENTS, in_order
 from cachegen.experiments.running import find_done, run_experiment
 from cachegen.files import write_file
 from cachegen.methods.transform.profile import load_profile
@@ -106,8 +106,7 @@ def _run(args: argparse.Namespace) -> None:
         command = " ".join(["python scripts/paper.py", name, *_describe_flags(args)])
         run_experiment(args.output_path, name, bench, command)
         done.append(name)
-    outcomes = [outcome for outcome in list_outcomes(args.output_path) if outcome.name in EXPERIMENTS]
-    outcomes.sort(key=lambda outcome: list(EXPERIMENTS).index(outcome.name))
+    outcomes = in_order(list_outcomes(args.output_path))
     write_file(args.output_path / MARKDOWN_NAME, format_outcomes(outcomes).encode())
     report.line(f"results            {args.output_path}")
     command_line.finish(args, {"output_path": args.output_path, "done": done, "kept": kept})
@@ -121,14 +120,14 @@ def _make_bench(args: argparse.Namespace, say: Callable[[str], None]) -> Bench:
     )
     loaded = load(dtype=resolve_dtype(args.dtype))
     refuse_states(loaded, "measuring")
-    fit = functools.partial(fit_contexts, loaded=loaded, context_tokens=args.context_tokens)
     data_sets: dict[str, Sequence[PromptContext]] = {}
     for path in args.path_to_context:
         if path.stem in data_sets:
             raise ConfigError(f"{path}: `path_to_context` has two data sets of the name {path.stem}")
         contexts = read_contexts(path, args.num_contexts, args.num_questions)
-        data_sets[path.stem] = fit(contexts, count=args.num_contexts, chat_template=args.chat_template)
+        data_sets[path.stem] = _fit(contexts, loaded, args, args.num_contexts, args.chat_template)
     calibration = read_contexts(args.path_to_calibration, args.num_calibration)
+    calibration = _fit(calibration, loaded, args, args.num_calibration, False)
     work = args.work_path or args.output_path / "work"
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -138,7 +137,7 @@ def _make_bench(args: argparse.Namespace, say: Callable[[str], None]) -> Bench:
         loaded=loaded,
         load_for_prefill=functools.cache(load),
         data_sets=data_sets,
-        calibration=fit(calibration, count=args.num_calibration, chat_template=False),
+        calibration=calibration,
         profile=profile,
         work=work,
         left_out=frozenset(args.leave_out),
@@ -148,6 +147,17 @@ def _make_bench(args: argparse.Namespace, say: Callable[[str], None]) -> Bench:
         prices=Prices(args.storage_price, args.gpu_price),
         say=say,
     )
+
+
+def _fit(
+    contexts: Sequence[PromptContext], loaded: LoadedModel, args: argparse.Namespace, count: int, chat_template: bool
+) -> list[PromptContext]:
+    """Return `count` contexts: of a single text its windows, of several the first."""
+    windows = count if len(contexts) == 1 and not contexts[0].questions else None
+    fitted = fit_contexts(
+        contexts, loaded, count=windows, context_tokens=args.context_tokens, chat_template=chat_template
+    )
+    return fitted[:count]
 
 
 def _describe_flags(args: argparse.Namespace) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from cachegen.experiments import (
     bandwidth,
@@ -32,3 +32,9 @@ EXPERIMENTS: Mapping[str, Callable[[Bench], Outcome]] = {
         storage_cost,
     )
 }
+
+
+def in_order(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return outcomes in the order of the experiments, those of experiments that are gone last."""
+    names = list(EXPERIMENTS)
+    return sorted(outcomes, key=lambda outcome: names.index(outcome.name) if outcome.name in names else len(names))
