@@ -374,7 +374,8 @@ def test_shipped_configs_are_read(path: Path) -> None:
             config.groups_of_planes(32)
 
 
-def test_original_setting_for_7b_models() -> None:
-    keys, values = bins_of(CONFIG / "quantization_7b.json", 32)
-    assert keys == [32] * 10 + [16] * 22
-    assert values == [32] * 2 + [16] * 30
+@pytest.mark.parametrize(("size", "num_layers"), [("7b", 32), ("34b", 60), ("70b", 80)])
+def test_original_settings_of_larger_models(size: str, num_layers: int) -> None:
+    keys, values = bins_of(CONFIG / f"quantization_{size}.json", num_layers)
+    assert keys == [32] * 10 + [16] * (num_layers - 10)
+    assert values == [32] * 2 + [16] * (num_layers - 2)

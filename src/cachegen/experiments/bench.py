@@ -77,10 +77,16 @@ class Bench:
         """Return the caches of a data set's contexts; those that are not saved yet are computed and saved."""
         return list(load_caches(self.study(data_set, ()), self.data_sets[data_set], "test"))
 
+    def load_first_caches(self) -> list[SavedCache]:
+        """Return the cache of each data set's first context."""
+        return [
+            next(iter(load_caches(self.study(data_set, ()), contexts[:1], "test")))
+            for data_set, contexts in self.data_sets.items()
+        ]
+
     def load_first_cache(self) -> SavedCache:
         """Return the cache of the first data set's first context."""
-        data_set = next(iter(self.data_sets))
-        return next(iter(load_caches(self.study(data_set, ()), self.data_sets[data_set][:1], "test")))
+        return self.load_first_caches()[0]
 
     @property
     def identity(self) -> str:

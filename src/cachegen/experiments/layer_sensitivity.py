@@ -19,9 +19,8 @@ _PARTS = ("keys", "values")
 def run(bench: Bench) -> Outcome:
     """Quantize one layer at a time, coarsely, and compare predictions."""
     losses: dict[tuple[int, str], list[float]] = {}
-    for data_set in bench.data_sets:
-        for saved in bench.load_caches(data_set):
-            _measure(bench, saved, losses)
+    for saved in bench.load_first_caches():
+        _measure(bench, saved, losses)
     rows: list[dict[str, Value]] = [
         {"layer": layer, "part": part, "kl": sum(found) / len(found)} for (layer, part), found in losses.items()
     ]
@@ -62,7 +61,8 @@ def run(bench: Bench) -> Outcome:
         ),
         notes=(
             f"A token's values of a layer are rounded to {NUM_BINS} bins of its largest magnitude, the quantizer of "
-            "method cachegen. All other layers keep every bit. The mean over all contexts.",
+            "method cachegen. All other layers keep every bit. The mean over the first context of each "
+            "data set.",
         ),
     )
 
