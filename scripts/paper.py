@@ -17,7 +17,7 @@ from cachegen import command_line
 from cachegen.coder.cpu import default_num_threads
 from cachegen.comparison.datasets import PromptContext, fit_contexts, read_contexts
 from cachegen.device import DTYPES, resolve_device, resolve_dtype
-from cachegen.errors import ConfigError, OutputError
+from cachegen.errors import ConfigError, InputError, OutputError
 from cachegen.experiments.bench import Bench, Prices
 from cachegen.experiments.markdown import format_outcomes
 from cachegen.experiments.outcome import list_outcomes
@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace) -> None:
     report = command_line.Reporter(args)
     names = list(EXPERIMENTS) if ALL in args.experiments else list(dict.fromkeys(args.experiments))
     bench = _make_bench(args, report.line)
-    done, kept = [], []
+    done, kept, refused = [], [], []
     for number, name in enumerate(names, 1):
         if not args.overwrite and find_done(args.output_path, name, bench):
             report.line(f"[{number}/{len(names)}] {name}: is done")
@@ -104,12 +104,20 @@ def _run(args: argparse.Namespace) -> None:
             continue
         report.line(f"[{number}/{len(names)}] {name}")
         command = " ".join(["python scripts/paper.py", name, *_describe_flags(args)])
-        run_experiment(args.output_path, name, bench, command)
-        done.append(name)
+        try:
+            run_experiment(args.output_path, name, bench, command)
+        except InputError as error:
+            # What one cannot do, such as with a model of sliding windows, is no reason to leave out the others.
+            report.warn(str(error))
+            refused.append(name)
+        else:
+            done.append(name)
     outcomes = in_order(list_outcomes(args.output_path))
     write_file(args.output_path / MARKDOWN_NAME, format_outcomes(outcomes).encode())
     report.line(f"results            {args.output_path}")
-    command_line.finish(args, {"output_path": args.output_path, "done": done, "kept": kept})
+    command_line.finish(args, {"output_path": args.output_path, "done": done, "kept": kept, "refused": refused})
+    if refused:
+        raise InputError(f"{args.output_path}: {', '.join(refused)} could not be done; what was wrong is said above")
 
 
 def _make_bench(args: argparse.Namespace, say: Callable[[str], None]) -> Bench:

@@ -52,6 +52,7 @@ LAYERS = {
     "answer_scripts": 7,
     "startup": 7,
     "sweeps": 7,
+    "experiments": 7,
     "__main__": 7,
 }
 """The layer of each file or folder of src/cachegen; docs in CONTRIBUTING.md."""

@@ -31,7 +31,7 @@ class ContextLoss:
         self._loaded, self._cache, self._token_ids = loaded, cache, token_ids[: cache.num_tokens]
         self.start = cache.num_tokens - count_verified_tokens(cache.num_tokens)
         self._predictions = predict_from(
-            loaded, self._token_ids, self._fill(cache), start=self.start, num_held_tokens=cache.num_tokens
+            loaded, self._token_ids, fill_new_cache(loaded, cache), start=self.start, num_held_tokens=cache.num_tokens
         )
 
     def measure(self, recoded: KVCache, *exact: range) -> float:
@@ -48,12 +48,14 @@ class ContextLoss:
             self._loaded,
             self._token_ids,
             self._predictions,
-            self._fill(recoded),
+            fill_new_cache(self._loaded, recoded),
             num_decoded_tokens=self._cache.num_tokens,
         ).fidelity.kl
 
-    def _fill(self, kv: KVCache) -> Cache:
-        loaded, shapes = self._loaded, [(plane.shape[1], plane.shape[2]) for plane in kv.planes]
-        cache = allocate_cache(loaded.cache_layout, shapes, kv.num_tokens, loaded.dtype)
-        fill_cache(cache, kv)
-        return cache
+
+def fill_new_cache(loaded: LoadedModel, planes: KVCache, capacity: int | None = None) -> Cache:
+    """Return a cache of the model's that holds these tokens, with room for `capacity`; None: for just these."""
+    shapes = [(plane.shape[1], plane.shape[2]) for plane in planes.planes]
+    cache = allocate_cache(loaded.cache_layout, shapes, capacity or planes.num_tokens, loaded.dtype)
+    fill_cache(cache, planes)
+    return cache

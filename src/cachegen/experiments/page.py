@@ -171,4 +171,4 @@ def _embed(data: Any) -> str:
 
 
 def _read(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files("cachegen.experiments").joinpath(name).read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from cachegen.experiments import (
     size_quality,
     slo_misses,
     storage_cost,
+    token_dropping,
 )
 from cachegen.experiments.bench import Bench
 from cachegen.experiments.outcome import Outcome
@@ -25,6 +26,7 @@ EXPERIMENTS: Mapping[str, Callable[[Bench], Outcome]] = {
         insights,
         layer_sensitivity,
         chunk_length,
+        token_dropping,
         bandwidth,
         slo_misses,
         breakdown,
