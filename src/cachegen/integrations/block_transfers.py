@@ -6,9 +6,10 @@ All of it is done by threads: fetching ahead, decoding in order, encoding and st
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -96,16 +97,26 @@ class BlockTransfers:
         store: BlockStore,
         namespace: Namespace,
         max_waiting_bytes: int,
+        processors: Collection[int] | None = None,
     ) -> None:
+        """Start nothing yet.
+
+        Args:
+            caches, store: where blocks come from and go to.
+            block_tokens, engine_block_tokens: of a block of the store, and of one of the engine.
+            max_waiting_bytes: of blocks that wait to be stored.
+            processors: that the threads may run on; None those of the threads that start them.
+        """
         self._name, self._caches, self._codec, self._store = name, caches, codec, store
         self._namespace, self._engine_block_tokens = namespace, engine_block_tokens
         self._blocks_per_block = block_tokens // engine_block_tokens
         self._max_waiting_bytes = max_waiting_bytes
         block = caches.allocate(self._blocks_per_block)
         self._max_blob_bytes = codec.max_blob_bytes([block.shape], [block.dtype])
-        self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, "cachegen-fetch")
-        self._loader = ThreadPoolExecutor(1, "cachegen-load")
-        self._saver = ThreadPoolExecutor(1, "cachegen-save")
+        self._fetchers, self._loader, self._saver = (
+            ThreadPoolExecutor(number, f"cachegen-{name}", _run_on, (processors,))
+            for name, number in (("fetch", _FETCH_THREADS), ("load", 1), ("save", 1))
+        )
         self._changed = threading.Condition()
         self._num_loading = 0
         self._finished: list[tuple[str, set[int]]] = []
@@ -244,3 +255,9 @@ class BlockTransfers:
         self.wait_for_saves(seconds)
         for pool in (self._loader, self._fetchers, self._saver):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _run_on(processors: Collection[int] | None) -> None:
+    """Let this thread run on some processors, and those that it starts."""
+    if processors:
+        os.sched_setaffinity(0, processors)

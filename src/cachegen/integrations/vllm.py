@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from cachegen.errors import ConfigError, InputError
@@ -266,6 +267,7 @@ class CacheGenConnector(KVConnectorBase_V1):
             self._store,
             self._namespace(rank % parallel.tensor_parallel_size, rank // parallel.tensor_parallel_size),
             self._options.max_waiting_bytes,
+            _processors_of_engine(),
         )
 
     @property
@@ -447,6 +449,17 @@ def _probe(attention: Any, layer: torch.Tensor, spec: Any) -> torch.Tensor:
     except (InputError, AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
         problem = f"the cache of {type(attention.impl).__name__} is kept in an unknown way"
         raise ConfigError(f"{NAME}: {problem}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _processors_of_engine() -> set[int] | None:
+    """Return where threads beside the model may run; None for where this one may.
+
+    On CPUs vLLM ties this worker to the processors that compute, and leaves others free for its own threads, which are
+    in the engine's process.
+    """
+    if not current_platform.is_cpu() or not hasattr(os, "sched_getaffinity"):
+        return None
+    return os.sched_getaffinity(os.getppid())
 
 
 def _layer_number(name: str) -> tuple[int, str]:
