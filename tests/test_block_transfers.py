@@ -179,3 +179,16 @@ def test_threads_run_on_the_processors_that_they_are_given(tmp_path, monkeypatch
         save_all(make_transfers(str(tmp_path), processors=given))
         assert seen.pop() == (given or mine)
     assert os.sched_getaffinity(0) == mine
+
+
+def test_nothing_is_encoded_while_a_request_is_loaded(tmp_path):
+    save_all(make_transfers(str(tmp_path)))
+    with serve(tmp_path) as server:
+        server.faults.append(Misbehaviour(HASHES[0].hex(), "stall"))
+        transfers = make_transfers(server.url)
+        blocks = [BlockToLoad(HASHES[0], (6, 7))]
+        transfers.load(LoadTask("request", blocks))
+        transfers.save(SaveTask(bytes([9]) * 32, [0, 1], 0))
+        assert not transfers.wait_for_saves(0.3) and not transfers.counters.snapshot().get("encoded")
+        wait_for_load(transfers)
+        assert transfers.wait_for_saves(60) and transfers.counters.snapshot()["encoded"] == 1

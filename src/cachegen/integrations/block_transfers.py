@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _FETCHED_AHEAD = 4
 _FETCH_THREADS = 4
+_SAVING_WAITS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,14 @@ class BlockTransfers:
         self._blocks_per_block = block_tokens // engine_block_tokens
         self._max_waiting_bytes = max_waiting_bytes
         block = caches.allocate(self._blocks_per_block)
+        self._block_bytes = block.nbytes
         self._max_blob_bytes = codec.max_blob_bytes([block.shape], [block.dtype])
         self._fetchers, self._loader, self._saver = (
             ThreadPoolExecutor(number, f"cachegen-{name}", _run_on, (processors,))
             for name, number in (("fetch", _FETCH_THREADS), ("load", 1), ("save", 1))
         )
         self._changed = threading.Condition()
-        self._num_loading = 0
+        self._num_loading, self._is_closing = 0, False
         self._finished: list[tuple[str, set[int]]] = []
         self._waiting_bytes = 0
         self._damaged: set[bytes] = set()
@@ -216,7 +218,7 @@ class BlockTransfers:
 
     def save(self, task: SaveTask) -> None:
         """Copy a block out of the engine's cache, and encode and store it later; skipped where too many are waiting."""
-        size = self._caches.allocate(self._blocks_per_block).nbytes
+        size = self._block_bytes
         with self._changed:
             if self._waiting_bytes + size > self._max_waiting_bytes:
                 self.counters.add_for("unsaved", "full")
@@ -235,6 +237,7 @@ class BlockTransfers:
             if not is_damaged and self._store.has(self._namespace.block_name(task.block_hash)):
                 self.counters.add_for("unsaved", "there")
                 return
+            self._let_loads_go_first()
             blob = self._codec.encode(task.block_hash, [planes], task.position)
             start = time.perf_counter()
             self._store.put(self._namespace, task.block_hash, blob, replace=is_damaged)
@@ -250,8 +253,16 @@ class BlockTransfers:
                 self._waiting_bytes -= planes.nbytes
                 self._changed.notify_all()
 
+    def _let_loads_go_first(self) -> None:
+        """Wait while requests are loaded, but not for ever: they wait for a processor that encoding would take."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._num_loading or self._is_closing, _SAVING_WAITS_SECONDS)
+
     def close(self, seconds: float) -> None:
         """Store what is waiting, for so many seconds at most, and end the threads."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
         self.wait_for_saves(seconds)
         for pool in (self._loader, self._fetchers, self._saver):
             pool.shutdown(wait=False, cancel_futures=True)

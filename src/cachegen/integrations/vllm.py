@@ -366,7 +366,8 @@ class CacheGenConnector(KVConnectorBase_V1):
         return StepMetadata(self.plans.step(computed, blocks))
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Take note of what was not loaded, and of what the workers have measured."""
+        """Take note of what was loaded and what was not, and of what the workers have measured."""
+        self.plans.end_loads(connector_output.finished_recving or ())
         if connector_output.invalid_block_ids:
             self.plans.take_invalid(connector_output.invalid_block_ids)
         measured = connector_output.kv_connector_worker_meta
