@@ -181,14 +181,15 @@ def test_threads_run_on_the_processors_that_they_are_given(tmp_path, monkeypatch
     assert os.sched_getaffinity(0) == mine
 
 
-def test_nothing_is_encoded_while_a_request_is_loaded(tmp_path):
+@pytest.mark.parametrize("much_waits", [False, True])
+def test_nothing_is_encoded_while_a_request_is_loaded_unless_much_waits(tmp_path, much_waits):
     save_all(make_transfers(str(tmp_path)))
     with serve(tmp_path) as server:
         server.faults.append(Misbehaviour(HASHES[0].hex(), "stall"))
-        transfers = make_transfers(server.url)
-        blocks = [BlockToLoad(HASHES[0], (6, 7))]
-        transfers.load(LoadTask("request", blocks))
+        transfers = make_transfers(server.url, max_waiting_bytes=1 << 14 if much_waits else 1 << 30)
+        transfers.load(LoadTask("request", [BlockToLoad(HASHES[0], (6, 7))]))
         transfers.save(SaveTask(bytes([9]) * 32, [0, 1], 0))
-        assert not transfers.wait_for_saves(0.3) and not transfers.counters.snapshot().get("encoded")
+        transfers.wait_for_saves(60 if much_waits else 0.3)
+        assert transfers.counters.snapshot().get("encoded", 0) == much_waits
         wait_for_load(transfers)
         assert transfers.wait_for_saves(60) and transfers.counters.snapshot()["encoded"] == 1

@@ -224,6 +224,7 @@ class BlockTransfers:
                 self.counters.add_for("unsaved", "full")
                 return
             self._waiting_bytes += size
+            self._changed.notify_all()
         self._saver.submit(self._save, task, self._caches.gather(task.engine_blocks))
 
     def wait_for_saves(self, seconds: float) -> bool:
@@ -254,9 +255,13 @@ class BlockTransfers:
                 self._changed.notify_all()
 
     def _let_loads_go_first(self) -> None:
-        """Wait while requests are loaded, but not for ever: they wait for a processor that encoding would take."""
+        """Wait while requests are loaded, since encoding would take a processor from them; not where much waits."""
+
+        def may_go_on() -> bool:
+            return not self._num_loading or self._is_closing or 2 * self._waiting_bytes > self._max_waiting_bytes
+
         with self._changed:
-            self._changed.wait_for(lambda: not self._num_loading or self._is_closing, _SAVING_WAITS_SECONDS)
+            self._changed.wait_for(may_go_on, _SAVING_WAITS_SECONDS)
 
     def close(self, seconds: float) -> None:
         """Store what is waiting, for so many seconds at most, and end the threads."""
