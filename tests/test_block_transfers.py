@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ BLOCK_TOKENS = 2 * PAGE_TOKENS  # two blocks of the engine
 NAMESPACE = Namespace(model="a")
 
 
-def make_transfers(location: str, *, seed: int = 0, max_waiting_bytes: int = 1 << 30) -> BlockTransfers:
+def make_transfers(
+    location: str, *, seed: int = 0, max_waiting_bytes: int = 1 << 30, processors: set[int] | None = None
+) -> BlockTransfers:
     """A worker with a cache of random values, that keeps 12 blocks of an engine."""
     return BlockTransfers(
         "worker",
@@ -33,6 +36,7 @@ def make_transfers(location: str, *, seed: int = 0, max_waiting_bytes: int = 1 <
         BlockStore(location),
         NAMESPACE,
         max_waiting_bytes,
+        processors,
     )
 
 
@@ -160,3 +164,32 @@ def test_a_block_is_waited_for_no_longer_than_computing_takes(filled, tmp_path):
         transfers = make_transfers(server.url)
         assert load_all(transfers, compute_rate=1e-4).invalid_blocks == set(range(6, 12))
     assert transfers.counters.snapshot()["missed:late"] == 1 and transfers.rates.load is None
+
+
+def test_threads_run_on_the_processors_that_they_are_given(tmp_path, monkeypatch):
+    mine = os.sched_getaffinity(0)
+    seen: list[set[int]] = []
+
+    def record(store: BlockStore, name: str) -> bool:
+        seen.append(os.sched_getaffinity(0))
+        return False
+
+    monkeypatch.setattr(BlockStore, "has", record)
+    for given in ({min(mine)}, None):
+        save_all(make_transfers(str(tmp_path), processors=given))
+        assert seen.pop() == (given or mine)
+    assert os.sched_getaffinity(0) == mine
+
+
+@pytest.mark.parametrize("much_waits", [False, True])
+def test_nothing_is_encoded_while_a_request_is_loaded_unless_much_waits(tmp_path, much_waits):
+    save_all(make_transfers(str(tmp_path)))
+    with serve(tmp_path) as server:
+        server.faults.append(Misbehaviour(HASHES[0].hex(), "stall"))
+        transfers = make_transfers(server.url, max_waiting_bytes=1 << 14 if much_waits else 1 << 30)
+        transfers.load(LoadTask("request", [BlockToLoad(HASHES[0], (6, 7))]))
+        transfers.save(SaveTask(bytes([9]) * 32, [0, 1], 0))
+        transfers.wait_for_saves(60 if much_waits else 0.3)
+        assert transfers.counters.snapshot().get("encoded", 0) == much_waits
+        wait_for_load(transfers)
+        assert transfers.wait_for_saves(60) and transfers.counters.snapshot()["encoded"] == 1

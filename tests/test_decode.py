@@ -18,7 +18,7 @@ from cachegen.format import Coder
 from cachegen.kv_cache import KVCache, hash_rotary_embeddings
 from cachegen.methods import load_config, parse_chunk
 from cachegen.methods.absmax.codec import AbsmaxDocument, AbsmaxEncoder
-from cachegen.pipeline import decode, prefill
+from cachegen.pipeline import document_files, prefill
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
 from cachegen.pipeline.model_cache import allocate_cache
@@ -44,7 +44,7 @@ def tiny_files(tmp_path, config_path, monkeypatch) -> dict[str, bytes]:
     cache, metadata = make_cache(5, num_layers=1, head_dim=2), make_metadata(5)
     encode_document(make_encoder(cache, metadata, config_path, (5,)), tmp_path / "tiny")
     files = read_folder(tmp_path / "tiny")
-    monkeypatch.setattr(decode, "read_whole", lambda path: files[Path(path).name])
+    monkeypatch.setattr(document_files, "read_whole", lambda path: files[Path(path).name])
     return files
 
 
@@ -124,7 +124,7 @@ def test_the_result_counts_tokens_and_the_bytes_that_were_read(folder):
 
 def test_the_next_chunk_is_read_while_one_decodes(folder, monkeypatch):
     reading = {f"chunk_0000{index}.L1.cgc": threading.Event() for index in range(3)}
-    read, start_decoding, num_decoded = decode.read_whole, AbsmaxDocument.start_decoding, [0]
+    read, start_decoding, num_decoded = document_files.read_whole, AbsmaxDocument.start_decoding, [0]
 
     def note_and_read(path):
         if path.name in reading:
@@ -137,7 +137,7 @@ def test_the_next_chunk_is_read_while_one_decodes(folder, monkeypatch):
         num_decoded[0] += 1
         return start_decoding(*args, **kwargs)
 
-    monkeypatch.setattr(decode, "read_whole", note_and_read)
+    monkeypatch.setattr(document_files, "read_whole", note_and_read)
     monkeypatch.setattr(AbsmaxDocument, "start_decoding", wait_for_the_next)
     decode_folder(folder, CACHE, METADATA.token_ids)
     assert num_decoded == [3]

@@ -20,6 +20,22 @@ def test_what_is_slower_is_computed_but_for_one_in_sixteen():
     assert [policy.loads() for _ in range(32)] == ([False] * 15 + [True]) * 2
 
 
+@pytest.mark.parametrize(
+    ("rates", "num_loading", "num_computing", "loads"),
+    [
+        (Rates(load=1.0, compute=2.0), 99, 0, True),
+        (Rates(load=1.0, compute=2.0), 100, 0, False),  # too many are loaded first
+        (Rates(load=2.0, compute=1.0), 0, 100, False),
+        (Rates(load=2.0, compute=1.0), 0, 101, True),  # too many are computed first
+        (Rates(load=2.0, compute=1.0), 10, 121, True),
+    ],
+)
+def test_what_waits_before_it_counts(rates, num_loading, num_computing, loads):
+    policy = LoadPolicy("faster")
+    policy.rates = rates
+    assert [policy.loads(100, num_loading, num_computing) for _ in range(3)] == [loads] * 3
+
+
 def test_always_is_always():
     policy = LoadPolicy("always")
     policy.rates = Rates(load=2.0, compute=1.0)

@@ -86,6 +86,14 @@ class TestRoundTrip:
         assert encode(cache, (cache.num_tokens,), num_threads=3) == files
         assert np.array_equal(bits_of(decode(cache, *files, num_threads=3)), bits_of(cache))
 
+    def test_an_engine_that_keeps_torchs_threads_to_itself_is_not_asked_for_them(self, monkeypatch):
+        torch.set_num_threads(2)
+        asked: list[int] = []
+        monkeypatch.setattr(torch, "set_num_threads", lambda number: asked.append(number))
+        cache = make_correlated(300, torch.bfloat16)
+        assert np.array_equal(bits_of(decode(cache, *encode(cache, (300,)))), bits_of(cache))
+        assert not asked and torch.get_num_threads() == 2
+
     def test_it_says_that_nothing_is_lost(self):
         encoder = LosslessEncoder(make_correlated(10, torch.bfloat16), make_metadata(10), (10,))
         error = encoder.read_error(0, 1, encoder.encode_chunk(0))

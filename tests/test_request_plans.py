@@ -142,6 +142,27 @@ def test_where_computing_is_faster_nothing_is_loaded_and_nothing_saved_again(tmp
     assert plans.counters.snapshot()["decided:compute"] == 1
 
 
+def test_requests_before_it_decide_whether_a_prompt_is_loaded(tmp_path):
+    fill(tmp_path, 3)
+    policy = LoadPolicy("faster")
+    policy.rates = Rates(load=2.0, compute=3.0)
+    plans = make_plans(str(tmp_path), policy)
+    for name in "abc":
+        plans.begin(name, PROMPT, len(PROMPT))
+    assert ask(plans, request_id="a") == 24
+    plans.allocate("a", list(range(8)), 24)
+    assert ask(plans, request_id="b") == 0  # 48 x 2 for loading both, 6 and 24 x 3 for computing it
+    plans.allocate("b", list(range(8, 16)), 0)
+    plans.end_loads({"a"})
+    assert ask(plans, request_id="c") == 24
+    plans.finish("c")
+    # The others are computed; nobody waits any more.
+    plans.step({"a": (24, 6), "b": (0, 30)}, {})
+    plans.begin("d", PROMPT, len(PROMPT))
+    policy.rates = Rates(load=3.0, compute=2.0)
+    assert ask(plans, request_id="d") == 0
+
+
 def test_roles_that_only_load_or_only_save_do_just_that(tmp_path):
     fill(tmp_path, 1)
     reader, writer = make_plans(str(tmp_path), saves=False), make_plans(str(tmp_path), loads=False)

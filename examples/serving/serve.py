@@ -12,6 +12,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--store", required=True, help="a folder or URL that all engines share")
     parser.add_argument("--method", default="lossless")
     args, others = parser.parse_known_args()
@@ -23,7 +24,7 @@ def main() -> int:
         "kv_connector_extra_config": {"store": args.store, "method": args.method},
     }
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model]
-    flags = ["--host", "127.0.0.1", "--port", str(args.port), "--kv-transfer-config", json.dumps(connector)]
+    flags = ["--host", args.host, "--port", str(args.port), "--kv-transfer-config", json.dumps(connector)]
     os.execv(sys.executable, [*program, *flags, *others])
 
 

@@ -4,6 +4,7 @@
     publish(store, compressed)          what was compressed, into a store that others stream from
     load(folder or url)                 either of them, opened: `.to_cache(model, prompt)` is what
                                         `model.generate(..., past_key_values=...)` takes
+    PrefixCache(model)                  many, in memory: `.add(cache, token_ids)`, `.to_cache(prompt)`
     calibrate(model, contexts)          the model's profile, which method `transform` needs: `.save(folder)`
 
 Each has an example in its docstring. Errors that a user can meet are of `cachegen.errors`: one line, with the remedy.
@@ -16,13 +17,24 @@ from typing import TYPE_CHECKING, Any
 from cachegen import errors
 
 if TYPE_CHECKING:
-    from cachegen.api import CacheStore, CompressedCache, Profile, StoredCache, calibrate, compress, load, publish
+    from cachegen.api import (
+        CacheStore,
+        CompressedCache,
+        PrefixCache,
+        Profile,
+        StoredCache,
+        calibrate,
+        compress,
+        load,
+        publish,
+    )
 
 __version__ = "0.2.0"
 
 __all__ = [
     "CacheStore",
     "CompressedCache",
+    "PrefixCache",
     "Profile",
     "StoredCache",
     "__version__",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,12 @@ from cachegen.api.arguments import (
     read_token_ids,
     read_visible_cache,
 )
+from cachegen.api.decoding import decode_cache
 from cachegen.api.measured import Measured
 from cachegen.calibration.choose_profile import choose_profile
 from cachegen.coder.cpu import default_num_threads
+from cachegen.coder.cpu_kernels import CPU
+from cachegen.coder.kernels import Kernels
 from cachegen.config import parse_coder
 from cachegen.device import choose_kernels
 from cachegen.errors import InputError, MismatchError
@@ -32,6 +36,8 @@ from cachegen.methods.base import MethodConfig
 from cachegen.methods.profile_files import AnyProfile
 from cachegen.methods.transform.profile import ANALYSIS_NAME, Profile, pack_profile
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
+from cachegen.pipeline.decode import EncodedFiles
+from cachegen.pipeline.document_files import MemoryFiles
 from cachegen.pipeline.encode import encode_document, order_levels
 from cachegen.pipeline.images import refuse_images
 from cachegen.pipeline.kept import KeptEncoding
@@ -44,10 +50,13 @@ from cachegen.windows import first_visible_tokens
 
 if TYPE_CHECKING:
     from cachegen.pipeline.model import PreTrainedModel
+    from cachegen.pipeline.model_cache import DynamicCache
 
 
 class CompressedCache(Measured):
     """A compressed cache in memory, from `compress`; the cache it was made from is not needed any more.
+
+    `save` and `publish` keep it, and `to_cache` decodes it where it is. `PrefixCache` holds many.
 
     Attributes:
         num_tokens: of the cache.
@@ -57,10 +66,73 @@ class CompressedCache(Measured):
         own_profile: a profile that was made of this cache alone, which belongs to the files.
     """
 
-    def __init__(self, encoding: KeptEncoding, metadata: ContextMetadata, own_profile: Profile | None = None) -> None:
-        profile_bytes = 0 if own_profile is None else own_profile.num_bytes
-        super().__init__(encoding.document.header, encoding.num_bytes + profile_bytes)
+    def __init__(
+        self,
+        encoding: KeptEncoding,
+        metadata: ContextMetadata,
+        own_profile: Profile | None = None,
+        *,
+        profile: AnyProfile | None = None,
+        kernels: Kernels = CPU,
+        num_threads: int = 1,
+    ) -> None:
+        """Keep the files.
+
+        Args:
+            profile: that the files name, if any; `own_profile` where they have one.
+            kernels, num_threads: to decode with.
+        """
+        self._own_profile_bytes = 0 if own_profile is None else own_profile.num_bytes
+        super().__init__(encoding.document.header, encoding.num_bytes + self._own_profile_bytes)
         self.encoding, self.metadata, self.own_profile = encoding, metadata, own_profile
+        self._profile, self._kernels, self._num_threads = profile, kernels, num_threads
+
+    def to_cache(
+        self, model: PreTrainedModel | LoadedModel, token_ids: torch.Tensor | Sequence[int] | None = None
+    ) -> DynamicCache:
+        """Decode into a new cache, as `StoredCache.to_cache` does from files."""
+        return self.decode(model, token_ids)
+
+    def count_shared_chunks(self, token_ids: torch.Tensor) -> tuple[int, int]:
+        """Return how many first chunks hold exactly the first tokens of a text, and how many tokens these are.
+
+        Args:
+            token_ids: int32 `[num_tokens]`.
+
+        Returns:
+            None of either where the cache can only be used whole and the text shares a part of it only.
+        """
+        header, mine = self.encoding.document.header, self.metadata.token_ids
+        num_compared = min(len(mine), len(token_ids))
+        differing = torch.nonzero(mine[:num_compared] != token_ids[:num_compared])
+        num_shared = int(differing[0]) if len(differing) else num_compared
+        stops = [stop for stop in itertools.accumulate(header.chunk_tokens) if stop <= num_shared]
+        if not stops or (header.is_whole_only and len(stops) < len(header.chunk_tokens)):
+            return 0, 0
+        return len(stops), stops[-1]
+
+    def decode(
+        self,
+        model: PreTrainedModel | LoadedModel,
+        token_ids: torch.Tensor | Sequence[int] | None = None,
+        num_chunks: int | None = None,
+    ) -> DynamicCache:
+        """Decode the first chunks only; see `to_cache`.
+
+        Args:
+            num_chunks: None for all.
+
+        Raises:
+            ConfigError: the cache can only be used whole, and a part of it was asked for.
+        """
+        profile = self._profile
+        encoded = EncodedFiles(
+            MemoryFiles(self.encoding.list_files(), self._own_profile_bytes),
+            self._num_threads,
+            self._kernels,
+            find_profile=None if profile is None else lambda _: profile,
+        )
+        return decode_cache(encoded, model, token_ids, num_chunks)
 
     def list_levels(self) -> list[tuple[int, EncodedLevel]]:
         """Return bytes of the chunks and the level itself, to be published."""
@@ -210,7 +282,15 @@ def compress(
         picked.config, planes, metadata, chunks, num_threads=threads, kernels=kernels, first_stored=first_stored
     )
     _check_missing(num_missing, encoder.document.header.first_stored, chosen)
-    return CompressedCache(KeptEncoding(encoder, threads), metadata, picked.own)
+    return CompressedCache(
+        KeptEncoding(encoder, threads),
+        metadata,
+        picked.own,
+        # With files read and a profile chosen, it is no path any more.
+        profile=picked.own or getattr(picked.config, "profile", None),
+        kernels=kernels,
+        num_threads=threads,
+    )
 
 
 def _check_missing(num_missing: Sequence[int], first_stored: Sequence[int], config: MethodConfig) -> None:

@@ -9,25 +9,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cachegen.api.arguments import CLONE, read_token_ids
+from cachegen.api.arguments import CLONE
+from cachegen.api.decoding import decode_cache
 from cachegen.api.measured import Measured
 from cachegen.api.streaming import CacheStore
 from cachegen.coder.cpu import default_num_threads
 from cachegen.device import choose_kernels
-from cachegen.errors import InputError, MismatchError
+from cachegen.errors import InputError
 from cachegen.format.files import TABLES_NAME
-from cachegen.methods import load_profile, method_of
+from cachegen.methods import load_profile
 from cachegen.methods.profile_files import AnyProfile
 from cachegen.pipeline.decode import EncodedFolder
-from cachegen.pipeline.frequencies import match_frequencies
-from cachegen.pipeline.hybrids import refuse_forgetful
-from cachegen.pipeline.images import forget_images
-from cachegen.pipeline.model import LoadedModel, identify_model
-from cachegen.pipeline.model_cache import allocate_cache, keep_whole, set_length, to_dynamic_cache, view_kv_cache
-from cachegen.pipeline.prefill import recompute_first_tokens
+from cachegen.pipeline.model import LoadedModel
 from cachegen.pipeline.profiles import profile_finder
-from cachegen.pipeline.state_layers import keep_states
-from cachegen.pipeline.windows import find_missing
 from cachegen.store.index import STORE_INFO_NAME
 from cachegen.store.store import Store, open_store
 from cachegen.streaming.load_report import LoadResult
@@ -83,29 +77,7 @@ class StoredCache(Measured):
             BitstreamError: a file is truncated or corrupt.
             ValueError: `token_ids` are needed and not given, or have another shape; `model` is in training mode.
         """
-        folder = self._folder
-        loaded = identify_model(model, folder.document.header.model_fingerprint.hex())
-        num_sinks = method_of(folder.document.header).num_sink_tokens
-        ids = None if token_ids is None else read_token_ids(token_ids)
-        if ids is None and num_sinks:
-            raise ValueError(f"`token_ids` must be given: the first {num_sinks} tokens are computed from them")
-        if ids is not None and len(ids) < self.num_tokens:
-            raise MismatchError(
-                f"{folder.path}: caches {self.num_tokens} tokens, `token_ids` has {len(ids)}: it is another context"
-            )
-        loaded = match_frequencies(loaded, folder.document.header.rope_hash.hex())
-        folder.check_model(loaded)
-        refuse_forgetful(loaded)
-        cache = allocate_cache(loaded.cache_layout, folder.plane_shapes, self.num_tokens, folder.dtype)
-        folder.decode_into(view_kv_cache(cache, self.num_tokens), ids, folder.select_chunks(None))
-        keep_states(cache, folder.document.read_states(), self.num_tokens)
-        set_length(cache, self.num_tokens)
-        if ids is not None:
-            recompute_first_tokens(loaded, cache, ids, num_sinks, self.num_tokens)
-        first_stored = folder.document.header.first_stored
-        keep_whole(cache, self.num_tokens, find_missing(loaded.text_config, first_stored, self.num_tokens))
-        forget_images(loaded.model)
-        return to_dynamic_cache(cache)
+        return decode_cache(self._folder, model, token_ids)
 
 
 def load(

@@ -14,4 +14,6 @@ block_transfers loading and saving, by threads beside a worker
 memory_objects  LMCache's objects
 lmcache         the serde `cachegen` of LMCache's multiprocess mode
 vllm            the connector `CacheGenConnector` of vLLM
+sglang          the storage backend `CacheGenStorage` of SGLang's HiCache
+kvpress         the press `CacheGenPress` of kvpress
 """

@@ -6,9 +6,10 @@ All of it is done by threads: fetching ahead, decoding in order, encoding and st
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _FETCHED_AHEAD = 4
 _FETCH_THREADS = 4
+_SAVING_WAITS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -96,18 +98,29 @@ class BlockTransfers:
         store: BlockStore,
         namespace: Namespace,
         max_waiting_bytes: int,
+        processors: Collection[int] | None = None,
     ) -> None:
+        """Start nothing yet.
+
+        Args:
+            caches, store: where blocks come from and go to.
+            block_tokens, engine_block_tokens: of a block of the store, and of one of the engine.
+            max_waiting_bytes: of blocks that wait to be stored.
+            processors: that the threads may run on; None those of the threads that start them.
+        """
         self._name, self._caches, self._codec, self._store = name, caches, codec, store
         self._namespace, self._engine_block_tokens = namespace, engine_block_tokens
         self._blocks_per_block = block_tokens // engine_block_tokens
         self._max_waiting_bytes = max_waiting_bytes
         block = caches.allocate(self._blocks_per_block)
+        self._block_bytes = block.nbytes
         self._max_blob_bytes = codec.max_blob_bytes([block.shape], [block.dtype])
-        self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, "cachegen-fetch")
-        self._loader = ThreadPoolExecutor(1, "cachegen-load")
-        self._saver = ThreadPoolExecutor(1, "cachegen-save")
+        self._fetchers, self._loader, self._saver = (
+            ThreadPoolExecutor(number, f"cachegen-{name}", _run_on, (processors,))
+            for name, number in (("fetch", _FETCH_THREADS), ("load", 1), ("save", 1))
+        )
         self._changed = threading.Condition()
-        self._num_loading = 0
+        self._num_loading, self._is_closing = 0, False
         self._finished: list[tuple[str, set[int]]] = []
         self._waiting_bytes = 0
         self._damaged: set[bytes] = set()
@@ -205,12 +218,13 @@ class BlockTransfers:
 
     def save(self, task: SaveTask) -> None:
         """Copy a block out of the engine's cache, and encode and store it later; skipped where too many are waiting."""
-        size = self._caches.allocate(self._blocks_per_block).nbytes
+        size = self._block_bytes
         with self._changed:
             if self._waiting_bytes + size > self._max_waiting_bytes:
                 self.counters.add_for("unsaved", "full")
                 return
             self._waiting_bytes += size
+            self._changed.notify_all()
         self._saver.submit(self._save, task, self._caches.gather(task.engine_blocks))
 
     def wait_for_saves(self, seconds: float) -> bool:
@@ -224,6 +238,7 @@ class BlockTransfers:
             if not is_damaged and self._store.has(self._namespace.block_name(task.block_hash)):
                 self.counters.add_for("unsaved", "there")
                 return
+            self._let_loads_go_first()
             blob = self._codec.encode(task.block_hash, [planes], task.position)
             start = time.perf_counter()
             self._store.put(self._namespace, task.block_hash, blob, replace=is_damaged)
@@ -239,8 +254,26 @@ class BlockTransfers:
                 self._waiting_bytes -= planes.nbytes
                 self._changed.notify_all()
 
+    def _let_loads_go_first(self) -> None:
+        """Wait while requests are loaded, since encoding would take a processor from them; not where much waits."""
+
+        def may_go_on() -> bool:
+            return not self._num_loading or self._is_closing or 2 * self._waiting_bytes > self._max_waiting_bytes
+
+        with self._changed:
+            self._changed.wait_for(may_go_on, _SAVING_WAITS_SECONDS)
+
     def close(self, seconds: float) -> None:
         """Store what is waiting, for so many seconds at most, and end the threads."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
         self.wait_for_saves(seconds)
         for pool in (self._loader, self._fetchers, self._saver):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _run_on(processors: Collection[int] | None) -> None:
+    """Let this thread run on some processors, and those that it starts."""
+    if processors:
+        os.sched_setaffinity(0, processors)

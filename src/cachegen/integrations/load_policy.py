@@ -43,15 +43,24 @@ class LoadPolicy:
         self._num_refused = 0
         self.rates = Rates()
 
-    def loads(self) -> bool:
-        """Tell whether the next prefix is to be loaded.
+    def loads(self, num_tokens: int = 1, num_loading: int = 0, num_computing: int = 0) -> bool:
+        """Tell whether a prefix is to be loaded.
 
-        Both rates are per token, so the length of the prefix does not matter. What was not measured yet is tried, and
-        one in 16 requests is loaded against the prediction, since nothing else would tell that the store has recovered.
+        Loading goes on beside computing: where many prompts wait to be computed, a slow load may still end sooner, and
+        where many wait to be loaded, computing may. What was not measured yet is tried, and one in 16 requests is
+        loaded against the prediction, since nothing else would tell that a store has recovered.
+
+        Args:
+            num_tokens: of the prefix.
+            num_loading, num_computing: tokens of other requests that will be loaded and computed first.
         """
         load, compute = self.rates.load, self.rates.compute
-        if self._mode == "always" or load is None or compute is None or load < compute:
+        if self._mode == "always" or load is None or compute is None:
             return True
+        if load * (num_loading + num_tokens) < compute * (num_computing + num_tokens):
+            return True
+        if load < compute:
+            return False  # others load, and tell
         self._num_refused += 1
         return self._num_refused % _RETRY_EVERY == 0
 

@@ -7,6 +7,7 @@ is found out by having the engine write a block of known values, so that what is
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Sequence
 
 import torch
@@ -96,9 +97,11 @@ class PagedCache:
             torch.cuda.current_stream(self._order.device).synchronize()
 
     def allocate(self, num_blocks: int) -> torch.Tensor:
-        """Return an uninitialized tensor on the CPU for so many blocks."""
+        """Return a tensor on the CPU for so many blocks, whose memory goes back to the system with it."""
         shape = (2, self.num_layers, num_blocks * self._block_tokens, self.num_channels)
-        return torch.empty(shape, dtype=self.dtype)
+        # Not the allocator's: that would keep what many blocks once took, as they wait to be stored.
+        memory = mmap.mmap(-1, math.prod(shape) * self.dtype.itemsize)
+        return torch.frombuffer(memory, dtype=self.dtype).view(shape)
 
     def _pages_of(self, blocks: Sequence[int]) -> torch.Tensor:
         first = torch.tensor(blocks, dtype=torch.int64)[:, None] * self._pages_per_block

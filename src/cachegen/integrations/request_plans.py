@@ -53,6 +53,9 @@ class _Plan:
         decision: None until it is made.
         num_computed: tokens that the engine had when it was asked; those to be loaded come behind.
         engine_blocks: that the engine has given the request.
+        loading: those of them that are or were to be loaded.
+        num_loading: tokens that are being loaded.
+        num_to_compute: tokens that the engine has taken on to compute.
         next_save: the first block that is not known to be in the store.
     """
 
@@ -64,6 +67,8 @@ class _Plan:
     num_computed: int = 0
     engine_blocks: list[int] = field(default_factory=list)
     loading: set[int] = field(default_factory=set)
+    num_loading: int = 0
+    num_to_compute: int = 0
     next_save: int = 0
 
 
@@ -141,7 +146,9 @@ class RequestPlans:
         if num_new <= 0:
             return 0
         if plan.decision is None:
-            plan.decision = "load" if self._policy.loads() else "compute"
+            others = [one for one in self._plans.values() if one is not plan]
+            num_loading, num_computing = sum(o.num_loading for o in others), sum(o.num_to_compute for o in others)
+            plan.decision = "load" if self._policy.loads(num_new, num_loading, num_computing) else "compute"
             if plan.decision == "compute":
                 self.counters.add_for("decided", "compute")
                 return 0
@@ -158,6 +165,7 @@ class RequestPlans:
         if plan is None:
             return
         plan.engine_blocks = list(engine_blocks)
+        plan.num_to_compute = plan.num_tokens - plan.num_computed - num_external
         if num_external <= 0:
             if plan.decision is None:
                 plan.decision = "nothing"
@@ -171,6 +179,7 @@ class RequestPlans:
             first = max(index * per_block, start)
             blocks.append(BlockToLoad(plan.hashes[index], plan.engine_blocks[first : (index + 1) * per_block]))
         plan.loading = {block for load in blocks for block in load.engine_blocks}
+        plan.num_loading = num_external
         rate = self._policy.patience(1)
         self._pending.append(LoadTask(request_id, blocks, rate))
         self.counters.add_for("decided", "load")
@@ -193,10 +202,17 @@ class RequestPlans:
             plan.num_tokens += num_new
             if request := self._plans.get(request_id):
                 plan.num_prompt_tokens += max(0, min(num_new, request.num_tokens - num_before))
+                request.num_to_compute = max(0, request.num_tokens - num_before - num_new)
                 if self._saves:
                     plan.saves += self._list_saves(request, num_before + num_new)
         self.counters.add_for("tokens", "computed", plan.num_prompt_tokens)
         return plan
+
+    def end_loads(self, request_ids: Collection[str]) -> None:
+        """Take note of loads that have come to an end."""
+        for request_id in request_ids:
+            if plan := self._plans.get(request_id):
+                plan.num_loading = 0
 
     def take_invalid(self, engine_blocks: Collection[int]) -> None:
         """Take note of engine blocks that were not loaded: they will be computed, and then saved."""

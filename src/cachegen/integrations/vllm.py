@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from cachegen.errors import ConfigError, InputError
@@ -266,6 +267,7 @@ class CacheGenConnector(KVConnectorBase_V1):
             self._store,
             self._namespace(rank % parallel.tensor_parallel_size, rank // parallel.tensor_parallel_size),
             self._options.max_waiting_bytes,
+            _processors_of_engine(),
         )
 
     @property
@@ -364,7 +366,8 @@ class CacheGenConnector(KVConnectorBase_V1):
         return StepMetadata(self.plans.step(computed, blocks))
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Take note of what was not loaded, and of what the workers have measured."""
+        """Take note of what was loaded and what was not, and of what the workers have measured."""
+        self.plans.end_loads(connector_output.finished_recving or ())
         if connector_output.invalid_block_ids:
             self.plans.take_invalid(connector_output.invalid_block_ids)
         measured = connector_output.kv_connector_worker_meta
@@ -447,6 +450,17 @@ def _probe(attention: Any, layer: torch.Tensor, spec: Any) -> torch.Tensor:
     except (InputError, AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
         problem = f"the cache of {type(attention.impl).__name__} is kept in an unknown way"
         raise ConfigError(f"{NAME}: {problem}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _processors_of_engine() -> set[int] | None:
+    """Return where threads beside the model may run; None for where this one may.
+
+    On CPUs vLLM ties this worker to the processors that compute, and leaves others free for its own threads, which are
+    in the engine's process.
+    """
+    if not current_platform.is_cpu() or not hasattr(os, "sched_getaffinity"):
+        return None
+    return os.sched_getaffinity(os.getppid())
 
 
 def _layer_number(name: str) -> tuple[int, str]:

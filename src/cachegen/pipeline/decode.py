@@ -1,4 +1,4 @@
-"""From a folder of chunk files to a cache: while a chunk decodes, the next one is read.
+"""From chunk files, in a folder or in memory, to a cache: while a chunk decodes, the next one is read.
 
 Where a GPU decodes, the chunk in between is checked and copied there meanwhile.
 """
@@ -21,12 +21,11 @@ import torch
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
 from cachegen.errors import BitstreamError, CacheGenError, ConfigError, MismatchError
-from cachegen.files import open_file
-from cachegen.format.files import TABLES_NAME, chunk_name, read_whole
+from cachegen.format.files import TABLES_NAME, chunk_name
 from cachegen.kv_cache import KVCache, describe_difference, hash_rotary_embeddings, hash_token_prefixes
 from cachegen.methods import open_document
 from cachegen.methods.base import DecodingPart, Document, FindProfile, check_output
-from cachegen.pipeline.profiles import measure_own_profile
+from cachegen.pipeline.document_files import DocumentFiles, FolderFiles
 from cachegen.states import find_different_state
 
 if TYPE_CHECKING:
@@ -49,16 +48,17 @@ class DecodeResult:
     decode_seconds: float
 
 
-class EncodedFolder:
-    """An encoded document on disk.
+class EncodedFiles:
+    """An encoded document, wherever its files are.
 
     Attributes:
         document: its tables file, parsed.
+        path: of its folder; for messages, where it has none.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        files: DocumentFiles,
         num_threads: int,
         kernels: Kernels = CPU,
         *,
@@ -77,11 +77,11 @@ class EncodedFolder:
             ConfigError: the document has no such level.
             MismatchError: the profile is not the one that the document names.
         """
-        self.path = Path(folder)
+        self._files, self.path = files, files.path
         self._num_threads, self._kernels = num_threads, kernels
         self.tables_path = self.path / TABLES_NAME
         start = time.perf_counter()
-        content = read_whole(self.tables_path)
+        content = files.read(TABLES_NAME)
         self._read_seconds = time.perf_counter() - start
         start = time.perf_counter()
         try:
@@ -91,7 +91,7 @@ class EncodedFolder:
                 raise
             raise error.at(self.tables_path) from error
         self._parse_seconds = time.perf_counter() - start
-        self._shared_bytes = len(content) + measure_own_profile(self.path, self.document.header.profile_hash)
+        self._shared_bytes = len(content) + files.measure_own_profile(self.document.header.profile_hash)
         self._levels = self._select_levels(level)
 
     def select_chunks(self, num_chunks: int | None) -> tuple[int, ...]:
@@ -306,7 +306,7 @@ class EncodedFolder:
         def read(index: int) -> tuple[list[bytes], float]:
             start = time.perf_counter()
             names = [chunk_name(index, level) for level in self._levels]
-            contents = [read_whole(self.path / name) for name in names]
+            contents = [self._files.read(name) for name in names]
             return contents, time.perf_counter() - start
 
         with ThreadPoolExecutor(max_workers=1) as reader:  # starts its thread for the second chunk
@@ -325,7 +325,7 @@ class EncodedFolder:
             InputError: a chunk file is missing.
         """
         names = [chunk_name(i, level) for i in range(self.document.header.num_chunks) for level in self._levels]
-        return self._shared_bytes + sum(_measure_file(self.path / name) for name in names)
+        return self._shared_bytes + sum(map(self._files.measure, names))
 
     @property
     def plane_shapes(self) -> list[tuple[int, int]]:
@@ -336,6 +336,22 @@ class EncodedFolder:
     def dtype(self) -> torch.dtype:
         """The cache's dtype."""
         return self.document.dtype
+
+
+class EncodedFolder(EncodedFiles):
+    """An encoded document on disk."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        num_threads: int,
+        kernels: Kernels = CPU,
+        *,
+        find_profile: FindProfile | None = None,
+        level: int | None = None,
+    ) -> None:
+        """See `EncodedFiles`."""
+        super().__init__(FolderFiles(folder), num_threads, kernels, find_profile=find_profile, level=level)
 
 
 def check_model(document: Document, tables_name: str | os.PathLike[str], loaded: LoadedModel) -> None:
@@ -421,11 +437,6 @@ def copy_cache(source: KVCache, target: KVCache) -> None:
     """Copy tokens between caches of one shape, on any devices."""
     for plane, copied in zip(target.planes, source.planes, strict=True):
         plane.copy_(copied)
-
-
-def _measure_file(path: Path) -> int:
-    with open_file(path, hint="encode the document again") as stream:
-        return os.fstat(stream.fileno()).st_size
 
 
 def _start_decoding(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cachegen.format.files import TABLES_NAME, chunk_name
 from cachegen.format.framing import Buffer
 from cachegen.format.headers import ChunkHeader
 from cachegen.methods.base import Encoder, ErrorMeasure
@@ -51,6 +52,11 @@ class KeptEncoding(Encoder):
             )
             levels.append((sum(map(len, files)), encoded))
         return levels
+
+    def list_files(self) -> dict[str, bytes]:
+        """Return all files, by the names that they have in a folder."""
+        chunks = {chunk_name(index, level): content for (index, level), content in self._files.items()}
+        return {TABLES_NAME: self.tables_file, **chunks}
 
     @property
     def num_bytes(self) -> int:

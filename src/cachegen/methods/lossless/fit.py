@@ -13,6 +13,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from types import BuiltinFunctionType
 from typing import cast
 
 import numpy as np
@@ -442,8 +443,15 @@ def _normalize(counts: NDArray[np.int64]) -> NDArray[np.uint16]:
 
 @contextmanager
 def _one_thread() -> Generator[None]:
-    """Let torch compute on one thread: sums then have one order."""
+    """Let torch compute on one thread: sums then have one order.
+
+    Not in an engine that has bound its threads to processors and put something that only warns into this function's
+    place, as vLLM does on CPUs: its files may differ in their weights, which they hold, from those of others.
+    """
     threads = torch.get_num_threads()
+    if threads == 1 or not isinstance(torch.set_num_threads, BuiltinFunctionType):
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield
