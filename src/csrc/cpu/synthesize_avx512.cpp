@@ -55,7 +55,7 @@ CACHEGEN_AVX512_INLINE void add_quads(__m512i sums[kTokens][kVectors], const uin
             __builtin_memcpy(&four, digits + t * stride, sizeof four);
             const __m512i digit = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_dpbusd_epi32(sums[t][v], entries[v], digit);
+            for (int v = 0; v < kVectors; ++v) add_products(sums[t][v], entries[v], digit);
         }
     }
 }
