@@ -41,6 +41,7 @@ void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Statu
 void decode_components(const ComponentBatch& batch, Scratch& scratch, Status* statuses);
 void encode_components(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes, EncodedStream* encoded);
 extern const SynthesisKernels kSynthesis;
+extern const ByteAnalysisKernels kByteAnalysis;
 
 // The first `count` <= 32 bits set.
 CACHEGEN_AVX512_INLINE __mmask32 first_lanes(int64_t count) {

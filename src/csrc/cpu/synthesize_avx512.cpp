@@ -8,6 +8,13 @@
 #include "cpu/dequantize_avx512.h"
 #include "cpu/synthesis.h"
 
+namespace cachegen::avx2 {
+
+void compare_halves(const SynthesisPlane& plane, int64_t first_head, int64_t num_heads, int64_t first_token,
+                    int64_t num_tokens, const uint16_t* decoded, Dtype dtype, ErrorsOfUnit& errors);
+
+}  // namespace cachegen::avx2
+
 namespace cachegen::avx512 {
 namespace {
 
@@ -209,13 +216,13 @@ CACHEGEN_AVX512 void finish_tokens(const int32_t* sums, int64_t stride, const To
     const bool turns_whole = !plane.is_interleaved && plane.offset == 0 && plane.num_pairs % 32 == 0 &&
                              2 * plane.num_pairs == plane.head_dim;
     // Few tokens are likely to be read again at once.
-    const bool bypasses = tile.num_tokens == kTileTokens;
+    const bool bypasses = tile.num_tokens == kTileTokens && !plane.is_read_soon;
     for (int64_t token = 0; token < tile.num_tokens; ++token, sums += stride) {
         const __m512i correction = _mm512_set1_epi32(tile.corrections[token]);
         const float* const cosines = plane.cosines + (tile.first_token + token) * plane.num_pairs;
         const float* const sines = plane.sines + (tile.first_token + token) * plane.num_pairs;
-        uint16_t* const values =
-            plane.values + (tile.first_token + token) * plane.token_stride + first_head * plane.head_stride;
+        uint16_t* const values = plane.values + (tile.first_token - plane.first_token + token) * plane.token_stride +
+                                 (first_head - plane.first_head) * plane.head_stride;
         if (turns_whole) {
             for (int64_t head = 0; head < num_heads; ++head) {
                 for (int64_t pair = 0; pair < plane.num_pairs; pair += 32) {
@@ -276,7 +283,7 @@ CACHEGEN_AVX512 void finish(const int32_t* sums, int64_t stride, const TokenTile
 
 }  // namespace
 
-const SynthesisKernels kSynthesis = {sort, multiply_dense, add_sparse, finish};
+const SynthesisKernels kSynthesis = {sort, multiply_dense, add_sparse, finish, avx2::compare_halves};
 
 }  // namespace cachegen::avx512
 

@@ -364,14 +364,6 @@ class TransformEncoder(Encoder):
             num_tokens = self.document.header.chunk_tokens[index]
             first_token = self._stops[index] - num_tokens
             tokens = self._cache.slice(first_token, self._stops[index])
-            absent_of_layers = self._num_absent(index)
-            for number, plane in enumerate(tokens.planes):
-                absent = absent_of_layers[number // 2] if absent_of_layers else 0
-                stored = plane[absent:]
-                # A minimum is NaN where any value is; it takes a twentieth of the time of looking at each.
-                if len(stored) and not all(map(torch.isfinite, torch.aminmax(stored))):
-                    bad = (~torch.isfinite(stored)).flatten(1).any(1).nonzero()[0].item()
-                    raise NotFiniteError(number, first_token + absent + int(bad))
             if self._device.type != "cpu":
                 tokens = KVCache(
                     [plane.to(self._device) for plane in tokens.keys],
@@ -419,14 +411,33 @@ class TransformEncoder(Encoder):
         for begin in range(first_stored, tokens.num_tokens, BLOCK_TOKENS):
             block = tokens.slice(begin, min(begin + BLOCK_TOKENS, tokens.num_tokens))
             position = first_token + begin
-            components = transform.analyze_block(block, position, num_coded[-1], steps[-1], self._num_threads)
-            quantized = quantize_components(components, steps[0], num_coded)
             planes = transform.planes(block)
+            quantized = transform.quantize_in_integers(block, position, steps, num_coded, self._num_threads)
+            if quantized is None:
+                _check_finite(planes, 2 * transform.group.first_layer, position)
+                components = transform.analyze_block(block, position, num_coded[-1], steps[-1], self._num_threads)
+                quantized = quantize_components(components, steps[0], num_coded)
             for loss, integers, step, errors in zip(losses, quantized, steps, expected, strict=True):
+                measured = transform.measure_block(integers, step, planes, position, self._num_threads)
+                if measured is not None and loss.add_measured(measured, block.dtype, errors, len(integers)):
+                    continue
                 decoded = transform.decode_block(integers, step, block.dtype, position, self._num_threads)
                 loss.add(planes, decoded, errors, begin, first_channel, self._num_threads)
             blocks.append(quantized)
         return [torch.cat(parts) for parts in zip(*blocks, strict=True)]  # of no blocks: nothing
+
+
+def _check_finite(planes: Sequence[torch.Tensor], first_plane: int, first_token: int) -> None:
+    """Refuse values that are no numbers.
+
+    Raises:
+        NotFiniteError: naming the first plane that has one, and its first token.
+    """
+    for number, plane in enumerate(planes):
+        # A minimum is NaN where any value is; it takes a twentieth of the time of looking at each.
+        if plane.numel() and not all(map(torch.isfinite, torch.aminmax(plane))):
+            bad = (~torch.isfinite(plane)).flatten(1).any(1).nonzero()[0].item()
+            raise NotFiniteError(first_plane + number, first_token + int(bad))
 
 
 @dataclass

@@ -21,7 +21,7 @@ from cachegen.coder.cpu import DTYPES, native_path
 from cachegen.methods.rotary import Angles
 from cachegen.rotation import Rotation
 
-DENSE_DEVIATION = 1.0
+DENSE_DEVIATION = 0.7
 """Components whose deviation is at least so many steps are dense: adding rows for each unit of theirs takes longer."""
 MAX_INTEGER_SHARE = 0.0025
 """Of the error of quantizing, that rounding the matrix to bytes may add, in the mean over channels."""
@@ -144,6 +144,61 @@ def synthesize(
         native_path(path),
     )
     return misfits.astype(np.bool_)
+
+
+@dataclass(frozen=True)
+class ChannelSizes:
+    """How large differences are in each channel of a block: fp32 `[num_channels]`.
+
+    What is not a number or infinite shows in the sums.
+    """
+
+    largest: torch.Tensor
+    sums: torch.Tensor
+
+    def are_within(self, limit: torch.Tensor) -> bool:
+        return bool(torch.isfinite(self.sums).all() and (self.largest <= limit).all())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far a block's values are from what they decode to.
+
+    Attributes:
+        errors: their sizes.
+        least, greatest: decoded value, or 0.
+    """
+
+    errors: ChannelSizes
+    least: float
+    greatest: float
+
+
+def measure_synthesis(
+    matrix: IntegerMatrix,
+    components: torch.Tensor,
+    planes: Sequence[torch.Tensor],
+    rotations: Sequence[Rotation | None],
+    angles: Sequence[Angles | None],
+    num_threads: int,
+    path: str | None = None,
+) -> Measured | None:
+    """Compare planes with what quantized components stand for; arguments as for `synthesize`.
+
+    Returns:
+        None where a token's components are beyond the kernels.
+    """
+    misfits, largest, sums, least, greatest = _native.measure_synthesis(
+        np.asarray(components),
+        matrix.parts,
+        describe_planes(planes, rotations, angles),
+        int(DTYPES[planes[0].dtype]),
+        num_threads,
+        native_path(path),
+    )
+    if misfits.any():
+        return None
+    return Measured(ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums)), least, greatest)
 
 
 def describe_planes(

@@ -20,12 +20,27 @@ import torch
 
 from cachegen.kv_cache import KVCache
 from cachegen.methods.rotary import Turns
-from cachegen.methods.transform.analysis import CAN_GATHER, CAN_MULTIPLY_BF16, RoundedAnalysis, gather_rows
+from cachegen.methods.transform.analysis import (
+    CAN_GATHER,
+    CAN_MULTIPLY_BF16,
+    RoundedAnalysis,
+    gather_rows,
+)
+from cachegen.methods.transform.byte_analysis import (
+    ByteAnalysis,
+    gather_bytes,
+    has_byte_analysis,
+    make_byte_analysis,
+    multiply_bytes,
+)
 from cachegen.methods.transform.integers import (
+    ChannelSizes,
     IntegerMatrix,
+    Measured,
     are_native_planes,
     has_integer_synthesis,
     make_integer_matrix,
+    measure_synthesis,
     synthesize,
 )
 from cachegen.methods.transform.products import multiply
@@ -97,6 +112,7 @@ class GroupTransform:
         self._deviations = self._spread(self._scales())
         self._analysis: torch.Tensor | None = None
         self._rounded_analysis: RoundedAnalysis | None = None
+        self._byte_analyses: dict[tuple[float, float, int], ByteAnalysis | None] = {}
         if group.analysis is not None:
             # Column after column, so that the first components' are contiguous.
             analysis = group.analysis.T.to(device=device, dtype=torch.float32).contiguous().T
@@ -125,6 +141,65 @@ class GroupTransform:
             raise ValueError("the profile was loaded without its analysis matrices")
         return multiply(vectors - self._mean, self._analysis[:, :num_components])
 
+    def quantize_in_integers(
+        self,
+        block: KVCache,
+        first_token: int,
+        steps: Sequence[float],
+        num_coded: Sequence[int],
+        num_threads: int = 1,
+    ) -> list[torch.Tensor] | None:
+        """Find and quantize the components of a block of a cache in integers: the same on all processors that can.
+
+        Args:
+            block: all layers, at most `BLOCK_TOKENS` tokens.
+            first_token: the block's first position.
+            steps: of the levels.
+            num_coded: components of each level.
+
+        Returns:
+            As `quantize_components` does; None where integers do not serve: what has no kernels for it, fine steps,
+            outliers, and values that are not finite.
+        """
+        planes = self.planes(block)
+        if self._analysis is None or not has_byte_analysis() or not self._takes_integers(planes):
+            return None
+        matrix = self._find_byte_analysis(steps, num_coded[-1], num_threads)
+        if matrix is None:
+            return None
+        turns = Turns(block.num_tokens, first_token, self._device)
+        angles = [turns.undoing_angles(rotation) for rotation in self._rotations]
+        values = gather_bytes(matrix, planes, self._rotations, angles, self._mean, num_threads)
+        if not values.has_few_excesses or not self._are_usual(values.sizes, block.num_tokens):
+            return None
+        levels, misfits = multiply_bytes(matrix, values, num_coded, LEVEL_RATIO, num_threads)
+        left = misfits.nonzero()[0].tolist() if misfits.any() else []
+        if len(left) > FEW_TOKENS:
+            return None
+        for token in left:
+            one = self.join(block.slice(token, token + 1), first_token + token)
+            for level, found in zip(levels, quantize_components(self.analyze(one), steps[0], num_coded), strict=True):
+                level[token] = found[0]
+        return levels
+
+    def _find_byte_analysis(
+        self, steps: Sequence[float], num_components: int, num_threads: int
+    ) -> ByteAnalysis | None:
+        """Return the analysis matrix in bytes for some steps; None where rounding it would lose too much."""
+        key = steps[0], steps[-1], num_components
+        if key not in self._byte_analyses:
+            assert self._analysis is not None
+            while len(self._byte_analyses) >= MAX_KEPT_STEPS:
+                del self._byte_analyses[next(iter(self._byte_analyses))]
+            parts = (self._analysis[:, :num_components], self._deviations, steps, num_threads)
+            self._byte_analyses[key] = make_byte_analysis(*parts)
+        return self._byte_analyses[key]
+
+    def _are_usual(self, sizes: ChannelSizes, num_tokens: int) -> bool:
+        """Tell whether no difference from the mean is an outlier; see `replace_outliers`."""
+        usual = sizes.sums / num_tokens if num_tokens >= LEAST_TOKENS else torch.zeros_like(sizes.sums)
+        return sizes.are_within(OUTLIER_DEVIATIONS * torch.maximum(self._deviations, usual))
+
     def analyze_block(
         self, block: KVCache, first_token: int, num_components: int, step: float, num_threads: int = 1
     ) -> torch.Tensor:
@@ -152,8 +227,7 @@ class GroupTransform:
         angles = [turns.undoing_angles(rotation) for rotation in self._rotations]
         arguments = (planes, self._rotations, angles, self._mean)
         rows, sizes = gather_rows(*arguments, is_bf16=CAN_MULTIPLY_BF16, num_threads=num_threads)
-        usual = sizes.sums / block.num_tokens if block.num_tokens >= LEAST_TOKENS else torch.zeros_like(sizes.sums)
-        if not sizes.are_within(OUTLIER_DEVIATIONS * torch.maximum(self._deviations, usual)):
+        if not self._are_usual(sizes, block.num_tokens):
             return None
         if not CAN_MULTIPLY_BF16:
             return multiply(torch.as_tensor(rows), self._analysis[:, :num_components])
@@ -238,6 +312,30 @@ class GroupTransform:
         planes = [part.view(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True)]
         self.synthesize_block(components, step, planes, first_token, num_threads)
         return decoded
+
+    def measure_block(
+        self,
+        components: torch.Tensor,
+        step: float,
+        planes: Sequence[torch.Tensor],
+        first_token: int,
+        num_threads: int = 1,
+    ) -> Measured | None:
+        """Return how far a block's values are from what they decode to, without keeping that.
+
+        Args:
+            components: as in `synthesize_block`.
+            planes: the group's, which are read.
+
+        Returns:
+            None where that is not decoded in integers throughout.
+        """
+        matrix = self._find_integers(step, components.shape[1]) if self._takes_integers(planes) else None
+        if matrix is None:
+            return None
+        turns = Turns(len(components), first_token, self._device)
+        angles = [turns.angles(rotation) for rotation in self._rotations]
+        return measure_synthesis(matrix, components.contiguous(), planes, self._rotations, angles, num_threads)
 
     def _takes_integers(self, planes: Sequence[torch.Tensor]) -> bool:
         """Tell whether the kernels in integers can write to these planes."""
