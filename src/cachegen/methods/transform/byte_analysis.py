@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cachegen import _native
 from cachegen.coder.cpu import DTYPES, native_path
 from cachegen.methods.rotary import Angles
-from cachegen.methods.transform.integers import ChannelSizes, describe_planes
+from cachegen.methods.transform.integers import ChannelSizes, align, describe_planes
 from cachegen.rotation import Rotation
 
 MAX_SHARE = 0.0025
@@ -112,7 +112,7 @@ def make_byte_analysis(
     if max_square < _SPARE * num_channels / unit**2:
         return None
     scales = (worth / np.float32(steps[0])).astype(np.float32)
-    return ByteAnalysis(entries, scales, corrections, (1 / units).numpy(), int(min(max_square, 2**62)))
+    return ByteAnalysis(align(entries), scales, corrections, (1 / units).numpy(), int(min(max_square, 2**62)))
 
 
 def gather_bytes(
