@@ -18,9 +18,9 @@ std::vector<float> padded(const float* values, int64_t count) {
 }
 
 // Add to a token's sums of a block what an excess comes to.
-void add_excess(const Excess& excess, const int8_t* entries, int32_t* sums) {
+void add_excess(const Excess& excess, const int8_t* entries, int64_t num_components, int32_t* sums) {
     const int8_t* const quad = entries + excess.channel / kQuad * kQuad * kAnalysisComponents + excess.channel % kQuad;
-    for (int64_t k = 0; k < kAnalysisComponents; ++k) sums[k] += excess.units * quad[kQuad * k];
+    for (int64_t k = 0; k < num_components; ++k) sums[k] += excess.units * quad[kQuad * k];
 }
 
 }  // namespace
@@ -62,34 +62,36 @@ void gather_bytes(const ByteAnalysisKernels& kernels, const std::vector<Synthesi
 void multiply_bytes(const ByteAnalysisKernels& kernels, const uint8_t* rows, int64_t num_tokens,
                     const std::vector<Excess>& excess, const ByteAnalysisMatrix& matrix, int64_t max_square,
                     const std::vector<LevelComponents>& levels, int num_threads, uint8_t* misfits) {
-    const int64_t stride = kQuad * matrix.num_quads, num_tiles = (num_tokens + kMultiplyTokens - 1) / kMultiplyTokens;
+    const int64_t stride = kQuad * matrix.num_quads;
     std::vector<int64_t> totals(num_tokens, 0);
     for (const Excess& one : excess) totals[one.token] += std::abs(int64_t{one.units});
     for (int64_t token = 0; token < num_tokens; ++token) misfits[token] = totals[token] > kMaxExcess ? 1 : 0;
-    std::vector<std::vector<Excess>> of_tiles(num_tiles);
+    std::vector<std::vector<Excess>> of_parts((num_tokens + kMultiplyTokens - 1) / kMultiplyTokens);
     for (const Excess& one : excess)
-        if (misfits[one.token] == 0) of_tiles[one.token / kMultiplyTokens].push_back(one);
+        if (misfits[one.token] == 0) of_parts[one.token / kMultiplyTokens].push_back(one);
     int64_t num_components = 0;
     for (const LevelComponents& level : levels) num_components = std::max(num_components, level.num_components);
-    const int64_t num_blocks = (num_components + kAnalysisComponents - 1) / kAnalysisComponents;
+    // A thread takes as many tokens as it can: a block of the matrix is then read from memory once.
+    const auto num_parts = static_cast<int64_t>(of_parts.size());
+    const int64_t num_tiles = std::max<int64_t>(std::min<int64_t>(num_threads, num_parts), 1);
     parallel_for(num_tiles, num_threads, [&](int64_t tile) {
-        const int64_t first_token = tile * kMultiplyTokens;
-        const int64_t count = std::min(kMultiplyTokens, num_tokens - first_token);
-        const uint8_t* const first_row = rows + first_token * stride;
-        for (int64_t token = 0; token < count; ++token) {
-            int64_t square = kernels.square(first_row + token * stride, stride);
-            if (square > max_square) misfits[first_token + token] = 1;
-        }
-        alignas(64) int32_t sums[kMultiplyTokens * kAnalysisComponents];
-        for (int64_t block = 0; block < num_blocks; ++block) {
-            const int8_t* const entries = matrix.entries + block * matrix.num_quads * kQuad * kAnalysisComponents;
-            const int64_t first = block * kAnalysisComponents;
-            kernels.multiply(first_row, count, matrix.num_quads, entries, sums);
-            for (const Excess& one : of_tiles[tile])
-                add_excess(one, entries, sums + (one.token - first_token) * kAnalysisComponents);
-            for (int64_t token = 0; token < count; ++token)
-                kernels.round(sums + token * kAnalysisComponents, matrix.scales + first, matrix.corrections + first,
-                              first, first_token + token, levels);
+        const int64_t begin = num_parts * tile / num_tiles, end = num_parts * (tile + 1) / num_tiles;
+        for (int64_t token = begin * kMultiplyTokens; token < std::min(end * kMultiplyTokens, num_tokens); ++token)
+            if (kernels.square(rows + token * stride, stride) > max_square) misfits[token] = 1;
+        alignas(64) int32_t sums[kMultiplyTokens * kAnalysisComponents] = {};  // of unwanted components, too
+        for (int64_t first = 0; first < num_components; first += kAnalysisComponents) {
+            const int8_t* const entries = matrix.entries + first * stride;
+            const int64_t wanted = std::min(kAnalysisComponents, num_components - first);
+            for (int64_t part = begin; part < end; ++part) {
+                const int64_t first_token = part * kMultiplyTokens;
+                const int64_t count = std::min(kMultiplyTokens, num_tokens - first_token);
+                kernels.multiply(rows + first_token * stride, count, matrix.num_quads, entries, wanted, sums);
+                for (const Excess& one : of_parts[part])
+                    add_excess(one, entries, wanted, sums + (one.token - first_token) * kAnalysisComponents);
+                for (int64_t token = 0; token < count; ++token)
+                    kernels.round(sums + token * kAnalysisComponents, matrix.scales + first, matrix.corrections + first,
+                                  first, wanted, first_token + token, levels);
+            }
         }
     });
 }

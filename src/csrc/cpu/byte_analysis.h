@@ -69,16 +69,17 @@ struct ByteAnalysisKernels {
     void (*gather)(const SynthesisPlane& plane, Dtype dtype, int64_t first_token, int64_t num_tokens,
                    const ByteRows& target);
 
-    // Fill sums [num_tokens][64] of a block.
-    void (*multiply)(const uint8_t* rows, int64_t num_tokens, int64_t num_quads, const int8_t* entries, int32_t* sums);
+    // Fill sums [num_tokens][64] of a block, of which the first num_components are wanted, 1 to 64.
+    void (*multiply)(const uint8_t* rows, int64_t num_tokens, int64_t num_quads, const int8_t* entries,
+                     int64_t num_components, int32_t* sums);
 
     // Return the sum of the squares of a token's integers.
     int64_t (*square)(const uint8_t* row, int64_t num_channels);
 
     // Round a token's sums of a block to the steps of all levels; a component that the level before has is refined by
-    // at most 1. first: the block's first component.
-    void (*round)(const int32_t* sums, const float* scales, const int32_t* corrections, int64_t first, int64_t token,
-                  const std::vector<LevelComponents>& levels);
+    // at most 1. first: the block's first component, of which num_components are wanted.
+    void (*round)(const int32_t* sums, const float* scales, const int32_t* corrections, int64_t first,
+                  int64_t num_components, int64_t token, const std::vector<LevelComponents>& levels);
 };
 
 // Fill rows uint8 [num_tokens][4 num_quads], means and inverses being of all channels.

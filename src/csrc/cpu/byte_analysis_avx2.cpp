@@ -100,9 +100,9 @@ CACHEGEN_AVX2_INLINE void multiply_rows(const uint8_t* rows, int64_t num_quads, 
 }
 
 CACHEGEN_AVX2 void multiply(const uint8_t* rows, int64_t num_tokens, int64_t num_quads, const int8_t* entries,
-                            int32_t* sums) {
+                            int64_t num_components, int32_t* sums) {
     constexpr int kTogether = 4;
-    for (int64_t first = 0; first < kAnalysisComponents; first += 8 * kSumVectors) {
+    for (int64_t first = 0; first < num_components; first += 8 * kSumVectors) {
         int64_t token = 0;
         for (; token + kTogether <= num_tokens; token += kTogether)
             multiply_rows<kTogether>(rows + token * num_quads * kQuad, num_quads, entries + kQuad * first,
@@ -130,10 +130,10 @@ CACHEGEN_AVX2 int64_t square(const uint8_t* row, int64_t num_channels) {
 }
 
 CACHEGEN_AVX2 void round(const int32_t* sums, const float* scales, const int32_t* corrections, int64_t first,
-                         int64_t token, const std::vector<LevelComponents>& levels) {
+                         int64_t num_components, int64_t token, const std::vector<LevelComponents>& levels) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), one = _mm256_set1_epi32(1);
     const __m256 most = _mm256_set1_ps(static_cast<float>(kMaxComponent)), least = _mm256_sub_ps(_mm256_setzero_ps(), most);
-    for (int64_t k = 0; k < kAnalysisComponents; k += 8) {
+    for (int64_t k = 0; k < num_components; k += 8) {
         const __m256i sum = _mm256_sub_epi32(load_vector(sums + k), load_vector(corrections + k));
         const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scales + k));
         __m256i before = _mm256_setzero_si256();

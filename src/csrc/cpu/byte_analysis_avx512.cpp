@@ -17,8 +17,8 @@ void gather_bytes_of_plane(const SynthesisPlane& plane, Dtype dtype, int64_t fir
 namespace cachegen::avx512 {
 namespace {
 
-constexpr int kSumVectors = kAnalysisComponents / 16;
 constexpr int64_t kTogether = 64;  // channels that are gathered together
+constexpr int64_t kAhead = 12;      // tokens
 
 template <bool kIsHalf>
 CACHEGEN_AVX512_INLINE __m512 widen(__m256i values) {
@@ -70,6 +70,10 @@ CACHEGEN_AVX512_INLINE void gather_channels(const SynthesisPlane& plane, int64_t
     const float* sines = plane.sines + first_token * plane.num_pairs + first;
     uint8_t* row = target.rows;
     for (int64_t token = 0; token < num_tokens; ++token, values += plane.token_stride, row += target.stride) {
+        // Tokens lie apart, or a head's follow each other; no processor fetches the former ahead.
+        const uint16_t* const next = values + kAhead * plane.token_stride;
+        _mm_prefetch(reinterpret_cast<const char*>(next + first), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(next + second), _MM_HINT_T0);
         __m512 found[4];
         widen_both<kIsHalf>(values + first, found);
         widen_both<kIsHalf>(values + second, found + 2);
@@ -148,42 +152,51 @@ CACHEGEN_AVX512 void gather(const SynthesisPlane& plane, Dtype dtype, int64_t fi
         gather_tokens<false>(plane, first_token, num_tokens, target);
 }
 
-template <int kTokens>
+template <int kTokens, int kVectors>
 CACHEGEN_AVX512_INLINE void multiply_rows(const uint8_t* rows, int64_t num_quads, const int8_t* entries,
-                                            int32_t* sums) {
-    __m512i made[kTokens][kSumVectors];
+                                          int32_t* sums) {
+    __m512i made[kTokens][kVectors];
 #pragma GCC unroll 6
     for (int t = 0; t < kTokens; ++t)
 #pragma GCC unroll 4
-        for (int v = 0; v < kSumVectors; ++v) made[t][v] = _mm512_setzero_si512();
+        for (int v = 0; v < kVectors; ++v) made[t][v] = _mm512_setzero_si512();
     for (int64_t quad = 0; quad < num_quads; ++quad, entries += kQuad * kAnalysisComponents) {
-        __m512i parts[kSumVectors];
+        __m512i parts[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kSumVectors; ++v) parts[v] = _mm512_loadu_si512(entries + 64 * v);
+        for (int v = 0; v < kVectors; ++v) parts[v] = _mm512_loadu_si512(entries + 64 * v);
 #pragma GCC unroll 6
         for (int t = 0; t < kTokens; ++t) {
             int32_t four;
             __builtin_memcpy(&four, rows + (t * num_quads + quad) * kQuad, sizeof four);
             const __m512i bytes = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-            for (int v = 0; v < kSumVectors; ++v) add_products(made[t][v], bytes, parts[v]);
+            for (int v = 0; v < kVectors; ++v) add_products(made[t][v], bytes, parts[v]);
         }
     }
 #pragma GCC unroll 6
     for (int t = 0; t < kTokens; ++t)
 #pragma GCC unroll 4
-        for (int v = 0; v < kSumVectors; ++v) _mm512_storeu_si512(sums + t * kAnalysisComponents + 16 * v, made[t][v]);
+        for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(sums + t * kAnalysisComponents + 16 * v, made[t][v]);
 }
 
-CACHEGEN_AVX512 void multiply(const uint8_t* rows, int64_t num_tokens, int64_t num_quads, const int8_t* entries,
-                              int32_t* sums) {
+template <int kVectors>
+CACHEGEN_AVX512 void multiply_vectors(const uint8_t* rows, int64_t num_tokens, int64_t num_quads, const int8_t* entries,
+                                      int32_t* sums) {
     constexpr int kAtOnce = 6;
     int64_t token = 0;
     for (; token + kAtOnce <= num_tokens; token += kAtOnce)
-        multiply_rows<kAtOnce>(rows + token * num_quads * kQuad, num_quads, entries,
-                                 sums + token * kAnalysisComponents);
+        multiply_rows<kAtOnce, kVectors>(rows + token * num_quads * kQuad, num_quads, entries,
+                                         sums + token * kAnalysisComponents);
     for (; token < num_tokens; ++token)
-        multiply_rows<1>(rows + token * num_quads * kQuad, num_quads, entries, sums + token * kAnalysisComponents);
+        multiply_rows<1, kVectors>(rows + token * num_quads * kQuad, num_quads, entries,
+                                   sums + token * kAnalysisComponents);
+}
+
+CACHEGEN_AVX512 void multiply(const uint8_t* rows, int64_t num_tokens, int64_t num_quads, const int8_t* entries,
+                              int64_t num_components, int32_t* sums) {
+    constexpr decltype(&multiply_vectors<1>) kBy[] = {multiply_vectors<1>, multiply_vectors<2>, multiply_vectors<3>,
+                                                      multiply_vectors<4>};
+    kBy[(num_components - 1) / 16](rows, num_tokens, num_quads, entries, sums);
 }
 
 CACHEGEN_AVX512 int64_t square(const uint8_t* row, int64_t num_channels) {
@@ -202,11 +215,11 @@ CACHEGEN_AVX512 int64_t square(const uint8_t* row, int64_t num_channels) {
 }
 
 CACHEGEN_AVX512 void round(const int32_t* sums, const float* scales, const int32_t* corrections, int64_t first,
-                           int64_t token, const std::vector<LevelComponents>& levels) {
+                           int64_t num_components, int64_t token, const std::vector<LevelComponents>& levels) {
     const __m512i one = _mm512_set1_epi32(1), minus_one = _mm512_set1_epi32(-1);
     const __m512 most = _mm512_set1_ps(static_cast<float>(kMaxComponent));
     const __m512 least = _mm512_set1_ps(-static_cast<float>(kMaxComponent));
-    for (int64_t k = 0; k < kAnalysisComponents; k += 16) {
+    for (int64_t k = 0; k < num_components; k += 16) {
         const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + k), _mm512_loadu_si512(corrections + k));
         const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(scales + k));
         __m512i before = _mm512_setzero_si512();

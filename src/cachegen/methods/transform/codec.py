@@ -409,21 +409,23 @@ class TransformEncoder(Encoder):
         expected = [transform.expected_errors(step, count) for step, count in zip(steps, num_coded, strict=True)]
         blocks: list[list[torch.Tensor]] = []
         for begin in range(first_stored, tokens.num_tokens, BLOCK_TOKENS):
-            block = tokens.slice(begin, min(begin + BLOCK_TOKENS, tokens.num_tokens))
-            position = first_token + begin
-            planes = transform.planes(block)
-            quantized = transform.quantize_in_integers(block, position, steps, num_coded, self._num_threads)
+            end, position = min(begin + BLOCK_TOKENS, tokens.num_tokens), first_token + begin
+            planes = [plane[begin:end] for plane in transform.planes(tokens)]
+            quantized = transform.quantize_in_integers(planes, position, steps, num_coded, self._num_threads)
             if quantized is None:
                 _check_finite(planes, 2 * transform.group.first_layer, position)
+                block = tokens.slice(begin, end)
                 components = transform.analyze_block(block, position, num_coded[-1], steps[-1], self._num_threads)
                 quantized = quantize_components(components, steps[0], num_coded)
             for loss, integers, step, errors in zip(losses, quantized, steps, expected, strict=True):
                 measured = transform.measure_block(integers, step, planes, position, self._num_threads)
-                if measured is not None and loss.add_measured(measured, block.dtype, errors, len(integers)):
+                if measured is not None and loss.add_measured(measured, tokens.dtype, errors, len(integers)):
                     continue
-                decoded = transform.decode_block(integers, step, block.dtype, position, self._num_threads)
+                decoded = transform.decode_block(integers, step, tokens.dtype, position, self._num_threads)
                 loss.add(planes, decoded, errors, begin, first_channel, self._num_threads)
             blocks.append(quantized)
+        if len(blocks) == 1:
+            return blocks[0]
         return [torch.cat(parts) for parts in zip(*blocks, strict=True)]  # of no blocks: nothing
 
 

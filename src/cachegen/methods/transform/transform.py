@@ -143,16 +143,16 @@ class GroupTransform:
 
     def quantize_in_integers(
         self,
-        block: KVCache,
+        planes: Sequence[torch.Tensor],
         first_token: int,
         steps: Sequence[float],
         num_coded: Sequence[int],
         num_threads: int = 1,
     ) -> list[torch.Tensor] | None:
-        """Find and quantize the components of a block of a cache in integers: the same on all processors that can.
+        """Find and quantize the components of a block in integers: the same on all processors that can.
 
         Args:
-            block: all layers, at most `BLOCK_TOKENS` tokens.
+            planes: the group's, of at most `BLOCK_TOKENS` tokens.
             first_token: the block's first position.
             steps: of the levels.
             num_coded: components of each level.
@@ -161,24 +161,24 @@ class GroupTransform:
             As `quantize_components` does; None where integers do not serve: what has no kernels for it, fine steps,
             outliers, and values that are not finite.
         """
-        planes = self.planes(block)
         if self._analysis is None or not has_byte_analysis() or not self._takes_integers(planes):
             return None
         matrix = self._find_byte_analysis(steps, num_coded[-1], num_threads)
         if matrix is None:
             return None
-        turns = Turns(block.num_tokens, first_token, self._device)
+        turns = Turns(len(planes[0]), first_token, self._device)
         angles = [turns.undoing_angles(rotation) for rotation in self._rotations]
         values = gather_bytes(matrix, planes, self._rotations, angles, self._mean, num_threads)
-        if not values.has_few_excesses or not self._are_usual(values.sizes, block.num_tokens):
+        if not values.has_few_excesses or not self._are_usual(values.sizes, len(planes[0])):
             return None
         levels, misfits = multiply_bytes(matrix, values, num_coded, LEVEL_RATIO, num_threads)
         left = misfits.nonzero()[0].tolist() if misfits.any() else []
         if len(left) > FEW_TOKENS:
             return None
         for token in left:
-            one = self.join(block.slice(token, token + 1), first_token + token)
-            for level, found in zip(levels, quantize_components(self.analyze(one), steps[0], num_coded), strict=True):
+            parts = [plane[token : token + 1] for plane in planes]
+            one = self.analyze(join_planes(parts, self._rotations, first_token + token, self._device))
+            for level, found in zip(levels, quantize_components(one, steps[0], num_coded), strict=True):
                 level[token] = found[0]
         return levels
 
