@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Size, seconds and memory of the transform on synthetic caches of a large model's shape, Mistral-7B's by default.
 
-The profile is random, too (synthetic.py): the sizes say nothing of a real model. Encoding, decoding and a copy of the
-cache take turns, and the fastest round of each counts; ratios are of these. With --ablation, ways to decode take turns.
+The profile is random, too (synthetic.py): the sizes say nothing of a real model. With --path_to_kv and --profile it is a
+saved cache of a real one. Encoding, decoding and a copy of the cache take turns, and the fastest round of each counts;
+ratios are of these. With --ablation, ways to decode and to encode take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from synthetic import Shape, make_cache, make_metadata, make_profile
 from cachegen.coder import cpu
 from cachegen.coder.cpu import default_num_threads
 from cachegen.coder.cpu_kernels import CpuKernels
-from cachegen.kv_cache import KVCache, hash_token_prefixes
+from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes, load_kv_cache
 from cachegen.methods.transform import integers, transform
 from cachegen.methods.transform.codec import TransformDocument, TransformEncoder
 from cachegen.methods.transform.profile import Profile, load_profile, save_profile
@@ -83,19 +84,19 @@ class TimedKernels(CpuKernels):
 
 
 class Case:
-    """A synthetic cache with its profile, encoded, and what is timed of it."""
+    """A cache with its profile, encoded, and what is timed of it."""
+
+    cache: KVCache
+    metadata: ContextMetadata
+    profile: Profile
+    decoding_profile: Profile
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        shape = Shape(args.layers, args.kv_heads, args.head_dim)
-        generator = torch.Generator().manual_seed(0)
-        with tempfile.TemporaryDirectory() as folder:
-            made = make_profile(shape, args.components, generator)
-            save_profile(folder, made, compression=1)
-            self.cache = make_cache(load_profile(folder), args.num_tokens, generator)
-            self.profile, self.decoding_profile = load_profile(folder, for_encoding=True), load_profile(folder)
-            self.profile_folder_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
-        self.metadata = make_metadata(shape, args.num_tokens)
+        if args.path_to_kv is None:
+            self._make_synthetic()
+        else:
+            self._load(args.path_to_kv, args.profile)
         starts = range(0, args.num_tokens, args.chunk_size)
         self.chunk_tokens = [min(args.chunk_size, args.num_tokens - start) for start in starts]
         self.stops = [sum(self.chunk_tokens[: i + 1]) for i in range(len(self.chunk_tokens))]
@@ -104,6 +105,29 @@ class Case:
             [torch.empty_like(k) for k in self.cache.keys], [torch.empty_like(v) for v in self.cache.values]
         )
         self.encode()
+
+    def _make_synthetic(self) -> None:
+        args = self.args
+        shape = Shape(args.layers, args.kv_heads, args.head_dim)
+        generator = torch.Generator().manual_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            made = make_profile(shape, args.components, generator)
+            save_profile(folder, made, compression=1)
+            self.cache = make_cache(load_profile(folder), args.num_tokens, generator)
+            self._load_profiles(Path(folder))
+        self.metadata = make_metadata(shape, args.num_tokens)
+
+    def _load(self, path_to_kv: Path, folder: Path) -> None:
+        cache, metadata = load_kv_cache(path_to_kv)
+        self.args.num_tokens = min(self.args.num_tokens, cache.num_tokens)
+        self.cache = cache.slice(0, self.args.num_tokens)
+        token_ids = metadata.token_ids[: self.args.num_tokens]
+        self.metadata = dataclasses.replace(metadata, token_ids=token_ids, cache_hash=None)
+        self._load_profiles(folder)
+
+    def _load_profiles(self, folder: Path) -> None:
+        self.profile, self.decoding_profile = load_profile(folder, for_encoding=True), load_profile(folder)
+        self.profile_folder_bytes = sum(path.stat().st_size for path in folder.iterdir())
 
     def encode(self) -> None:
         self.encoder = TransformEncoder(
@@ -147,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv_heads", type=int, default=8)
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--components", type=int, default=1024, help="of each layer's keys and values together")
+    parser.add_argument("--path_to_kv", type=Path, help="a saved cache, in place of a synthetic one")
+    parser.add_argument("--profile", type=Path, help="the profile of its model")
     parser.add_argument("--num_tokens", type=int, default=1536)
     parser.add_argument("--chunk_size", type=int, default=512)
     parser.add_argument("--step_log", type=int, default=0)
@@ -154,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ablation", action="store_true", help="decode in other ways, too")
     args = parser.parse_args(argv)
+    if (args.path_to_kv is None) != (args.profile is None):
+        parser.error("--path_to_kv and --profile go together")
     record = measure(args)
     json.dump(record, sys.stdout, indent=1)
     print()
@@ -195,7 +223,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ways[0].set()
     encoded_bytes = sum(map(len, case.files)) + len(case.encoder.tables_file)
     return {
-        "shape": [args.layers, args.kv_heads, args.head_dim],
+        "shape": [case.cache.num_layers, *case.cache.planes[0].shape[1:]],
         "num_tokens": args.num_tokens,
         "components_per_layer": args.components,
         "threads": args.threads,

@@ -127,10 +127,10 @@ BYTE_MUTATIONS = {
         "_mm512_add_ps(_mm512_mul_ps(y, cosine), _mm512_mul_ps(x, sine))",
     ),
     "excesses are lost": ("byte_analysis_avx512.cpp", "__builtin_expect(is_beyond != 0, 0)", "false"),
-    "any refinement is taken": (
+    "all levels have the first one's step": (
         "byte_analysis_avx512.cpp",
-        "_mm512_mask_add_epi32(rounded, known, coarse, third)",
-        "rounded",
+        "_mm512_set1_ps(level.ratio)",
+        "_mm512_set1_ps(1.0f)",
     ),
 }
 BYTE_OVERRUNS = {
