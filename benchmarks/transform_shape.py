@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Size, seconds and memory of the transform on synthetic caches of a large model's shape, Mistral-7B's by default.
 
-The profile is random, too (synthetic.py): the sizes say nothing of a real model. With --path_to_kv and --profile it is a
-saved cache of a real one. Encoding, decoding and a copy of the cache take turns, and the fastest round of each counts;
-ratios are of these. With --ablation, ways to decode and to encode take turns.
+The profile is random, too (synthetic.py): the sizes say nothing of a real model. With --path_to_kv and --profile it
+is a saved cache of a real one. Encoding, decoding and a copy of the cache take turns, and the fastest round of each
+counts; ratios are of these. With --ablation, ways to decode take turns, too.
 """
 
 from __future__ import annotations

@@ -177,7 +177,9 @@ def mutate(folder: Path, file_name: str, line: str, mutated: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tests", ["test_cpu_paths", "test_components", "test_golden", "test_integers", "test_byte_analysis"])
+@pytest.mark.parametrize(
+    "tests", ["test_cpu_paths", "test_components", "test_golden", "test_integers", "test_byte_analysis"]
+)
 def test_kernels_agree_with_the_other_paths_and_stay_inside(module_path: Path, tests: str) -> None:
     result = avx512.run_tests(module_path, f"tests/{tests}.py")
     assert result.returncode == 0, result.stdout + result.stderr

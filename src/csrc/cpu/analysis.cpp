@@ -41,8 +41,8 @@ CACHEGEN_AVX2 inline __m128i to_bfloat16(__m256 values) {
 
 template <bool kIsHalf>
 CACHEGEN_AVX2 void gather_tokens(const std::vector<SynthesisPlane>& planes, int64_t begin, int64_t end,
-                                   const float* means, bool is_bf16, void* rows, int64_t stride, float* row,
-                                   float* largest, float* sums) {
+                                 const float* means, bool is_bf16, void* rows, int64_t stride, float* row,
+                                 float* largest, float* sums) {
     const int64_t num_channels = count_channels(planes);
     for (int64_t token = begin; token < end; ++token) {
         float* target = row;
@@ -50,8 +50,8 @@ CACHEGEN_AVX2 void gather_tokens(const std::vector<SynthesisPlane>& planes, int6
             const uint16_t* const values = plane.values + token * plane.token_stride;
             for (int64_t head = 0; head < plane.num_heads; ++head, target += plane.head_dim) {
                 for (int64_t dim = 0; dim < plane.head_dim; dim += kWidth)
-                    _mm256_storeu_ps(target + dim,
-                                     widen_half<kIsHalf>(values + head * plane.head_stride + dim, plane.head_dim - dim));
+                    _mm256_storeu_ps(target + dim, widen_half<kIsHalf>(values + head * plane.head_stride + dim,
+                                                                       plane.head_dim - dim));
                 if (plane.num_pairs != 0)
                     undo_head(target, plane, plane.cosines + token * plane.num_pairs,
                               plane.sines + token * plane.num_pairs);
@@ -76,7 +76,7 @@ CACHEGEN_AVX2 void gather_tokens(const std::vector<SynthesisPlane>& planes, int6
 
 template <bool kIsHalf>
 CACHEGEN_AVX2 void measure_tokens(const std::vector<SynthesisPlane>& planes, int64_t begin, int64_t end,
-                                    const uint16_t* decoded, float* largest, float* sums, float range[2]) {
+                                  const uint16_t* decoded, float* largest, float* sums, float range[2]) {
     const int64_t num_channels = count_channels(planes);
     __m256 least = _mm256_set1_ps(INFINITY), most = _mm256_set1_ps(-INFINITY);
     for (int64_t token = begin; token < end; ++token) {

@@ -110,8 +110,8 @@ PackedAnalysis pack_analysis(const float* analysis, int64_t num_channels, int64_
         for (int64_t c = 0; c < num_channels; ++c) largest = std::max(largest, std::fabs(row[c] * channel_units[c]));
         const float inverse = kEntryLimit / largest;
         if (!std::isfinite(inverse)) return;
-        int8_t* const entries = packed.entries.data() + (k / kAnalysisComponents) * num_quads * kQuad *
-                                                             kAnalysisComponents +
+        int8_t* const entries = packed.entries.data() +
+                                (k / kAnalysisComponents) * num_quads * kQuad * kAnalysisComponents +
                                 k % kAnalysisComponents * kQuad;
         int32_t total = 0;
         for (int64_t c = 0; c < num_channels; ++c) {

@@ -1,5 +1,5 @@
-// The forward transform in bytes: values of a cache, their rotations undone, less their means, as integers of seven bits
-// in units of their channel's; their products with an analysis matrix of bytes; and these, rounded to steps.
+// The forward transform in bytes: values of a cache, their rotations undone, less their means, as integers of seven
+// bits in units of their channel's; their products with an analysis matrix of bytes; and these, rounded to steps.
 //
 // All sums are of integers, so that AVX2 and AVX-512 find the same components, whatever the order of additions. A byte
 // is unsigned: an integer plus kByteBias, so that two products of a byte and an entry fit 16 bits. What is beyond an
@@ -25,12 +25,10 @@ constexpr int64_t kMaxExcess = 1 << 22;        // of a token, in all
 constexpr int64_t kGatherTokens = 64;          // whose rows one thread gathers
 constexpr int64_t kMultiplyTokens = 96;        // whose sums of a block stay in the first-level cache
 
-
-
 // A matrix as the kernels want it. The last block is filled up with zeros, and so is the last quad of channels.
 struct ByteAnalysisMatrix {
-    int64_t num_quads = 0;   // of channels
-    int64_t num_blocks = 0;  // of 64 components
+    int64_t num_quads = 0;                 // of channels
+    int64_t num_blocks = 0;                // of 64 components
     const int8_t* entries = nullptr;       // [block][quad][64][4]
     const float* scales = nullptr;         // [block][64]: what a unit of the sums is worth, in steps of the first level
     const int32_t* corrections = nullptr;  // [block][64]: what the bias adds to a sum
@@ -65,7 +63,8 @@ struct ByteRows {
 
 // What a path does in its own way.
 struct ByteAnalysisKernels {
-    // Gather some tokens of a plane. means, inverses, largest and sums have room for 8 channels more than the plane has.
+    // Gather some tokens of a plane. means, inverses, largest and sums have room for 8 channels more than the plane
+    // has.
     void (*gather)(const SynthesisPlane& plane, Dtype dtype, int64_t first_token, int64_t num_tokens,
                    const ByteRows& target);
 

@@ -20,8 +20,8 @@ CACHEGEN_AVX2_INLINE __m256i load_vector(const void* address) {
 // Write eight integers as bytes, those within the head's last ones alone, and keep what seven bits lack.
 CACHEGEN_AVX2_INLINE void store_integers(__m256i integers, int64_t count, uint8_t* target, int32_t token,
                                          int32_t channel, std::vector<Excess>& excess) {
-    const __m256i within = _mm256_max_epi32(_mm256_min_epi32(integers, _mm256_set1_epi32(kMaxInteger)),
-                                            _mm256_set1_epi32(kMinInteger));
+    const __m256i within =
+        _mm256_max_epi32(_mm256_min_epi32(integers, _mm256_set1_epi32(kMaxInteger)), _mm256_set1_epi32(kMinInteger));
     const __m256i biased = _mm256_add_epi32(within, _mm256_set1_epi32(kByteBias));
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(biased), _mm256_extracti128_si256(biased, 1));
     alignas(16) uint8_t bytes[16];
@@ -37,7 +37,8 @@ CACHEGEN_AVX2_INLINE void store_integers(__m256i integers, int64_t count, uint8_
         const int lane = __builtin_ctz(left);
         // What is no number, or far too large, is the least integer: its token does not fit.
         if (lane < count)
-            excess.push_back({token, channel + lane, all[lane] == INT32_MIN ? INT32_MIN + 1 : all[lane] - inside[lane]});
+            excess.push_back(
+                {token, channel + lane, all[lane] == INT32_MIN ? INT32_MIN + 1 : all[lane] - inside[lane]});
     }
 }
 
@@ -74,8 +75,7 @@ CACHEGEN_AVX2 void gather_tokens(const SynthesisPlane& plane, int64_t first_toke
 
 // Sums of kTokens tokens and 16 components. Two products of a byte and an entry fit 16 bits: 2 x 127 x 127.
 template <int kTokens>
-CACHEGEN_AVX2_INLINE void multiply_rows(const uint8_t* rows, int64_t num_quads, const int8_t* entries,
-                                          int32_t* sums) {
+CACHEGEN_AVX2_INLINE void multiply_rows(const uint8_t* rows, int64_t num_quads, const int8_t* entries, int32_t* sums) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i made[kTokens][kSumVectors];
 #pragma GCC unroll 4
@@ -89,8 +89,8 @@ CACHEGEN_AVX2_INLINE void multiply_rows(const uint8_t* rows, int64_t num_quads, 
             __builtin_memcpy(&four, rows + (t * num_quads + quad) * kQuad, sizeof four);
             const __m256i bytes = _mm256_set1_epi32(four);
             for (int v = 0; v < kSumVectors; ++v)
-                made[t][v] = _mm256_add_epi32(
-                    made[t][v], _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, parts[v]), ones));
+                made[t][v] =
+                    _mm256_add_epi32(made[t][v], _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, parts[v]), ones));
         }
     }
 #pragma GCC unroll 4
@@ -106,10 +106,10 @@ CACHEGEN_AVX2 void multiply(const uint8_t* rows, int64_t num_tokens, int64_t num
         int64_t token = 0;
         for (; token + kTogether <= num_tokens; token += kTogether)
             multiply_rows<kTogether>(rows + token * num_quads * kQuad, num_quads, entries + kQuad * first,
-                                       sums + token * kAnalysisComponents + first);
+                                     sums + token * kAnalysisComponents + first);
         for (; token < num_tokens; ++token)
             multiply_rows<1>(rows + token * num_quads * kQuad, num_quads, entries + kQuad * first,
-                               sums + token * kAnalysisComponents + first);
+                             sums + token * kAnalysisComponents + first);
     }
 }
 
@@ -117,9 +117,9 @@ CACHEGEN_AVX2 int64_t square(const uint8_t* row, int64_t num_channels) {
     __m256i total = _mm256_setzero_si256();
     int64_t channel = 0, rest = 0;
     for (; channel + 16 <= num_channels; channel += 16) {
-        const __m256i words = _mm256_sub_epi16(
-            _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + channel))),
-            _mm256_set1_epi16(kByteBias));
+        const __m256i words =
+            _mm256_sub_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + channel))),
+                             _mm256_set1_epi16(kByteBias));
         total = _mm256_add_epi32(total, _mm256_madd_epi16(words, words));
     }
     for (; channel < num_channels; ++channel) rest += (row[channel] - kByteBias) * (row[channel] - kByteBias);
@@ -132,7 +132,8 @@ CACHEGEN_AVX2 int64_t square(const uint8_t* row, int64_t num_channels) {
 CACHEGEN_AVX2 void round(const int32_t* sums, const float* scales, const int32_t* corrections, int64_t first,
                          int64_t num_components, int64_t token, const std::vector<LevelComponents>& levels) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), one = _mm256_set1_epi32(1);
-    const __m256 most = _mm256_set1_ps(static_cast<float>(kMaxComponent)), least = _mm256_sub_ps(_mm256_setzero_ps(), most);
+    const __m256 most = _mm256_set1_ps(static_cast<float>(kMaxComponent)),
+                 least = _mm256_sub_ps(_mm256_setzero_ps(), most);
     for (int64_t k = 0; k < num_components; k += 8) {
         const __m256i sum = _mm256_sub_epi32(load_vector(sums + k), load_vector(corrections + k));
         const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scales + k));
@@ -146,16 +147,18 @@ CACHEGEN_AVX2 void round(const int32_t* sums, const float* scales, const int32_t
             __m256i rounded = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(scaled, most), least));
             if (known > 0) {
                 const __m256i coarse = _mm256_add_epi32(before, _mm256_add_epi32(before, before));
-                const __m256i third = _mm256_max_epi32(_mm256_min_epi32(_mm256_sub_epi32(rounded, coarse), one),
-                                                       _mm256_set1_epi32(-1));
-                const __m256i is_known = _mm256_cmpgt_epi32(_mm256_set1_epi32(known < 8 ? static_cast<int>(known) : 8), lanes);
+                const __m256i third =
+                    _mm256_max_epi32(_mm256_min_epi32(_mm256_sub_epi32(rounded, coarse), one), _mm256_set1_epi32(-1));
+                const __m256i is_known =
+                    _mm256_cmpgt_epi32(_mm256_set1_epi32(known < 8 ? static_cast<int>(known) : 8), lanes);
                 rounded = _mm256_blendv_epi8(rounded, _mm256_add_epi32(coarse, third), is_known);
             }
             int32_t* const target = level.components + token * level.num_components + first + k;
             if (count >= 8)
                 _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), rounded);
             else
-                _mm256_maskstore_epi32(target, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes), rounded);
+                _mm256_maskstore_epi32(target, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes),
+                                       rounded);
             before = rounded;
         }
     }

@@ -18,7 +18,7 @@ namespace cachegen::avx512 {
 namespace {
 
 constexpr int64_t kTogether = 64;  // channels that are gathered together
-constexpr int64_t kAhead = 12;      // tokens
+constexpr int64_t kAhead = 12;     // tokens
 
 template <bool kIsHalf>
 CACHEGEN_AVX512_INLINE __m512 widen(__m256i values) {
@@ -140,10 +140,9 @@ CACHEGEN_AVX512 void gather_tokens(const SynthesisPlane& plane, int64_t first_to
 
 CACHEGEN_AVX512 void gather(const SynthesisPlane& plane, Dtype dtype, int64_t first_token, int64_t num_tokens,
                             const ByteRows& target) {
-    const bool is_whole = plane.num_pairs == 0
-                              ? plane.head_dim % kTogether == 0
-                              : !plane.is_interleaved && plane.num_pairs % 32 == 0 &&
-                                    2 * plane.num_pairs == plane.head_dim;
+    const bool is_whole = plane.num_pairs == 0 ? plane.head_dim % kTogether == 0
+                                               : !plane.is_interleaved && plane.num_pairs % 32 == 0 &&
+                                                     2 * plane.num_pairs == plane.head_dim;
     if (!is_whole)
         avx2::gather_bytes_of_plane(plane, dtype, first_token, num_tokens, target);
     else if (dtype == Dtype::kFloat16)
@@ -232,8 +231,7 @@ CACHEGEN_AVX512 void round(const int32_t* sums, const float* scales, const int32
             const __m512 scaled = _mm512_mul_ps(value, _mm512_set1_ps(level.ratio));
             __m512i rounded = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(scaled, most), least));
             const __m512i coarse = _mm512_add_epi32(before, _mm512_add_epi32(before, before));
-            const __m512i third =
-                _mm512_max_epi32(_mm512_min_epi32(_mm512_sub_epi32(rounded, coarse), one), minus_one);
+            const __m512i third = _mm512_max_epi32(_mm512_min_epi32(_mm512_sub_epi32(rounded, coarse), one), minus_one);
             rounded = _mm512_mask_add_epi32(rounded, known, coarse, third);
             _mm512_mask_storeu_epi32(level.components + token * level.num_components + first + k, live, rounded);
             before = rounded;

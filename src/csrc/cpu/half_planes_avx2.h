@@ -33,7 +33,8 @@ CACHEGEN_AVX2_INLINE void add_sizes(__m256 values, float* largest, float* sums) 
 }
 
 // Undo the rotation of a head's values in place.
-CACHEGEN_AVX2_INLINE void undo_head(float* head, const SynthesisPlane& plane, const float* cosines, const float* sines) {
+CACHEGEN_AVX2_INLINE void undo_head(float* head, const SynthesisPlane& plane, const float* cosines,
+                                    const float* sines) {
     const int64_t step = plane.is_interleaved ? 2 : 1;
     float* const firsts = head + plane.offset;
     float* const seconds = firsts + (plane.is_interleaved ? 1 : plane.num_pairs);

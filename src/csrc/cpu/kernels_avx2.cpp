@@ -25,7 +25,8 @@ const CpuKernels kAvx2Kernels = {"AVX2",
                                  &avx2::kSynthesis,
                                  &avx2::kByteAnalysis};
 #else
-const CpuKernels kAvx2Kernels = {"AVX2", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+const CpuKernels kAvx2Kernels = {"AVX2", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                                 nullptr};
 #endif
 
 }  // namespace cachegen

@@ -37,8 +37,8 @@ const CpuKernels kAvx512Kernels = {"AVX512",
                                    &avx512::kSynthesis,
                                    &avx512::kByteAnalysis};
 #else
-const CpuKernels kAvx512Kernels = {"AVX512", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr,
-                                   nullptr, nullptr};
+const CpuKernels kAvx512Kernels = {"AVX512", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                                   nullptr};
 #endif
 
 }  // namespace cachegen

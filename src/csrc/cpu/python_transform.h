@@ -253,11 +253,11 @@ inline Reference pack_analysis_of(const Arguments& arguments) {
 }
 
 // The values of planes less means, over units whose inverses are given, both float32 [num_channels], as bytes; see
-// byte_analysis.h. Returns (rows uint8 [num_tokens, num_channels rounded up to 4], excess int32 [any, 3]: token, channel
-// and units, largest and sums of the differences' sizes float32 [num_channels]).
+// byte_analysis.h. Returns (rows uint8 [num_tokens, num_channels rounded up to 4], excess int32 [any, 3]: token,
+// channel and units, largest and sums of the differences' sizes float32 [num_channels]).
 inline Reference gather_bytes_of(const Arguments& arguments) {
-    static const char* const kNames[] = {"planes", "dtype", "num_tokens", "means", "inverses", "num_threads", "path",
-                                         nullptr};
+    static const char* const kNames[] = {"planes",   "dtype",       "num_tokens", "means",
+                                         "inverses", "num_threads", "path",       nullptr};
     PyObject *plane_list, *means_object, *inverses_object, *path_object;
     long long num_tokens;
     int dtype, num_threads;

@@ -198,13 +198,13 @@ void join_sizes(const std::vector<float>& largest, const std::vector<float>& sum
 void synthesize(const SynthesisKernels& kernels, const SynthesisMatrix& matrix, const int32_t* components,
                 int64_t stride, int64_t num_tokens, const std::vector<SynthesisPlane>& planes, Dtype dtype,
                 int num_threads, uint8_t* misfits) {
-    synthesize_units(kernels, matrix, components, stride, num_tokens, list_units(planes), num_threads, misfits,
-                     [&](const SynthesisUnit& unit, const TokenTile& tile, int64_t, const int32_t* sums, int64_t width,
-                         float* row) {
-                         const int64_t first_channel = unit.first_block * kBlockChannels;
-                         kernels.finish(sums, width, tile, *unit.plane, unit.first_head, unit.num_heads,
-                                        matrix.factors + first_channel, matrix.means + first_channel, dtype, row);
-                     });
+    synthesize_units(
+        kernels, matrix, components, stride, num_tokens, list_units(planes), num_threads, misfits,
+        [&](const SynthesisUnit& unit, const TokenTile& tile, int64_t, const int32_t* sums, int64_t width, float* row) {
+            const int64_t first_channel = unit.first_block * kBlockChannels;
+            kernels.finish(sums, width, tile, *unit.plane, unit.first_head, unit.num_heads,
+                           matrix.factors + first_channel, matrix.means + first_channel, dtype, row);
+        });
 }
 
 void measure_synthesis(const SynthesisKernels& kernels, const SynthesisMatrix& matrix, const int32_t* components,
@@ -221,34 +221,33 @@ void measure_synthesis(const SynthesisKernels& kernels, const SynthesisMatrix& m
     const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
     std::vector<float> largest(num_tiles * num_channels), sums_of_sizes(num_tiles * num_channels);
     std::vector<float> ranges(2 * num_tiles * units.size(), 0.0f);
-    synthesize_units(
-        kernels, matrix, components, stride, num_tokens, units, num_threads, misfits,
-        [&](const SynthesisUnit& unit, const TokenTile& tile, int64_t t, const int32_t* sums, int64_t width,
-            float* row) {
-            thread_local Scratch scratch;
-            const int64_t count = unit.num_channels(), first_block = unit.first_block * kBlockChannels;
-            auto* const decoded = reinterpret_cast<uint16_t*>(scratch.reserve(2 * kTileTokens * count));
-            SynthesisPlane target = *unit.plane;
-            target.values = decoded;
-            target.token_stride = count;
-            target.head_stride = unit.plane->head_dim;
-            target.first_head = unit.first_head;
-            target.first_token = tile.first_token;
-            target.is_read_soon = true;
-            kernels.finish(sums, width, tile, target, unit.first_head, unit.num_heads, matrix.factors + first_block,
-                           matrix.means + first_block, dtype, row);
-            std::vector<float> found(2 * (count + kPadding), 0.0f);
-            ErrorsOfUnit errors{found.data(), found.data() + count + kPadding};
-            kernels.compare(*unit.plane, unit.first_head, unit.num_heads, tile.first_token, tile.num_tokens, decoded,
-                            dtype, errors);
-            const int64_t place = t * num_channels + first_channels[unit.plane_index] +
-                                  unit.first_head * unit.plane->head_dim;
-            std::copy(errors.largest, errors.largest + count, largest.begin() + place);
-            std::copy(errors.sums, errors.sums + count, sums_of_sizes.begin() + place);
-            const int64_t index = 2 * (t * static_cast<int64_t>(units.size()) + (&unit - units.data()));
-            ranges[index] = errors.least;
-            ranges[index + 1] = errors.most;
-        });
+    synthesize_units(kernels, matrix, components, stride, num_tokens, units, num_threads, misfits,
+                     [&](const SynthesisUnit& unit, const TokenTile& tile, int64_t t, const int32_t* sums,
+                         int64_t width, float* row) {
+                         thread_local Scratch scratch;
+                         const int64_t count = unit.num_channels(), first_block = unit.first_block * kBlockChannels;
+                         auto* const decoded = reinterpret_cast<uint16_t*>(scratch.reserve(2 * kTileTokens * count));
+                         SynthesisPlane target = *unit.plane;
+                         target.values = decoded;
+                         target.token_stride = count;
+                         target.head_stride = unit.plane->head_dim;
+                         target.first_head = unit.first_head;
+                         target.first_token = tile.first_token;
+                         target.is_read_soon = true;
+                         kernels.finish(sums, width, tile, target, unit.first_head, unit.num_heads,
+                                        matrix.factors + first_block, matrix.means + first_block, dtype, row);
+                         std::vector<float> found(2 * (count + kPadding), 0.0f);
+                         ErrorsOfUnit errors{found.data(), found.data() + count + kPadding};
+                         kernels.compare(*unit.plane, unit.first_head, unit.num_heads, tile.first_token,
+                                         tile.num_tokens, decoded, dtype, errors);
+                         const int64_t place = t * num_channels + first_channels[unit.plane_index] +
+                                               unit.first_head * unit.plane->head_dim;
+                         std::copy(errors.largest, errors.largest + count, largest.begin() + place);
+                         std::copy(errors.sums, errors.sums + count, sums_of_sizes.begin() + place);
+                         const int64_t index = 2 * (t * static_cast<int64_t>(units.size()) + (&unit - units.data()));
+                         ranges[index] = errors.least;
+                         ranges[index + 1] = errors.most;
+                     });
     join_sizes(largest, sums_of_sizes, num_tiles, num_channels, num_channels, sizes);
     *least = *most = 0;
     for (size_t i = 0; i < ranges.size(); i += 2) {

@@ -60,9 +60,7 @@ def gather_rows(
     return rows, ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums))
 
 
-def measure_errors(
-    planes: Sequence[torch.Tensor], decoded: torch.Tensor, num_threads: int
-) -> Measured:
+def measure_errors(planes: Sequence[torch.Tensor], decoded: torch.Tensor, num_threads: int) -> Measured:
     """Compare planes with what they decode to.
 
     Args:

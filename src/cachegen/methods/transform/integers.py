@@ -100,7 +100,7 @@ def make_integer_matrix(
     )
     if share > MAX_INTEGER_SHARE:
         return None
-    return IntegerMatrix(tuple(align(part) if isinstance(part, np.ndarray) else part for part in parts), share)
+    return IntegerMatrix((*parts[:3], *map(align, parts[3:])), share)
 
 
 def align(array: NDArray[Any]) -> NDArray[Any]:

@@ -68,9 +68,7 @@ class LossMeter:
         self._total += float(errors.sum(dtype=torch.float64))
         self._count += errors.numel()
 
-    def add_measured(
-        self, measured: Measured, dtype: torch.dtype, expected: torch.Tensor, num_tokens: int
-    ) -> bool:
+    def add_measured(self, measured: Measured, dtype: torch.dtype, expected: torch.Tensor, num_tokens: int) -> bool:
         """Add what was measured of a block, unless a value is out of bounds, which must be looked for; tell which.
 
         Args:
