@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -90,7 +91,6 @@ class GroupTransform:
         plane_shapes: heads and head dim of each plane.
         rotations: what is undone in each of them.
         mean: `[num_channels]`.
-        synthesis: `[num_components, num_channels]`.
     """
 
     def __init__(
@@ -111,13 +111,12 @@ class GroupTransform:
         self.rotations = profile.rotations[planes]
         self.device = device
         self.mean = group.mean.to(device=device, dtype=torch.float32)
-        self.synthesis = group.synthesis.to(device=device, dtype=torch.float32)
+        self._synthesis: torch.Tensor | None = None
         self._expected: dict[tuple[float, int], torch.Tensor] = {}
         self._may_round = may_round and has_bf16_products(device)
         self._rounded_synthesis: torch.Tensor | None = None
         self._may_use_integers = may_round and device.type == "cpu" and has_integer_synthesis()
         self._integers: dict[tuple[float, int], IntegerMatrix | None] = {}
-        self._deviations = self._spread(self._scales())
         self._analysis: torch.Tensor | None = None
         self._rounded_analysis: RoundedAnalysis | None = None
         self._byte_analyses: dict[tuple[float, float, int], ByteAnalysis | None] = {}
@@ -128,6 +127,21 @@ class GroupTransform:
             error.diagonal().sub_(1)
             # One Newton step: the error of the inverse is squared. It is small, so that fp32 has it well enough.
             self._analysis = (analysis.T - multiply(error.T, analysis.T)).T
+
+    @property
+    def synthesis(self) -> torch.Tensor:
+        """`[num_components, num_channels]`; where integers mostly serve, made anew each time."""
+        if self._synthesis is not None:
+            return self._synthesis
+        made = self.group.synthesis.to(device=self.device, dtype=torch.float32)
+        if self.group.analysis is not None or not self._may_use_integers:
+            self._synthesis = made
+        return made
+
+    @cached_property
+    def _deviations(self) -> torch.Tensor:
+        """Of the channels, `[num_channels]`."""
+        return self._spread(self._scales())
 
     def join(self, cache: KVCache, first_token: int) -> torch.Tensor:
         """Return the vectors of the group's layers, fp32 `[num_tokens, num_channels]`; see `join_planes`.
