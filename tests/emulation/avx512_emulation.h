@@ -234,6 +234,9 @@ inline __m512i _mm512_mask_srli_epi32(__m512i src, __mmask16 k, __m512i a, uint3
 inline __m512i _mm512_sll_epi16(__m512i a, __m128i count) {
     return emulation::shift_left<uint16_t>(a, emulation::count_of(count));
 }
+inline __m512i _mm512_sll_epi32(__m512i a, __m128i count) {
+    return emulation::shift_left<uint32_t>(a, emulation::count_of(count));
+}
 inline __m512i _mm512_srl_epi16(__m512i a, __m128i count) {
     return emulation::shift_right<uint16_t>(a, emulation::count_of(count));
 }

@@ -17,16 +17,22 @@ CACHEGEN_AVX2_INLINE __m256i load_vector(const void* address) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(address));
 }
 
-// Write eight integers as bytes, those within the head's last ones alone, and keep what seven bits lack.
-CACHEGEN_AVX2_INLINE void store_integers(__m256i integers, int64_t count, uint8_t* target, int32_t token,
-                                         int32_t channel, std::vector<Excess>& excess) {
-    const __m256i within =
-        _mm256_max_epi32(_mm256_min_epi32(integers, _mm256_set1_epi32(kMaxInteger)), _mm256_set1_epi32(kMinInteger));
+CACHEGEN_AVX2_INLINE __m256i within_seven_bits(__m256i integers) {
+    return _mm256_max_epi32(_mm256_min_epi32(integers, _mm256_set1_epi32(kMaxInteger)), _mm256_set1_epi32(kMinInteger));
+}
+
+// Write eight integers of seven bits as bytes, those within the head's last ones alone.
+CACHEGEN_AVX2_INLINE void store_bytes(__m256i within, int64_t count, uint8_t* target) {
     const __m256i biased = _mm256_add_epi32(within, _mm256_set1_epi32(kByteBias));
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(biased), _mm256_extracti128_si256(biased, 1));
     alignas(16) uint8_t bytes[16];
     _mm_store_si128(reinterpret_cast<__m128i*>(bytes), _mm_packus_epi16(words, words));
     __builtin_memcpy(target, bytes, count < 8 ? count : 8);
+}
+
+// Keep what seven bits lack of eight integers.
+CACHEGEN_AVX2_INLINE void keep_excess(__m256i integers, __m256i within, int64_t count, int32_t token, int32_t channel,
+                                      std::vector<Excess>& excess) {
     const __m256i is_within = _mm256_cmpeq_epi32(integers, within);
     auto left = static_cast<uint32_t>(~_mm256_movemask_ps(_mm256_castsi256_ps(is_within)) & 0xFF);
     if (left == 0) return;
@@ -36,9 +42,8 @@ CACHEGEN_AVX2_INLINE void store_integers(__m256i integers, int64_t count, uint8_
     for (; left != 0; left &= left - 1) {
         const int lane = __builtin_ctz(left);
         // What is no number, or far too large, is the least integer: its token does not fit.
-        if (lane < count)
-            excess.push_back(
-                {token, channel + lane, all[lane] == INT32_MIN ? INT32_MIN + 1 : all[lane] - inside[lane]});
+        const int32_t units = all[lane] == INT32_MIN ? INT32_MIN + 1 : all[lane] - inside[lane];
+        if (lane < count) excess.push_back({token, channel + lane, units});
     }
 }
 
@@ -63,11 +68,16 @@ CACHEGEN_AVX2 void gather_tokens(const SynthesisPlane& plane, int64_t first_toke
                 // A head's last few would be added to the next head's first.
                 if (count < kHalfWidth) rest = first_values(rest, count);
                 add_sizes(rest, target.largest + channel, target.sums + channel);
-                const __m256i integers =
-                    _mm256_cvtps_epi32(_mm256_mul_ps(rest, _mm256_loadu_ps(target.inverses + channel)));
-                store_integers(integers, count, target.rows + token * target.stride + channel,
-                               static_cast<int32_t>(first_token + token),
-                               target.first_channel + static_cast<int32_t>(channel), *target.excess);
+                const __m256 scaled = _mm256_mul_ps(rest, _mm256_loadu_ps(target.inverses + channel));
+                const __m256i integers = _mm256_cvtps_epi32(scaled), within = within_seven_bits(integers);
+                const int64_t place = token * target.stride + channel;
+                store_bytes(within, count, target.rows + place);
+                keep_excess(integers, within, count, static_cast<int32_t>(first_token + token),
+                            target.first_channel + static_cast<int32_t>(channel), *target.excess);
+                if (target.low_rows == nullptr) continue;
+                const __m256 left = _mm256_sub_ps(scaled, _mm256_cvtepi32_ps(integers));
+                const __m256i digits = _mm256_cvtps_epi32(_mm256_mul_ps(left, _mm256_set1_ps(1 << kLowShift)));
+                store_bytes(within_seven_bits(digits), count, target.low_rows + place);
             }
         }
     }
@@ -75,7 +85,8 @@ CACHEGEN_AVX2 void gather_tokens(const SynthesisPlane& plane, int64_t first_toke
 
 // Sums of kTokens tokens and 16 components. Two products of a byte and an entry fit 16 bits: 2 x 127 x 127.
 template <int kTokens>
-CACHEGEN_AVX2_INLINE void multiply_rows(const uint8_t* rows, int64_t num_quads, const int8_t* entries, int32_t* sums) {
+CACHEGEN_AVX2_INLINE void multiply_rows(const uint8_t* rows, int64_t stride, int64_t num_quads, const int8_t* entries,
+                                        int32_t* sums) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i made[kTokens][kSumVectors];
 #pragma GCC unroll 4
@@ -86,7 +97,7 @@ CACHEGEN_AVX2_INLINE void multiply_rows(const uint8_t* rows, int64_t num_quads, 
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) {
             int32_t four;
-            __builtin_memcpy(&four, rows + (t * num_quads + quad) * kQuad, sizeof four);
+            __builtin_memcpy(&four, rows + t * stride + quad * kQuad, sizeof four);
             const __m256i bytes = _mm256_set1_epi32(four);
             for (int v = 0; v < kSumVectors; ++v)
                 made[t][v] =
@@ -99,17 +110,26 @@ CACHEGEN_AVX2_INLINE void multiply_rows(const uint8_t* rows, int64_t num_quads, 
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + t * kAnalysisComponents + 8 * v), made[t][v]);
 }
 
-CACHEGEN_AVX2 void multiply(const uint8_t* rows, int64_t num_tokens, int64_t num_quads, const int8_t* entries,
-                            int64_t num_components, int32_t* sums) {
+CACHEGEN_AVX2 void multiply(const uint8_t* rows, int64_t stride, int64_t num_tokens, int64_t num_quads,
+                            const int8_t* entries, int64_t num_components, int32_t* sums) {
     constexpr int kTogether = 4;
     for (int64_t first = 0; first < num_components; first += 8 * kSumVectors) {
         int64_t token = 0;
         for (; token + kTogether <= num_tokens; token += kTogether)
-            multiply_rows<kTogether>(rows + token * num_quads * kQuad, num_quads, entries + kQuad * first,
+            multiply_rows<kTogether>(rows + token * stride, stride, num_quads, entries + kQuad * first,
                                      sums + token * kAnalysisComponents + first);
         for (; token < num_tokens; ++token)
-            multiply_rows<1>(rows + token * num_quads * kQuad, num_quads, entries + kQuad * first,
+            multiply_rows<1>(rows + token * stride, stride, num_quads, entries + kQuad * first,
                              sums + token * kAnalysisComponents + first);
+    }
+}
+
+CACHEGEN_AVX2 void add_excess(const int8_t* entries, int place, int32_t units, int32_t* sums) {
+    const __m128i up = _mm_cvtsi32_si128(24 - 8 * place);
+    for (int64_t k = 0; k < kAnalysisComponents; k += 8) {
+        const __m256i entry = _mm256_srai_epi32(_mm256_sll_epi32(load_vector(entries + kQuad * k), up), 24);
+        const __m256i part = _mm256_mullo_epi32(entry, _mm256_set1_epi32(units));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + k), _mm256_add_epi32(load_vector(sums + k), part));
     }
 }
 
@@ -129,14 +149,20 @@ CACHEGEN_AVX2 int64_t square(const uint8_t* row, int64_t num_channels) {
     return rest;
 }
 
-CACHEGEN_AVX2 void round(const int32_t* sums, const float* scales, const int32_t* corrections, int64_t first,
-                         int64_t num_components, int64_t token, const std::vector<LevelComponents>& levels) {
+CACHEGEN_AVX2 void round(const int32_t* sums, const int32_t* low_sums, const float* scales, const int32_t* corrections,
+                         int64_t first, int64_t num_components, int64_t token,
+                         const std::vector<LevelComponents>& levels) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), one = _mm256_set1_epi32(1);
     const __m256 most = _mm256_set1_ps(static_cast<float>(kMaxComponent)),
                  least = _mm256_sub_ps(_mm256_setzero_ps(), most);
     for (int64_t k = 0; k < num_components; k += 8) {
         const __m256i sum = _mm256_sub_epi32(load_vector(sums + k), load_vector(corrections + k));
-        const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scales + k));
+        __m256 total = _mm256_cvtepi32_ps(sum);
+        if (low_sums != nullptr) {
+            const __m256 low = _mm256_cvtepi32_ps(load_vector(low_sums + k));
+            total = _mm256_add_ps(total, _mm256_mul_ps(low, _mm256_set1_ps(1.0f / (1 << kLowShift))));
+        }
+        const __m256 value = _mm256_mul_ps(total, _mm256_loadu_ps(scales + k));
         __m256i before = _mm256_setzero_si256();
         int64_t num_known = 0;
         for (const LevelComponents& level : levels) {
@@ -174,7 +200,7 @@ void gather_bytes_of_plane(const SynthesisPlane& plane, Dtype dtype, int64_t fir
         gather_tokens<false>(plane, first_token, num_tokens, target);
 }
 
-const ByteAnalysisKernels kByteAnalysis = {gather_bytes_of_plane, multiply, square, round};
+const ByteAnalysisKernels kByteAnalysis = {gather_bytes_of_plane, multiply, add_excess, square, round};
 
 }  // namespace cachegen::avx2
 

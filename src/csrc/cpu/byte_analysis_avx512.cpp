@@ -48,9 +48,23 @@ CACHEGEN_AVX512_APART void keep_excess(const __m512i integers[4], int32_t token,
     }
 }
 
+CACHEGEN_AVX512_INLINE __m512i within_seven_bits(__m512i words) {
+    return _mm512_max_epi16(_mm512_min_epi16(words, _mm512_set1_epi16(kMaxInteger)), _mm512_set1_epi16(kMinInteger));
+}
+
+// Store 64 integers, packed two times from 32 bits to words, as bytes.
+CACHEGEN_AVX512_INLINE void store_bytes(const __m512i words[2], uint8_t* first, uint8_t* second) {
+    // Packing takes 128 bits of each vector in turn.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_permutexvar_epi32(
+        order, _mm512_add_epi8(_mm512_packs_epi16(words[0], words[1]), _mm512_set1_epi8(kByteBias)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256(bytes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_extracti64x4_epi64(bytes, 1));
+}
+
 // Gather 64 channels: 32 from dim `first` of a head on, and 32 from `second` on; where they are turned, these are the
 // two parts of pairs.
-template <bool kIsHalf, bool kTurns>
+template <bool kIsHalf, bool kHasLow, bool kTurns>
 CACHEGEN_AVX512_INLINE void gather_channels(const SynthesisPlane& plane, int64_t first_token, int64_t num_tokens,
                                             const ByteRows& target, int64_t head, int64_t first, int64_t second) {
     const int64_t places[2] = {head * plane.head_dim + first, head * plane.head_dim + second};
@@ -69,6 +83,7 @@ CACHEGEN_AVX512_INLINE void gather_channels(const SynthesisPlane& plane, int64_t
     const float* cosines = plane.cosines + first_token * plane.num_pairs + first;
     const float* sines = plane.sines + first_token * plane.num_pairs + first;
     uint8_t* row = target.rows;
+    uint8_t* low_row = target.low_rows;
     for (int64_t token = 0; token < num_tokens; ++token, values += plane.token_stride, row += target.stride) {
         // Tokens lie apart, or a head's follow each other; no processor fetches the former ahead.
         const uint16_t* const next = values + kAhead * plane.token_stride;
@@ -89,31 +104,38 @@ CACHEGEN_AVX512_INLINE void gather_channels(const SynthesisPlane& plane, int64_t
             sines += plane.num_pairs;
         }
         __m512i integers[4];
+        __m512 scaled[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             const __m512 rest = _mm512_sub_ps(found[i], means[i]);
             const __m512 size = _mm512_abs_ps(rest);
             largest[i] = _mm512_max_ps(largest[i], size);
             sums[i] = _mm512_add_ps(sums[i], size);
-            integers[i] = _mm512_cvtps_epi32(_mm512_mul_ps(rest, inverses[i]));
+            scaled[i] = _mm512_mul_ps(rest, inverses[i]);
+            integers[i] = _mm512_cvtps_epi32(scaled[i]);
         }
         const __m512i words[2] = {_mm512_packs_epi32(integers[0], integers[1]),
                                   _mm512_packs_epi32(integers[2], integers[3])};
         __m512i within[2];
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i)
-            within[i] = _mm512_max_epi16(_mm512_min_epi16(words[i], _mm512_set1_epi16(kMaxInteger)),
-                                         _mm512_set1_epi16(kMinInteger));
+        for (int i = 0; i < 2; ++i) within[i] = within_seven_bits(words[i]);
         const __mmask32 is_beyond =
             _mm512_cmpneq_epi16_mask(words[0], within[0]) | _mm512_cmpneq_epi16_mask(words[1], within[1]);
         if (__builtin_expect(is_beyond != 0, 0))
             keep_excess(integers, static_cast<int32_t>(first_token + token), channels, *target.excess);
-        // Packing takes 128 bits of each vector in turn.
-        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        const __m512i bytes = _mm512_permutexvar_epi32(
-            order, _mm512_add_epi8(_mm512_packs_epi16(within[0], within[1]), _mm512_set1_epi8(kByteBias)));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + places[0]), _mm512_castsi512_si256(bytes));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + places[1]), _mm512_extracti64x4_epi64(bytes, 1));
+        store_bytes(within, row + places[0], row + places[1]);
+        if constexpr (kHasLow) {
+            __m512i digits[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                const __m512 left = _mm512_sub_ps(scaled[i], _mm512_cvtepi32_ps(integers[i]));
+                digits[i] = _mm512_cvtps_epi32(_mm512_mul_ps(left, _mm512_set1_ps(1 << kLowShift)));
+            }
+            const __m512i low[2] = {within_seven_bits(_mm512_packs_epi32(digits[0], digits[1])),
+                                    within_seven_bits(_mm512_packs_epi32(digits[2], digits[3]))};
+            store_bytes(low, low_row + places[0], low_row + places[1]);
+            low_row += target.stride;
+        }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -123,17 +145,17 @@ CACHEGEN_AVX512_INLINE void gather_channels(const SynthesisPlane& plane, int64_t
     }
 }
 
-template <bool kIsHalf>
+template <bool kIsHalf, bool kHasLow>
 CACHEGEN_AVX512 void gather_tokens(const SynthesisPlane& plane, int64_t first_token, int64_t num_tokens,
                                    const ByteRows& target) {
     for (int64_t head = 0; head < plane.num_heads; ++head) {
         if (plane.num_pairs == 0) {
             for (int64_t dim = 0; dim < plane.head_dim; dim += kTogether)
-                gather_channels<kIsHalf, false>(plane, first_token, num_tokens, target, head, dim, dim + 32);
+                gather_channels<kIsHalf, kHasLow, false>(plane, first_token, num_tokens, target, head, dim, dim + 32);
         } else {
             for (int64_t pair = 0; pair < plane.num_pairs; pair += 32)
-                gather_channels<kIsHalf, true>(plane, first_token, num_tokens, target, head, pair,
-                                               plane.num_pairs + pair);
+                gather_channels<kIsHalf, kHasLow, true>(plane, first_token, num_tokens, target, head, pair,
+                                                        plane.num_pairs + pair);
         }
     }
 }
@@ -143,16 +165,17 @@ CACHEGEN_AVX512 void gather(const SynthesisPlane& plane, Dtype dtype, int64_t fi
     const bool is_whole = plane.num_pairs == 0 ? plane.head_dim % kTogether == 0
                                                : !plane.is_interleaved && plane.num_pairs % 32 == 0 &&
                                                      2 * plane.num_pairs == plane.head_dim;
+    const bool is_half = dtype == Dtype::kFloat16, has_low = target.low_rows != nullptr;
     if (!is_whole)
         avx2::gather_bytes_of_plane(plane, dtype, first_token, num_tokens, target);
-    else if (dtype == Dtype::kFloat16)
-        gather_tokens<true>(plane, first_token, num_tokens, target);
+    else if (has_low)
+        (is_half ? gather_tokens<true, true> : gather_tokens<false, true>)(plane, first_token, num_tokens, target);
     else
-        gather_tokens<false>(plane, first_token, num_tokens, target);
+        (is_half ? gather_tokens<true, false> : gather_tokens<false, false>)(plane, first_token, num_tokens, target);
 }
 
 template <int kTokens, int kVectors>
-CACHEGEN_AVX512_INLINE void multiply_rows(const uint8_t* rows, int64_t num_quads, const int8_t* entries,
+CACHEGEN_AVX512_INLINE void multiply_rows(const uint8_t* rows, int64_t stride, int64_t num_quads, const int8_t* entries,
                                           int32_t* sums) {
     __m512i made[kTokens][kVectors];
 #pragma GCC unroll 6
@@ -166,7 +189,7 @@ CACHEGEN_AVX512_INLINE void multiply_rows(const uint8_t* rows, int64_t num_quads
 #pragma GCC unroll 6
         for (int t = 0; t < kTokens; ++t) {
             int32_t four;
-            __builtin_memcpy(&four, rows + (t * num_quads + quad) * kQuad, sizeof four);
+            __builtin_memcpy(&four, rows + t * stride + quad * kQuad, sizeof four);
             const __m512i bytes = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) add_products(made[t][v], bytes, parts[v]);
@@ -179,23 +202,32 @@ CACHEGEN_AVX512_INLINE void multiply_rows(const uint8_t* rows, int64_t num_quads
 }
 
 template <int kVectors>
-CACHEGEN_AVX512 void multiply_vectors(const uint8_t* rows, int64_t num_tokens, int64_t num_quads, const int8_t* entries,
-                                      int32_t* sums) {
+CACHEGEN_AVX512 void multiply_vectors(const uint8_t* rows, int64_t stride, int64_t num_tokens, int64_t num_quads,
+                                      const int8_t* entries, int32_t* sums) {
     constexpr int kAtOnce = 6;
     int64_t token = 0;
     for (; token + kAtOnce <= num_tokens; token += kAtOnce)
-        multiply_rows<kAtOnce, kVectors>(rows + token * num_quads * kQuad, num_quads, entries,
+        multiply_rows<kAtOnce, kVectors>(rows + token * stride, stride, num_quads, entries,
                                          sums + token * kAnalysisComponents);
     for (; token < num_tokens; ++token)
-        multiply_rows<1, kVectors>(rows + token * num_quads * kQuad, num_quads, entries,
+        multiply_rows<1, kVectors>(rows + token * stride, stride, num_quads, entries,
                                    sums + token * kAnalysisComponents);
 }
 
-CACHEGEN_AVX512 void multiply(const uint8_t* rows, int64_t num_tokens, int64_t num_quads, const int8_t* entries,
-                              int64_t num_components, int32_t* sums) {
+CACHEGEN_AVX512 void multiply(const uint8_t* rows, int64_t stride, int64_t num_tokens, int64_t num_quads,
+                              const int8_t* entries, int64_t num_components, int32_t* sums) {
     constexpr decltype(&multiply_vectors<1>) kBy[] = {multiply_vectors<1>, multiply_vectors<2>, multiply_vectors<3>,
                                                       multiply_vectors<4>};
-    kBy[(num_components - 1) / 16](rows, num_tokens, num_quads, entries, sums);
+    kBy[(num_components - 1) / 16](rows, stride, num_tokens, num_quads, entries, sums);
+}
+
+CACHEGEN_AVX512 void add_excess(const int8_t* entries, int place, int32_t units, int32_t* sums) {
+    const __m128i up = _mm_cvtsi32_si128(24 - 8 * place);
+    for (int64_t k = 0; k < kAnalysisComponents; k += 16) {
+        const __m512i entry = _mm512_srai_epi32(_mm512_sll_epi32(_mm512_loadu_si512(entries + kQuad * k), up), 24);
+        const __m512i part = _mm512_mullo_epi32(entry, _mm512_set1_epi32(units));
+        _mm512_storeu_si512(sums + k, _mm512_add_epi32(_mm512_loadu_si512(sums + k), part));
+    }
 }
 
 CACHEGEN_AVX512 int64_t square(const uint8_t* row, int64_t num_channels) {
@@ -213,14 +245,20 @@ CACHEGEN_AVX512 int64_t square(const uint8_t* row, int64_t num_channels) {
     return rest;
 }
 
-CACHEGEN_AVX512 void round(const int32_t* sums, const float* scales, const int32_t* corrections, int64_t first,
-                           int64_t num_components, int64_t token, const std::vector<LevelComponents>& levels) {
+CACHEGEN_AVX512 void round(const int32_t* sums, const int32_t* low_sums, const float* scales,
+                           const int32_t* corrections, int64_t first, int64_t num_components, int64_t token,
+                           const std::vector<LevelComponents>& levels) {
     const __m512i one = _mm512_set1_epi32(1), minus_one = _mm512_set1_epi32(-1);
     const __m512 most = _mm512_set1_ps(static_cast<float>(kMaxComponent));
     const __m512 least = _mm512_set1_ps(-static_cast<float>(kMaxComponent));
     for (int64_t k = 0; k < num_components; k += 16) {
         const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums + k), _mm512_loadu_si512(corrections + k));
-        const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(scales + k));
+        __m512 total = _mm512_cvtepi32_ps(sum);
+        if (low_sums != nullptr) {
+            const __m512 low = _mm512_cvtepi32_ps(_mm512_loadu_si512(low_sums + k));
+            total = _mm512_add_ps(total, _mm512_mul_ps(low, _mm512_set1_ps(1.0f / (1 << kLowShift))));
+        }
+        const __m512 value = _mm512_mul_ps(total, _mm512_loadu_ps(scales + k));
         __m512i before = _mm512_setzero_si512();
         int64_t num_known = 0;
         for (const LevelComponents& level : levels) {
@@ -241,7 +279,7 @@ CACHEGEN_AVX512 void round(const int32_t* sums, const float* scales, const int32
 
 }  // namespace
 
-const ByteAnalysisKernels kByteAnalysis = {gather, multiply, square, round};
+const ByteAnalysisKernels kByteAnalysis = {gather, multiply, add_excess, square, round};
 
 }  // namespace cachegen::avx512
 

@@ -229,97 +229,136 @@ inline Reference measure_synthesis_of(const Arguments& arguments) {
                                    copy_to_array(sizes.sums).get(), least, most));
 }
 
+// An array int32 of channels that are there once more, whole quads, -1 for none.
+inline std::vector<int32_t> to_copies(const Array<int32_t>& array, int64_t num_channels) {
+    std::vector<int32_t> copies(array.size());
+    if (!copies.empty()) std::memcpy(copies.data(), array.data(), sizeof(int32_t) * copies.size());
+    for (const int32_t channel : copies)
+        if (channel < -1 || channel >= num_channels) throw ValueError("a copy is of no channel");
+    if (copies.size() % kQuad != 0) throw ValueError("copies must be whole quads");
+    return copies;
+}
+
+inline Reference to_signed_bytes(const std::vector<int8_t>& content) {
+    const NewArray<uint8_t> array({static_cast<int64_t>(content.size())});
+    if (!content.empty()) std::memcpy(array.data(), content.data(), content.size());
+    return Reference::borrow(array.get());
+}
+
 // Round an analysis matrix float32 [num_components, num_channels] to bytes, for values in units float32 [num_channels];
-// see byte_analysis.h. Returns (entries int8 as uint8, what a unit of the sums is worth float32 [num_components],
-// corrections int32), each filled up to whole blocks of 64 components.
+// see byte_analysis.h. Returns (entries and low entries int8 as uint8, what a unit of the sums is worth float32
+// [num_components], corrections and low corrections int32), each filled up to whole blocks of 64 components.
 inline Reference pack_analysis_of(const Arguments& arguments) {
-    static const char* const kNames[] = {"analysis", "units", "num_threads", nullptr};
-    PyObject *analysis_object, *units_object;
+    static const char* const kNames[] = {"analysis", "units", "copies", "num_fine", "num_threads", nullptr};
+    PyObject *analysis_object, *units_object, *copies_object;
+    long long num_fine;
     int num_threads;
-    arguments.read("OOi:pack_analysis", kNames, &analysis_object, &units_object, &num_threads);
+    arguments.read("OOOLi:pack_analysis", kNames, &analysis_object, &units_object, &copies_object, &num_fine,
+                   &num_threads);
     const Array<float> analysis(analysis_object, "analysis"), units(units_object, "units");
+    const Array<int32_t> copied(copies_object, "copies");
     if (analysis.num_dimensions() != 2 || units.size() != analysis.shape(1))
         throw ValueError("analysis or units has another shape");
-    if (analysis.shape(1) > kMaxByteChannels) throw ValueError("analysis has too many channels");
+    const int64_t num_channels = analysis.shape(1), num_components = analysis.shape(0);
+    if (2 * num_channels + copied.size() > kMaxByteChannels) throw ValueError("analysis has too many channels");
+    if (num_fine < 0 || num_fine % kAnalysisComponents != 0 || num_fine >= num_components + kAnalysisComponents)
+        throw ValueError("num_fine is out of range");
+    const std::vector<int32_t> copies = to_copies(copied, num_channels);
     PackedAnalysis packed;
     {
         const UnlockedInterpreter unlocked;
-        packed = pack_analysis(analysis.data(), analysis.shape(1), analysis.shape(0), units.data(), num_threads);
+        packed =
+            pack_analysis(analysis.data(), num_channels, num_components, units.data(), copies, num_fine, num_threads);
     }
-    const NewArray<uint8_t> entries({static_cast<int64_t>(packed.entries.size())});
-    std::memcpy(entries.data(), packed.entries.data(), packed.entries.size());
-    return Reference(Py_BuildValue("(OOO)", entries.get(), copy_to_array(packed.units).get(),
-                                   copy_to_array(packed.corrections).get()));
+    return Reference(Py_BuildValue("(OOOOO)", to_signed_bytes(packed.entries).get(),
+                                   to_signed_bytes(packed.low_entries).get(), copy_to_array(packed.units).get(),
+                                   copy_to_array(packed.corrections).get(),
+                                   copy_to_array(packed.low_corrections).get()));
 }
 
 // The values of planes less means, over units whose inverses are given, both float32 [num_channels], as bytes; see
-// byte_analysis.h. Returns (rows uint8 [num_tokens, num_channels rounded up to 4], excess int32 [any, 3]: token,
-// channel and units, largest and sums of the differences' sizes float32 [num_channels]).
+// byte_analysis.h. Returns (rows uint8 [num_tokens, width], excess int32 [any, 3]: token, place and units, largest and
+// sums of the differences' sizes float32 [num_channels]).
 inline Reference gather_bytes_of(const Arguments& arguments) {
-    static const char* const kNames[] = {"planes",   "dtype",       "num_tokens", "means",
-                                         "inverses", "num_threads", "path",       nullptr};
-    PyObject *plane_list, *means_object, *inverses_object, *path_object;
+    static const char* const kNames[] = {"planes", "dtype",   "num_tokens",  "means", "inverses",
+                                         "copies", "has_low", "num_threads", "path",  nullptr};
+    PyObject *plane_list, *means_object, *inverses_object, *copies_object, *path_object;
     long long num_tokens;
-    int dtype, num_threads;
-    arguments.read("OiLOOiO:gather_bytes", kNames, &plane_list, &dtype, &num_tokens, &means_object, &inverses_object,
-                   &num_threads, &path_object);
+    int dtype, has_low, num_threads;
+    arguments.read("OiLOOOiiO:gather_bytes", kNames, &plane_list, &dtype, &num_tokens, &means_object, &inverses_object,
+                   &copies_object, &has_low, &num_threads, &path_object);
     const CpuKernels& kernels = to_kernels(path_object);
     if (kernels.byte_analysis == nullptr) throw ValueError("the path has no forward transform in bytes");
     const Dtype half = to_half_dtype(dtype);
     const SynthesisPlaneArrays planes(plane_list, num_tokens);
     const Array<float> means(means_object, "means"), inverses(inverses_object, "inverses");
+    const Array<int32_t> copied(copies_object, "copies");
     const int64_t num_channels = count_channels(planes.get());
     if (means.size() != num_channels || inverses.size() != num_channels || num_tokens > INT32_MAX)
         throw ValueError("means or inverses has another size");
-    const int64_t stride = round_up(num_channels, kQuad);
+    const std::vector<int32_t> copies = to_copies(copied, num_channels);
+    const int64_t filled = round_up(num_channels, kQuad);
+    const int64_t stride = filled + static_cast<int64_t>(copies.size()) + (has_low != 0 ? filled : 0);
     const NewArray<uint8_t> rows({num_tokens, stride});
     ChannelSizes sizes;
     std::vector<Excess> excess;
     {
         const UnlockedInterpreter unlocked;
-        gather_bytes(*kernels.byte_analysis, planes.get(), half, num_tokens, means.data(), inverses.data(), rows.data(),
-                     stride, num_threads, sizes, excess);
+        gather_bytes(*kernels.byte_analysis, planes.get(), half, num_tokens, means.data(), inverses.data(), copies,
+                     has_low != 0, rows.data(), stride, num_threads, sizes, excess);
     }
     static_assert(sizeof(Excess) == 3 * sizeof(int32_t), "an excess is a row of an array");
     const NewArray<int32_t> left({static_cast<int64_t>(excess.size()), 3});
-    std::memcpy(left.data(), excess.data(), excess.size() * sizeof(Excess));
+    if (!excess.empty()) std::memcpy(left.data(), excess.data(), excess.size() * sizeof(Excess));
     return Reference(Py_BuildValue("(OOOO)", rows.get(), left.get(), copy_to_array(sizes.largest).get(),
                                    copy_to_array(sizes.sums).get()));
 }
 
-// Rows and excess, as gather_bytes returns them, times a matrix, as pack_analysis returns it, with scales float32 in
-// place of what a unit is worth: components int32 of levels [(ratio, components [num_tokens, num_components])], which
-// are filled in. Returns uint8 [num_tokens]: 1 for tokens that are beyond it, whose components are of no use.
+// Rows and excess, as gather_bytes returns them, times a matrix of num_channels: a tuple as pack_analysis returns it,
+// with scales float32 in place of what a unit is worth; components int32 of levels [(ratio, components [num_tokens,
+// num_components])], which are filled in. Returns uint8 [num_tokens]: 1 for tokens that are beyond it, whose components
+// are of no use.
 inline Reference multiply_bytes_of(const Arguments& arguments) {
-    static const char* const kNames[] = {"rows",       "excess", "entries",     "scales", "corrections",
-                                         "max_square", "levels", "num_threads", "path",   nullptr};
-    PyObject *rows_object, *excess_object, *entries_object, *scales_object, *corrections_object, *level_list,
-        *path_object;
-    long long max_square;
+    static const char* const kNames[] = {"rows",   "excess",      "matrix", "num_channels", "max_square",
+                                         "levels", "num_threads", "path",   nullptr};
+    PyObject *rows_object, *excess_object, *matrix_object, *level_list, *path_object;
+    long long num_channels, max_square;
     int num_threads;
-    arguments.read("OOOOOLOiO:multiply_bytes", kNames, &rows_object, &excess_object, &entries_object, &scales_object,
-                   &corrections_object, &max_square, &level_list, &num_threads, &path_object);
+    arguments.read("OOOLLOiO:multiply_bytes", kNames, &rows_object, &excess_object, &matrix_object, &num_channels,
+                   &max_square, &level_list, &num_threads, &path_object);
     const CpuKernels& kernels = to_kernels(path_object);
     if (kernels.byte_analysis == nullptr) throw ValueError("the path has no forward transform in bytes");
-    const Array<uint8_t> rows(rows_object, "rows"), entries(entries_object, "entries");
-    const Array<int32_t> left(excess_object, "excess"), corrections(corrections_object, "corrections");
-    const Array<float> scales(scales_object, "scales");
+    const Reference parts = python::to_tuple(matrix_object);
+    if (PyTuple_Size(parts.get()) != 5) throw ValueError("a matrix is a tuple of five");
+    const auto part = [&](Py_ssize_t index) { return PyTuple_GetItem(parts.get(), index); };
+    const Array<uint8_t> rows(rows_object, "rows"), entries(part(0), "entries"), low_entries(part(1), "low entries");
+    const Array<float> scales(part(2), "scales");
+    const Array<int32_t> left(excess_object, "excess"), corrections(part(3), "corrections"),
+        low_corrections(part(4), "low corrections");
     if (rows.num_dimensions() != 2 || rows.shape(1) % kQuad != 0 || left.num_dimensions() != 2 || left.shape(1) != 3)
         throw ValueError("rows or excess has another shape");
     ByteAnalysisMatrix matrix;
-    matrix.num_quads = rows.shape(1) / kQuad;
+    matrix.num_channels = num_channels;
+    matrix.num_fine = low_corrections.size();
+    matrix.num_low_quads = matrix.num_fine == 0 ? 0 : rows.shape(1) / kQuad;
+    const int64_t num_low_bytes = matrix.num_fine == 0 ? 0 : round_up(num_channels, kQuad);
+    matrix.num_quads = (rows.shape(1) - num_low_bytes) / kQuad;
     matrix.num_blocks = scales.size() / kAnalysisComponents;
     matrix.entries = reinterpret_cast<const int8_t*>(entries.data());
+    matrix.low_entries = reinterpret_cast<const int8_t*>(low_entries.data());
     matrix.scales = scales.data();
     matrix.corrections = corrections.data();
+    matrix.low_corrections = low_corrections.data();
     const int64_t num_entries = matrix.num_blocks * kAnalysisComponents;
-    if (scales.size() != num_entries || corrections.size() != num_entries ||
-        entries.size() != num_entries * rows.shape(1))
+    if (num_channels < 1 || rows.shape(1) < num_low_bytes + num_channels || rows.shape(1) > kMaxByteChannels ||
+        scales.size() != num_entries || corrections.size() != num_entries || matrix.num_fine > num_entries ||
+        matrix.num_fine % kAnalysisComponents != 0 || entries.size() != num_entries * kQuad * matrix.num_quads ||
+        low_entries.size() != matrix.num_fine * rows.shape(1))
         throw ValueError("a part of the matrix has another size");
     std::vector<Excess> excess(left.shape(0));
     if (!excess.empty()) std::memcpy(excess.data(), left.data(), excess.size() * sizeof(Excess));
     for (const Excess& one : excess)
-        if (one.token < 0 || one.token >= rows.shape(0) || one.channel < 0 || one.channel >= rows.shape(1))
+        if (one.token < 0 || one.token >= rows.shape(0) || one.channel < 0 || one.channel >= kQuad * matrix.num_quads)
             throw ValueError("an excess is of no token or channel");
     const Reference items = python::to_tuple(level_list);
     std::vector<LevelComponents> levels;
