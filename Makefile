@@ -169,7 +169,7 @@ fuzz: $(INSTALLED) ## Fuzz the native coders and every reader of foreign bytes, 
 	done
 
 SANITIZED := build/sanitized
-SANITIZED_TESTS ?= test_lossless test_integers test_analysis test_cpu_paths test_coder_cpu test_components test_symbol_model test_golden test_codec test_container
+SANITIZED_TESTS ?= test_lossless test_integers test_byte_analysis test_analysis test_cpu_paths test_coder_cpu test_components test_symbol_model test_golden test_codec test_container
 test-sanitized: $(INSTALLED) ## Run the tests of the native module, built with ASan and UBSan
 	@mkdir -p $(SANITIZED)
 	@cp -R src/cachegen $(SANITIZED)/ && rm -f $(SANITIZED)/cachegen/*.so

@@ -24,6 +24,7 @@ from typing import Any
 
 import method_throughput
 import torch
+from nvcomp_ans import describe_ans, find_nvcomp
 
 from cachegen.files import write_file
 from cachegen.versions import collect_versions
@@ -138,12 +139,19 @@ def list_steps(args: argparse.Namespace, done: dict[str, Any]) -> list[tuple[str
         command = ["benchmarks/method_throughput.py", "--device", device, *num_tokens, *sizes, *text]
         return Step("methods", [*command, "--rounds", "2", "--json", str(path)], 300, path)
 
+    def nvcomp() -> Step | None:
+        if args.dry_run or find_nvcomp() is None:
+            return None
+        path = output / "nvcomp.json"
+        return Step("nvcomp", ["benchmarks/nvcomp_ans.py", "--json", str(path)], 60, path)
+
     return [
         ("build", build),
         ("prove", prove),
         ("test", test),
         ("prefill", prefill_step),
         ("methods", methods),
+        ("nvcomp", nvcomp),
         *((tool, sanitize(tool)) for tool in SANITIZER_TOOLS),
     ]
 
@@ -241,6 +249,8 @@ def format_page(record: dict[str, Any]) -> str:
             "",
         ]
         lines.append(method_throughput.format_table(figures))
+    if not record["is_dry_run"] and "nvcomp" in steps:
+        lines += ["", describe_ans(steps["nvcomp"].get("figures"))]
     return "\n".join(lines) + "\n"
 
 

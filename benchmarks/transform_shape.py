@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Size, seconds and memory of the transform on synthetic caches of a large model's shape, Mistral-7B's by default.
 
-The profile is random, too (synthetic.py): the sizes say nothing of a real model. Encoding, decoding and a copy of the
-cache take turns, and the fastest round of each counts; ratios are of these. With --ablation, ways to decode take turns.
+The profile is random, too (synthetic.py): the sizes say nothing of a real model. With --path_to_kv and --profile it
+is a saved cache of a real one. Encoding, decoding and a copy of the cache take turns, and the fastest round of each
+counts; ratios are of these. With --ablation, ways to decode and to encode take turns, too.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from synthetic import Shape, make_cache, make_metadata, make_profile
 from cachegen.coder import cpu
 from cachegen.coder.cpu import default_num_threads
 from cachegen.coder.cpu_kernels import CpuKernels
-from cachegen.kv_cache import KVCache, hash_token_prefixes
-from cachegen.methods.transform import integers, transform
+from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes, load_kv_cache
+from cachegen.methods.transform import analysis, byte_analysis, integers, transform
 from cachegen.methods.transform.codec import TransformDocument, TransformEncoder
 from cachegen.methods.transform.profile import Profile, load_profile, save_profile
 from cachegen.methods.transform.transform import GroupTransform
@@ -69,6 +70,26 @@ def list_ways(*, has_ablation: bool) -> list[Way]:
     return ways
 
 
+@dataclasses.dataclass(frozen=True)
+class EncodingWay:
+    """A way to find components: by which products."""
+
+    name: str
+    has_bytes: bool = True
+    has_bf16: bool = True
+
+    def set(self) -> None:
+        transform.has_byte_analysis = lambda: self.has_bytes and byte_analysis.has_byte_analysis()
+        transform.CAN_MULTIPLY_BF16 = self.has_bf16 and analysis.CAN_MULTIPLY_BF16
+
+
+ENCODING_WAYS = (
+    EncodingWay("as usual"),
+    EncodingWay("products in bf16", has_bytes=False),
+    EncodingWay("products in fp32", has_bytes=False, has_bf16=False),
+)
+
+
 class TimedKernels(CpuKernels):
     """The CPU's kernels, which say how long decoding components took."""
 
@@ -83,19 +104,19 @@ class TimedKernels(CpuKernels):
 
 
 class Case:
-    """A synthetic cache with its profile, encoded, and what is timed of it."""
+    """A cache with its profile, encoded, and what is timed of it."""
+
+    cache: KVCache
+    metadata: ContextMetadata
+    profile: Profile
+    decoding_profile: Profile
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        shape = Shape(args.layers, args.kv_heads, args.head_dim)
-        generator = torch.Generator().manual_seed(0)
-        with tempfile.TemporaryDirectory() as folder:
-            made = make_profile(shape, args.components, generator)
-            save_profile(folder, made, compression=1)
-            self.cache = make_cache(load_profile(folder), args.num_tokens, generator)
-            self.profile, self.decoding_profile = load_profile(folder, for_encoding=True), load_profile(folder)
-            self.profile_folder_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
-        self.metadata = make_metadata(shape, args.num_tokens)
+        if args.path_to_kv is None:
+            self._make_synthetic()
+        else:
+            self._load(args.path_to_kv, args.profile)
         starts = range(0, args.num_tokens, args.chunk_size)
         self.chunk_tokens = [min(args.chunk_size, args.num_tokens - start) for start in starts]
         self.stops = [sum(self.chunk_tokens[: i + 1]) for i in range(len(self.chunk_tokens))]
@@ -104,6 +125,29 @@ class Case:
             [torch.empty_like(k) for k in self.cache.keys], [torch.empty_like(v) for v in self.cache.values]
         )
         self.encode()
+
+    def _make_synthetic(self) -> None:
+        args = self.args
+        shape = Shape(args.layers, args.kv_heads, args.head_dim)
+        generator = torch.Generator().manual_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            made = make_profile(shape, args.components, generator)
+            save_profile(folder, made, compression=1)
+            self.cache = make_cache(load_profile(folder), args.num_tokens, generator)
+            self._load_profiles(Path(folder))
+        self.metadata = make_metadata(shape, args.num_tokens)
+
+    def _load(self, path_to_kv: Path, folder: Path) -> None:
+        cache, metadata = load_kv_cache(path_to_kv)
+        self.args.num_tokens = min(self.args.num_tokens, cache.num_tokens)
+        self.cache = cache.slice(0, self.args.num_tokens)
+        token_ids = metadata.token_ids[: self.args.num_tokens]
+        self.metadata = dataclasses.replace(metadata, token_ids=token_ids, cache_hash=None)
+        self._load_profiles(folder)
+
+    def _load_profiles(self, folder: Path) -> None:
+        self.profile, self.decoding_profile = load_profile(folder, for_encoding=True), load_profile(folder)
+        self.profile_folder_bytes = sum(path.stat().st_size for path in folder.iterdir())
 
     def encode(self) -> None:
         self.encoder = TransformEncoder(
@@ -147,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv_heads", type=int, default=8)
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--components", type=int, default=1024, help="of each layer's keys and values together")
+    parser.add_argument("--path_to_kv", type=Path, help="a saved cache, in place of a synthetic one")
+    parser.add_argument("--profile", type=Path, help="the profile of its model")
     parser.add_argument("--num_tokens", type=int, default=1536)
     parser.add_argument("--chunk_size", type=int, default=512)
     parser.add_argument("--step_log", type=int, default=0)
@@ -154,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ablation", action="store_true", help="decode in other ways, too")
     args = parser.parse_args(argv)
+    if (args.path_to_kv is None) != (args.profile is None):
+        parser.error("--path_to_kv and --profile go together")
     record = measure(args)
     json.dump(record, sys.stdout, indent=1)
     print()
@@ -173,6 +221,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         documents.append(case.open(dataclasses.replace(case.decoding_profile)))
         seconds = _time(lambda: case.decode(documents[-1], kernels))
         rows.append({"way": way.name, "first_seconds": seconds, "mean_squared_error": case.mean_squared_error()})
+    encoding_ways = ENCODING_WAYS if args.ablation else ENCODING_WAYS[:1]
     best: dict[str, float] = {}
 
     def keep(name: str, seconds: float) -> None:
@@ -180,7 +229,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     for _ in range(args.rounds):
         ways[0].set()
-        keep("encode", _time(case.encode))
+        for encoding_way in reversed(encoding_ways):  # the usual way last: the others' files are not decoded
+            encoding_way.set()
+            keep(encoding_way.name, _time(case.encode))
         for way, document, row in zip(ways, documents, rows, strict=True):
             way.set()
             kernels.seconds = 0.0
@@ -195,7 +246,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ways[0].set()
     encoded_bytes = sum(map(len, case.files)) + len(case.encoder.tables_file)
     return {
-        "shape": [args.layers, args.kv_heads, args.head_dim],
+        "shape": [case.cache.num_layers, *case.cache.planes[0].shape[1:]],
         "num_tokens": args.num_tokens,
         "components_per_layer": args.components,
         "threads": args.threads,
@@ -205,13 +256,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "profile_folder_bytes": case.profile_folder_bytes,
         "encoded_bytes": encoded_bytes,
         "bits_per_value": 8 * encoded_bytes / case.cache.num_values,
-        "encode_seconds": best["encode"],
+        "encode_seconds": best[ENCODING_WAYS[0].name],
         "decode_seconds": rows[0]["seconds"],
         "copy_seconds": best["copy"],
         "copy_gb_per_second": kv_bytes / best["copy"] / GIGA,
         "decode_over_copy": rows[0]["over_copy"],
-        "encode_over_decode": best["encode"] / rows[0]["seconds"],
+        "encode_over_decode": best[ENCODING_WAYS[0].name] / rows[0]["seconds"],
         "decoding": rows,
+        "encoding": [{"way": way.name, "seconds": best[way.name]} for way in encoding_ways],
         "operations_per_token": count_operations(case, documents[0]),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
     }

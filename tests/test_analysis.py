@@ -80,11 +80,11 @@ def test_errors_are_those_of_each_channel(num_tokens: int, dtype: torch.dtype) -
     planes = make_planes(num_tokens, dtype)
     values = torch.cat([plane.float().flatten(1) for plane in planes], 1)
     decoded = (values + torch.linspace(-1, 1, 45)).to(dtype)
-    sizes, least, most = measure_errors(planes, decoded, 2)
+    found = measure_errors(planes, decoded, 2)
     errors = (decoded.float() - values).abs()
-    assert torch.equal(sizes.largest, errors.amax(0))
-    assert torch.allclose(sizes.sums, errors.sum(0), rtol=1e-5)
-    assert (least, most) == (min(decoded.min().item(), 0), max(decoded.max().item(), 0))
+    assert torch.equal(found.errors.largest, errors.amax(0))
+    assert torch.allclose(found.errors.sums, errors.sum(0), rtol=1e-5)
+    assert (found.least, found.greatest) == (min(decoded.min().item(), 0), max(decoded.max().item(), 0))
 
 
 def test_a_decoded_value_that_is_no_number_travels_exactly() -> None:

@@ -120,6 +120,26 @@ INTEGER_OVERRUNS = {
         "const __mmask16 live = 0xFFFF;",
     ),
 }
+BYTE_MUTATIONS = {
+    "seconds are turned the other way": (
+        "byte_analysis_avx512.cpp",
+        "_mm512_sub_ps(_mm512_mul_ps(y, cosine), _mm512_mul_ps(x, sine))",
+        "_mm512_add_ps(_mm512_mul_ps(y, cosine), _mm512_mul_ps(x, sine))",
+    ),
+    "excesses are lost": ("byte_analysis_avx512.cpp", "__builtin_expect(is_beyond != 0, 0)", "false"),
+    "all levels have the first one's step": (
+        "byte_analysis_avx512.cpp",
+        "_mm512_set1_ps(level.ratio)",
+        "_mm512_set1_ps(1.0f)",
+    ),
+}
+BYTE_OVERRUNS = {
+    "components behind a level's last one are written": (
+        "byte_analysis_avx512.cpp",
+        "first + k, live, rounded);",
+        "first + k, 0xFFFF, rounded);",
+    ),
+}
 OVERRUNS = {
     "the states of dead lanes are read": (
         "rans_decode_avx512.h",
@@ -157,20 +177,23 @@ def mutate(folder: Path, file_name: str, line: str, mutated: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tests", ["test_cpu_paths", "test_components", "test_golden", "test_integers"])
+@pytest.mark.parametrize(
+    "tests", ["test_cpu_paths", "test_components", "test_golden", "test_integers", "test_byte_analysis"]
+)
 def test_kernels_agree_with_the_other_paths_and_stay_inside(module_path: Path, tests: str) -> None:
     result = avx512.run_tests(module_path, f"tests/{tests}.py")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-INTEGERS = "tests/test_integers.py"
+INTEGERS, BYTES = "tests/test_integers.py", "tests/test_byte_analysis.py"
 PLANES, COMPONENTS = "tests/test_cpu_paths.py", "tests/test_components.py"
 NOTICED_BY = dict.fromkeys([*MUTATIONS, *OVERRUNS], PLANES) | dict.fromkeys(
     [*COMPONENT_MUTATIONS, *COMPONENT_OVERRUNS], COMPONENTS
 )
 NOTICED_BY |= dict.fromkeys([*INTEGER_MUTATIONS, *INTEGER_OVERRUNS], INTEGERS)
-ALL_MUTATIONS = MUTATIONS | COMPONENT_MUTATIONS | INTEGER_MUTATIONS
-ALL_OVERRUNS = OVERRUNS | COMPONENT_OVERRUNS | INTEGER_OVERRUNS
+NOTICED_BY |= dict.fromkeys([*BYTE_MUTATIONS, *BYTE_OVERRUNS], BYTES)
+ALL_MUTATIONS = MUTATIONS | COMPONENT_MUTATIONS | INTEGER_MUTATIONS | BYTE_MUTATIONS
+ALL_OVERRUNS = OVERRUNS | COMPONENT_OVERRUNS | INTEGER_OVERRUNS | BYTE_OVERRUNS
 ALWAYS = {"dead lanes take words", "quotients are not corrected", "thirds are not mirrored"}
 ALWAYS_OVERRUNS = {"rows behind the last token are written", "components behind the last one are written"}
 

@@ -7,8 +7,10 @@ import json
 from types import ModuleType
 
 import pytest
+import torch
 
 from tests import emulation
+from tests.fixtures.caches import make_shaped_cache
 
 TINY = ["--device", "cpu", "--layers", "2", "--kv_heads", "1", "--head_dim", "32", "--components", "32"]
 TINY += ["--num_tokens", "300", "--rounds", "1", "--threads", "1"]
@@ -67,6 +69,47 @@ def test_blocks_are_measured_with_their_tables(kv_path, tmp_path) -> None:
 def test_blocks_of_no_kv_file_are_refused_in_one_line(tmp_path) -> None:
     with pytest.raises(SystemExit, match=r"^lmcache_blocks: .*nothing"):
         importlib.import_module("lmcache_blocks").main([str(tmp_path / "nothing")])
+
+
+class FakeNvcomp:
+    """nvCOMP's interface, as far as it is used; `encode` keeps what it is given."""
+
+    __version__ = "0"
+    flip = 0
+
+    class Codec:
+        def __init__(self, algorithm: str) -> None:
+            assert algorithm == "ANS"
+
+        def encode(self, source: torch.Tensor) -> torch.Tensor:
+            source.buffer_size = source.numel() // 2  # type: ignore[attr-defined]
+            return source
+
+        def decode(self, encoded: torch.Tensor) -> torch.Tensor:
+            return encoded + FakeNvcomp.flip
+
+    @staticmethod
+    def as_array(symbols: torch.Tensor) -> torch.Tensor:
+        return symbols
+
+
+def test_ans_of_nvcomp_gets_symbols_and_gives_them_back(monkeypatch) -> None:
+    peer = importlib.import_module("nvcomp_ans")
+    cache = make_shaped_cache([(2, 8)] * 4, 40, torch.float16)
+    symbols = peer.make_symbols(cache, torch.device("cpu"))
+    assert symbols.shape == (40 * 64,) and symbols.max() <= 30
+    found = peer.measure_ans(FakeNvcomp, symbols, 1, lambda: None)
+    assert found["bits_per_value"] == 4.0 and "4.00 bits" in peer.describe_ans(found)
+    monkeypatch.setattr(FakeNvcomp, "flip", 1)
+    with pytest.raises(SystemExit, match="other symbols"):
+        peer.measure_ans(FakeNvcomp, symbols, 1, lambda: None)
+
+
+def test_where_nvcomp_is_not_one_line_says_so(capsys, monkeypatch) -> None:
+    peer = importlib.import_module("nvcomp_ans")
+    monkeypatch.setattr(peer, "find_nvcomp", lambda: None)
+    assert peer.main([]) == 1
+    assert capsys.readouterr().err == peer.NOT_THERE + "\n" == peer.describe_ans(None) + "\n"
 
 
 def test_a_dry_run_of_the_gpus_report_writes_its_page(tmp_path, capfd) -> None:

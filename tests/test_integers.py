@@ -9,7 +9,7 @@ import torch
 from cachegen.coder import cpu
 from cachegen.methods.rotary import Turns
 from cachegen.methods.transform import integers
-from cachegen.methods.transform.integers import IntegerMatrix, make_integer_matrix, synthesize
+from cachegen.methods.transform.integers import IntegerMatrix, make_integer_matrix, measure_synthesis, synthesize
 from cachegen.rotation import Rotation
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_values_are_those_of_the_integers(name: str, dtype: torch.dtype, path: s
 
 
 def test_digits_signs_and_repeated_units_count(path: str) -> None:
-    group = Group([(2, 64)], 90, 140)
+    group = Group([(2, 64)], 90, 140, 5.6)
     matrix = group.matrix()
     group.components[3, :8] = torch.tensor([63, 64, -64, -65, 1000, -8128, 8128, 127])
     group.components[4, matrix.num_dense + 7] = 40
@@ -142,7 +142,7 @@ def test_digits_signs_and_repeated_units_count(path: str) -> None:
 @pytest.mark.parametrize("place", ["dense", "sparse", "units"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_tokens_beyond_the_kernels_are_named_and_others_stay(place: str, sign: int, path: str) -> None:
-    group = Group([(2, 64)], 90, 20)
+    group = Group([(2, 64)], 90, 20, 5.6)
     matrix = group.matrix()
     expected = expect(group, matrix, [None], torch.float16)[0]
     changed = group.components[7]
@@ -195,3 +195,28 @@ def test_components_of_few_units_have_coarser_rows_than_large_ones() -> None:
     matrix = Group([(2, 64)], 200, 4, largest=300.0).matrix()
     assert matrix.num_fine > 0
     assert (np.abs(rows_of(matrix)[matrix.num_dense :]) % 512 == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_errors_are_measured_as_of_what_is_written(name: str, dtype: torch.dtype, path: str) -> None:
+    planes, rotations, num_components, num_tokens = CASES[name]
+    group = Group(planes, num_components, num_tokens)
+    matrix = group.matrix()
+    decoded, _ = group.run(path, rotations, dtype, matrix)
+    noise = torch.Generator().manual_seed(3)
+    originals = [plane + torch.randn(plane.shape, generator=noise).to(dtype) for plane in decoded]
+    angles = [Turns(num_tokens, 11, CPU).angles(rotation) for rotation in rotations]
+    found = measure_synthesis(matrix, group.components, originals, rotations, angles, 2, path)
+    assert found is not None
+    values = torch.cat([plane.float().flatten(1) for plane in decoded], 1)
+    errors = (torch.cat([plane.float().flatten(1) for plane in originals], 1) - values).abs()
+    assert torch.equal(found.errors.largest, errors.amax(0))
+    assert torch.allclose(found.errors.sums, errors.sum(0), rtol=1e-5)
+    assert (found.least, found.greatest) == (min(values.min().item(), 0), max(values.max().item(), 0))
+
+
+def test_no_errors_are_measured_where_a_token_is_beyond_the_kernels(path: str) -> None:
+    group = Group([(2, 64)], 90, 20, 5.6)
+    group.components[7, 0] = 8129
+    assert measure_synthesis(group.matrix(), group.components, group.allocate(), [None], [None], 1, path) is None

@@ -134,7 +134,7 @@ class TestRoundTrip:
         profile = make_profile()
         group = dataclasses.replace(
             profile.groups[1],
-            synthesis=(integers * torch.exp2(of_channels.float())).expand(profile.groups[1].num_components, -1),
+            stored_synthesis=(integers * torch.exp2(of_channels.float())).expand(profile.groups[1].num_components, -1),
             channel_exponents=of_channels,
         )
         save_profile(tmp_path, dataclasses.replace(profile, groups=(profile.groups[0], group)))

@@ -75,9 +75,10 @@ def synthesize_levels(cache: KVCache, profile: Profile, step_log: int, num_level
 
 @pytest.fixture
 def exact_products(monkeypatch) -> None:
-    """As on a processor without products in bf16, whose rounding test_transform.py bounds."""
+    """As on a processor without products in bf16 or of bytes, whose rounding other tests bound."""
     monkeypatch.setattr(transform, "has_bf16_products", lambda device: False)
     monkeypatch.setattr(transform, "CAN_MULTIPLY_BF16", False)
+    monkeypatch.setattr(transform, "has_byte_analysis", lambda: False)
 
 
 @pytest.mark.usefixtures("exact_products")

@@ -127,6 +127,42 @@ def multiply_bf16(
 def measure_errors(
     planes: list[tuple[Any, ...]], dtype: int, decoded: NDArray[np.uint16], num_threads: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], float, float]: ...
+def measure_synthesis(
+    components: NDArray[np.int32],
+    matrix: tuple[Any, ...],
+    planes: list[tuple[Any, ...]],
+    dtype: int,
+    num_threads: int,
+    path: CpuPath,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32], float, float]: ...
+def pack_analysis(
+    analysis: NDArray[np.float32],
+    units: NDArray[np.float32],
+    copies: NDArray[np.int32],
+    num_fine: int,
+    num_threads: int,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]: ...
+def gather_bytes(
+    planes: list[tuple[Any, ...]],
+    dtype: int,
+    num_tokens: int,
+    means: NDArray[np.float32],
+    inverses: NDArray[np.float32],
+    copies: NDArray[np.int32],
+    has_low: bool,
+    num_threads: int,
+    path: CpuPath,
+) -> tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]: ...
+def multiply_bytes(
+    rows: NDArray[np.uint8],
+    excess: NDArray[np.int32],
+    matrix: tuple[NDArray[Any], ...],
+    num_channels: int,
+    max_square: int,
+    levels: list[tuple[float, NDArray[np.int32]]],
+    num_threads: int,
+    path: CpuPath,
+) -> NDArray[np.uint8]: ...
 def pack_synthesis(
     synthesis: NDArray[np.float32],
     powers: NDArray[np.float32],

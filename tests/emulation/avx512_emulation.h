@@ -86,6 +86,9 @@ inline __m512 _mm512_setzero_ps() { return {}; }
 inline __m512i _mm512_set1_epi16(int16_t a) {
     return emulation::make<int16_t>([&](int) { return a; });
 }
+inline __m512i _mm512_set1_epi8(char a) {
+    return emulation::make<int8_t>([&](int) { return a; });
+}
 inline __m512i _mm512_setr_epi64(int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f, int64_t g,
                                  int64_t h) {
     const int64_t all[] = {a, b, c, d, e, f, g, h};
@@ -147,6 +150,7 @@ inline __m512i _mm512_broadcast_i64x4(__m256i a) { return _mm512_inserti64x4(_mm
 CACHEGEN_EMULATE_MAP(_mm512_add_epi8, uint8_t, x + y)
 CACHEGEN_EMULATE_MAP(_mm512_add_epi16, uint16_t, x + y)
 CACHEGEN_EMULATE_MAP(_mm512_add_epi32, uint32_t, x + y)
+CACHEGEN_EMULATE_MAP(_mm512_sub_epi8, uint8_t, x - y)
 CACHEGEN_EMULATE_MAP(_mm512_sub_epi16, uint16_t, x - y)
 CACHEGEN_EMULATE_MAP(_mm512_sub_epi32, uint32_t, x - y)
 CACHEGEN_EMULATE_MAP(_mm512_mullo_epi16, uint16_t, x* y)
@@ -157,6 +161,8 @@ CACHEGEN_EMULATE_MAP(_mm512_max_epu32, uint32_t, std::max(x, y))
 CACHEGEN_EMULATE_MAP(_mm512_min_epu16, uint16_t, std::min(x, y))
 CACHEGEN_EMULATE_MAP(_mm512_max_epi32, uint32_t, static_cast<int32_t>(x) > static_cast<int32_t>(y) ? x : y)
 CACHEGEN_EMULATE_MAP(_mm512_min_epi32, uint32_t, static_cast<int32_t>(x) < static_cast<int32_t>(y) ? x : y)
+CACHEGEN_EMULATE_MAP(_mm512_max_epi16, uint16_t, static_cast<int16_t>(x) > static_cast<int16_t>(y) ? x : y)
+CACHEGEN_EMULATE_MAP(_mm512_min_epi16, uint16_t, static_cast<int16_t>(x) < static_cast<int16_t>(y) ? x : y)
 CACHEGEN_EMULATE_MAP(_mm512_and_si512, uint32_t, x& y)
 CACHEGEN_EMULATE_MAP(_mm512_or_si512, uint32_t, x | y)
 CACHEGEN_EMULATE_MASKED_MAP(_mm512_mask_add_epi16, _mm512_add_epi16, uint16_t, __mmask32)
@@ -164,6 +170,7 @@ CACHEGEN_EMULATE_MASKED_MAP(_mm512_mask_add_epi32, _mm512_add_epi32, uint32_t, _
 CACHEGEN_EMULATE_MASKED_MAP(_mm512_mask_sub_epi32, _mm512_sub_epi32, uint32_t, __mmask16)
 CACHEGEN_EMULATE_MASKED_MAP(_mm512_mask_sub_epi16, _mm512_sub_epi16, uint16_t, __mmask32)
 CACHEGEN_EMULATE_COMPARE(_mm512_cmpeq_epi16_mask, uint16_t, __mmask32, x == y)
+CACHEGEN_EMULATE_COMPARE(_mm512_cmpneq_epi16_mask, uint16_t, __mmask32, x != y)
 CACHEGEN_EMULATE_COMPARE(_mm512_cmpge_epu16_mask, uint16_t, __mmask32, x >= y)
 CACHEGEN_EMULATE_COMPARE(_mm512_cmpgt_epu16_mask, uint16_t, __mmask32, x > y)
 CACHEGEN_EMULATE_COMPARE(_mm512_cmplt_epu16_mask, uint16_t, __mmask32, x < y)
@@ -227,6 +234,9 @@ inline __m512i _mm512_mask_srli_epi32(__m512i src, __mmask16 k, __m512i a, uint3
 inline __m512i _mm512_sll_epi16(__m512i a, __m128i count) {
     return emulation::shift_left<uint16_t>(a, emulation::count_of(count));
 }
+inline __m512i _mm512_sll_epi32(__m512i a, __m128i count) {
+    return emulation::shift_left<uint32_t>(a, emulation::count_of(count));
+}
 inline __m512i _mm512_srl_epi16(__m512i a, __m128i count) {
     return emulation::shift_right<uint16_t>(a, emulation::count_of(count));
 }
@@ -243,6 +253,7 @@ inline __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) { return emulation::u
 inline __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) { return emulation::unpack<uint64_t, 0>(a, b); }
 inline __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) { return emulation::unpack<uint64_t, 1>(a, b); }
 inline __m512i _mm512_packs_epi32(__m512i a, __m512i b) { return emulation::pack<int32_t, int16_t>(a, b); }
+inline __m512i _mm512_packs_epi16(__m512i a, __m512i b) { return emulation::pack<int16_t, int8_t>(a, b); }
 inline __m512i _mm512_packus_epi16(__m512i a, __m512i b) { return emulation::pack<int16_t, uint8_t>(a, b); }
 inline __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int control) {
     __m512i made;
@@ -253,6 +264,10 @@ inline __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int control) {
 inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i a) {
     const emulation::Of<uint16_t> from(index), x(a);
     return emulation::make<uint16_t>([&](int i) { return x.at[from.at[i] % 32]; });
+}
+inline __m512i _mm512_permutexvar_epi32(__m512i index, __m512i a) {
+    const emulation::Of<uint32_t> from(index), x(a);
+    return emulation::make<uint32_t>([&](int i) { return x.at[from.at[i] % 16]; });
 }
 inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
     return emulation::permute_two(emulation::Of<uint16_t>(a), index, emulation::Of<uint16_t>(b));
@@ -336,6 +351,23 @@ inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
 inline __m512 _mm512_sub_ps(__m512 a, __m512 b) {
     const emulation::Of<float> x(a), y(b);
     return emulation::make<float>([&](int i) { return x.at[i] - y.at[i]; });
+}
+// The second where either is no number, or both are zero.
+inline __m512 _mm512_max_ps(__m512 a, __m512 b) {
+    const emulation::Of<float> x(a), y(b);
+    return emulation::make<float>([&](int i) { return x.at[i] > y.at[i] ? x.at[i] : y.at[i]; });
+}
+inline __m512 _mm512_min_ps(__m512 a, __m512 b) {
+    const emulation::Of<float> x(a), y(b);
+    return emulation::make<float>([&](int i) { return x.at[i] < y.at[i] ? x.at[i] : y.at[i]; });
+}
+inline __m512 _mm512_abs_ps(__m512 a) {
+    const emulation::Of<float> x(a);
+    return emulation::make<float>([&](int i) { return std::fabs(x.at[i]); });
+}
+inline __m512i _mm512_abs_epi8(__m512i a) {
+    const emulation::Of<int8_t> x(a);
+    return emulation::make<uint8_t>([&](int i) { return x.at[i] < 0 ? -x.at[i] : x.at[i]; });
 }
 // Of four bytes each, unsigned ones times signed ones.
 inline __m512i _mm512_dpbusd_epi32(__m512i src, __m512i a, __m512i b) {

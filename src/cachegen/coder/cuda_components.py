@@ -29,6 +29,7 @@ class ComponentKernels:
     """How many chunks the pipeline should start to decode before it waits for the one before them: while a chunk
     decodes, the next one is checked and copied to the GPU."""
 
+    multiplies_batches = True
     components_at_a_time = 64 << 20
     """How many integers the codec should let these kernels decode at a time: a warp decodes a stream, and the streams
     of one group alone are too few for a GPU. They take 256 MiB."""

@@ -58,7 +58,7 @@ class Turns:
         return cosines / rotation.attention_scaling, sines / rotation.attention_scaling
 
     def apply(self, vectors: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
-        """Turn vectors `[num_tokens, num_heads, head_dim]` by their positions; as they are where `rotation` is None."""
+        """Turn vectors `[..., num_tokens, num_heads, head_dim]` by their positions; as they are without a rotation."""
         return vectors if rotation is None else apply_rotation(vectors, rotation, self._of(rotation))
 
     def undo(self, vectors: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
@@ -73,7 +73,7 @@ class Turns:
 
 
 def apply_rotation(vectors: torch.Tensor, rotation: Rotation, angles: Angles) -> torch.Tensor:
-    """Turn vectors, fp32 `[num_tokens, num_heads, head_dim]`; dims that are of no pair are left as they are."""
+    """Turn vectors, fp32 `[..., num_tokens, num_heads, head_dim]`; dims that are of no pair are left as they are."""
     cosines, sines = angles
     first, second = vectors[..., rotation.firsts], vectors[..., rotation.seconds]
     turned = vectors.clone() if rotation.num_dims < vectors.shape[-1] else torch.empty_like(vectors)

@@ -7,8 +7,7 @@
 #include "cpu/parallel.h"
 
 #if CACHEGEN_X86
-#include <immintrin.h>
-#define CACHEGEN_GATHER __attribute__((target("avx2,bmi2,popcnt,f16c,fma")))
+#include "cpu/half_planes_avx2.h"
 #define CACHEGEN_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #endif
 
@@ -19,7 +18,11 @@ namespace cachegen {
 namespace {
 
 constexpr int64_t kThreadTokens = 64;  // of a thread
-constexpr int kWidth = 8;
+using avx2::add_sizes;
+using avx2::magnitude;
+using avx2::undo_head;
+using avx2::widen_half;
+constexpr int kWidth = avx2::kHalfWidth;
 
 int64_t count_channels(const std::vector<SynthesisPlane>& planes) {
     int64_t total = 0;
@@ -27,52 +30,8 @@ int64_t count_channels(const std::vector<SynthesisPlane>& planes) {
     return total;
 }
 
-// Eight values as fp32; those behind the last one are zero.
-template <bool kIsHalf>
-CACHEGEN_GATHER inline __m256 widen(const uint16_t* values, int64_t count) {
-    alignas(16) uint16_t part[kWidth] = {};
-    if (count < kWidth) {
-        for (int64_t i = 0; i < count; ++i) part[i] = values[i];
-        values = part;
-    }
-    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-    if constexpr (kIsHalf) return _mm256_cvtph_ps(words);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
-}
-
-CACHEGEN_GATHER inline __m256 magnitude(__m256 values) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), values); }
-
-// Keep the largest and the sum. What is no number may be lost to the maximum, and stays in the sum.
-CACHEGEN_GATHER inline void add_sizes(__m256 values, float* largest, float* sums) {
-    const __m256 size = magnitude(values);
-    _mm256_storeu_ps(largest, _mm256_max_ps(_mm256_loadu_ps(largest), size));
-    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), size));
-}
-
-// Undo the rotation of a head's values in place.
-CACHEGEN_GATHER void undo_head(float* head, const SynthesisPlane& plane, const float* cosines, const float* sines) {
-    const int64_t step = plane.is_interleaved ? 2 : 1;
-    float* const firsts = head + plane.offset;
-    float* const seconds = firsts + (plane.is_interleaved ? 1 : plane.num_pairs);
-    int64_t pair = 0;
-    if (!plane.is_interleaved) {
-        for (; pair + kWidth <= plane.num_pairs; pair += kWidth) {
-            const __m256 x = _mm256_loadu_ps(firsts + pair), y = _mm256_loadu_ps(seconds + pair);
-            const __m256 cosine = _mm256_loadu_ps(cosines + pair), sine = _mm256_loadu_ps(sines + pair);
-            _mm256_storeu_ps(firsts + pair, _mm256_add_ps(_mm256_mul_ps(x, cosine), _mm256_mul_ps(y, sine)));
-            _mm256_storeu_ps(seconds + pair, _mm256_sub_ps(_mm256_mul_ps(y, cosine), _mm256_mul_ps(x, sine)));
-        }
-    }
-    for (; pair < plane.num_pairs; ++pair) {
-        float &first = firsts[step * pair], &second = seconds[step * pair];
-        const float x = first, y = second;
-        first = x * cosines[pair] + y * sines[pair];
-        second = y * cosines[pair] - x * sines[pair];
-    }
-}
-
 // Round to nearest, ties to even.
-CACHEGEN_GATHER inline __m128i to_bfloat16(__m256 values) {
+CACHEGEN_AVX2 inline __m128i to_bfloat16(__m256 values) {
     const __m256i bits = _mm256_castps_si256(values);
     const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded =
@@ -81,9 +40,9 @@ CACHEGEN_GATHER inline __m128i to_bfloat16(__m256 values) {
 }
 
 template <bool kIsHalf>
-CACHEGEN_GATHER void gather_tokens(const std::vector<SynthesisPlane>& planes, int64_t begin, int64_t end,
-                                   const float* means, bool is_bf16, void* rows, int64_t stride, float* row,
-                                   float* largest, float* sums) {
+CACHEGEN_AVX2 void gather_tokens(const std::vector<SynthesisPlane>& planes, int64_t begin, int64_t end,
+                                 const float* means, bool is_bf16, void* rows, int64_t stride, float* row,
+                                 float* largest, float* sums) {
     const int64_t num_channels = count_channels(planes);
     for (int64_t token = begin; token < end; ++token) {
         float* target = row;
@@ -91,8 +50,8 @@ CACHEGEN_GATHER void gather_tokens(const std::vector<SynthesisPlane>& planes, in
             const uint16_t* const values = plane.values + token * plane.token_stride;
             for (int64_t head = 0; head < plane.num_heads; ++head, target += plane.head_dim) {
                 for (int64_t dim = 0; dim < plane.head_dim; dim += kWidth)
-                    _mm256_storeu_ps(target + dim,
-                                     widen<kIsHalf>(values + head * plane.head_stride + dim, plane.head_dim - dim));
+                    _mm256_storeu_ps(target + dim, widen_half<kIsHalf>(values + head * plane.head_stride + dim,
+                                                                       plane.head_dim - dim));
                 if (plane.num_pairs != 0)
                     undo_head(target, plane, plane.cosines + token * plane.num_pairs,
                               plane.sines + token * plane.num_pairs);
@@ -116,8 +75,8 @@ CACHEGEN_GATHER void gather_tokens(const std::vector<SynthesisPlane>& planes, in
 }
 
 template <bool kIsHalf>
-CACHEGEN_GATHER void measure_tokens(const std::vector<SynthesisPlane>& planes, int64_t begin, int64_t end,
-                                    const uint16_t* decoded, float* largest, float* sums, float range[2]) {
+CACHEGEN_AVX2 void measure_tokens(const std::vector<SynthesisPlane>& planes, int64_t begin, int64_t end,
+                                  const uint16_t* decoded, float* largest, float* sums, float range[2]) {
     const int64_t num_channels = count_channels(planes);
     __m256 least = _mm256_set1_ps(INFINITY), most = _mm256_set1_ps(-INFINITY);
     for (int64_t token = begin; token < end; ++token) {
@@ -128,10 +87,10 @@ CACHEGEN_GATHER void measure_tokens(const std::vector<SynthesisPlane>& planes, i
                 const uint16_t* const values = plane.values + token * plane.token_stride + head * plane.head_stride;
                 for (int64_t dim = 0; dim < plane.head_dim; dim += kWidth) {
                     const int64_t count = plane.head_dim - dim;
-                    const __m256 found = widen<kIsHalf>(from + channel + dim, count);
+                    const __m256 found = widen_half<kIsHalf>(from + channel + dim, count);
                     least = _mm256_min_ps(least, found);
                     most = _mm256_max_ps(most, found);
-                    const __m256 error = magnitude(_mm256_sub_ps(widen<kIsHalf>(values + dim, count), found));
+                    const __m256 error = magnitude(_mm256_sub_ps(widen_half<kIsHalf>(values + dim, count), found));
                     // A head's last few would be added to the next head's first, as zeros.
                     float* const to[2] = {largest + channel + dim, sums + channel + dim};
                     _mm256_storeu_ps(to[0], _mm256_max_ps(_mm256_loadu_ps(to[0]), error));
@@ -157,13 +116,7 @@ void in_tiles(int64_t num_tokens, int64_t num_channels, int num_threads, Channel
         work(tile * kThreadTokens, std::min(num_tokens, (tile + 1) * kThreadTokens), largest.data() + tile * width,
              sums.data() + tile * width, tile);
     });
-    sizes.largest.assign(num_channels, 0.0f);
-    sizes.sums.assign(num_channels, 0.0f);
-    for (int64_t tile = 0; tile < num_tiles; ++tile)
-        for (int64_t c = 0; c < num_channels; ++c) {
-            sizes.largest[c] = std::max(sizes.largest[c], largest[tile * width + c]);
-            sizes.sums[c] += sums[tile * width + c];
-        }
+    join_sizes(largest, sums, num_tiles, width, num_channels, sizes);
 }
 
 // Sums of kTokens tokens and 64 components.

@@ -15,12 +15,6 @@ namespace cachegen {
 
 constexpr int64_t kAnalysisComponents = 64;  // whose sums stay in registers
 
-// What is known of each channel of some tokens: the largest size and the sum of all sizes, of differences from the mean
-// or of errors.
-struct ChannelSizes {
-    std::vector<float> largest, sums;
-};
-
 // Whether this processor runs the first and the last of these functions, and the one between.
 bool can_gather();
 bool can_multiply_bf16();

@@ -21,6 +21,7 @@ void decode_batch(const StreamBatch& batch, Dtype dtype, Scratch& scratch, Statu
 void decode_components(const ComponentBatch& batch, Scratch& scratch, Status* statuses);
 void encode_components(const ComponentSource& source, Scratch& scratch, EscapeKeys& escapes, EncodedStream* encoded);
 extern const SynthesisKernels kSynthesis;
+extern const ByteAnalysisKernels kByteAnalysis;
 
 // Sixteen bytes in both halves of a vector, as byte shuffles want their tables.
 CACHEGEN_AVX2_INLINE __m256i load_twice(const uint8_t bytes[16]) {

@@ -11,18 +11,16 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/analysis.h"
 #include "cpu/checksum.h"
 #include "cpu/chunk_kernels.h"
 #include "cpu/cpu_kernels.h"
 #include "cpu/lossless.h"
-#include "cpu/pack_synthesis.h"
 #include "cpu/planes.h"
 #include "cpu/python_classes.h"
 #include "cpu/python_components.h"
 #include "cpu/python_interface.h"
 #include "cpu/python_lossless.h"
-#include "cpu/python_synthesis.h"
+#include "cpu/python_transform.h"
 #include "cpu/table_set.h"
 
 namespace cachegen {
@@ -364,187 +362,6 @@ Reference decode_components_of(const Arguments& arguments) {
     return failure_tuple(failure);
 }
 
-// A new array of what a vector holds.
-template <class Element>
-Reference copy_to_array(const std::vector<Element>& content) {
-    const NewArray<Element> array({static_cast<int64_t>(content.size())});
-    if (!content.empty()) std::memcpy(array.data(), content.data(), sizeof(Element) * content.size());
-    return Reference::borrow(array.get());
-}
-
-// Round a synthesis matrix float32 [num_rows, num_channels] to bytes; see pack_synthesis.h. Returns the matrix as
-// synthesize takes it, and its share of the error.
-Reference pack_synthesis_of(const Arguments& arguments) {
-    static const char* const kNames[] = {"synthesis", "powers", "means",     "plane_channels", "num_components",
-                                         "num_dense", "step",   "max_share", "num_threads",    nullptr};
-    PyObject *synthesis_object, *powers_object, *means_object, *channels_object;
-    long long num_components, num_dense;
-    double step, max_share;
-    int num_threads;
-    arguments.read("OOOOLLddi:pack_synthesis", kNames, &synthesis_object, &powers_object, &means_object,
-                   &channels_object, &num_components, &num_dense, &step, &max_share, &num_threads);
-    const Array<float> synthesis(synthesis_object, "synthesis"), powers(powers_object, "powers"),
-        means(means_object, "means");
-    const std::vector<int64_t> plane_channels = python::to_integers(channels_object);
-    int64_t num_channels = 0;
-    for (const int64_t width : plane_channels) {
-        if (width < 1) throw ValueError("a plane has no channels");
-        num_channels += width;
-    }
-    if (synthesis.num_dimensions() != 2 || synthesis.shape(1) != num_channels || means.size() != num_channels ||
-        powers.size() != synthesis.shape(0))
-        throw ValueError("synthesis, powers or means have another shape");
-    if (num_components < 0 || num_components > synthesis.shape(0) || num_dense < 0 || num_dense % kQuad != 0 ||
-        num_dense >= num_components + kQuad)
-        throw ValueError("numbers of components are out of range");
-    SynthesisRows rows;
-    rows.synthesis = synthesis.data();
-    rows.powers = powers.data();
-    rows.means = means.data();
-    rows.num_rows = synthesis.shape(0);
-    rows.num_channels = num_channels;
-    rows.num_components = num_components;
-    rows.num_dense = num_dense;
-    rows.step = static_cast<float>(step);
-    PackedSynthesis packed;
-    {
-        const UnlockedInterpreter unlocked;
-        packed = pack_synthesis(rows, plane_channels, max_share, num_threads);
-    }
-    return Reference(Py_BuildValue("((LLLOOOOO)d)", num_components, num_dense, static_cast<long long>(packed.num_fine),
-                                   copy_to_array(packed.dense).get(), copy_to_array(packed.fine).get(),
-                                   copy_to_array(packed.sparse).get(), copy_to_array(packed.factors).get(),
-                                   copy_to_array(packed.means).get(), packed.share));
-}
-
-// Write the values that components int32 [num_tokens, >= num_components] stand for to the planes of a group of layers;
-// see synthesis.h. Returns uint8 [num_tokens]: 1 for tokens that are beyond it, whose values are of no use.
-Reference synthesize_planes(const Arguments& arguments) {
-    static const char* const kNames[] = {"components", "matrix", "planes", "dtype", "num_threads", "path", nullptr};
-    PyObject *components_object, *matrix_object, *plane_list, *path_object;
-    int dtype, num_threads;
-    arguments.read("OOOiiO:synthesize", kNames, &components_object, &matrix_object, &plane_list, &dtype, &num_threads,
-                   &path_object);
-    const CpuKernels& kernels = to_kernels(path_object);
-    if (kernels.synthesis == nullptr) throw ValueError("the path has no inverse transform in integers");
-    if (dtype != static_cast<int>(Dtype::kFloat16) && dtype != static_cast<int>(Dtype::kBfloat16))
-        throw ValueError("dtype must be of 16 bits");
-    const Array<int32_t> components(components_object, "components");
-    if (components.num_dimensions() != 2) throw ValueError("components must be [num_tokens, num_components]");
-    const int64_t num_tokens = components.shape(0);
-    const SynthesisPlaneArrays planes(plane_list, num_tokens);
-    const SynthesisMatrixArrays matrix(matrix_object, planes.num_blocks());
-    if (components.shape(1) < matrix.get().num_components) throw ValueError("components has another shape");
-    const NewArray<uint8_t> misfits({num_tokens});
-    {
-        const UnlockedInterpreter unlocked;
-        synthesize(*kernels.synthesis, matrix.get(), components.data(), components.shape(1), num_tokens, planes.get(),
-                   static_cast<Dtype>(dtype), num_threads, misfits.data());
-    }
-    return Reference::borrow(misfits.get());
-}
-
-Dtype to_half_dtype(int dtype) {
-    if (dtype != static_cast<int>(Dtype::kFloat16) && dtype != static_cast<int>(Dtype::kBfloat16))
-        throw ValueError("dtype must be of 16 bits");
-    return static_cast<Dtype>(dtype);
-}
-
-int64_t count_channels(const std::vector<SynthesisPlane>& planes) {
-    int64_t total = 0;
-    for (const SynthesisPlane& plane : planes) total += plane.num_heads * plane.head_dim;
-    return total;
-}
-
-// Whether this processor has gather_rows and measure_errors, and whether multiply_bf16.
-Reference analysis_of_processor(const Arguments& arguments) {
-    static const char* const kNames[] = {nullptr};
-    arguments.read(":analysis", kNames);
-    return Reference(
-        Py_BuildValue("(OO)", can_gather() ? Py_True : Py_False, can_multiply_bf16() ? Py_True : Py_False));
-}
-
-// The values of planes less means float32 [num_channels], as rows; see analysis.h. Returns (rows float32
-// [num_tokens, num_channels], or uint16 of bf16 [num_tokens, num_channels rounded up to 2], largest and sums of their
-// sizes float32 [num_channels]).
-Reference gather_rows_of(const Arguments& arguments) {
-    static const char* const kNames[] = {"planes", "dtype", "num_tokens", "means", "is_bf16", "num_threads", nullptr};
-    PyObject *plane_list, *means_object;
-    long long num_tokens;
-    int dtype, is_bf16, num_threads;
-    arguments.read("OiLOii:gather_rows", kNames, &plane_list, &dtype, &num_tokens, &means_object, &is_bf16,
-                   &num_threads);
-    if (!can_gather()) throw ValueError("this processor has no gather_rows");
-    const SynthesisPlaneArrays planes(plane_list, num_tokens);
-    const Array<float> means(means_object, "means");
-    const int64_t num_channels = count_channels(planes.get());
-    if (means.size() != num_channels) throw ValueError("means has another size");
-    ChannelSizes sizes;
-    const auto run = [&](void* rows, int64_t stride) {
-        const UnlockedInterpreter unlocked;
-        gather_rows(planes.get(), to_half_dtype(dtype), num_tokens, means.data(), is_bf16 != 0, rows, stride,
-                    num_threads, sizes);
-    };
-    const int64_t stride = is_bf16 != 0 ? round_up(num_channels, 2) : num_channels;
-    Reference rows;
-    if (is_bf16 != 0) {
-        const NewArray<uint16_t> made({num_tokens, stride});
-        run(made.data(), stride);
-        rows = Reference::borrow(made.get());
-    } else {
-        const NewArray<float> made({num_tokens, stride});
-        run(made.data(), stride);
-        rows = Reference::borrow(made.get());
-    }
-    return Reference(
-        Py_BuildValue("(OOO)", rows.get(), copy_to_array(sizes.largest).get(), copy_to_array(sizes.sums).get()));
-}
-
-// Rows uint16 [num_tokens, 2 num_pairs] of bf16 times a matrix uint16 [num_blocks, num_pairs, 64, 2] of bf16, of which
-// the first blocks are taken: float32 [num_tokens, 64 blocks].
-Reference multiply_bf16_of(const Arguments& arguments) {
-    static const char* const kNames[] = {"rows", "matrix", "num_blocks", "num_threads", nullptr};
-    PyObject *rows_object, *matrix_object;
-    long long num_blocks;
-    int num_threads;
-    arguments.read("OOLi:multiply_bf16", kNames, &rows_object, &matrix_object, &num_blocks, &num_threads);
-    if (!can_multiply_bf16()) throw ValueError("this processor has no multiply_bf16");
-    const Array<uint16_t> rows(rows_object, "rows"), matrix(matrix_object, "matrix");
-    if (rows.num_dimensions() != 2 || matrix.num_dimensions() != 4 || matrix.shape(2) != kAnalysisComponents ||
-        matrix.shape(3) != 2 || rows.shape(1) != 2 * matrix.shape(1) || num_blocks < 0 || num_blocks > matrix.shape(0))
-        throw ValueError("rows or matrix has another shape");
-    const NewArray<float> components({rows.shape(0), num_blocks * kAnalysisComponents});
-    {
-        const UnlockedInterpreter unlocked;
-        multiply_bf16(rows.data(), rows.shape(0), matrix.shape(1), matrix.data(), num_blocks, components.data(),
-                      num_threads);
-    }
-    return Reference::borrow(components.get());
-}
-
-// Compare planes with what they decode to, given as uint16 [num_tokens, num_channels] of their dtype. Returns (largest
-// errors and sums of errors float32 [num_channels], the least and the greatest decoded value or 0).
-Reference measure_errors_of(const Arguments& arguments) {
-    static const char* const kNames[] = {"planes", "dtype", "decoded", "num_threads", nullptr};
-    PyObject *plane_list, *decoded_object;
-    int dtype, num_threads;
-    arguments.read("OiOi:measure_errors", kNames, &plane_list, &dtype, &decoded_object, &num_threads);
-    if (!can_gather()) throw ValueError("this processor has no measure_errors");
-    const Array<uint16_t> decoded(decoded_object, "decoded");
-    if (decoded.num_dimensions() != 2) throw ValueError("decoded must be [num_tokens, num_channels]");
-    const SynthesisPlaneArrays planes(plane_list, decoded.shape(0));
-    if (decoded.shape(1) != count_channels(planes.get())) throw ValueError("decoded has another shape");
-    ChannelSizes sizes;
-    float least, most;
-    {
-        const UnlockedInterpreter unlocked;
-        measure_errors(planes.get(), to_half_dtype(dtype), decoded.shape(0), decoded.data(), num_threads, sizes, &least,
-                       &most);
-    }
-    return Reference(
-        Py_BuildValue("(OOff)", copy_to_array(sizes.largest).get(), copy_to_array(sizes.sums).get(), least, most));
-}
-
 // --- method lossless -------------------------------------------------------------------------------------------------
 
 // Returns the streams as bytes: for each block of tokens one per layer.
@@ -670,6 +487,10 @@ Reference make_module() {
                                       python::describe_function<measure_errors_of>("measure_errors"),
                                       python::describe_function<pack_synthesis_of>("pack_synthesis"),
                                       python::describe_function<synthesize_planes>("synthesize"),
+                                      python::describe_function<measure_synthesis_of>("measure_synthesis"),
+                                      python::describe_function<pack_analysis_of>("pack_analysis"),
+                                      python::describe_function<gather_bytes_of>("gather_bytes"),
+                                      python::describe_function<multiply_bytes_of>("multiply_bytes"),
                                       python::describe_function<lossless_encode>("lossless_encode"),
                                       python::describe_function<lossless_count>("lossless_count"),
                                       python::describe_function<lossless_decode>("lossless_decode"),

@@ -21,6 +21,7 @@ namespace cachegen {
 
 class EscapeKeys;
 class Scratch;
+struct ByteAnalysisKernels;
 struct ComponentBatch;
 struct ComponentSource;
 struct EncodedStream;
@@ -59,6 +60,9 @@ struct CpuKernels {
 
     // The inverse transform in integers (synthesis.h). Null where a path has none.
     const SynthesisKernels* synthesis;
+
+    // The forward transform in bytes (byte_analysis.h). Null as `synthesis` is.
+    const ByteAnalysisKernels* byte_analysis;
 
     bool takes_batches() const { return encode_batch != nullptr; }
 };

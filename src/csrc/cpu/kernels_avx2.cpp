@@ -22,9 +22,11 @@ const CpuKernels kAvx2Kernels = {"AVX2",
                                  avx2::decode_batch,
                                  avx2::encode_components,
                                  avx2::decode_components,
-                                 &avx2::kSynthesis};
+                                 &avx2::kSynthesis,
+                                 &avx2::kByteAnalysis};
 #else
-const CpuKernels kAvx2Kernels = {"AVX2", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+const CpuKernels kAvx2Kernels = {"AVX2", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                                 nullptr};
 #endif
 
 }  // namespace cachegen

@@ -34,9 +34,10 @@ const CpuKernels kAvx512Kernels = {"AVX512",
                                    avx512::decode_batch,
                                    avx512::encode_components,
                                    avx512::decode_components,
-                                   &avx512::kSynthesis};
+                                   &avx512::kSynthesis,
+                                   &avx512::kByteAnalysis};
 #else
-const CpuKernels kAvx512Kernels = {"AVX512", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr,
+const CpuKernels kAvx512Kernels = {"AVX512", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
                                    nullptr};
 #endif
 

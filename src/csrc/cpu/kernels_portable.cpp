@@ -153,7 +153,7 @@ Status decode_plane_stream(const Plane& plane, Dtype dtype, const StreamRef& str
 }
 
 extern const CpuKernels kPortableKernels;
-const CpuKernels kPortableKernels = {"PORTABLE", [] { return true; }, measure_plane, nullptr, nullptr, nullptr, nullptr,
-                                     nullptr};
+const CpuKernels kPortableKernels = {
+    "PORTABLE", [] { return true; }, measure_plane, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace cachegen

@@ -10,27 +10,19 @@
 namespace cachegen {
 namespace {
 
-// Heads of a plane whose sums are made together: whole blocks.
-struct Unit {
-    const SynthesisPlane* plane;
-    int64_t first_head;
-    int64_t num_heads;
-    int64_t first_block;
-    int64_t num_blocks;
-};
-
-std::vector<Unit> list_units(const std::vector<SynthesisPlane>& planes) {
-    std::vector<Unit> units;
-    int64_t first_block = 0;
+std::vector<SynthesisUnit> list_units(const std::vector<SynthesisPlane>& planes) {
+    std::vector<SynthesisUnit> units;
+    int64_t first_block = 0, index = 0;
     for (const SynthesisPlane& plane : planes) {
         const int64_t step = plane.heads_of_unit();
         for (int64_t head = 0; head < plane.num_heads; head += step) {
             const int64_t num_heads = std::min(step, plane.num_heads - head);
             const int64_t begin = head * plane.head_dim / kBlockChannels;
             const int64_t end = ((head + num_heads) * plane.head_dim + kBlockChannels - 1) / kBlockChannels;
-            units.push_back({&plane, head, num_heads, first_block + begin, end - begin});
+            units.push_back({&plane, index, head, num_heads, first_block + begin, end - begin});
         }
         first_block += plane.num_blocks();
+        ++index;
     }
     return units;
 }
@@ -153,11 +145,12 @@ class TileMaker {
     uint16_t positive_[kMaxSectionUnits + 33], negative_[kMaxSectionUnits + 33];
 };
 
-}  // namespace
-
-void synthesize(const SynthesisKernels& kernels, const SynthesisMatrix& matrix, const int32_t* components,
-                int64_t stride, int64_t num_tokens, const std::vector<SynthesisPlane>& planes, Dtype dtype,
-                int num_threads, uint8_t* misfits) {
+// Make the sums of all tiles and units, and let finish(unit, tile, its index, sums, their stride, row) do the rest; row
+// has room as SynthesisKernels::finish wants it.
+template <class Finish>
+void synthesize_units(const SynthesisKernels& kernels, const SynthesisMatrix& matrix, const int32_t* components,
+                      int64_t stride, int64_t num_tokens, const std::vector<SynthesisUnit>& units, int num_threads,
+                      uint8_t* misfits, Finish&& finish) {
     const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
     std::vector<TokenTile> tiles(num_tiles);
     parallel_for(num_tiles, num_threads, [&](int64_t index) {
@@ -167,15 +160,15 @@ void synthesize(const SynthesisKernels& kernels, const SynthesisMatrix& matrix, 
         TileMaker(kernels, matrix, tile)
             .make(components + tile.first_token * stride, stride, misfits + tile.first_token);
     });
-    const std::vector<Unit> units = list_units(planes);
     const int64_t num_sections = matrix.num_sections();
     parallel_for(static_cast<int64_t>(units.size()), num_threads, [&](int64_t index) {
         thread_local Scratch scratch;
-        const Unit& unit = units[index];
+        const SynthesisUnit& unit = units[index];
         const int64_t width = unit.num_blocks * kBlockChannels;
         auto* const sums = reinterpret_cast<int32_t*>(scratch.reserve(4 * (kTileTokens + 2) * width));
         auto* const row = reinterpret_cast<float*>(sums + kTileTokens * width);
-        for (const TokenTile& tile : tiles) {
+        for (int64_t t = 0; t < num_tiles; ++t) {
+            const TokenTile& tile = tiles[t];
             for (int64_t i = 0; i < unit.num_blocks; ++i) {
                 const int64_t block = unit.first_block + i;
                 kernels.multiply_dense(matrix, block, tile, sums + i * kBlockChannels, width);
@@ -184,11 +177,83 @@ void synthesize(const SynthesisKernels& kernels, const SynthesisMatrix& matrix, 
                                        tile, tile.row_starts.data() + section * (tile.num_tokens + 1),
                                        sums + i * kBlockChannels, width);
             }
+            finish(unit, tile, t, sums, width, row);
+        }
+    });
+}
+
+}  // namespace
+
+void join_sizes(const std::vector<float>& largest, const std::vector<float>& sums, int64_t num_tiles, int64_t width,
+                int64_t num_channels, ChannelSizes& sizes) {
+    sizes.largest.assign(num_channels, 0.0f);
+    sizes.sums.assign(num_channels, 0.0f);
+    for (int64_t tile = 0; tile < num_tiles; ++tile)
+        for (int64_t c = 0; c < num_channels; ++c) {
+            sizes.largest[c] = std::max(sizes.largest[c], largest[tile * width + c]);
+            sizes.sums[c] += sums[tile * width + c];
+        }
+}
+
+void synthesize(const SynthesisKernels& kernels, const SynthesisMatrix& matrix, const int32_t* components,
+                int64_t stride, int64_t num_tokens, const std::vector<SynthesisPlane>& planes, Dtype dtype,
+                int num_threads, uint8_t* misfits) {
+    synthesize_units(
+        kernels, matrix, components, stride, num_tokens, list_units(planes), num_threads, misfits,
+        [&](const SynthesisUnit& unit, const TokenTile& tile, int64_t, const int32_t* sums, int64_t width, float* row) {
             const int64_t first_channel = unit.first_block * kBlockChannels;
             kernels.finish(sums, width, tile, *unit.plane, unit.first_head, unit.num_heads,
                            matrix.factors + first_channel, matrix.means + first_channel, dtype, row);
-        }
-    });
+        });
+}
+
+void measure_synthesis(const SynthesisKernels& kernels, const SynthesisMatrix& matrix, const int32_t* components,
+                       int64_t stride, int64_t num_tokens, const std::vector<SynthesisPlane>& planes, Dtype dtype,
+                       int num_threads, uint8_t* misfits, ChannelSizes& sizes, float* least, float* most) {
+    const std::vector<SynthesisUnit> units = list_units(planes);
+    std::vector<int64_t> first_channels;  // of the planes
+    int64_t num_channels = 0;
+    for (const SynthesisPlane& plane : planes) {
+        first_channels.push_back(num_channels);
+        num_channels += plane.num_heads * plane.head_dim;
+    }
+    constexpr int64_t kPadding = 8;
+    const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
+    std::vector<float> largest(num_tiles * num_channels), sums_of_sizes(num_tiles * num_channels);
+    std::vector<float> ranges(2 * num_tiles * units.size(), 0.0f);
+    synthesize_units(kernels, matrix, components, stride, num_tokens, units, num_threads, misfits,
+                     [&](const SynthesisUnit& unit, const TokenTile& tile, int64_t t, const int32_t* sums,
+                         int64_t width, float* row) {
+                         thread_local Scratch scratch;
+                         const int64_t count = unit.num_channels(), first_block = unit.first_block * kBlockChannels;
+                         auto* const decoded = reinterpret_cast<uint16_t*>(scratch.reserve(2 * kTileTokens * count));
+                         SynthesisPlane target = *unit.plane;
+                         target.values = decoded;
+                         target.token_stride = count;
+                         target.head_stride = unit.plane->head_dim;
+                         target.first_head = unit.first_head;
+                         target.first_token = tile.first_token;
+                         target.is_read_soon = true;
+                         kernels.finish(sums, width, tile, target, unit.first_head, unit.num_heads,
+                                        matrix.factors + first_block, matrix.means + first_block, dtype, row);
+                         std::vector<float> found(2 * (count + kPadding), 0.0f);
+                         ErrorsOfUnit errors{found.data(), found.data() + count + kPadding};
+                         kernels.compare(*unit.plane, unit.first_head, unit.num_heads, tile.first_token,
+                                         tile.num_tokens, decoded, dtype, errors);
+                         const int64_t place = t * num_channels + first_channels[unit.plane_index] +
+                                               unit.first_head * unit.plane->head_dim;
+                         std::copy(errors.largest, errors.largest + count, largest.begin() + place);
+                         std::copy(errors.sums, errors.sums + count, sums_of_sizes.begin() + place);
+                         const int64_t index = 2 * (t * static_cast<int64_t>(units.size()) + (&unit - units.data()));
+                         ranges[index] = errors.least;
+                         ranges[index + 1] = errors.most;
+                     });
+    join_sizes(largest, sums_of_sizes, num_tiles, num_channels, num_channels, sizes);
+    *least = *most = 0;
+    for (size_t i = 0; i < ranges.size(); i += 2) {
+        *least = std::min(*least, ranges[i]);
+        *most = std::max(*most, ranges[i + 1]);
+    }
 }
 
 }  // namespace cachegen

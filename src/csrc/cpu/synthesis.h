@@ -48,6 +48,8 @@ struct SynthesisPlane {
     int64_t num_pairs = 0;
     int64_t offset = 0;
     bool is_interleaved = false;
+    int64_t first_head = 0, first_token = 0;  // of the values; angles are of all tokens
+    bool is_read_soon = false;                // the values are best kept in the caches
 
     int64_t num_blocks() const { return (num_heads * head_dim + kBlockChannels - 1) / kBlockChannels; }
     // The fewest heads that are whole blocks, or all.
@@ -86,6 +88,19 @@ struct TokenTile {
     std::vector<int32_t> corrections;  // per token, what the biases add to every sum
 };
 
+// What is known of each channel of some tokens: the largest size and the sum of all sizes, of differences from the mean
+// or of errors.
+struct ChannelSizes {
+    std::vector<float> largest, sums;
+};
+
+// What decoded values of some heads miss those of the cache by, per channel; each array has room for 8 channels more.
+struct ErrorsOfUnit {
+    float* largest;
+    float* sums;
+    float least = 0, most = 0;
+};
+
 // What a path does in its own way.
 struct SynthesisKernels {
     // Append 64 times the places of 32 components, `first` and on, to a list of those above 0 and one of those below;
@@ -106,6 +121,26 @@ struct SynthesisKernels {
     void (*finish)(const int32_t* sums, int64_t stride, const TokenTile& tile, const SynthesisPlane& plane,
                    int64_t first_head, int64_t num_heads, const float* factors, const float* means, Dtype dtype,
                    float* row);
+
+    // Compare heads of a plane with decoded values [num_tokens][channels of these heads], and add what is found.
+    void (*compare)(const SynthesisPlane& plane, int64_t first_head, int64_t num_heads, int64_t first_token,
+                    int64_t num_tokens, const uint16_t* decoded, Dtype dtype, ErrorsOfUnit& errors);
+};
+
+// Join what is known of tiles of tokens, [num_tiles][width], in their order.
+void join_sizes(const std::vector<float>& largest, const std::vector<float>& sums, int64_t num_tiles, int64_t width,
+                int64_t num_channels, ChannelSizes& sizes);
+
+// Heads of a plane whose sums are made together: whole blocks.
+struct SynthesisUnit {
+    const SynthesisPlane* plane;
+    int64_t plane_index;
+    int64_t first_head;
+    int64_t num_heads;
+    int64_t first_block;
+    int64_t num_blocks;
+
+    int64_t num_channels() const { return num_heads * plane->head_dim; }
 };
 
 // Write the values of tokens.
@@ -116,5 +151,12 @@ struct SynthesisKernels {
 void synthesize(const SynthesisKernels& kernels, const SynthesisMatrix& matrix, const int32_t* components,
                 int64_t stride, int64_t num_tokens, const std::vector<SynthesisPlane>& planes, Dtype dtype,
                 int num_threads, uint8_t* misfits);
+
+// Compare planes, whose values are read, with what components stand for, which is not kept. Fills in the sizes of the
+// errors in each channel, and the least and the greatest decoded value, or 0. The other arguments are as above. What
+// is found counts misfits, too, and is of no use where there are any.
+void measure_synthesis(const SynthesisKernels& kernels, const SynthesisMatrix& matrix, const int32_t* components,
+                       int64_t stride, int64_t num_tokens, const std::vector<SynthesisPlane>& planes, Dtype dtype,
+                       int num_threads, uint8_t* misfits, ChannelSizes& sizes, float* least, float* most);
 
 }  // namespace cachegen

@@ -5,6 +5,7 @@
 #if CACHEGEN_X86
 
 #include "cpu/avx2.h"
+#include "cpu/half_planes_avx2.h"
 #include "cpu/synthesis.h"
 
 namespace cachegen::avx2 {
@@ -194,8 +195,8 @@ CACHEGEN_AVX2 void finish_tokens(const int32_t* sums, int64_t stride, const Toke
                                                           _mm256_loadu_ps(means + channel)));
         }
         const int64_t angles = (tile.first_token + token) * plane.num_pairs;
-        uint16_t* const values =
-            plane.values + (tile.first_token + token) * plane.token_stride + first_head * plane.head_stride;
+        uint16_t* const values = plane.values + (tile.first_token - plane.first_token + token) * plane.token_stride +
+                                 (first_head - plane.first_head) * plane.head_stride;
         for (int64_t head = 0; head < num_heads; ++head) {
             float* const from = row + head * plane.head_dim;
             if (plane.num_pairs != 0) turn_head(from, plane, plane.cosines + angles, plane.sines + angles);
@@ -219,9 +220,50 @@ CACHEGEN_AVX2 void finish(const int32_t* sums, int64_t stride, const TokenTile& 
         finish_tokens<false>(sums, stride, tile, plane, first_head, num_heads, factors, means, row);
 }
 
+template <bool kIsHalf>
+CACHEGEN_AVX2 void compare_tokens(const SynthesisPlane& plane, int64_t first_head, int64_t num_heads,
+                                  int64_t first_token, int64_t num_tokens, const uint16_t* decoded,
+                                  ErrorsOfUnit& errors) {
+    __m256 least = _mm256_setzero_ps(), most = least;
+    for (int64_t head = 0; head < num_heads; ++head) {
+        for (int64_t dim = 0; dim < plane.head_dim; dim += kHalfWidth) {
+            const int64_t count = plane.head_dim - dim, channel = head * plane.head_dim + dim;
+            const uint16_t* values =
+                plane.values + first_token * plane.token_stride + (first_head + head) * plane.head_stride + dim;
+            const uint16_t* from = decoded + channel;
+            __m256 largest = _mm256_setzero_ps(), sums = largest;
+            for (int64_t token = 0; token < num_tokens; ++token) {
+                const __m256 found = widen_half<kIsHalf>(from, count);
+                least = _mm256_min_ps(least, found);
+                most = _mm256_max_ps(most, found);
+                const __m256 error = magnitude(_mm256_sub_ps(widen_half<kIsHalf>(values, count), found));
+                largest = _mm256_max_ps(largest, error);
+                sums = _mm256_add_ps(sums, error);
+                values += plane.token_stride;
+                from += num_heads * plane.head_dim;
+            }
+            _mm256_storeu_ps(errors.largest + channel, largest);
+            _mm256_storeu_ps(errors.sums + channel, sums);
+        }
+    }
+    alignas(32) float low[kHalfWidth], high[kHalfWidth];
+    _mm256_store_ps(low, least);
+    _mm256_store_ps(high, most);
+    for (int i = 0; i < kHalfWidth; ++i) {
+        if (low[i] < errors.least) errors.least = low[i];
+        if (high[i] > errors.most) errors.most = high[i];
+    }
+}
+
 }  // namespace
 
-const SynthesisKernels kSynthesis = {sort, multiply_dense, add_sparse, finish};
+void compare_halves(const SynthesisPlane& plane, int64_t first_head, int64_t num_heads, int64_t first_token,
+                    int64_t num_tokens, const uint16_t* decoded, Dtype dtype, ErrorsOfUnit& errors) {
+    const auto compare = dtype == Dtype::kFloat16 ? compare_tokens<true> : compare_tokens<false>;
+    compare(plane, first_head, num_heads, first_token, num_tokens, decoded, errors);
+}
+
+const SynthesisKernels kSynthesis = {sort, multiply_dense, add_sparse, finish, compare_halves};
 
 }  // namespace cachegen::avx2
 

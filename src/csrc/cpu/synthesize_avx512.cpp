@@ -8,6 +8,13 @@
 #include "cpu/dequantize_avx512.h"
 #include "cpu/synthesis.h"
 
+namespace cachegen::avx2 {
+
+void compare_halves(const SynthesisPlane& plane, int64_t first_head, int64_t num_heads, int64_t first_token,
+                    int64_t num_tokens, const uint16_t* decoded, Dtype dtype, ErrorsOfUnit& errors);
+
+}  // namespace cachegen::avx2
+
 namespace cachegen::avx512 {
 namespace {
 
@@ -55,7 +62,7 @@ CACHEGEN_AVX512_INLINE void add_quads(__m512i sums[kTokens][kVectors], const uin
             __builtin_memcpy(&four, digits + t * stride, sizeof four);
             const __m512i digit = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) sums[t][v] = _mm512_dpbusd_epi32(sums[t][v], entries[v], digit);
+            for (int v = 0; v < kVectors; ++v) add_products(sums[t][v], entries[v], digit);
         }
     }
 }
@@ -209,13 +216,13 @@ CACHEGEN_AVX512 void finish_tokens(const int32_t* sums, int64_t stride, const To
     const bool turns_whole = !plane.is_interleaved && plane.offset == 0 && plane.num_pairs % 32 == 0 &&
                              2 * plane.num_pairs == plane.head_dim;
     // Few tokens are likely to be read again at once.
-    const bool bypasses = tile.num_tokens == kTileTokens;
+    const bool bypasses = tile.num_tokens == kTileTokens && !plane.is_read_soon;
     for (int64_t token = 0; token < tile.num_tokens; ++token, sums += stride) {
         const __m512i correction = _mm512_set1_epi32(tile.corrections[token]);
         const float* const cosines = plane.cosines + (tile.first_token + token) * plane.num_pairs;
         const float* const sines = plane.sines + (tile.first_token + token) * plane.num_pairs;
-        uint16_t* const values =
-            plane.values + (tile.first_token + token) * plane.token_stride + first_head * plane.head_stride;
+        uint16_t* const values = plane.values + (tile.first_token - plane.first_token + token) * plane.token_stride +
+                                 (first_head - plane.first_head) * plane.head_stride;
         if (turns_whole) {
             for (int64_t head = 0; head < num_heads; ++head) {
                 for (int64_t pair = 0; pair < plane.num_pairs; pair += 32) {
@@ -274,9 +281,72 @@ CACHEGEN_AVX512 void finish(const int32_t* sums, int64_t stride, const TokenTile
         finish_tokens<false>(sums, stride, tile, plane, first_head, num_heads, factors, means, row);
 }
 
+template <bool kIsHalf>
+CACHEGEN_AVX512_INLINE __m512 widen_value(__m256i values) {
+    if constexpr (kIsHalf) return _mm512_cvtph_ps(values);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
+// Heads of a multiple of 32 dims.
+template <bool kIsHalf>
+CACHEGEN_AVX512 void compare_tokens(const SynthesisPlane& plane, int64_t first_head, int64_t num_heads,
+                                    int64_t first_token, int64_t num_tokens, const uint16_t* decoded,
+                                    ErrorsOfUnit& errors) {
+    __m512 least = _mm512_setzero_ps(), most = least;
+    for (int64_t head = 0; head < num_heads; ++head) {
+        for (int64_t dim = 0; dim < plane.head_dim; dim += 32) {
+            const int64_t channel = head * plane.head_dim + dim;
+            const uint16_t* values =
+                plane.values + first_token * plane.token_stride + (first_head + head) * plane.head_stride + dim;
+            const uint16_t* from = decoded + channel;
+            __m512 largest[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, sums[2] = {largest[0], largest[0]};
+            for (int64_t token = 0; token < num_tokens; ++token) {
+                _mm_prefetch(reinterpret_cast<const char*>(values + 12 * plane.token_stride), _MM_HINT_T0);
+                const __m512i found = _mm512_loadu_si512(from), value = _mm512_loadu_si512(values);
+                const __m512 decoded_parts[2] = {widen_value<kIsHalf>(_mm512_castsi512_si256(found)),
+                                                 widen_value<kIsHalf>(_mm512_extracti64x4_epi64(found, 1))};
+                const __m512 parts[2] = {widen_value<kIsHalf>(_mm512_castsi512_si256(value)),
+                                         widen_value<kIsHalf>(_mm512_extracti64x4_epi64(value, 1))};
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; ++i) {
+                    least = _mm512_min_ps(least, decoded_parts[i]);
+                    most = _mm512_max_ps(most, decoded_parts[i]);
+                    const __m512 error = _mm512_abs_ps(_mm512_sub_ps(parts[i], decoded_parts[i]));
+                    largest[i] = _mm512_max_ps(largest[i], error);
+                    sums[i] = _mm512_add_ps(sums[i], error);
+                }
+                values += plane.token_stride;
+                from += num_heads * plane.head_dim;
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i) {
+                _mm512_storeu_ps(errors.largest + channel + 16 * i, largest[i]);
+                _mm512_storeu_ps(errors.sums + channel + 16 * i, sums[i]);
+            }
+        }
+    }
+    alignas(64) float low[16], high[16];
+    _mm512_store_ps(low, least);
+    _mm512_store_ps(high, most);
+    for (int i = 0; i < 16; ++i) {
+        if (low[i] < errors.least) errors.least = low[i];
+        if (high[i] > errors.most) errors.most = high[i];
+    }
+}
+
+CACHEGEN_AVX512 void compare(const SynthesisPlane& plane, int64_t first_head, int64_t num_heads, int64_t first_token,
+                             int64_t num_tokens, const uint16_t* decoded, Dtype dtype, ErrorsOfUnit& errors) {
+    if (plane.head_dim % 32 != 0)
+        avx2::compare_halves(plane, first_head, num_heads, first_token, num_tokens, decoded, dtype, errors);
+    else if (dtype == Dtype::kFloat16)
+        compare_tokens<true>(plane, first_head, num_heads, first_token, num_tokens, decoded, errors);
+    else
+        compare_tokens<false>(plane, first_head, num_heads, first_token, num_tokens, decoded, errors);
+}
+
 }  // namespace
 
-const SynthesisKernels kSynthesis = {sort, multiply_dense, add_sparse, finish};
+const SynthesisKernels kSynthesis = {sort, multiply_dense, add_sparse, finish, compare};
 
 }  // namespace cachegen::avx512
 

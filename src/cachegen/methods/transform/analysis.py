@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from cachegen import _native
 from cachegen.coder.cpu import DTYPES
 from cachegen.methods.rotary import Angles
-from cachegen.methods.transform.integers import describe_planes
+from cachegen.methods.transform.integers import ChannelSizes, Measured, describe_planes
 from cachegen.rotation import Rotation
 
 CAN_GATHER, CAN_MULTIPLY_BF16 = _native.analysis()
@@ -29,20 +28,6 @@ _ROUNDING = 2.0**-17 / 3
 """Mean square of the relative error of a product of which both sides are rounded to bf16."""
 _MAX_SHARE = 0.01
 """Of the error of quantizing, that these may add to a component."""
-
-
-@dataclass(frozen=True)
-class ChannelSizes:
-    """How large differences are in each channel of a block: fp32 `[num_channels]`.
-
-    What is not a number or infinite shows in the sums.
-    """
-
-    largest: torch.Tensor
-    sums: torch.Tensor
-
-    def are_within(self, limit: torch.Tensor) -> bool:
-        return bool(torch.isfinite(self.sums).all() and (self.largest <= limit).all())
 
 
 def gather_rows(
@@ -75,23 +60,18 @@ def gather_rows(
     return rows, ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums))
 
 
-def measure_errors(
-    planes: Sequence[torch.Tensor], decoded: torch.Tensor, num_threads: int
-) -> tuple[ChannelSizes, float, float]:
+def measure_errors(planes: Sequence[torch.Tensor], decoded: torch.Tensor, num_threads: int) -> Measured:
     """Compare planes with what they decode to.
 
     Args:
         planes: as `integers.are_native_planes` wants them.
         decoded: `[num_tokens, num_channels]` of the same dtype, contiguous.
-
-    Returns:
-        The sizes of the errors, and the least and the greatest decoded value, or 0.
     """
     nothing = [None] * len(planes)
     bits = decoded.view(torch.int16).numpy().view(np.uint16)
     described = describe_planes(planes, nothing, nothing)
     largest, sums, least, most = _native.measure_errors(described, int(DTYPES[decoded.dtype]), bits, num_threads)
-    return ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums)), least, most
+    return Measured(ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums)), least, most)
 
 
 class RoundedAnalysis:

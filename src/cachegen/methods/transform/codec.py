@@ -28,6 +28,7 @@ from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import DecodingPart, Document, Encoder, ErrorMeasure, cut_streams, naming_level, start_all
 from cachegen.methods.layer_classes import share_first_stored
 from cachegen.methods.profile_files import check_named
+from cachegen.methods.transform.batched import BatchedSynthesis, can_join
 from cachegen.methods.transform.exact_values import (
     ExactValues,
     check_stored,
@@ -40,6 +41,7 @@ from cachegen.methods.transform.headers import (
     TransformChunkHeader,
     TransformDocumentHeader,
 )
+from cachegen.methods.transform.integers import HALF_BYTES
 from cachegen.methods.transform.loss import LossMeter
 from cachegen.methods.transform.profile import Profile, check_profile
 from cachegen.methods.transform.transform import (
@@ -176,10 +178,9 @@ class TransformDocument(Document):
                 offsets[level] += num_bytes
             first, last = self.transforms[batch[0]].group, self.transforms[batch[-1]].group
             layers = range(first.first_layer, last.first_layer + last.num_layers)
-            start = functools.partial(
-                self._start_batch, batch, headers, codings, payloads, streams, output, first_token, num_threads, kernels
-            )
-            parts.append(DecodingPart(layers, functools.partial(_place_behind, start, exact, output, layers)))
+            place_exact = functools.partial(_place_of_layers, exact, output, layers)
+            arguments = (batch, headers, codings, payloads, streams, output, first_token, num_threads, kernels)
+            parts.append(DecodingPart(layers, functools.partial(self._start_batch, *arguments, place_exact)))
         return parts
 
     def _start_batch(
@@ -193,18 +194,22 @@ class TransformDocument(Document):
         first_token: int,
         num_threads: int,
         kernels: Kernels,
+        place_exact: Callable[[], None],
     ) -> Callable[[], None]:
-        """Begin to decode groups with equally many tokens; everything but `batch` is by level."""
+        """Begin to decode groups with equally many tokens; the headers up to the streams are by level.
+
+        Args:
+            place_exact: puts the exact values of these groups in their places.
+        """
         started: list[tuple[int, Callable[[], None]]] = []
         step = step_of_level(self.header.step_log, len(headers))
         longest = round_up(output.num_tokens, LANES)  # a file may claim longer streams, and has one then
         num_tokens = headers[-1].tokens_of_groups[batch[0]]
         if num_tokens:  # else there are no streams either
             num_absent = output.num_tokens - num_tokens
-            decoded = [
-                torch.empty(num_tokens, codings[-1][group].num_components, dtype=torch.int32, device=self.device)
-                for group in batch
-            ]
+            num_coded = [codings[-1][group].num_components for group in batch]
+            batched = self._join_groups(batch) if kernels.multiplies_batches else None
+            decoded = self._allocate_components(num_tokens, num_coded, is_joined=batched is not None)
             for level, header in enumerate(headers):
                 groups = [
                     ComponentGroup(
@@ -215,9 +220,18 @@ class TransformDocument(Document):
                 with naming_level(level + 1):
                     finish = kernels.start_decode_component_groups(payloads[level], streams[level], groups, num_threads)
                 started.append((level + 1, finish))
-            for group, components in zip(batch, decoded, strict=True):
-                part = output.slice(num_absent, output.num_tokens)
-                self.transforms[group].synthesize(components, step, part, first_token + num_absent, num_threads)
+            part, position = output.slice(num_absent, output.num_tokens), first_token + num_absent
+
+            def multiply_groups() -> None:
+                for group, components, count in zip(batch, decoded, num_coded, strict=True):
+                    self.transforms[group].synthesize(components[:, :count], step, part, position, num_threads)
+
+            if batched is not None and isinstance(decoded, torch.Tensor):
+                is_beyond = batched.synthesize(decoded, num_coded, step, part, position)
+                started.append((len(headers), functools.partial(_do_anew_if, is_beyond, multiply_groups, place_exact)))
+            else:
+                multiply_groups()
+        place_exact()
 
         def finish_all() -> None:
             for level, finish in started:
@@ -226,18 +240,41 @@ class TransformDocument(Document):
 
         return finish_all
 
+    def _join_groups(self, batch: range) -> BatchedSynthesis | None:
+        """Return the inverse transform of all groups of a batch in one; None where they are not alike."""
+        key = (self.device, batch.start, batch.stop, self.header.dtype.num_bytes)
+        if self.profile is None:
+            return None
+        if key not in self.profile.kept:
+            groups = self.transforms[batch.start : batch.stop]
+            may_round = self.header.dtype.num_bytes == HALF_BYTES
+            self.profile.kept[key] = BatchedSynthesis(groups, may_round=may_round) if can_join(groups) else None
+        return self.profile.kept[key]
 
-def _place_behind(
-    start: Callable[[], Callable[[], None]], exact: ExactValues, output: KVCache, layers: range
-) -> Callable[[], None]:
-    """Begin to decode some layers, and put their exact values in their places behind it."""
-    finish = start()
+    def _allocate_components(
+        self, num_tokens: int, num_coded: Sequence[int], *, is_joined: bool
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Return int32 `[num_tokens, num_coded]` for each group, or one tensor that is zero behind a group's last."""
+        if is_joined:
+            shape = (len(num_coded), num_tokens, max(num_coded))
+            return torch.zeros(shape, dtype=torch.int32, device=self.device)
+        return [torch.empty(num_tokens, count, dtype=torch.int32, device=self.device) for count in num_coded]
+
+
+def _place_of_layers(exact: ExactValues, output: KVCache, layers: range) -> None:
+    """Put the exact values of some layers in their places."""
     if len(exact):
         widths = [plane[0].numel() for plane in output.planes]
         first, end = sum(widths[: 2 * layers.start]), sum(widths[: 2 * layers.stop])
         chosen = (exact.channels >= first) & (exact.channels < end)
         place_exact_values(ExactValues(exact.tokens[chosen], exact.channels[chosen], exact.bits[chosen]), output)
-    return finish
+
+
+def _do_anew_if(is_beyond: torch.Tensor | None, multiply: Callable[[], None], place_exact: Callable[[], None]) -> None:
+    """Multiply once more, where components turned out to be too large for what was done."""
+    if is_beyond is not None and is_beyond.item():
+        multiply()
+        place_exact()
 
 
 class TransformEncoder(Encoder):
@@ -364,14 +401,6 @@ class TransformEncoder(Encoder):
             num_tokens = self.document.header.chunk_tokens[index]
             first_token = self._stops[index] - num_tokens
             tokens = self._cache.slice(first_token, self._stops[index])
-            absent_of_layers = self._num_absent(index)
-            for number, plane in enumerate(tokens.planes):
-                absent = absent_of_layers[number // 2] if absent_of_layers else 0
-                stored = plane[absent:]
-                # A minimum is NaN where any value is; it takes a twentieth of the time of looking at each.
-                if len(stored) and not all(map(torch.isfinite, torch.aminmax(stored))):
-                    bad = (~torch.isfinite(stored)).flatten(1).any(1).nonzero()[0].item()
-                    raise NotFiniteError(number, first_token + absent + int(bad))
             if self._device.type != "cpu":
                 tokens = KVCache(
                     [plane.to(self._device) for plane in tokens.keys],
@@ -417,16 +446,37 @@ class TransformEncoder(Encoder):
         expected = [transform.expected_errors(step, count) for step, count in zip(steps, num_coded, strict=True)]
         blocks: list[list[torch.Tensor]] = []
         for begin in range(first_stored, tokens.num_tokens, BLOCK_TOKENS):
-            block = tokens.slice(begin, min(begin + BLOCK_TOKENS, tokens.num_tokens))
-            position = first_token + begin
-            components = transform.analyze_block(block, position, num_coded[-1], steps[-1], self._num_threads)
-            quantized = quantize_components(components, steps[0], num_coded)
-            planes = transform.planes(block)
+            end, position = min(begin + BLOCK_TOKENS, tokens.num_tokens), first_token + begin
+            planes = [plane[begin:end] for plane in transform.planes(tokens)]
+            quantized = transform.quantize_in_integers(planes, position, steps, num_coded, self._num_threads)
+            if quantized is None:
+                _check_finite(planes, 2 * transform.group.first_layer, position)
+                block = tokens.slice(begin, end)
+                components = transform.analyze_block(block, position, num_coded[-1], steps[-1], self._num_threads)
+                quantized = quantize_components(components, steps[0], num_coded)
             for loss, integers, step, errors in zip(losses, quantized, steps, expected, strict=True):
-                decoded = transform.decode_block(integers, step, block.dtype, position, self._num_threads)
+                measured = transform.measure_block(integers, step, planes, position, self._num_threads)
+                if measured is not None and loss.add_measured(measured, tokens.dtype, errors, len(integers)):
+                    continue
+                decoded = transform.decode_block(integers, step, tokens.dtype, position, self._num_threads)
                 loss.add(planes, decoded, errors, begin, first_channel, self._num_threads)
             blocks.append(quantized)
+        if len(blocks) == 1:
+            return blocks[0]
         return [torch.cat(parts) for parts in zip(*blocks, strict=True)]  # of no blocks: nothing
+
+
+def _check_finite(planes: Sequence[torch.Tensor], first_plane: int, first_token: int) -> None:
+    """Refuse values that are no numbers.
+
+    Raises:
+        NotFiniteError: naming the first plane that has one, and its first token.
+    """
+    for number, plane in enumerate(planes):
+        # A minimum is NaN where any value is; it takes a twentieth of the time of looking at each.
+        if plane.numel() and not all(map(torch.isfinite, torch.aminmax(plane))):
+            bad = (~torch.isfinite(plane)).flatten(1).any(1).nonzero()[0].item()
+            raise NotFiniteError(first_plane + number, first_token + int(bad))
 
 
 @dataclass

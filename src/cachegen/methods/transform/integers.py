@@ -21,7 +21,7 @@ from cachegen.coder.cpu import DTYPES, native_path
 from cachegen.methods.rotary import Angles
 from cachegen.rotation import Rotation
 
-DENSE_DEVIATION = 1.0
+DENSE_DEVIATION = 0.7
 """Components whose deviation is at least so many steps are dense: adding rows for each unit of theirs takes longer."""
 MAX_INTEGER_SHARE = 0.0025
 """Of the error of quantizing, that rounding the matrix to bytes may add, in the mean over channels."""
@@ -98,7 +98,15 @@ def make_integer_matrix(
         MAX_INTEGER_SHARE,
         num_threads,
     )
-    return IntegerMatrix(parts, share) if share <= MAX_INTEGER_SHARE else None
+    if share > MAX_INTEGER_SHARE:
+        return None
+    return IntegerMatrix((*parts[:3], *map(align, parts[3:])), share)
+
+
+def align(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a copy that begins with a cache line: vectors that cross lines take twice as long to load."""
+    aligned = torch.empty(array.shape, dtype=torch.as_tensor(array).dtype)
+    return np.copyto(aligned.numpy(), array) or aligned.numpy()
 
 
 def _choose_dense(deviations: torch.Tensor) -> int:
@@ -144,6 +152,61 @@ def synthesize(
         native_path(path),
     )
     return misfits.astype(np.bool_)
+
+
+@dataclass(frozen=True)
+class ChannelSizes:
+    """How large differences are in each channel of a block: fp32 `[num_channels]`.
+
+    What is not a number or infinite shows in the sums.
+    """
+
+    largest: torch.Tensor
+    sums: torch.Tensor
+
+    def are_within(self, limit: torch.Tensor) -> bool:
+        return bool(torch.isfinite(self.sums).all() and (self.largest <= limit).all())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far a block's values are from what they decode to.
+
+    Attributes:
+        errors: their sizes.
+        least, greatest: decoded value, or 0.
+    """
+
+    errors: ChannelSizes
+    least: float
+    greatest: float
+
+
+def measure_synthesis(
+    matrix: IntegerMatrix,
+    components: torch.Tensor,
+    planes: Sequence[torch.Tensor],
+    rotations: Sequence[Rotation | None],
+    angles: Sequence[Angles | None],
+    num_threads: int,
+    path: str | None = None,
+) -> Measured | None:
+    """Compare planes with what quantized components stand for; arguments as for `synthesize`.
+
+    Returns:
+        None where a token's components are beyond the kernels.
+    """
+    misfits, largest, sums, least, greatest = _native.measure_synthesis(
+        np.asarray(components),
+        matrix.parts,
+        describe_planes(planes, rotations, angles),
+        int(DTYPES[planes[0].dtype]),
+        num_threads,
+        native_path(path),
+    )
+    if misfits.any():
+        return None
+    return Measured(ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums)), least, greatest)
 
 
 def describe_planes(

@@ -12,7 +12,7 @@ from cachegen.kv_cache import KVCache
 from cachegen.methods.base import ErrorMeasure
 from cachegen.methods.transform.analysis import CAN_GATHER, measure_errors
 from cachegen.methods.transform.exact_values import ExactValues, gather_exact_values
-from cachegen.methods.transform.integers import are_native_planes
+from cachegen.methods.transform.integers import Measured, are_native_planes
 from cachegen.methods.transform.transform import LEAST_TOKENS, usual_size
 
 EXPECTED_ERRORS = 32.0
@@ -48,18 +48,10 @@ class LossMeter:
             first_token, first_channel: of the block, in the chunk.
         """
         info = torch.finfo(decoded.dtype)
-        # Another device may round away from zero where ours did not, so that what comes near the largest number of the
-        # dtype must not be left to it.
-        limit = info.max * (1 - _MARGIN)
+        limit = _limit_of(decoded.dtype)
         if CAN_GATHER and are_native_planes(planes):
-            sizes, least, greatest = measure_errors(planes, decoded, num_threads)
-            usual = sizes.sums / len(decoded) if len(decoded) >= LEAST_TOKENS else torch.zeros_like(sizes.sums)
-            bound = EXPECTED_ERRORS * torch.maximum(expected, usual)
-            # Mostly none is out of bounds, and no value need be looked at alone.
-            if sizes.are_within(bound) and -limit <= least and greatest <= limit:
-                self._largest = max(self._largest, float(sizes.largest.max()))
-                self._total += float(sizes.sums.sum(dtype=torch.float64))
-                self._count += decoded.numel()
+            measured = measure_errors(planes, decoded, num_threads)
+            if self.add_measured(measured, decoded.dtype, expected, len(decoded)):
                 return
         values = torch.cat([plane.to(decoded.device, torch.float32).flatten(1) for plane in planes], 1)
         errors = (values - decoded.float()).abs_()
@@ -76,6 +68,23 @@ class LossMeter:
         self._total += float(errors.sum(dtype=torch.float64))
         self._count += errors.numel()
 
+    def add_measured(self, measured: Measured, dtype: torch.dtype, expected: torch.Tensor, num_tokens: int) -> bool:
+        """Add what was measured of a block, unless a value is out of bounds, which must be looked for; tell which.
+
+        Args:
+            dtype: of the decoded values.
+            expected: the error to expect, `[num_channels]`.
+        """
+        sizes, limit = measured.errors, _limit_of(dtype)
+        usual = sizes.sums / num_tokens if num_tokens >= LEAST_TOKENS else torch.zeros_like(sizes.sums)
+        bound = EXPECTED_ERRORS * torch.maximum(expected, usual)
+        if not sizes.are_within(bound) or not -limit <= measured.least <= measured.greatest <= limit:
+            return False
+        self._largest = max(self._largest, float(sizes.largest.max()))
+        self._total += float(sizes.sums.sum(dtype=torch.float64))
+        self._count += num_tokens * len(sizes.sums)
+        return True
+
     def _add_places(self, is_exact: torch.Tensor, first_token: int, first_channel: int) -> None:
         """List the values of a block that must travel exactly."""
         tokens, channels = is_exact.nonzero(as_tuple=True)
@@ -91,6 +100,15 @@ class LossMeter:
 
     def measure(self) -> ErrorMeasure:
         return ErrorMeasure(_round_up(self._largest), float(np.float32(self._total / max(self._count, 1))))
+
+
+def _limit_of(dtype: torch.dtype) -> float:
+    """Return what a decoded value may be at most.
+
+    Another device may round away from zero where ours did not, so that what comes near the largest number of the dtype
+    must not be left to it.
+    """
+    return torch.finfo(dtype).max * (1 - _MARGIN)
 
 
 def _round_up(value: float) -> float:

@@ -63,6 +63,31 @@ MAX_ROW_EXPONENT, MAX_CHANNEL_EXPONENT = 80, 30
 
 
 @dataclass(frozen=True)
+class IntegerRows:
+    """A synthesis matrix as a file has it, in half the memory: integers of 16 bits, times powers of two.
+
+    Attributes:
+        integers: int16 `[num_components, num_channels]`.
+        row_exponents, channel_exponents: int8, logarithms of the powers of two.
+    """
+
+    integers: torch.Tensor
+    row_exponents: torch.Tensor
+    channel_exponents: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.integers.shape
+
+    def multiply(self) -> torch.Tensor:
+        """Return the matrix in fp32, which has it exactly."""
+        made = self.integers.float()
+        made *= torch.exp2(self.row_exponents.float())[:, None]
+        made *= torch.exp2(self.channel_exponents.float())
+        return made
+
+
+@dataclass(frozen=True)
 class TransformGroup:
     """Consecutive layers whose keys and values are transformed together, per token.
 
@@ -72,8 +97,7 @@ class TransformGroup:
     Attributes:
         first_layer, num_layers: the group's layers.
         mean: fp32 `[num_channels]`, of the vectors.
-        synthesis: fp32 `[num_components, num_channels]`; of a saved profile integers of 16 bits, times a power of two
-            for each component and one for each channel.
+        stored_synthesis: the matrix `synthesis`; of a profile that only decodes as the file has it.
         scale_logs: int16 `[num_components]`, not increasing: 16 log2 of each component's standard deviation.
         analysis: fp16 `[num_channels, num_components]`; None where only decoding was asked for.
         channel_exponents: int8 `[num_channels]`, the logarithms of the channels' powers of two; None: all zero.
@@ -82,18 +106,27 @@ class TransformGroup:
     first_layer: int
     num_layers: int
     mean: torch.Tensor
-    synthesis: torch.Tensor
+    stored_synthesis: torch.Tensor | IntegerRows
     scale_logs: torch.Tensor
     analysis: torch.Tensor | None = None
     channel_exponents: torch.Tensor | None = None
 
     @property
+    def synthesis(self) -> torch.Tensor:
+        """The synthesis matrix, fp32 `[num_components, num_channels]`; of a profile that only decodes made anew.
+
+        Of a saved profile it is integers of 16 bits, times a power of two for each component and one for each channel.
+        """
+        stored = self.stored_synthesis
+        return stored.multiply() if isinstance(stored, IntegerRows) else stored
+
+    @property
     def num_components(self) -> int:
-        return self.synthesis.shape[0]
+        return self.stored_synthesis.shape[0]
 
     @property
     def num_channels(self) -> int:
-        return self.synthesis.shape[1]
+        return self.stored_synthesis.shape[1]
 
 
 @dataclass(frozen=True)
@@ -316,7 +349,7 @@ def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, byte
         dataclasses.replace(
             group,
             mean=synthesis[f"mean.{index}"],
-            synthesis=_join_rows(synthesis, index),
+            stored_synthesis=_join_rows(synthesis, index).multiply(),
             scale_logs=synthesis[f"scale_logs.{index}"],
             analysis=analysis[f"analysis.{index}"],
             channel_exponents=synthesis[f"channel_exponents.{index}"],
@@ -371,9 +404,10 @@ def read_profile(read: ReadFile, place: str, *, for_encoding: bool = False) -> P
         content = read(SYNTHESIS_NAME, max_bytes)
         check_hash(f"{place}/{SYNTHESIS_NAME}", content, hashes[SYNTHESIS_NAME])
         num_bytes = len(content)
-        synthesis = _load_tensors(
-            f"{place}/{SYNTHESIS_NAME}", _inflate(f"{place}/{SYNTHESIS_NAME}", content, max_bytes)
-        )
+        inflated = _inflate(f"{place}/{SYNTHESIS_NAME}", content, max_bytes)
+        del content  # a profile may be as large as a cache
+        synthesis = _load_tensors(f"{place}/{SYNTHESIS_NAME}", inflated)
+        del inflated
         analysis: dict[str, torch.Tensor] = {}
         if for_encoding:
             content = read(ANALYSIS_NAME, max_bytes)
@@ -472,16 +506,19 @@ def _parse_group(
         exponents = _tensor(synthesis, f"{name}.{index}", torch.int8, [length])
         if exponents.int().abs().max() > limit:
             raise BitstreamError(f"must lie within {limit} of 0", field=f"{name}.{index}")
+    rows = _join_rows(synthesis, index)
+    for name in ("synthesis_high", "synthesis_low"):
+        del synthesis[f"{name}.{index}"]
     group = TransformGroup(
         first_layer,
         num_layers,
-        _tensor(synthesis, f"mean.{index}", torch.float32, [num_channels]),
-        _join_rows(synthesis, index),
-        _tensor(synthesis, f"scale_logs.{index}", torch.int16, [num_components]),
+        _tensor(synthesis, f"mean.{index}", torch.float32, [num_channels]).clone(),  # no view of the file
+        rows if analysis is None else rows.multiply(),
+        _tensor(synthesis, f"scale_logs.{index}", torch.int16, [num_components]).clone(),
         None
         if analysis is None
         else _tensor(analysis, f"analysis.{index}", torch.float16, [num_channels, num_components]),
-        synthesis[f"channel_exponents.{index}"],
+        rows.channel_exponents,
     )
     logs = group.scale_logs
     if (logs[1:] > logs[:-1]).any() or logs.int().abs().max() > _MAX_SCALE_LOG:
@@ -524,12 +561,13 @@ def round_rows(synthesis: torch.Tensor, channel_exponents: torch.Tensor) -> tupl
     return integers, exponents.to(torch.int8)
 
 
-def _join_rows(synthesis: dict[str, torch.Tensor], index: int) -> torch.Tensor:
-    """Return a group's synthesis matrix, fp32, from the tensors of the file."""
-    high, low = (synthesis[f"synthesis_{name}.{index}"].to(torch.int16) for name in ("high", "low"))
-    of_rows, of_channels = (torch.exp2(synthesis[f"{name}_exponents.{index}"].float()) for name in ("row", "channel"))
-    integers = ((high << 8) + low).float()  # modulo 2^16
-    return integers * of_rows[:, None] * of_channels
+def _join_rows(synthesis: dict[str, torch.Tensor], index: int) -> IntegerRows:
+    """Return a group's synthesis matrix from the tensors of the file."""
+    integers = synthesis[f"synthesis_high.{index}"].to(torch.int16)
+    integers <<= 8
+    integers += synthesis[f"synthesis_low.{index}"]  # modulo 2^16
+    of_rows, of_channels = (synthesis[f"{name}_exponents.{index}"].clone() for name in ("row", "channel"))
+    return IntegerRows(integers, of_rows, of_channels)
 
 
 def _inflate(path: str, content: bytes, max_bytes: int) -> bytes:

@@ -14,18 +14,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import cast
 
 import torch
 
 from cachegen.kv_cache import KVCache
 from cachegen.methods.rotary import Turns
-from cachegen.methods.transform.analysis import CAN_GATHER, CAN_MULTIPLY_BF16, RoundedAnalysis, gather_rows
+from cachegen.methods.transform.analysis import (
+    CAN_GATHER,
+    CAN_MULTIPLY_BF16,
+    RoundedAnalysis,
+    gather_rows,
+)
+from cachegen.methods.transform.byte_analysis import (
+    ByteAnalysis,
+    gather_bytes,
+    has_byte_analysis,
+    make_byte_analysis,
+    multiply_bytes,
+)
 from cachegen.methods.transform.integers import (
+    ChannelSizes,
     IntegerMatrix,
+    Measured,
     are_native_planes,
     has_integer_synthesis,
     make_integer_matrix,
+    measure_synthesis,
     synthesize,
 )
 from cachegen.methods.transform.products import multiply
@@ -68,7 +84,14 @@ def has_bf16_products(device: torch.device) -> bool:
 
 
 class GroupTransform:
-    """The transform of one group of layers, its matrices on one device in fp32."""
+    """The transform of one group of layers, its matrices on one device in fp32.
+
+    Attributes:
+        group: of the profile.
+        plane_shapes: heads and head dim of each plane.
+        rotations: what is undone in each of them.
+        mean: `[num_channels]`.
+    """
 
     def __init__(
         self, profile: Profile, group: TransformGroup, device: torch.device, *, may_round: bool = False
@@ -84,26 +107,41 @@ class GroupTransform:
         """
         self.group = group
         planes = slice(2 * group.first_layer, 2 * (group.first_layer + group.num_layers))
-        self._shapes = profile.plane_shapes[planes]
-        self._rotations = profile.rotations[planes]
-        self._device = device
-        self._mean = group.mean.to(device=device, dtype=torch.float32)
-        self._synthesis = group.synthesis.to(device=device, dtype=torch.float32)
+        self.plane_shapes = profile.plane_shapes[planes]
+        self.rotations = profile.rotations[planes]
+        self.device = device
+        self.mean = group.mean.to(device=device, dtype=torch.float32)
+        self._synthesis: torch.Tensor | None = None
         self._expected: dict[tuple[float, int], torch.Tensor] = {}
         self._may_round = may_round and has_bf16_products(device)
         self._rounded_synthesis: torch.Tensor | None = None
         self._may_use_integers = may_round and device.type == "cpu" and has_integer_synthesis()
         self._integers: dict[tuple[float, int], IntegerMatrix | None] = {}
-        self._deviations = self._spread(self._scales())
         self._analysis: torch.Tensor | None = None
         self._rounded_analysis: RoundedAnalysis | None = None
+        self._byte_analyses: dict[tuple[float, float, int], ByteAnalysis | None] = {}
         if group.analysis is not None:
             # Column after column, so that the first components' are contiguous.
             analysis = group.analysis.T.to(device=device, dtype=torch.float32).contiguous().T
-            error = multiply(self._synthesis, analysis)
+            error = multiply(self.synthesis, analysis)
             error.diagonal().sub_(1)
             # One Newton step: the error of the inverse is squared. It is small, so that fp32 has it well enough.
             self._analysis = (analysis.T - multiply(error.T, analysis.T)).T
+
+    @property
+    def synthesis(self) -> torch.Tensor:
+        """`[num_components, num_channels]`; where integers mostly serve, made anew each time."""
+        if self._synthesis is not None:
+            return self._synthesis
+        made = self.group.synthesis.to(device=self.device, dtype=torch.float32)
+        if self.group.analysis is not None or not self._may_use_integers:
+            self._synthesis = made
+        return made
+
+    @cached_property
+    def _deviations(self) -> torch.Tensor:
+        """Of the channels, `[num_channels]`."""
+        return self._spread(self._scales())
 
     def join(self, cache: KVCache, first_token: int) -> torch.Tensor:
         """Return the vectors of the group's layers, fp32 `[num_tokens, num_channels]`; see `join_planes`.
@@ -112,7 +150,7 @@ class GroupTransform:
             cache: all layers.
             first_token: the position of the cache's first token.
         """
-        return join_planes(self.planes(cache), self._rotations, first_token, self._device)
+        return join_planes(self.planes(cache), self.rotations, first_token, self.device)
 
     def analyze(self, vectors: torch.Tensor, num_components: int | None = None) -> torch.Tensor:
         """Return the components of vectors, fp32 `[num_tokens, num_components]`.
@@ -123,7 +161,64 @@ class GroupTransform:
         """
         if self._analysis is None:
             raise ValueError("the profile was loaded without its analysis matrices")
-        return multiply(vectors - self._mean, self._analysis[:, :num_components])
+        return multiply(vectors - self.mean, self._analysis[:, :num_components])
+
+    def quantize_in_integers(
+        self,
+        planes: Sequence[torch.Tensor],
+        first_token: int,
+        steps: Sequence[float],
+        num_coded: Sequence[int],
+        num_threads: int = 1,
+    ) -> list[torch.Tensor] | None:
+        """Find and quantize the components of a block in integers: the same on all processors that can.
+
+        Args:
+            planes: the group's, of at most `BLOCK_TOKENS` tokens.
+            first_token: the block's first position.
+            steps: of the levels.
+            num_coded: components of each level.
+
+        Returns:
+            As `quantize_components` does; None where integers do not serve: what has no kernels for it, fine steps,
+            outliers, and values that are not finite.
+        """
+        if self._analysis is None or not has_byte_analysis() or not self._takes_integers(planes):
+            return None
+        matrix = self._find_byte_analysis(steps, num_coded[-1], num_threads)
+        if matrix is None:
+            return None
+        turns = Turns(len(planes[0]), first_token, self.device)
+        angles = [turns.undoing_angles(rotation) for rotation in self.rotations]
+        values = gather_bytes(matrix, planes, self.rotations, angles, self.mean, num_threads)
+        if not values.has_few_excesses or not self._are_usual(values.sizes, len(planes[0])):
+            return None
+        levels, misfits = multiply_bytes(matrix, values, num_coded, LEVEL_RATIO, num_threads)
+        left = misfits.nonzero()[0].tolist() if misfits.any() else []
+        if len(left) > FEW_TOKENS:
+            return None
+        for token in left:
+            parts = [plane[token : token + 1] for plane in planes]
+            one = self.analyze(join_planes(parts, self.rotations, first_token + token, self.device))
+            for level, found in zip(levels, quantize_components(one, steps[0], num_coded), strict=True):
+                level[token] = found[0]
+        return levels
+
+    def _find_byte_analysis(self, steps: Sequence[float], num_components: int, num_threads: int) -> ByteAnalysis | None:
+        """Return the analysis matrix in bytes for some steps; None where rounding it would lose too much."""
+        key = steps[0], steps[-1], num_components
+        if key not in self._byte_analyses:
+            assert self._analysis is not None
+            while len(self._byte_analyses) >= MAX_KEPT_STEPS:
+                del self._byte_analyses[next(iter(self._byte_analyses))]
+            parts = (self._analysis[:, :num_components], self._deviations, steps, num_threads)
+            self._byte_analyses[key] = make_byte_analysis(*parts)
+        return self._byte_analyses[key]
+
+    def _are_usual(self, sizes: ChannelSizes, num_tokens: int) -> bool:
+        """Tell whether no difference from the mean is an outlier; see `replace_outliers`."""
+        usual = sizes.sums / num_tokens if num_tokens >= LEAST_TOKENS else torch.zeros_like(sizes.sums)
+        return sizes.are_within(OUTLIER_DEVIATIONS * torch.maximum(self._deviations, usual))
 
     def analyze_block(
         self, block: KVCache, first_token: int, num_components: int, step: float, num_threads: int = 1
@@ -148,12 +243,11 @@ class GroupTransform:
         planes = self.planes(block)
         if not CAN_GATHER or self._analysis is None or not self._takes_integers(planes):
             return None
-        turns = Turns(block.num_tokens, first_token, self._device)
-        angles = [turns.undoing_angles(rotation) for rotation in self._rotations]
-        arguments = (planes, self._rotations, angles, self._mean)
+        turns = Turns(block.num_tokens, first_token, self.device)
+        angles = [turns.undoing_angles(rotation) for rotation in self.rotations]
+        arguments = (planes, self.rotations, angles, self.mean)
         rows, sizes = gather_rows(*arguments, is_bf16=CAN_MULTIPLY_BF16, num_threads=num_threads)
-        usual = sizes.sums / block.num_tokens if block.num_tokens >= LEAST_TOKENS else torch.zeros_like(sizes.sums)
-        if not sizes.are_within(OUTLIER_DEVIATIONS * torch.maximum(self._deviations, usual)):
+        if not self._are_usual(sizes, block.num_tokens):
             return None
         if not CAN_MULTIPLY_BF16:
             return multiply(torch.as_tensor(rows), self._analysis[:, :num_components])
@@ -167,12 +261,12 @@ class GroupTransform:
         Components would spread such a value's error over all channels of its token; as a value that travels exactly
         it costs nothing but itself.
         """
-        distance = (vectors - self._mean).abs_()
+        distance = (vectors - self.mean).abs_()
         limit = OUTLIER_DEVIATIONS * torch.maximum(self._deviations, usual_size(distance))
         # Not `>`: what is no number is far, too.
         if bool((distance.amax(0) <= limit).all()):
             return vectors
-        return torch.where(distance <= limit, vectors, self._mean)
+        return torch.where(distance <= limit, vectors, self.mean)
 
     def synthesize(
         self, components: torch.Tensor, step: float, output: KVCache, first_token: int, num_threads: int = 1
@@ -210,9 +304,9 @@ class GroupTransform:
             for part, plane in zip(self.reconstruct(components, step, first_token), planes, strict=True):
                 plane.copy_(part)
             return
-        turns = Turns(len(components), first_token, self._device)
-        angles = [turns.angles(rotation) for rotation in self._rotations]
-        misfits = synthesize(matrix, components.contiguous(), planes, self._rotations, angles, num_threads)
+        turns = Turns(len(components), first_token, self.device)
+        angles = [turns.angles(rotation) for rotation in self.rotations]
+        misfits = synthesize(matrix, components.contiguous(), planes, self.rotations, angles, num_threads)
         left = [token for token, is_left in enumerate(misfits.tolist()) if is_left] if misfits.any() else []
         if len(left) > FEW_TOKENS:
             parts = self.reconstruct(components, step, first_token)
@@ -233,11 +327,35 @@ class GroupTransform:
         Args:
             components: as in `synthesize_block`.
         """
-        decoded = torch.empty(len(components), self.group.num_channels, dtype=dtype, device=self._device)
-        parts = torch.split(decoded, [heads * dim for heads, dim in self._shapes], dim=1)
-        planes = [part.view(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        decoded = torch.empty(len(components), self.group.num_channels, dtype=dtype, device=self.device)
+        parts = torch.split(decoded, [heads * dim for heads, dim in self.plane_shapes], dim=1)
+        planes = [part.view(-1, *shape) for part, shape in zip(parts, self.plane_shapes, strict=True)]
         self.synthesize_block(components, step, planes, first_token, num_threads)
         return decoded
+
+    def measure_block(
+        self,
+        components: torch.Tensor,
+        step: float,
+        planes: Sequence[torch.Tensor],
+        first_token: int,
+        num_threads: int = 1,
+    ) -> Measured | None:
+        """Return how far a block's values are from what they decode to, without keeping that.
+
+        Args:
+            components: as in `synthesize_block`.
+            planes: the group's, which are read.
+
+        Returns:
+            None where that is not decoded in integers throughout.
+        """
+        matrix = self._find_integers(step, components.shape[1]) if self._takes_integers(planes) else None
+        if matrix is None:
+            return None
+        turns = Turns(len(components), first_token, self.device)
+        angles = [turns.angles(rotation) for rotation in self.rotations]
+        return measure_synthesis(matrix, components.contiguous(), planes, self.rotations, angles, num_threads)
 
     def _takes_integers(self, planes: Sequence[torch.Tensor]) -> bool:
         """Tell whether the kernels in integers can write to these planes."""
@@ -247,8 +365,8 @@ class GroupTransform:
         """Return the matrix in integers for a step; None where rounding it would lose too much."""
         key = step, num_components
         if key not in self._integers:
-            channels = [heads * dim for heads, dim in self._shapes]
-            parts = (self._synthesis, self._mean, self._scales(), channels, step, num_components)
+            channels = [heads * dim for heads, dim in self.plane_shapes]
+            parts = (self.synthesis, self.mean, self._scales(), channels, step, num_components)
             while len(self._integers) >= MAX_KEPT_STEPS:
                 del self._integers[next(iter(self._integers))]
             self._integers[key] = make_integer_matrix(*parts)
@@ -264,11 +382,11 @@ class GroupTransform:
             fp32 `[num_tokens, num_kv_heads, head_dim]` for each plane of the group.
         """
         vectors = self._multiply(components, step)
-        turns = Turns(len(components), first_token, self._device)
-        parts = torch.split(vectors, [heads * dim for heads, dim in self._shapes], dim=1)
+        turns = Turns(len(components), first_token, self.device)
+        parts = torch.split(vectors, [heads * dim for heads, dim in self.plane_shapes], dim=1)
         return [
             turns.apply(part.view(-1, *shape), rotation)
-            for part, shape, rotation in zip(parts, self._shapes, self._rotations, strict=True)
+            for part, shape, rotation in zip(parts, self.plane_shapes, self.rotations, strict=True)
         ]
 
     def _multiply(self, components: torch.Tensor, step: float) -> torch.Tensor:
@@ -276,27 +394,34 @@ class GroupTransform:
         count = components.shape[1]
         if self._may_round and self._is_rounding_cheap(components, step):
             if self._rounded_synthesis is None:
-                self._rounded_synthesis = self._synthesis.bfloat16()
+                self._rounded_synthesis = self.synthesis.bfloat16()
             product = components.to(torch.bfloat16) @ self._rounded_synthesis[:count]
-            return torch.add(self._mean, product, alpha=step)
-        block = components.to(device=self._device, dtype=torch.float32) * step
-        return multiply(block, self._synthesis[:count], self._mean)
+            return torch.add(self.mean, product, alpha=step)
+        block = components.to(device=self.device, dtype=torch.float32) * step
+        return multiply(block, self.synthesis[:count], self.mean)
 
     def _is_rounding_cheap(self, components: torch.Tensor, step: float) -> bool:
-        """Tell whether rounding the matrix and the product to bf16 loses hardly more than quantizing does anyway.
-
-        An error costs the same in every component. Larger components than bf16 has exactly are not usual.
-        """
+        """Tell whether these components may be rounded to bf16; larger ones than it has exactly are not usual."""
         if not components.numel():
             return False
         least, largest = torch.aminmax(components)
-        if max(-least, largest) > MAX_EXACT_BF16:
-            return False
+        is_exact = bool(max(-least, largest) <= MAX_EXACT_BF16)
+        return is_exact and self.is_rounding_cheap(step, components.shape[1])
+
+    def is_rounding_cheap(self, step: float, num_components: int) -> bool:
+        """Tell whether rounding the matrix and its products to bf16 loses hardly more than quantizing does anyway.
+
+        An error costs the same in every component.
+        """
         powers = self._scales().double().square()
         lost = powers.clone()
-        lost[: components.shape[1]] = lost[: components.shape[1]].clamp(max=step**2 / 12)
-        rounded = BF16_ROUNDING * powers[: components.shape[1]].sum().item()
+        lost[:num_components] = lost[:num_components].clamp(max=step**2 / 12)
+        rounded = BF16_ROUNDING * powers[:num_components].sum().item()
         return rounded <= MAX_ROUNDING_SHARE * lost.sum().item()
+
+    def count_large(self, step: float, deviation: float) -> int:
+        """Return how many components, the first ones, have at least a deviation in steps."""
+        return int((self._scales() >= deviation * step).sum())
 
     def planes(self, cache: KVCache) -> Sequence[torch.Tensor]:
         """Return the planes of a whole cache that are the group's."""
@@ -321,11 +446,11 @@ class GroupTransform:
         left_out = errors[-1] * math.sqrt(max(self.group.num_channels / self.group.num_components - 1, 0.0))
         errors[:num_coded] = errors[:num_coded].clamp(max=step / math.sqrt(12))
         # torch gives no type for it.
-        norms = cast("torch.Tensor", self._synthesis.norm(dim=0))  # pyright: ignore[reportUnknownMemberType]
+        norms = cast("torch.Tensor", self.synthesis.norm(dim=0))  # pyright: ignore[reportUnknownMemberType]
         spread = torch.hypot(self._spread(errors), left_out * norms)
         parts: list[torch.Tensor] = []
-        split = torch.split(spread, [heads * dim for heads, dim in self._shapes])
-        for part, shape, rotation in zip(split, self._shapes, self._rotations, strict=True):
+        split = torch.split(spread, [heads * dim for heads, dim in self.plane_shapes])
+        for part, shape, rotation in zip(split, self.plane_shapes, self.rotations, strict=True):
             values = part.view(shape).clone()
             if rotation is not None:
                 larger = torch.maximum(values[..., rotation.firsts], values[..., rotation.seconds])
@@ -336,11 +461,11 @@ class GroupTransform:
 
     def _scales(self) -> torch.Tensor:
         """Return the components' standard deviations, fp32 `[num_components]`."""
-        return torch.exp2(self.group.scale_logs.to(self._device, torch.float32) / SCALE_LOGS_PER_OCTAVE)
+        return torch.exp2(self.group.scale_logs.to(self.device, torch.float32) / SCALE_LOGS_PER_OCTAVE)
 
     def _spread(self, component_errors: torch.Tensor) -> torch.Tensor:
         """Return what independent errors of components come to in each channel."""
-        return (component_errors.square() @ self._synthesis.square()).sqrt()
+        return (component_errors.square() @ self.synthesis.square()).sqrt()
 
 
 def usual_size(sizes: torch.Tensor) -> torch.Tensor:
