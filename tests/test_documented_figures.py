@@ -31,7 +31,11 @@ Row = Mapping[str, str]
 def read_rows(path: Path, protocol: str = "tail") -> dict[tuple[str, str], Row]:
     """Return the rows of a results file by method and setting."""
     with path.open() as stream:
-        return {(row["method"], row["setting"]): row for row in csv.DictReader(stream) if row.get("protocol", protocol) == protocol}
+        return {
+            (row["method"], row["setting"]): row
+            for row in csv.DictReader(stream)
+            if row.get("protocol", protocol) == protocol
+        }
 
 
 def read_means(path: Path) -> dict[tuple[str, str], Row]:
