@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cachegen.experiments.outcome import Column, Outcome, Table, Value, format_value
 
-MAX_ROWS = 60
+MAX_ROWS = 100
 """Of a table that is written out; longer ones are named, and stand in the JSON file."""
 
 

@@ -119,9 +119,7 @@ def _format_table(records: Sequence[dict[str, Any]], varying: Sequence[str]) -> 
         cells = [str(record["flags"].get(name, "")) for name in varying]
         for stage, name, _, spec in columns:
             value = record.get(stage, {}).get(name)
-            cells.append(
-                "" if value is None else ("yes" if value else "no") if isinstance(value, bool) else format(value, spec)
-            )
+            cells.append(_format_cell(value, spec))
         rows.append(cells)
     head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
