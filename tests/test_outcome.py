@@ -10,13 +10,14 @@ from cachegen.errors import InputError
 from cachegen.experiments.markdown import MAX_ROWS, format_outcomes, format_table
 from cachegen.experiments.outcome import (
     Column,
+    Figure,
     Table,
     format_value,
     list_outcomes,
     read_outcome,
     write_outcome,
 )
-from cachegen.experiments.page import write_page
+from cachegen.experiments.page import _draw, write_page
 from tests.fixtures.outcomes import make_outcome
 
 
@@ -108,3 +109,14 @@ def test_what_cannot_stand_on_a_logarithmic_axis_is_left_out():
     traces = data["r0-sizes-figure0"]["traces"]
     assert [(trace["name"], trace["x"]) for trace in traces] == [("a & b", [3.0]), ('c, "d"', [1.0])]
     assert data["r0-sizes-methods"]["rows"][2] == ["a & b", 2.0, None]
+
+
+def test_a_line_joins_only_what_belongs_together_and_a_series_looks_alike_everywhere():
+    columns = (Column("text", "text"), Column("method", "method"), Column("x", "x", 2), Column("y", "y", 2))
+    values = [("a", "m", 0.0, 1.0), ("a", "n", 1.0, 1.0), ("a", "n", 2.0, 2.0), ("b", "n", 1.0, 3.0)]
+    table = Table("t", "T", columns, tuple(dict(zip(("text", "method", "x", "y"), row, strict=True)) for row in values))
+    joined, logarithmic = (Figure("f", "t", "x", "y", "method", split="text", log_x=is_log) for is_log in (False, True))
+    first, second = _draw(joined, table)["traces"]
+    assert (first["name"], second["x"], second["y"]) == ("m", [1.0, 2.0, None, 1.0], [1.0, 2.0, None, 3.0])
+    (alone,) = _draw(logarithmic, table)["traces"]
+    assert alone["marker"] == second["marker"] and alone["text"] == ["n a", "n a", None, "n b"]

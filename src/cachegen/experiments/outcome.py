@@ -64,6 +64,7 @@ class Figure:
         table: its name.
         x, y: names of columns.
         series: the column whose values become lines or colours; None for one.
+        split: the column within whose values points are joined by a line; None joins all of a series.
         label: the column that is shown beside x and y when a point is pointed at; None for none.
         kind: one of FIGURE_KINDS.
     """
@@ -74,6 +75,7 @@ class Figure:
     y: str
     series: str | None = None
     label: str | None = None
+    split: str | None = None
     kind: str = "line"
     log_x: bool = False
     log_y: bool = False
@@ -226,6 +228,7 @@ def _read_figure(fields: Fields, tables: Mapping[str, Table]) -> Figure:
         y=fields.choice("y", columns),
         series=fields.choice("series", columns) if fields.has_value("series") else None,
         label=fields.choice("label", columns) if fields.has_value("label") else None,
+        split=fields.choice("split", columns) if fields.has_value("split") else None,
         kind=fields.choice("kind", FIGURE_KINDS),
         log_x=fields.flag("log_x"),
         log_y=fields.flag("log_y"),

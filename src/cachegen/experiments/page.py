@@ -118,14 +118,17 @@ def _draw(figure: Figure, table: Table) -> dict[str, Any]:
         if _can_stand(row[figure.x], figure.log_x) and _can_stand(row[figure.y], figure.log_y):
             groups.setdefault("" if figure.series is None else str(row[figure.series]), []).append(row)
     traces = []
-    for number, (name, rows) in enumerate(groups.items()):
+    # Of all rows, so that a series looks alike in every figure of a table.
+    names = list(dict.fromkeys("" if figure.series is None else str(row[figure.series]) for row in table.rows))
+    for name, found in groups.items():
+        number, rows = names.index(name), _break_lines(figure, found)
         color, symbol = _COLORS[number % len(_COLORS)], _SYMBOLS[number % len(_SYMBOLS)]
         trace: dict[str, Any] = {
-            "x": [row[figure.x] for row in rows],
-            "y": [row[figure.y] for row in rows],
+            "x": [row and row[figure.x] for row in rows],
+            "y": [row and row[figure.y] for row in rows],
             "name": name,
             "hovertemplate": "%{text}<br>%{x:.4~g}, %{y:.4~g}<extra></extra>",
-            "text": [" ".join(filter(None, (name, _label(figure, row)))) for row in rows],
+            "text": [row and " ".join(filter(None, (name, *_label(figure, row)))) for row in rows],
             "marker": {"color": color, "symbol": symbol, "size": 7},
         }
         if figure.kind == "bar":
@@ -151,8 +154,18 @@ def _axis_type(figure: Figure, is_log: bool) -> str:
     return "category" if figure.kind == "bar" else "log" if is_log else "linear"
 
 
-def _label(figure: Figure, row: Mapping[str, Value]) -> str:
-    return "" if figure.label is None else str(row[figure.label])
+def _label(figure: Figure, row: Mapping[str, Value]) -> list[str]:
+    return [str(row[column]) for column in (figure.label, figure.split) if column is not None]
+
+
+def _break_lines(figure: Figure, rows: Sequence[Mapping[str, Value]]) -> list[Mapping[str, Value] | None]:
+    """Put a None, where Plotly breaks a line, between rows that are not to be joined."""
+    broken: list[Mapping[str, Value] | None] = []
+    for row in rows:
+        if figure.split is not None and broken and (last := broken[-1]) and last[figure.split] != row[figure.split]:
+            broken.append(None)
+        broken.append(row)
+    return broken
 
 
 def _can_stand(value: Value, is_log: bool) -> bool:

@@ -54,7 +54,17 @@ def run(bench: Bench) -> Outcome:
         question="How small does each method make the cache, and what does the model then predict and answer?",
         tables=(Table("methods", "Every method and setting", _COLUMNS, tuple(rows)),),
         figures=(
-            Figure("Loss over size", "methods", "bits_per_value", "kl", "method", "setting", log_x=True, log_y=True),
+            Figure(
+                "Loss over size",
+                "methods",
+                "bits_per_value",
+                "kl",
+                "method",
+                "setting",
+                "data_set",
+                log_x=True,
+                log_y=True,
+            ),
             Figure(
                 "Size over that of 8-bit quantization, and agreement",
                 "methods",
