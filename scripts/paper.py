@@ -16,7 +16,7 @@ from pathlib import Path
 from cachegen import command_line
 from cachegen.coder.cpu import default_num_threads
 from cachegen.comparison.datasets import PromptContext, fit_contexts, read_contexts
-from cachegen.device import DTYPES, resolve_device, resolve_dtype
+from cachegen.device import resolve_device, resolve_dtype
 from cachegen.errors import ConfigError, InputError, OutputError
 from cachegen.experiments.bench import Bench, Prices
 from cachegen.experiments.markdown import format_outcomes
@@ -25,7 +25,6 @@ from cachegen.experiments.registry import EXPERIMENTS, in_order
 from cachegen.experiments.running import find_done, run_experiment
 from cachegen.files import write_file
 from cachegen.methods.transform.profile import load_profile
-from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.hybrids import refuse_states
 from cachegen.pipeline.model import LoadedModel, load_model
 
@@ -48,23 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
         default=[ROOT / "9k_prompts"],
         help="data sets: folders of N.txt with or without questions.json, records (.jsonl), or texts",
     )
-    add("--path_to_calibration", type=Path, default=ROOT / "9k_prompts/calibration", help="the same, to fit methods on")
-    add(
-        "--profile",
-        default=str(ROOT / "models/tiny-mistral/profile"),
-        help="the model's profile, for method transform; none leaves that method out",
-    )
     add("--output_path", type=Path, required=True, help="folder of the results")
     add("--work_path", type=Path, help="folder of caches and of what is measured already; None: OUTPUT_PATH/work")
     add("--num_contexts", type=command_line.positive_int, default=2, help="of each data set")
     add("--num_calibration", type=command_line.positive_int, default=4, help="contexts to fit methods on")
-    add("--num_questions", type=command_line.positive_int, help="ask only the first questions of each context")
-    add(
-        "--context_tokens",
-        type=command_line.positive_int,
-        help="cut a text into contexts of so many tokens, and longer prompts in their middle; None cuts nothing",
-    )
-    add("--chat_template", action="store_true", help="put the prompts of a data set into the model's chat template")
     add(
         "--leave_out",
         nargs="+",
@@ -74,14 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--storage_price", type=command_line.positive_float, default=0.023, help="USD per GB and month")
     add("--gpu_price", type=command_line.positive_float, default=1.0, help="USD per hour of a GPU")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
-    add(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="float32",
-        help="of the model that compares; caches and times are the checkpoint's",
-    )
-    add("--block_size", type=command_line.positive_int, default=DEFAULT_BLOCK_SIZE, help="tokens per prefill step")
+    command_line.add_study_flags(parser, ROOT)
     add("--threads", type=command_line.positive_int, help="that encode and decode; None: all processors")
     add("--overwrite", action="store_true", help="do experiments again that are done")
     command_line.add_common_flags(parser)

@@ -26,10 +26,9 @@ from cachegen.comparison.report import (
     write_plot,
 )
 from cachegen.comparison.schemes import UncompressedScheme, choose_schemes, make_schemes
-from cachegen.device import DTYPES, resolve_device, resolve_dtype
+from cachegen.device import resolve_device, resolve_dtype
 from cachegen.files import write_file
 from cachegen.methods.transform.profile import load_profile
-from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
 from cachegen.pipeline.hybrids import refuse_states
 from cachegen.pipeline.model import LoadedModel, load_model
 
@@ -46,22 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=ROOT / "9k_prompts",
         help="a folder of N.txt with or without questions.json, records of a data set (.jsonl), or a text",
     )
-    add("--path_to_calibration", type=Path, default=ROOT / "9k_prompts/calibration", help="the same, to fit methods on")
-    add(
-        "--profile",
-        default=str(ROOT / "models/tiny-mistral/profile"),
-        help="the model's profile, for method transform; none leaves that method out",
-    )
     add("--output_path", type=Path, required=True, help="folder of the results")
     add("--kv_folder", type=Path, help="folder of saved caches, test/ and calibration/; None: OUTPUT_PATH/kv")
     add("--num_contexts", type=command_line.positive_int, help="measure only the first contexts")
-    add(
-        "--context_tokens",
-        type=command_line.positive_int,
-        help="cut a text into contexts of so many tokens, and longer prompts in their middle; None cuts nothing",
-    )
-    add("--chat_template", action="store_true", help="put the prompts of a data set into the model's chat template")
-    add("--num_questions", type=command_line.positive_int, help="ask only the first questions of each context")
     add("--num_calibration", type=command_line.positive_int, help="fit on the first calibration contexts only")
     add(
         "--schemes",
@@ -85,14 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--no_retrieval", action="store_true", help="ask no questions; a later run without it asks them")
     add("--no_plot", action="store_true", help="draw no plot (it needs matplotlib)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
-    add(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="float32",
-        help="of the model that compares; caches keep the checkpoint's",
-    )
-    add("--block_size", type=command_line.positive_int, default=DEFAULT_BLOCK_SIZE, help="tokens per prefill step")
+    command_line.add_study_flags(parser, ROOT)
     command_line.add_common_flags(parser)
     return parser
 

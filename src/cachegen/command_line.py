@@ -177,6 +177,45 @@ def add_weight_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_study_flags(parser: argparse.ArgumentParser, root: Path) -> None:
+    """Add the flags of a study of a model: what methods are fitted on, how contexts are read, and where the model runs.
+
+    Args:
+        root: of the clone, whose prompts and profile are the defaults.
+    """
+    # Scripts that study nothing need not import these.
+    from cachegen.device import DTYPES
+    from cachegen.pipeline.chunking import DEFAULT_BLOCK_SIZE
+
+    add = parser.add_argument
+    add(
+        "--path_to_calibration",
+        type=Path,
+        default=root / "9k_prompts/calibration",
+        help="contexts to fit methods on, of the kinds of --path_to_context",
+    )
+    add(
+        "--profile",
+        default=str(root / "models/tiny-mistral/profile"),
+        help="the model's profile, for method transform; none leaves that method out",
+    )
+    add("--num_questions", type=positive_int, help="ask only the first questions of each context")
+    add(
+        "--context_tokens",
+        type=positive_int,
+        help="cut a text into contexts of so many tokens, and longer prompts in their middle; None cuts nothing",
+    )
+    add("--chat_template", action="store_true", help="put the prompts of a data set into the model's chat template")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="float32",
+        help="of the model that compares; caches keep the checkpoint's",
+    )
+    add("--block_size", type=positive_int, default=DEFAULT_BLOCK_SIZE, help="tokens per prefill step")
+
+
 def positive_int(text: str) -> int:
     """Parse a flag's value that must be an integer of at least 1; for argparse's `type`."""
     return _bounded_int(text, 1)

@@ -175,10 +175,7 @@ class EncodedFiles:
             BitstreamError: one is corrupt, or the tables are.
             MismatchError: one belongs elsewhere, or the output has other shapes.
         """
-        stops = list(itertools.accumulate(chunk_tokens))
-        hashes: list[bytes | None] = [None] * len(stops)
-        if token_ids is not None:
-            hashes = [bytes.fromhex(digest) for digest in hash_token_prefixes(token_ids, stops)]
+        stops, hashes = _plan_stops(token_ids, chunk_tokens)
         self._prepare(output)
         load_seconds, decode_seconds = self._read_seconds, self._parse_seconds
         encoded_bytes = self._shared_bytes
@@ -241,10 +238,7 @@ class EncodedFiles:
         Raises:
             InputError, BitstreamError, MismatchError: as `decode_into`, before the first layers or between.
         """
-        stops = list(itertools.accumulate(chunk_tokens))
-        hashes: list[bytes | None] = [None] * len(stops)
-        if token_ids is not None:
-            hashes = [bytes.fromhex(digest) for digest in hash_token_prefixes(token_ids, stops)]
+        stops, hashes = _plan_stops(token_ids, chunk_tokens)
         if any(plane.device.type != self._kernels.device.type for plane in output.planes):
             raise ValueError(f"`output` must be on {self._kernels.device.type}, where it is decoded")
         self._prepare(output)
@@ -437,6 +431,16 @@ def copy_cache(source: KVCache, target: KVCache) -> None:
     """Copy tokens between caches of one shape, on any devices."""
     for plane, copied in zip(target.planes, source.planes, strict=True):
         plane.copy_(copied)
+
+
+def _plan_stops(
+    token_ids: torch.Tensor | None, chunk_tokens: Sequence[int]
+) -> tuple[list[int], Sequence[bytes | None]]:
+    """Return the token after each chunk, and the hash of all tokens before that; None where no tokens are given."""
+    stops = list(itertools.accumulate(chunk_tokens))
+    if token_ids is None:
+        return stops, [None] * len(stops)
+    return stops, [bytes.fromhex(digest) for digest in hash_token_prefixes(token_ids, stops)]
 
 
 def _start_decoding(
