@@ -183,6 +183,18 @@ def test_the_script_resumes_and_its_page_shows_all(text, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_text_that_has_changed_is_measured_anew_and_one_that_is_back_is_not_prefilled_again(text, tmp_path, capsys):
+    path, out = Path(text[1]), tmp_path / "out"
+    first = path.read_text()
+    found = []
+    for content in (first, first[::-1], first):
+        path.write_text(content)
+        assert paper.main(["storage-cost", *text, "--quiet"]) == 0, capsys.readouterr().err
+        found.append((out / "storage-cost.json").read_text())
+    assert found[0] != found[1] and found[0] == found[2]
+    assert len(list((out / "work").glob("text-*"))) == 2
+
+
 def test_two_data_sets_of_one_name_are_refused(text, tmp_path, capsys):
     path = text[1]
     assert paper.main(["chunk-length", *text, "--path_to_context", path, path, "--quiet"]) != 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Prices:
     gpu_hour: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bench:
     """A model, and what it is measured on.
 
@@ -67,8 +68,8 @@ class Bench:
             contexts=self.data_sets[data_set],
             calibration=self.calibration,
             schemes=schemes,
-            output=self.work / data_set,
-            kv_folder=self.work / data_set / "kv",
+            output=self._place_of(data_set),
+            kv_folder=self._place_of(data_set) / "kv",
             with_retrieval=with_retrieval,
             block_size=self.block_size,
         )
@@ -79,16 +80,23 @@ class Bench:
 
     def load_first_caches(self) -> list[SavedCache]:
         """Return the cache of each data set's first context."""
-        return [
-            next(iter(load_caches(self.study(data_set, ()), contexts[:1], "test")))
-            for data_set, contexts in self.data_sets.items()
-        ]
+        return [self._load_first(data_set) for data_set in self.data_sets]
 
     def load_first_cache(self) -> SavedCache:
         """Return the cache of the first data set's first context."""
-        return self.load_first_caches()[0]
+        return self._load_first(next(iter(self.data_sets)))
 
-    @property
+    def _load_first(self, data_set: str) -> SavedCache:
+        return next(iter(load_caches(self.study(data_set, ()), self.data_sets[data_set][:1], "test")))
+
+    def _place_of(self, data_set: str) -> Path:
+        """Return a folder that no other texts of that name have, nor another model."""
+        digest = hashlib.sha256(f"{self.loaded.fingerprint} {self.block_size}".encode())
+        for context in [*self.data_sets[data_set], *self.calibration]:
+            digest.update(f"{context.name} ".encode() + tokenize_context(self.loaded, context).numpy().tobytes())
+        return self.work / f"{data_set}-{digest.hexdigest()[:12]}"
+
+    @functools.cached_property
     def identity(self) -> str:
         """A hash of the model, the texts and the profile: experiments are done again when it changes."""
         digest = hashlib.sha256(f"{self.loaded.fingerprint} {self.loaded.dtype} {self.block_size}".encode())

@@ -5,6 +5,7 @@ Bytes are those of files in a folder, decoded as the scripts decode them.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
 import time
@@ -74,8 +75,9 @@ class Times:
     encodings: tuple[EncodingTimes, ...]
 
 
+@functools.cache
 def measure_times(bench: Bench) -> Times:
-    """Measure the first context; prefills and decodings alternate."""
+    """Measure the first context, once; prefills and decodings alternate."""
     saved, loaded = bench.load_first_cache(), bench.load_for_prefill()
     token_ids = saved.metadata.token_ids
     output = from_planes([torch.empty_like(plane) for plane in saved.cache.planes])
