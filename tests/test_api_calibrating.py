@@ -146,7 +146,7 @@ def test_the_bundled_profile_is_saved_as_it_was(tmp_path):
         assert content == (folder / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("name", ["synthesis.safetensors.zlib", "analysis.safetensors", "profile.json"])
+@pytest.mark.parametrize("name", ["synthesis.zlib", "analysis.safetensors", "profile.json"])
 def test_a_damaged_profile_is_refused_by_its_files_name(profile, model, tmp_path, name):
     profile.save(tmp_path / "profile")
     api.compress(run_model(model, CONTEXTS[0]), CONTEXTS[0], model, FINE, profile=profile).save(tmp_path / "encoded")

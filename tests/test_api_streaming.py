@@ -144,8 +144,8 @@ def test_a_profile_of_its_own_is_published_with_a_cache_and_fetched_from_there(t
     opened = api.load(tmp_path / "store", level=1)
     assert are_equal(planes_of_cache(opened.to_cache(load_plain(), PROMPT)), planes_of_cache(expected))
     place = tmp_path / "store" / "profiles" / one.own_profile.profile_hash
-    assert sorted(path.name for path in place.iterdir()) == ["profile.json", "synthesis.safetensors.zlib"]
-    (place / "synthesis.safetensors.zlib").write_bytes(b"damaged")
+    assert sorted(path.name for path in place.iterdir()) == ["profile.json", "synthesis.zlib"]
+    (place / "synthesis.zlib").write_bytes(b"damaged")
     api.load(tmp_path / "store", level=1).to_cache(load_plain(), PROMPT)  # from memory
     monkeypatch.setattr(remote, "_PROFILES", ProfileFetcher())
     reports: list[LoadResult] = []

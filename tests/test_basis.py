@@ -7,7 +7,7 @@ import torch
 
 from cachegen.calibration.basis import LEAST_ROW_LEVELS, RIDGE, ROUNDING_SHARE, fit_basis, weigh
 from cachegen.errors import InputError
-from cachegen.methods.transform.profile import round_rows
+from cachegen.methods.transform.integer_rows import IntegerRows
 
 NUM_CHANNELS = 48
 
@@ -69,7 +69,8 @@ def test_without_weights_the_matrices_are_orthogonal(covariance):
 
 def test_rows_are_integers_of_16_bits_and_coarser_where_components_are_smaller(covariance, fisher):
     basis = fit_basis(covariance, fisher, finest_step=0.5)
-    integers, exponents = round_rows(basis.synthesis, basis.channel_exponents)
+    made = IntegerRows.of(basis.synthesis, basis.channel_exponents)
+    integers, exponents = made.integers, made.row_exponents
     rows = integers.double() * torch.exp2(exponents.double())[:, None]
     assert (rows * torch.exp2(basis.channel_exponents.double())).equal(basis.synthesis.double())
     assert exponents[0] < exponents[-1] and integers[-1].abs().max() >= LEAST_ROW_LEVELS

@@ -22,7 +22,8 @@ CHUNKS = (40, 7, 33)
 class OneGroup(CpuKernels):
     """Kernels that decode the components of one group at a time."""
 
-    components_at_a_time = 0
+    def components_at_a_time(self, num_threads: int) -> int:
+        return 0
 
 
 PROFILE = make_profile([(2, 8)] * 8, (1, 2, 1))

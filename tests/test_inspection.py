@@ -175,7 +175,7 @@ class TestProfiles:
         ]
         one, other = ({**profile, "path": None} for profile in record["profiles"])
         assert one == other and one["num_layers"] == 6 and one["can_encode"] and record["problems"] == []
-        sizes = [(zoo / "fine" / name).stat().st_size for name in ("profile.json", "synthesis.safetensors.zlib")]
+        sizes = [(zoo / "fine" / name).stat().st_size for name in ("profile.json", "synthesis.zlib")]
         assert one["bytes"] == sum(sizes) and 0 < one["finest_kl"] < one["finest_bits_per_value"]
         assert look(capsys, "inspect", zoo / "fine") == {**record["profiles"][0], "problems": []}
 
@@ -213,7 +213,7 @@ class TestProfiles:
         assert run_publishing.main([*argv, str(tmp_path / "encoded")]) == 0
         record = look(capsys, "inspect", tmp_path / "s")
         assert record["profile_hashes"] == [profile.profile_hash] and record["problems"] == []
-        (tmp_path / "s" / "profiles" / profile.profile_hash / "synthesis.safetensors.zlib").write_bytes(b"")
+        (tmp_path / "s" / "profiles" / profile.profile_hash / "synthesis.zlib").write_bytes(b"")
         assert command.main(["verify", str(tmp_path / "s")]) == 4
         encode_document(
             make_encoder(load_config(ROOT / "config" / "uniform_4bit.json"), cache, metadata, (90,)), tmp_path / "plain"

@@ -9,6 +9,7 @@ import torch
 from cachegen.coder import cpu
 from cachegen.methods.rotary import Turns
 from cachegen.methods.transform import integers
+from cachegen.methods.transform.integer_rows import IntegerRows
 from cachegen.methods.transform.integers import IntegerMatrix, make_integer_matrix, measure_synthesis, synthesize
 from cachegen.rotation import Rotation
 
@@ -41,7 +42,14 @@ class Group:
         self.components = drawn.round().to(torch.int32)
 
     def matrix(self, step: float = 1.0) -> IntegerMatrix:
-        parts = (self.synthesis, self.mean, self.deviations, self.channels, step, self.components.shape[1])
+        parts = (
+            IntegerRows.of(self.synthesis),
+            self.mean,
+            self.deviations,
+            self.channels,
+            step,
+            self.components.shape[1],
+        )
         made = make_integer_matrix(*parts)
         assert made is not None
         return made
@@ -187,7 +195,7 @@ def test_a_matrix_that_bytes_lose_too_much_of_is_not_made() -> None:
     # A channel that one component alone reaches far into: its unit is too coarse for all others.
     group.synthesis[300] *= 2000
     group.deviations[:] = 30.0
-    parts = (group.synthesis, group.mean, group.deviations, group.channels, 1.0, 400)
+    parts = (IntegerRows.of(group.synthesis), group.mean, group.deviations, group.channels, 1.0, 400)
     assert make_integer_matrix(*parts) is None
 
 

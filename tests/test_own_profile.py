@@ -69,7 +69,7 @@ def test_inspect_counts_it_and_names_its_damage(kv_path, tmp_path, capsys):
     record = inspect(str(tmp_path / "out"))
     assert record["bytes"] == expected["encoded_bytes"] and record["problems"] == []
     assert record["bytes_by_part"]["profile"] == expected["bytes_by_part"]["profile"]
-    (tmp_path / "out" / OWN_PROFILE_FOLDER / "synthesis.safetensors.zlib").write_bytes(b"damaged")
+    (tmp_path / "out" / OWN_PROFILE_FOLDER / "synthesis.zlib").write_bytes(b"damaged")
     assert "has changed" in inspect(str(tmp_path / "out"))["problems"][0]
 
 
@@ -110,7 +110,7 @@ def test_a_folder_that_is_refused_stays_as_it_was(kv_path, tmp_path, capsys):
     assert read_folder(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("name", ["synthesis.safetensors.zlib", "analysis.safetensors"])
+@pytest.mark.parametrize("name", ["synthesis.zlib", "analysis.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"damaged"])
 def test_a_damaged_one_is_made_again(kv_path, tmp_path, name, content):
     assert encode(kv_path, tmp_path / "out") == 0

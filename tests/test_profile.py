@@ -18,10 +18,9 @@ from safetensors.torch import save as save_tensors
 
 from cachegen.errors import BitstreamError, CacheGenError, InputError, MismatchError, UnsupportedVersionError
 from cachegen.kv_cache import RotaryEmbedding
+from cachegen.methods.transform.integer_rows import MAX_CHANNEL_EXPONENT, MAX_ROW_EXPONENT, DeflatedRows, IntegerRows
 from cachegen.methods.transform.profile import (
     ANALYSIS_NAME,
-    MAX_CHANNEL_EXPONENT,
-    MAX_ROW_EXPONENT,
     PROFILE_NAME,
     SYNTHESIS_NAME,
     CurvePoint,
@@ -29,7 +28,6 @@ from cachegen.methods.transform.profile import (
     TransformGroup,
     check_profile,
     load_profile,
-    round_rows,
     save_profile,
 )
 
@@ -71,11 +69,34 @@ def rewrite(folder: Path, change: Any) -> None:
 
 
 def replace_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor] | bytes) -> None:
-    """Replace a tensor file, with the hash that the JSON gives."""
-    content = tensors if isinstance(tensors, bytes) else save_tensors(tensors)
-    content = zlib.compress(content) if name == SYNTHESIS_NAME else content
-    (folder / name).write_bytes(content)
+    """Replace the analysis file, or the first stream of the synthesis file, with its hash in the JSON."""
+    if name == ANALYSIS_NAME:
+        content = tensors if isinstance(tensors, bytes) else save_tensors(tensors)
+        (folder / name).write_bytes(content)
+    elif isinstance(tensors, bytes):
+        replace_streams(folder, [tensors])
+    else:
+        replace_streams(folder, [save_tensors(tensors)])
+    content = (folder / name).read_bytes()
     rewrite(folder, lambda record: record["sha256"].update({name: hashlib.sha256(content).hexdigest()}))
+
+
+def replace_streams(folder: Path, inflated: list[bytes]) -> None:
+    """Replace the first streams of the synthesis file."""
+    record, content = json.loads((folder / PROFILE_NAME).read_text()), (folder / SYNTHESIS_NAME).read_bytes()
+    streams: list[bytes] = []
+    for length in (record["vectors_bytes"], *(group["matrix_bytes"] for group in record["groups"])):
+        streams.append(content[:length])
+        content = content[length:]
+    streams[: len(inflated)] = map(zlib.compress, inflated)
+
+    def announce(record: dict[str, Any]) -> None:
+        record["vectors_bytes"] = len(streams[0])
+        for group, stream in zip(record["groups"], streams[1:], strict=True):
+            group["matrix_bytes"] = len(stream)
+
+    rewrite(folder, announce)
+    (folder / SYNTHESIS_NAME).write_bytes(b"".join(streams))
 
 
 def tensors_of(profile: Profile, name: str) -> dict[str, torch.Tensor]:
@@ -85,14 +106,11 @@ def tensors_of(profile: Profile, name: str) -> dict[str, torch.Tensor]:
             assert group.analysis is not None
             tensors[f"analysis.{index}"] = group.analysis
         else:
-            of_channels = torch.zeros(group.num_channels, dtype=torch.int8)
-            rows, exponents = round_rows(group.synthesis, of_channels)
+            made = IntegerRows.of(group.synthesis)
             tensors |= {
                 f"mean.{index}": group.mean,
-                f"synthesis_high.{index}": ((rows - rows.to(torch.int8)) >> 8).to(torch.int8),
-                f"synthesis_low.{index}": rows.to(torch.int8),
-                f"row_exponents.{index}": exponents,
-                f"channel_exponents.{index}": of_channels,
+                f"row_exponents.{index}": made.row_exponents,
+                f"channel_exponents.{index}": made.channel_exponents,
                 f"scale_logs.{index}": group.scale_logs,
             }
     return tensors
@@ -124,7 +142,8 @@ class TestRoundTrip:
 
     def test_integers_times_powers_of_two_keep_their_digits(self):
         rows = torch.tensor([[3.0, -5.0, 0.0], [96.0, -160.0, 32.0], [0.0, 0.0, 0.0], [2.0**-30, 0.0, 2.0**-20]])
-        integers, exponents = round_rows(rows, torch.zeros(3, dtype=torch.int8))
+        made = IntegerRows.of(rows)
+        integers, exponents = made.integers, made.row_exponents
         assert exponents.tolist()[:2] == [0, 5] and integers[:2].tolist() == [[3, -5, 0], [3, -5, 1]]
         assert integers[2].tolist() == [0, 0, 0] and integers[3].tolist() == [1, 0, 1 << 10]
 
@@ -233,6 +252,8 @@ WRONG: dict[str, list[Any]] = {
     "groups.0.first_layer": [None, "0", 1, -1, 3, 0.0, False],
     "groups.0.num_layers": [None, "2", 0, 1, 3, -1, 2.0, True, 1 << 64],
     "groups.0.num_components": [None, "20", 0, 19, 21, 65, -1, 20.0, True, 1 << 64],
+    "groups.0.matrix_bytes": [None, "20", 0, 1, 19, -1, 20.0, True, 1 << 31, 1 << 64],
+    "vectors_bytes": [None, "20", 0, 1, 19, -1, 20.0, True, 1 << 31, 1 << 64],
     "curve": [None, 1, "x", [1], [{}], [None]],
     "curve.0.step_log": [None, "1", 1.5, True, 1 << 15, -(1 << 15)],
     "curve.0.bits_per_value": [None, "1", True, [1.0], 10**400],
@@ -375,8 +396,44 @@ class TestHostile:
 
     def test_a_file_that_grows_without_bounds_is_refused(self, folder):
         replace_tensors(folder, SYNTHESIS_NAME, bytes(1 << 28))
-        with pytest.raises(BitstreamError, match=r"holds more than the \d+ bytes that profile.json announces"):
+        with pytest.raises(BitstreamError, match=r"holds more than the \d+ bytes that are announced"):
             load_profile(folder)
+
+    @pytest.mark.parametrize(
+        ("inflated", "problem"),
+        [
+            (bytes(1 << 20), "holds more than the 2560 bytes that are announced"),
+            (bytes(2 * 20 * 64 - 1), r"holds 2559 bytes, a matrix \[20, 64\] has 2560"),
+            (b"", "holds 0 bytes"),
+        ],
+        ids=["much more", "less", "nothing"],
+    )
+    def test_a_matrix_of_another_size_is_refused_when_it_is_wanted(self, folder, inflated, problem):
+        vectors = save_tensors(tensors_of(make_profile(), SYNTHESIS_NAME))
+        replace_streams(folder, [vectors, inflated])
+        content = (folder / SYNTHESIS_NAME).read_bytes()
+        rewrite(folder, lambda record: record["sha256"].update({SYNTHESIS_NAME: hashlib.sha256(content).hexdigest()}))
+        profile = load_profile(folder)
+        with pytest.raises(BitstreamError, match=rf"{SYNTHESIS_NAME}, field synthesis\.0: {problem}"):
+            profile.check()
+
+    def test_a_matrix_gets_only_the_bytes_of_its_stream(self, folder):
+        def move(record: dict[str, Any], count: int) -> None:
+            record["groups"][0]["matrix_bytes"] -= count
+            record["groups"][1]["matrix_bytes"] += count
+
+        rewrite(folder, lambda record: move(record, 1))
+        with pytest.raises(BitstreamError, match=r"synthesis\.0: is truncated"):
+            load_profile(folder).check()
+        rewrite(folder, lambda record: move(record, -2))
+        with pytest.raises(BitstreamError, match=r"synthesis\.0: is followed by other bytes"):
+            load_profile(folder).check()
+
+    def test_a_matrix_is_refused_where_its_stream_could_not_hold_it(self, folder):
+        rows = load_profile(folder).groups[0].stored_synthesis
+        assert isinstance(rows, DeflatedRows)
+        with pytest.raises(BitstreamError, match="too short"):
+            dataclasses.replace(rows, shape=torch.Size((1 << 16, 1 << 16))).inflate()
 
     @pytest.mark.parametrize("logs", [[1, 2], [32767, 1], [1, -32768], [-1, -20000]])
     def test_scales_that_increase_or_lie_beyond_their_range_are_refused(self, folder, logs):

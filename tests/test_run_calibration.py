@@ -63,7 +63,7 @@ class TestResults:
         assert sorted(path.name for path in output.iterdir()) == [
             "analysis.safetensors",
             "profile.json",
-            "synthesis.safetensors.zlib",
+            "synthesis.zlib",
         ]
         assert (record["stage"], record["profile_hash"]) == ("profile", profile.profile_hash)
         assert record["profile_bytes"] == profile.num_bytes
@@ -132,7 +132,7 @@ class TestInterruption:
         assert run_calibration.main([*argv, "--no_curve", "--quiet", "--seed", "1", "--overwrite"]) == 0
         assert load_profile(output).profile_hash != before
 
-    @pytest.mark.parametrize("name", ["analysis.safetensors", "synthesis.safetensors.zlib", "profile.json"])
+    @pytest.mark.parametrize("name", ["analysis.safetensors", "synthesis.zlib", "profile.json"])
     def test_a_damaged_profile_is_made_again_and_the_script_says_so(self, argv, output, capsys, name):
         assert run_calibration.main([*argv, "--no_curve", "--quiet"]) == 0
         whole = {path.name: path.read_bytes() for path in output.iterdir()}

@@ -299,10 +299,10 @@ class TestTransform:
 
     def test_a_damaged_profile_is_named(self, argv, refuse, transformed, tmp_path):
         folder = Path(shutil.copytree(transformed.profile, tmp_path / "profile"))
-        content = (folder / "synthesis.safetensors.zlib").read_bytes()
-        (folder / "synthesis.safetensors.zlib").write_bytes(content[:-1])
+        content = (folder / "synthesis.zlib").read_bytes()
+        (folder / "synthesis.zlib").write_bytes(content[:-1])
         error = refuse(run_decoding_disk.main, [*argv[:-1], folder], 4)
-        assert "profile/synthesis.safetensors.zlib" in error and "tables.cgt" not in error
+        assert "profile/synthesis.zlib" in error and "tables.cgt" not in error
 
     def test_a_config_of_the_method_is_accepted_and_of_another_refused(self, argv, capsys, refuse, prefilled):
         decode_to_json(argv, capsys, "--quantization_config", prefilled.folder / "transform.json")

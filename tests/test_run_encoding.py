@@ -423,7 +423,7 @@ class TestTransformRefusals:
         error = refuse(run_encoding.main, [*transform_argv, "--profile", tmp_path / "nowhere"], 3)
         assert "nowhere/profile.json: no such file (--profile takes a folder" in error
 
-    @pytest.mark.parametrize("name", ["profile.json", "synthesis.safetensors.zlib", "analysis.safetensors"])
+    @pytest.mark.parametrize("name", ["profile.json", "synthesis.zlib", "analysis.safetensors"])
     def test_a_damaged_profile(self, transform_argv, profile_path, refuse, name):
         content = (profile_path / name).read_bytes()
         (profile_path / name).write_bytes(content[: len(content) // 2])

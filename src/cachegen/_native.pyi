@@ -164,7 +164,9 @@ def multiply_bytes(
     path: CpuPath,
 ) -> NDArray[np.uint8]: ...
 def pack_synthesis(
-    synthesis: NDArray[np.float32],
+    integers: NDArray[np.int16],
+    row_factors: NDArray[np.float32],
+    channel_factors: NDArray[np.float32],
     powers: NDArray[np.float32],
     means: NDArray[np.float32],
     plane_channels: list[int],

@@ -89,6 +89,7 @@ def _describe_profile(folder: Path) -> dict[str, Any]:
             profile = load_profile(folder, for_encoding=True)
         except InputError:  # without what only encoders read
             profile = load_profile(folder)
+        profile.check()
     except (InputError, BitstreamError) as error:
         return record | {"problems": [str(error)]}
     return record | profile.describe() | {"problems": []}

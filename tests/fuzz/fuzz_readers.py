@@ -126,7 +126,12 @@ def test_profile(data: bytes) -> None:
     record, tensors = good_profile()
     if data[:1] and data[0] % 4 == 1:  # other tensors, whose hash the record names
         content = data[1:]
-        record = {**record, "sha256": {**record["sha256"], profile.SYNTHESIS_NAME: hashlib.sha256(content).hexdigest()}}
+        first, second = record["groups"]
+        begin = min(record["vectors_bytes"], len(content))
+        middle = min(begin + first["matrix_bytes"], len(content))
+        groups = [first | {"matrix_bytes": middle - begin}, second | {"matrix_bytes": len(content) - middle}]
+        hashes = {**record["sha256"], profile.SYNTHESIS_NAME: hashlib.sha256(content).hexdigest()}
+        record = {**record, "vectors_bytes": begin, "groups": groups, "sha256": hashes}
         (FOLDER / "profile" / profile.SYNTHESIS_NAME).write_bytes(content)
         text = json.dumps(record).encode()
     else:
@@ -135,6 +140,7 @@ def test_profile(data: bytes) -> None:
     (FOLDER / "profile" / profile.PROFILE_NAME).write_bytes(text)
     try:
         loaded = profile.load_profile(FOLDER / "profile", for_encoding=True)
+        loaded.check()
     except CacheGenError as error:
         check_message(error, FOLDER / "profile")
         return

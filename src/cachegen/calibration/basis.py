@@ -15,7 +15,8 @@ from typing import Literal, cast
 import torch
 
 from cachegen.errors import InputError
-from cachegen.methods.transform.profile import MAX_CHANNEL_EXPONENT, MAX_INTEGER, SCALE_LOGS_PER_OCTAVE
+from cachegen.methods.transform.integer_rows import MAX_CHANNEL_EXPONENT, MAX_INTEGER
+from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE
 
 Weights = Literal["fisher", "diagonal", "none"]
 WEIGHTS: tuple[Weights, ...] = ("fisher", "diagonal", "none")

@@ -19,13 +19,16 @@ class CpuKernels:
     device = torch.device("cpu")
     chunks_in_flight = 0
     multiplies_batches = False  # each group's matrix stays in the caches
-    components_at_a_time = 2 << 20  # so that streams of a large model's layers are decoded by fours
 
     load_tables = staticmethod(cpu.load_tables)
     pack_tables = staticmethod(cpu.pack_tables)
     measure = staticmethod(cpu.measure)
     encode = staticmethod(cpu.encode)
     encode_components = staticmethod(components.encode_components)
+
+    def components_at_a_time(self, num_threads: int) -> int:
+        """See `Kernels`: a stream or two for each thread."""
+        return max(1 << 20, num_threads << 19)
 
     def start_decode(
         self,

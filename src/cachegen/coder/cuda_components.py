@@ -30,9 +30,6 @@ class ComponentKernels:
     decodes, the next one is checked and copied to the GPU."""
 
     multiplies_batches = True
-    components_at_a_time = 64 << 20
-    """How many integers the codec should let these kernels decode at a time: a warp decodes a stream, and the streams
-    of one group alone are too few for a GPU. They take 256 MiB."""
 
     def __init__(self, module: ModuleType, device: torch.device) -> None:
         """Wrap a module.
@@ -47,6 +44,11 @@ class ComponentKernels:
     @property
     def device(self) -> torch.device:
         return self._device
+
+    def components_at_a_time(self, num_threads: int) -> int:
+        """See `Kernels`: a warp decodes a stream, and those of one group are too few for a GPU. They take 256 MiB."""
+        del num_threads
+        return 64 << 20
 
     def _transfers(self, device: torch.device) -> Transfers:
         if device not in self._transfers_of:

@@ -25,7 +25,6 @@ class Kernels(Protocol):
     Attributes:
         device: where the tensors are that they take.
         chunks_in_flight: how many chunks they can have begun and not ended.
-        components_at_a_time: how many integers they should be given to decode at a time; 0: one group, however large.
         multiplies_batches: whether matrix products of many groups of layers are best one product.
     """
 
@@ -34,9 +33,11 @@ class Kernels(Protocol):
     @property
     def chunks_in_flight(self) -> int: ...
     @property
-    def components_at_a_time(self) -> int: ...
-    @property
     def multiplies_batches(self) -> bool: ...
+
+    def components_at_a_time(self, num_threads: int) -> int:
+        """Return how many integers they should be given to decode at a time; 0: one group, however large."""
+        ...
 
     def load_tables(
         self, content: bytes, planes: Sequence[PlaneLayout], plane_table_bytes: Sequence[int], num_threads: int = 1

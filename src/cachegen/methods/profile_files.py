@@ -62,6 +62,14 @@ class AnyProfile(Protocol):
         """Return what there is to say of it, for people."""
         ...
 
+    def check(self) -> None:
+        """Read what loading has left until it is wanted.
+
+        Raises:
+            BitstreamError: a file holds something else than profile.json says.
+        """
+        ...
+
 
 def folder_reader(folder: str | os.PathLike[str]) -> ReadFile:
     """Return what reads the files of a profile's folder.

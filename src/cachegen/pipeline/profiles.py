@@ -105,7 +105,7 @@ def read_decoding_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
         files[name] = read_from_folder(name, max_bytes)
         return files[name]
 
-    read_profile(read, os.fspath(folder))
+    read_profile(read, os.fspath(folder)).check()
     return {**{name: files[name] for name in files if name != PROFILE_NAME}, PROFILE_NAME: files[PROFILE_NAME]}
 
 

@@ -42,11 +42,14 @@ int64_t sparse_place(int64_t channel) {
 
 class BlockPacker {
   public:
-    BlockPacker(const SynthesisRows& rows, const Block& block) : rows_(rows), block_(block) {
+    // num_rows: that are looked at.
+    BlockPacker(const SynthesisRows& rows, const Block& block, int64_t num_rows)
+        : rows_(rows), block_(block), values_(num_rows * kBlockChannels, 0.0f) {
+        for (int64_t k = 0; k < num_rows; ++k) read_row(k);
         float largest[kBlockChannels] = {};
         for (int64_t k = 0; k < rows.num_components; ++k) {
             const float* const row = row_of(k);
-            for (int64_t c = 0; c < block.num_channels; ++c) largest[c] = std::max(largest[c], std::fabs(row[c]));
+            for (int64_t c = 0; c < kBlockChannels; ++c) largest[c] = std::max(largest[c], std::fabs(row[c]));
         }
         for (int64_t c = 0; c < kBlockChannels; ++c) {
             unit_[c] = largest[c] > 0 ? largest[c] / kDenseLimit : 1.0f;
@@ -66,11 +69,11 @@ class BlockPacker {
             const float* const row = row_of(k);
             const float power = rows_.powers[k];
             const float quantized = k < rows_.num_components ? std::min(power, most) : power;
-            for (int64_t c = 0; c < block_.num_channels; ++c) lost[c] += row[c] * row[c] * quantized;
+            for (int64_t c = 0; c < kBlockChannels; ++c) lost[c] += row[c] * row[c] * quantized;
             if (k >= rows_.num_components) continue;
             while (choice + 1 < kNumChoices && k >= kFineChoices[choice + 1]) ++choice;
-            float scaled[kBlockChannels] = {};
-            for (int64_t c = 0; c < block_.num_channels; ++c) scaled[c] = row[c] * inverse_[c];
+            float scaled[kBlockChannels];
+            for (int64_t c = 0; c < kBlockChannels; ++c) scaled[c] = row[c] * inverse_[c];
             if (k < rows_.num_dense) {
                 uint8_t* const bytes = dense + k / kQuad * kQuad * kBlockChannels + k % kQuad;
                 for (int64_t c = 0; c < kBlockChannels; ++c) {
@@ -105,7 +108,7 @@ class BlockPacker {
             uint8_t* const bytes = fine + k / kQuad * kQuad * kBlockChannels + k % kQuad;
             for (int64_t c = 0; c < kBlockChannels; ++c) {
                 float rest = 0;
-                if (k < rows_.num_components && c < block_.num_channels) {
+                if (k < rows_.num_components) {
                     const float scaled = row_of(k)[c] * inverse_[c];
                     rest = rounded((scaled - rounded(scaled)) * kFineUnits);
                 }
@@ -123,10 +126,20 @@ class BlockPacker {
     }
 
   private:
-    const float* row_of(int64_t k) const { return rows_.synthesis + k * rows_.num_channels + block_.first_channel; }
+    // What is behind the block's last channel stays zero.
+    void read_row(int64_t k) {
+        float* const row = values_.data() + k * kBlockChannels;
+        const int64_t begin = k * rows_.num_channels + block_.first_channel;
+        const float* const of_channels = rows_.channel_factors + block_.first_channel;
+        for (int64_t c = 0; c < block_.num_channels; ++c)
+            row[c] = static_cast<float>(rows_.integers[begin + c]) * rows_.row_factors[k] * of_channels[c];
+    }
+
+    const float* row_of(int64_t k) const { return values_.data() + k * kBlockChannels; }
 
     const SynthesisRows& rows_;
     const Block& block_;
+    std::vector<float> values_;
     float unit_[kBlockChannels], inverse_[kBlockChannels];
 };
 
@@ -150,7 +163,7 @@ PackedSynthesis pack_synthesis(const SynthesisRows& rows, const std::vector<int6
     packed.means.assign(num_blocks * kBlockChannels, 0.0f);
     std::vector<double> shares(num_blocks * kNumChoices, 0.0);
     parallel_for(num_blocks, num_threads, [&](int64_t i) {
-        const BlockPacker packer(rows, blocks[i]);
+        const BlockPacker packer(rows, blocks[i], rows.num_rows);
         packer.pack(packed.dense.data() + i * dense_bytes, packed.sparse.data() + i * sparse_bytes,
                     shares.data() + i * kNumChoices);
         packer.scale(packed.factors.data() + i * kBlockChannels, packed.means.data() + i * kBlockChannels);
@@ -162,10 +175,13 @@ PackedSynthesis pack_synthesis(const SynthesisRows& rows, const std::vector<int6
         packed.share /= static_cast<double>(std::max<int64_t>(rows.num_channels, 1));
         if (packed.share <= max_share || packed.num_fine == rows.num_dense) break;
     }
+    if (packed.num_fine == 0) return packed;
     const int64_t fine_bytes = packed.num_fine * kBlockChannels;
     packed.fine.assign(num_blocks * fine_bytes, kDenseBias);
     parallel_for(num_blocks, num_threads, [&](int64_t i) {
-        BlockPacker(rows, blocks[i]).pack_fine(packed.fine.data() + i * fine_bytes, packed.num_fine);
+        // Units are those of all components.
+        BlockPacker(rows, blocks[i], rows.num_components)
+            .pack_fine(packed.fine.data() + i * fine_bytes, packed.num_fine);
     });
     return packed;
 }

@@ -13,9 +13,12 @@ namespace cachegen {
 constexpr int64_t kFineChoices[] = {0, 4, 8, 16, 32, 64, 128};
 
 // What is to be packed: synthesis [num_rows][num_channels], of which the first num_components are coded, with the
-// squares of all components' deviations, and mean [num_channels].
+// squares of all components' deviations, and mean [num_channels]. The matrix is integers times a power of two for each
+// row and one for each channel, as a profile has it.
 struct SynthesisRows {
-    const float* synthesis = nullptr;
+    const int16_t* integers = nullptr;
+    const float* row_factors = nullptr;
+    const float* channel_factors = nullptr;
     const float* powers = nullptr;
     const float* means = nullptr;
     int64_t num_rows = 0;

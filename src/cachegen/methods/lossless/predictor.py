@@ -115,6 +115,9 @@ class Predictor:
         shapes = [[plane for layer in group for plane in pairs[layer]] for group in self.layer_groups]
         return unpack_models(self.packed, shapes)
 
+    def check(self) -> None:
+        """See `AnyProfile.check`: all is read when it is loaded."""
+
     def describe(self) -> dict[str, object]:
         """Return what there is to say of it, for people."""
         return {

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cachegen import _native
 from cachegen.coder.cpu import DTYPES, native_path
 from cachegen.methods.rotary import Angles
-from cachegen.methods.transform.integers import ChannelSizes, align, describe_planes
+from cachegen.methods.transform.integers import ChannelSizes, describe_planes
 from cachegen.rotation import Rotation
 
 MAX_SHARE = 0.005
@@ -145,7 +145,7 @@ def _round(
     error = float(np.square(errors).mean())
     max_square = MAX_TOKEN_SHARE * steps[-1] ** 2 / error if error > 0 else math.inf
     scales = (worth / np.float32(steps[0])).astype(np.float32)
-    parts = (align(entries), align(low_entries), scales, corrections, low_corrections)
+    parts = (entries, low_entries, scales, corrections, low_corrections)
     return ByteAnalysis(parts, (1 / units).numpy(), copies, int(min(max_square, 2**62)))
 
 

@@ -166,7 +166,7 @@ class TransformDocument(Document):
         parts: list[DecodingPart] = []
         starts, offsets = [0] * len(chunks), [0] * len(chunks)
         widths = [coding.num_components for coding in codings[-1]]
-        for batch in _batch_groups(widths, headers[-1].tokens_of_groups, kernels.components_at_a_time):
+        for batch in _batch_groups(widths, headers[-1].tokens_of_groups, kernels.components_at_a_time(num_threads)):
             streams: list[Sequence[StreamEntry]] = []
             payloads: list[memoryview | bytes] = []
             for level, (chunk, header) in enumerate(zip(chunks, headers, strict=True)):

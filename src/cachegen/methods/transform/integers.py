@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cachegen import _native
 from cachegen.coder.cpu import DTYPES, native_path
 from cachegen.methods.rotary import Angles
+from cachegen.methods.transform.integer_rows import IntegerRows
 from cachegen.rotation import Rotation
 
 DENSE_DEVIATION = 0.7
@@ -65,7 +66,7 @@ def has_integer_synthesis(path: str | None = None) -> bool:
 
 
 def make_integer_matrix(
-    synthesis: torch.Tensor,
+    synthesis: IntegerRows,
     mean: torch.Tensor,
     deviations: torch.Tensor,
     plane_channels: Sequence[int],
@@ -76,7 +77,7 @@ def make_integer_matrix(
     """Round a synthesis matrix to bytes, with a scale for each channel.
 
     Args:
-        synthesis: fp32 `[components of the group, num_channels]`, on the CPU.
+        synthesis: `[components of the group, num_channels]`.
         mean: fp32 `[num_channels]`.
         deviations: of all components, fp32, not increasing.
         plane_channels: channels of each plane.
@@ -88,7 +89,9 @@ def make_integer_matrix(
     """
     num_dense = _choose_dense(deviations[:num_components] / step)
     parts, share = _native.pack_synthesis(
-        synthesis.contiguous().numpy(),
+        synthesis.integers.numpy(),
+        synthesis.row_factors.numpy(),
+        synthesis.channel_factors.numpy(),
         deviations.square().numpy(),
         mean.contiguous().numpy(),
         list(plane_channels),
@@ -100,13 +103,7 @@ def make_integer_matrix(
     )
     if share > MAX_INTEGER_SHARE:
         return None
-    return IntegerMatrix((*parts[:3], *map(align, parts[3:])), share)
-
-
-def align(array: NDArray[Any]) -> NDArray[Any]:
-    """Return a copy that begins with a cache line: vectors that cross lines take twice as long to load."""
-    aligned = torch.empty(array.shape, dtype=torch.as_tensor(array).dtype)
-    return np.copyto(aligned.numpy(), array) or aligned.numpy()
+    return IntegerMatrix(parts, share)
 
 
 def _choose_dense(deviations: torch.Tensor) -> int:

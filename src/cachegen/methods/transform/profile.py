@@ -1,7 +1,8 @@
 """What calibration learnt about a model: the transform's bases, its components' scales, and the measured curve.
 
-A profile is a folder: `profile.json`, `synthesis.safetensors.zlib`, which every decoder needs, and
-`analysis.safetensors`, which only encoders read. The JSON holds the SHA-256 of both, and its own SHA-256 is the
+A profile is a folder: `profile.json`, `synthesis.zlib`, which every decoder needs, and
+`analysis.safetensors`, which only encoders read. The matrices of groups of layers are compressed one by one, and
+stay so until they are wanted. The JSON holds the SHA-256 of both, and its own SHA-256 is the
 profile's hash, which stands in every chunk. Nothing in the folder can run. docs/profile.md is the specification.
 """
 
@@ -12,11 +13,10 @@ import hashlib
 import itertools
 import math
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -43,9 +43,17 @@ from cachegen.methods.profile_files import (
     refuse_other,
     write_files,
 )
+from cachegen.methods.transform.integer_rows import (
+    MAX_CHANNEL_EXPONENT,
+    MAX_ROW_EXPONENT,
+    DeflatedRows,
+    IntegerRows,
+    deflate,
+    inflate_pieces,
+)
 from cachegen.rotation import PlaneRotations, pack_rotations, read_rotations
 
-SYNTHESIS_NAME = "synthesis.safetensors.zlib"
+SYNTHESIS_NAME = "synthesis.zlib"
 ANALYSIS_NAME = "analysis.safetensors"
 FILE_FORMAT = "cachegen-profile"
 FILE_VERSION = 1
@@ -53,38 +61,10 @@ SCALE_LOGS_PER_OCTAVE = 16
 """Scales and steps are compared as integers: 16 times their binary logarithm, rounded."""
 
 _MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: the names and shapes of its tensors
+_MAX_HEADER_BYTES_OF_GROUP = 1 << 12
 _MAX_CURVE_POINTS = 1 << 10
 _MAX_COMPONENTS = (1 << 16) - 1
 _MAX_SCALE_LOG = 1 << 14
-MAX_INTEGER = (1 << 15) - 1
-"""Of a synthesis matrix."""
-MAX_ROW_EXPONENT, MAX_CHANNEL_EXPONENT = 80, 30
-"""Of the powers of two that an integer is multiplied by: fp32 has all products exactly."""
-
-
-@dataclass(frozen=True)
-class IntegerRows:
-    """A synthesis matrix as a file has it, in half the memory: integers of 16 bits, times powers of two.
-
-    Attributes:
-        integers: int16 `[num_components, num_channels]`.
-        row_exponents, channel_exponents: int8, logarithms of the powers of two.
-    """
-
-    integers: torch.Tensor
-    row_exponents: torch.Tensor
-    channel_exponents: torch.Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.integers.shape
-
-    def multiply(self) -> torch.Tensor:
-        """Return the matrix in fp32, which has it exactly."""
-        made = self.integers.float()
-        made *= torch.exp2(self.row_exponents.float())[:, None]
-        made *= torch.exp2(self.channel_exponents.float())
-        return made
 
 
 @dataclass(frozen=True)
@@ -97,7 +77,7 @@ class TransformGroup:
     Attributes:
         first_layer, num_layers: the group's layers.
         mean: fp32 `[num_channels]`, of the vectors.
-        stored_synthesis: the matrix `synthesis`; of a profile that only decodes as the file has it.
+        stored_synthesis: the matrix `synthesis`; of a saved profile as the file has it.
         scale_logs: int16 `[num_components]`, not increasing: 16 log2 of each component's standard deviation.
         analysis: fp16 `[num_channels, num_components]`; None where only decoding was asked for.
         channel_exponents: int8 `[num_channels]`, the logarithms of the channels' powers of two; None: all zero.
@@ -106,19 +86,32 @@ class TransformGroup:
     first_layer: int
     num_layers: int
     mean: torch.Tensor
-    stored_synthesis: torch.Tensor | IntegerRows
+    stored_synthesis: torch.Tensor | IntegerRows | DeflatedRows
     scale_logs: torch.Tensor
     analysis: torch.Tensor | None = None
     channel_exponents: torch.Tensor | None = None
 
     @property
     def synthesis(self) -> torch.Tensor:
-        """The synthesis matrix, fp32 `[num_components, num_channels]`; of a profile that only decodes made anew.
+        """The synthesis matrix, fp32 `[num_components, num_channels]`; of a saved profile made anew each time.
 
-        Of a saved profile it is integers of 16 bits, times a power of two for each component and one for each channel.
+        Raises:
+            BitstreamError: the file holds something else.
         """
         stored = self.stored_synthesis
-        return stored.multiply() if isinstance(stored, IntegerRows) else stored
+        return stored.float() if isinstance(stored, torch.Tensor) else self.integer_rows.multiply()
+
+    @property
+    def integer_rows(self) -> IntegerRows:
+        """The synthesis matrix in integers, which that of a saved profile is; made anew each time.
+
+        Raises:
+            BitstreamError: as `synthesis`.
+        """
+        stored = self.stored_synthesis
+        if isinstance(stored, DeflatedRows):
+            return stored.inflate()
+        return stored if isinstance(stored, IntegerRows) else IntegerRows.of(stored, self.channel_exponents)
 
     @property
     def num_components(self) -> int:
@@ -205,6 +198,11 @@ class Profile:
             f"<{type(self).__name__} {self.profile_hash[:12]}: {self.num_layers} layers, {components:,} components of "
             f"{channels:,} channels, {self.num_bytes:,} bytes to decode>"
         )
+
+    def check(self) -> None:
+        """See `AnyProfile.check`: inflate the synthesis matrices."""
+        for group in self.groups:
+            _ = group.integer_rows
 
     def channels_of(self, first_layer: int, num_layers: int) -> int:
         """Return the channels of keys and values of consecutive layers together."""
@@ -303,30 +301,33 @@ def save_profile(folder: str | os.PathLike[str], profile: Profile, *, compressio
 
 def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, bytes], Profile]:
     """Return a profile's files by their names, `profile.json` last, and the profile as those who read them have it."""
-    synthesis: dict[str, torch.Tensor] = {}
+    stored: list[TransformGroup] = []
+    vectors: dict[str, torch.Tensor] = {}
+    streams: list[bytes] = []
     analysis: dict[str, torch.Tensor] = {}
     for index, group in enumerate(profile.groups):
         if group.analysis is None:
             raise ValueError(f"`analysis` of group {index} is needed to save a profile")
-        synthesis[f"mean.{index}"] = group.mean.float().contiguous()
-        of_channels = group.channel_exponents
-        if of_channels is None:
-            of_channels = torch.zeros(group.num_channels, dtype=torch.int8)
-        integers, exponents = round_rows(group.synthesis, of_channels)
-        # All high bytes before all low ones, and those of small integers zero: that compresses better.
-        low = integers.to(torch.int8)  # modulo 2^8
-        synthesis[f"synthesis_high.{index}"] = ((integers - low) >> 8).to(torch.int8)  # the same
-        synthesis[f"synthesis_low.{index}"] = low
-        synthesis[f"row_exponents.{index}"] = exponents
-        synthesis[f"channel_exponents.{index}"] = of_channels.to(torch.int8).contiguous()
-        synthesis[f"scale_logs.{index}"] = group.scale_logs.to(torch.int16).contiguous()
-        analysis[f"analysis.{index}"] = group.analysis.half().contiguous()
-    # Runs of zeros, and else a code for each byte: nothing here repeats.
-    compressor = zlib.compressobj(compression, strategy=zlib.Z_RLE)
-    contents = {
-        SYNTHESIS_NAME: compressor.compress(save_tensors(synthesis)) + compressor.flush(),
-        ANALYSIS_NAME: save_tensors(analysis),
-    }
+        rows = group.integer_rows
+        saved = dataclasses.replace(
+            group,
+            mean=group.mean.float().contiguous(),
+            stored_synthesis=rows,
+            scale_logs=group.scale_logs.to(torch.int16).contiguous(),
+            analysis=group.analysis.half().contiguous(),
+            channel_exponents=rows.channel_exponents,
+        )
+        stored.append(saved)
+        vectors |= {
+            f"mean.{index}": saved.mean,
+            f"scale_logs.{index}": saved.scale_logs,
+            f"row_exponents.{index}": rows.row_exponents,
+            f"channel_exponents.{index}": rows.channel_exponents,
+        }
+        streams.append(rows.deflate(compression))
+        analysis[f"analysis.{index}"] = cast("torch.Tensor", saved.analysis)
+    packed_vectors = deflate(save_tensors(vectors), compression)
+    contents = {SYNTHESIS_NAME: b"".join([packed_vectors, *streams]), ANALYSIS_NAME: save_tensors(analysis)}
     record = {
         "format": FILE_FORMAT,
         "version": FILE_VERSION,
@@ -336,29 +337,24 @@ def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, byte
         ],
         **({} if profile.plane_rotations is None else {"plane_rotations": pack_rotations(profile.plane_rotations)}),
         "plane_shapes": [list(shape) for shape in profile.plane_shapes],
+        "vectors_bytes": len(packed_vectors),
         "groups": [
-            {"first_layer": g.first_layer, "num_layers": g.num_layers, "num_components": g.num_components}
-            for g in profile.groups
+            {
+                "first_layer": group.first_layer,
+                "num_layers": group.num_layers,
+                "num_components": group.num_components,
+                "matrix_bytes": len(stream),
+            }
+            for group, stream in zip(profile.groups, streams, strict=True)
         ],
         "curve": [dataclasses.asdict(point) for point in profile.curve],
         "calibration": profile.calibration,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
     text, profile_hash = pack_record(record)
-    groups = tuple(
-        dataclasses.replace(
-            group,
-            mean=synthesis[f"mean.{index}"],
-            stored_synthesis=_join_rows(synthesis, index).multiply(),
-            scale_logs=synthesis[f"scale_logs.{index}"],
-            analysis=analysis[f"analysis.{index}"],
-            channel_exponents=synthesis[f"channel_exponents.{index}"],
-        )
-        for index, group in enumerate(profile.groups)
-    )
     complete = dataclasses.replace(
         profile,
-        groups=groups,
+        groups=tuple(stored),
         profile_hash=profile_hash,
         num_bytes=len(text) + len(contents[SYNTHESIS_NAME]),
     )
@@ -395,33 +391,23 @@ def read_profile(read: ReadFile, place: str, *, for_encoding: bool = False) -> P
     fields.check_version("version", FILE_VERSION)
     try:
         profile = _parse(fields)
-        layers = _parse_layers(fields, profile)
+        layouts = _parse_layouts(fields, profile)
         hashes = {name: fields.object("sha256").hash(name) for name in (SYNTHESIS_NAME, ANALYSIS_NAME)}
-        num_values = [
-            profile.channels_of(first, count) * (num_components + 8) for first, count, num_components in layers
-        ]
-        max_bytes = 2 * sum(num_values) + _MAX_HEADER_BYTES
-        content = read(SYNTHESIS_NAME, max_bytes)
+        content = read(SYNTHESIS_NAME, _MAX_HEADER_BYTES + sum(layout.max_bytes for layout in layouts))
         check_hash(f"{place}/{SYNTHESIS_NAME}", content, hashes[SYNTHESIS_NAME])
         num_bytes = len(content)
-        inflated = _inflate(f"{place}/{SYNTHESIS_NAME}", content, max_bytes)
-        del content  # a profile may be as large as a cache
-        synthesis = _load_tensors(f"{place}/{SYNTHESIS_NAME}", inflated)
-        del inflated
-        analysis: dict[str, torch.Tensor] = {}
+        vectors_bytes = fields.integer("vectors_bytes", 1, num_bytes)
+        groups = _read_groups(f"{place}/{SYNTHESIS_NAME}", memoryview(content), vectors_bytes, layouts)
         if for_encoding:
-            content = read(ANALYSIS_NAME, max_bytes)
+            content = read(ANALYSIS_NAME, _MAX_HEADER_BYTES + sum(layout.max_bytes for layout in layouts))
             check_hash(f"{place}/{ANALYSIS_NAME}", content, hashes[ANALYSIS_NAME])
             analysis = _load_tensors(f"{place}/{ANALYSIS_NAME}", content)
-        groups = tuple(
-            _parse_group(index, *group, profile, synthesis, analysis if for_encoding else None)
-            for index, group in enumerate(layers)
-        )
+            groups = [_add_analysis(group, analysis, f"analysis.{index}") for index, group in enumerate(groups)]
     except BitstreamError as error:
         raise error if error.path else error.at(path) from error
     return dataclasses.replace(
         profile,
-        groups=groups,
+        groups=tuple(groups),
         profile_hash=hashlib.sha256(text).hexdigest(),
         num_bytes=len(text) + num_bytes,
     )
@@ -470,115 +456,100 @@ def _parse(fields: Fields) -> Profile:
     )
 
 
-def _parse_layers(fields: Fields, profile: Profile) -> list[tuple[int, int, int]]:
-    """Return first layer, number of layers and of components of each group; they cover all layers in order."""
-    layers: list[tuple[int, int, int]] = []
+@dataclass(frozen=True)
+class _GroupLayout:
+    """What profile.json says of a group.
+
+    Attributes:
+        num_bytes: of the zlib stream of its matrix.
+    """
+
+    first_layer: int
+    num_layers: int
+    num_channels: int
+    num_components: int
+    num_bytes: int
+
+    @property
+    def max_bytes(self) -> int:
+        """That its tensors may take, as the file has them or in memory."""
+        return 2 * self.num_channels * (self.num_components + 8) + _MAX_HEADER_BYTES_OF_GROUP
+
+
+def _parse_layouts(fields: Fields, profile: Profile) -> list[_GroupLayout]:
+    """Return what there is of each group; they cover all layers in order."""
+    layouts: list[_GroupLayout] = []
     next_layer = 0
     for group in fields.objects("groups", 0, MAX_LAYERS):
         left = profile.num_layers - next_layer
         if not left or group.integer("first_layer", 0, MAX_LAYERS) != next_layer:
             raise fields.error("groups", "do not cover the layers, each once and in order")
         num_layers = group.integer("num_layers", 1, left)
-        limit = min(profile.channels_of(next_layer, num_layers), _MAX_COMPONENTS)
-        layers.append((next_layer, num_layers, group.integer("num_components", 1, limit)))
+        num_channels = profile.channels_of(next_layer, num_layers)
+        num_components = group.integer("num_components", 1, min(num_channels, _MAX_COMPONENTS))
+        layout = _GroupLayout(next_layer, num_layers, num_channels, num_components, 0)
+        num_bytes = group.integer("matrix_bytes", 1, layout.max_bytes)
+        layouts.append(dataclasses.replace(layout, num_bytes=num_bytes))
         next_layer += num_layers
     if next_layer != profile.num_layers:
         raise fields.error("groups", "do not cover the layers, each once and in order")
-    return layers
+    return layouts
+
+
+def _read_groups(
+    path: str, content: memoryview, vectors_bytes: int, layouts: Sequence[_GroupLayout]
+) -> list[TransformGroup]:
+    """Return the groups, without their analysis matrices."""
+    if vectors_bytes + sum(layout.num_bytes for layout in layouts) != len(content):
+        raise BitstreamError(f"do not sum to the {len(content)} bytes of {SYNTHESIS_NAME}", field="matrix_bytes")
+    max_bytes = _MAX_HEADER_BYTES + 16 * sum(layout.num_channels for layout in layouts)
+    try:
+        vectors = _load_tensors(path, b"".join(inflate_pieces(content[:vectors_bytes], max_bytes)))
+    except BitstreamError as error:
+        raise error.at(path) from error
+    groups: list[TransformGroup] = []
+    begin = vectors_bytes
+    for index, layout in enumerate(layouts):
+        stream = content[begin : begin + layout.num_bytes]
+        begin += layout.num_bytes
+        groups.append(_parse_group(index, layout, vectors, stream, path))
+    return groups
 
 
 def _parse_group(
-    index: int,
-    first_layer: int,
-    num_layers: int,
-    num_components: int,
-    profile: Profile,
-    synthesis: dict[str, torch.Tensor],
-    analysis: dict[str, torch.Tensor] | None,
+    index: int, layout: _GroupLayout, vectors: dict[str, torch.Tensor], stream: memoryview, path: str
 ) -> TransformGroup:
-    num_channels = profile.channels_of(first_layer, num_layers)
-    for name in ("synthesis_high", "synthesis_low"):
-        _tensor(synthesis, f"{name}.{index}", torch.int8, [num_components, num_channels])
+    exponents: list[torch.Tensor] = []
     for name, length, limit in (
-        ("row_exponents", num_components, MAX_ROW_EXPONENT),
-        ("channel_exponents", num_channels, MAX_CHANNEL_EXPONENT),
+        ("row_exponents", layout.num_components, MAX_ROW_EXPONENT),
+        ("channel_exponents", layout.num_channels, MAX_CHANNEL_EXPONENT),
     ):
-        exponents = _tensor(synthesis, f"{name}.{index}", torch.int8, [length])
-        if exponents.int().abs().max() > limit:
+        exponents.append(_tensor(vectors, f"{name}.{index}", torch.int8, (length,)))
+        if exponents[-1].int().abs().max() > limit:
             raise BitstreamError(f"must lie within {limit} of 0", field=f"{name}.{index}")
-    rows = _join_rows(synthesis, index)
-    for name in ("synthesis_high", "synthesis_low"):
-        del synthesis[f"{name}.{index}"]
-    group = TransformGroup(
-        first_layer,
-        num_layers,
-        _tensor(synthesis, f"mean.{index}", torch.float32, [num_channels]).clone(),  # no view of the file
-        rows if analysis is None else rows.multiply(),
-        _tensor(synthesis, f"scale_logs.{index}", torch.int16, [num_components]).clone(),
-        None
-        if analysis is None
-        else _tensor(analysis, f"analysis.{index}", torch.float16, [num_channels, num_components]),
-        rows.channel_exponents,
-    )
-    logs = group.scale_logs
+    logs = _tensor(vectors, f"scale_logs.{index}", torch.int16, (layout.num_components,))
     if (logs[1:] > logs[:-1]).any() or logs.int().abs().max() > _MAX_SCALE_LOG:
         raise BitstreamError("must not increase, and lie within 2^14", field=f"scale_logs.{index}")
-    return group
+    mean = _tensor(vectors, f"mean.{index}", torch.float32, (layout.num_channels,))
+    shape = torch.Size((layout.num_components, layout.num_channels))
+    rows = DeflatedRows(stream, shape, *exponents, path=path, field=f"synthesis.{index}")
+    return TransformGroup(layout.first_layer, layout.num_layers, mean, rows, logs, channel_exponents=exponents[1])
 
 
-def _tensor(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+def _add_analysis(group: TransformGroup, tensors: dict[str, torch.Tensor], name: str) -> TransformGroup:
+    analysis = _tensor(tensors, name, torch.float16, (group.num_channels, group.num_components))
+    return dataclasses.replace(group, analysis=analysis)
+
+
+def _tensor(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     if name not in tensors:
         raise BitstreamError("is missing", field=name)
     tensor = tensors[name]
-    if tensor.dtype != dtype or list(tensor.shape) != shape:
-        raise BitstreamError(f"must be {dtype} {shape}, got {tensor.dtype} {list(tensor.shape)}", field=name)
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise BitstreamError(f"must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}", field=name)
     if dtype.is_floating_point and not torch.isfinite(tensor).all():
         raise BitstreamError("holds NaN or infinity", field=name)
     return tensor
-
-
-def round_rows(synthesis: torch.Tensor, channel_exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a synthesis matrix, over the channels' powers of two, as integers and a power of two for each row.
-
-    Rows that are integers of 16 bits times a power of two already come out as they are.
-
-    Args:
-        synthesis: `[num_components, num_channels]`.
-        channel_exponents: `[num_channels]`.
-
-    Returns:
-        int32 within `MAX_INTEGER` of 0, `[num_components, num_channels]`, and int8 `[num_components]`: the exponents.
-    """
-    rows = synthesis.double() * torch.exp2(-channel_exponents.double())
-    largest = rows.abs().amax(1).clamp_min(2.0 ** (15 - MAX_ROW_EXPONENT))
-    exponents = (largest / MAX_INTEGER).log2().ceil().clamp(-MAX_ROW_EXPONENT, MAX_ROW_EXPONENT)
-    integers = (rows * torch.exp2(-exponents)[:, None]).round().clamp(-MAX_INTEGER, MAX_INTEGER).to(torch.int32)
-    for _ in range(15):
-        # Halve rows of even integers: fewer digits say the same.
-        is_even = ((integers & 1) == 0).all(1) & (integers != 0).any(1) & (exponents < MAX_ROW_EXPONENT)
-        integers = torch.where(is_even[:, None], integers >> 1, integers)
-        exponents = exponents + is_even
-    return integers, exponents.to(torch.int8)
-
-
-def _join_rows(synthesis: dict[str, torch.Tensor], index: int) -> IntegerRows:
-    """Return a group's synthesis matrix from the tensors of the file."""
-    integers = synthesis[f"synthesis_high.{index}"].to(torch.int16)
-    integers <<= 8
-    integers += synthesis[f"synthesis_low.{index}"]  # modulo 2^16
-    of_rows, of_channels = (synthesis[f"{name}_exponents.{index}"].clone() for name in ("row", "channel"))
-    return IntegerRows(integers, of_rows, of_channels)
-
-
-def _inflate(path: str, content: bytes, max_bytes: int) -> bytes:
-    inflater = zlib.decompressobj()
-    try:
-        inflated = inflater.decompress(content, max_bytes)
-    except zlib.error as error:
-        raise BitstreamError(f"is not compressed data ({error})", path=path) from None
-    if not inflater.eof or inflater.unused_data:
-        raise BitstreamError(f"holds more than the {max_bytes} bytes that {PROFILE_NAME} announces", path=path)
-    return inflated
 
 
 def _load_tensors(path: str, content: bytes) -> dict[str, torch.Tensor]:

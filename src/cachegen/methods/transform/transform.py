@@ -130,13 +130,10 @@ class GroupTransform:
 
     @property
     def synthesis(self) -> torch.Tensor:
-        """`[num_components, num_channels]`; where integers mostly serve, made anew each time."""
-        if self._synthesis is not None:
-            return self._synthesis
-        made = self.group.synthesis.to(device=self.device, dtype=torch.float32)
-        if self.group.analysis is not None or not self._may_use_integers:
-            self._synthesis = made
-        return made
+        """`[num_components, num_channels]`."""
+        if self._synthesis is None:
+            self._synthesis = self.group.synthesis.to(device=self.device, dtype=torch.float32)
+        return self._synthesis
 
     @cached_property
     def _deviations(self) -> torch.Tensor:
@@ -313,11 +310,13 @@ class GroupTransform:
             for part, plane in zip(parts, planes, strict=True):
                 plane[left] = part[left].to(plane.dtype)
             return
-        for token in left:
-            one = slice(token, token + 1)
-            parts = self.reconstruct(components[one], step, first_token + token)
-            for part, plane in zip(parts, planes, strict=True):
-                plane[one].copy_(part)
+        if not left:
+            return
+        # Few: the matrix in floats is not kept for them.
+        vectors = multiply(components[left].float() * step, self.group.synthesis[: components.shape[1]], self.mean)
+        for token, vector in zip(left, vectors, strict=True):
+            for part, plane in zip(self._turn(vector[None], first_token + token), planes, strict=True):
+                plane[token : token + 1].copy_(part)
 
     def decode_block(
         self, components: torch.Tensor, step: float, dtype: torch.dtype, first_token: int, num_threads: int = 1
@@ -366,7 +365,7 @@ class GroupTransform:
         key = step, num_components
         if key not in self._integers:
             channels = [heads * dim for heads, dim in self.plane_shapes]
-            parts = (self.synthesis, self.mean, self._scales(), channels, step, num_components)
+            parts = (self.group.integer_rows, self.mean, self._scales(), channels, step, num_components)
             while len(self._integers) >= MAX_KEPT_STEPS:
                 del self._integers[next(iter(self._integers))]
             self._integers[key] = make_integer_matrix(*parts)
@@ -381,8 +380,11 @@ class GroupTransform:
         Returns:
             fp32 `[num_tokens, num_kv_heads, head_dim]` for each plane of the group.
         """
-        vectors = self._multiply(components, step)
-        turns = Turns(len(components), first_token, self.device)
+        return self._turn(self._multiply(components, step), first_token)
+
+    def _turn(self, vectors: torch.Tensor, first_token: int) -> list[torch.Tensor]:
+        """Return vectors, fp32 `[num_tokens, num_channels]`, as planes turned by their positions."""
+        turns = Turns(len(vectors), first_token, self.device)
         parts = torch.split(vectors, [heads * dim for heads, dim in self.plane_shapes], dim=1)
         return [
             turns.apply(part.view(-1, *shape), rotation)
