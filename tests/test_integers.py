@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -41,16 +43,13 @@ class Group:
         drawn = torch.randn(num_tokens, num_components, generator=generator) * self.deviations[:num_components]
         self.components = drawn.round().to(torch.int32)
 
+    def describe(self, num_components: int) -> tuple[Any, ...]:
+        rows, deviations = self.synthesis[:num_components], self.deviations[:num_components]
+        variances = self.deviations.square() @ self.synthesis.square()
+        return IntegerRows.of(rows), self.mean, deviations, variances, self.channels
+
     def matrix(self, step: float = 1.0) -> IntegerMatrix:
-        parts = (
-            IntegerRows.of(self.synthesis),
-            self.mean,
-            self.deviations,
-            self.channels,
-            step,
-            self.components.shape[1],
-        )
-        made = make_integer_matrix(*parts)
+        made = make_integer_matrix(*self.describe(self.components.shape[1]), step)
         assert made is not None
         return made
 
@@ -195,8 +194,7 @@ def test_a_matrix_that_bytes_lose_too_much_of_is_not_made() -> None:
     # A channel that one component alone reaches far into: its unit is too coarse for all others.
     group.synthesis[300] *= 2000
     group.deviations[:] = 30.0
-    parts = (IntegerRows.of(group.synthesis), group.mean, group.deviations, group.channels, 1.0, 400)
-    assert make_integer_matrix(*parts) is None
+    assert make_integer_matrix(*group.describe(400), 1.0) is None
 
 
 def test_components_of_few_units_have_coarser_rows_than_large_ones() -> None:

@@ -109,6 +109,7 @@ def tensors_of(profile: Profile, name: str) -> dict[str, torch.Tensor]:
             made = IntegerRows.of(group.synthesis)
             tensors |= {
                 f"mean.{index}": group.mean,
+                f"variances.{index}": group.variances,
                 f"row_exponents.{index}": made.row_exponents,
                 f"channel_exponents.{index}": made.channel_exponents,
                 f"scale_logs.{index}": group.scale_logs,
@@ -383,6 +384,13 @@ class TestHostile:
         with pytest.raises(BitstreamError, match="NaN"):
             load_profile(folder, for_encoding=True)
 
+    def test_variances_below_zero_are_refused(self, folder):
+        tensors = tensors_of(make_profile(), SYNTHESIS_NAME)
+        tensors["variances.1"][3] = -1e-9
+        replace_tensors(folder, SYNTHESIS_NAME, tensors)
+        with pytest.raises(BitstreamError, match=r"variances\.1"):
+            load_profile(folder)
+
     @pytest.mark.parametrize(
         ("name", "value"),
         [("row_exponents.0", MAX_ROW_EXPONENT + 1), ("channel_exponents.0", -MAX_CHANNEL_EXPONENT - 1)],
@@ -416,6 +424,14 @@ class TestHostile:
         profile = load_profile(folder)
         with pytest.raises(BitstreamError, match=rf"{SYNTHESIS_NAME}, field synthesis\.0: {problem}"):
             profile.check()
+
+    def test_the_first_rows_of_a_matrix_are_had_without_the_others(self, folder):
+        rows = load_profile(folder).groups[0].stored_synthesis
+        assert isinstance(rows, DeflatedRows)
+        whole = rows.inflate()
+        for count in (0, 1, 7, 20):
+            assert rows.inflate(count).integers.equal(whole.integers[:count])
+            assert rows.inflate(count).row_exponents.equal(whole.row_exponents[:count])
 
     def test_a_matrix_gets_only_the_bytes_of_its_stream(self, folder):
         def move(record: dict[str, Any], count: int) -> None:

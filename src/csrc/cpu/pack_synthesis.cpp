@@ -42,10 +42,9 @@ int64_t sparse_place(int64_t channel) {
 
 class BlockPacker {
   public:
-    // num_rows: that are looked at.
-    BlockPacker(const SynthesisRows& rows, const Block& block, int64_t num_rows)
-        : rows_(rows), block_(block), values_(num_rows * kBlockChannels, 0.0f) {
-        for (int64_t k = 0; k < num_rows; ++k) read_row(k);
+    BlockPacker(const SynthesisRows& rows, const Block& block)
+        : rows_(rows), block_(block), values_(rows.num_components * kBlockChannels, 0.0f) {
+        for (int64_t k = 0; k < rows.num_components; ++k) read_row(k);
         float largest[kBlockChannels] = {};
         for (int64_t k = 0; k < rows.num_components; ++k) {
             const float* const row = row_of(k);
@@ -62,15 +61,17 @@ class BlockPacker {
     // Pack the rows but the fine ones. shares: of each choice of fine rows, summed over channels.
     void pack(uint8_t* dense, uint8_t* sparse, double shares[kNumChoices]) const {
         // errors[i]: of the components between two choices.
-        float lost[kBlockChannels] = {}, errors[kNumChoices][kBlockChannels] = {}, sparse_error[kBlockChannels] = {};
+        float explained[kBlockChannels] = {}, lost[kBlockChannels] = {};
+        float errors[kNumChoices][kBlockChannels] = {}, sparse_error[kBlockChannels] = {};
         const float most = rows_.step * rows_.step / 12;
         int choice = 0;
-        for (int64_t k = 0; k < rows_.num_rows; ++k) {
+        for (int64_t k = 0; k < rows_.num_components; ++k) {
             const float* const row = row_of(k);
-            const float power = rows_.powers[k];
-            const float quantized = k < rows_.num_components ? std::min(power, most) : power;
-            for (int64_t c = 0; c < kBlockChannels; ++c) lost[c] += row[c] * row[c] * quantized;
-            if (k >= rows_.num_components) continue;
+            const float power = rows_.powers[k], quantized = std::min(power, most);
+            for (int64_t c = 0; c < kBlockChannels; ++c) {
+                explained[c] += row[c] * row[c] * power;
+                lost[c] += row[c] * row[c] * quantized;
+            }
             while (choice + 1 < kNumChoices && k >= kFineChoices[choice + 1]) ++choice;
             float scaled[kBlockChannels];
             for (int64_t c = 0; c < kBlockChannels; ++c) scaled[c] = row[c] * inverse_[c];
@@ -98,7 +99,10 @@ class BlockPacker {
             double error = sparse_error[c];
             for (int i = kNumChoices - 1; i >= 0; --i) {
                 error += errors[i][c];
-                if (lost[c] > 0) shares[i] += error * unit_[c] * unit_[c] / lost[c];
+                // What is not coded is lost altogether.
+                const float variance = rows_.variances[block_.first_channel + c];
+                const float all_lost = lost[c] + std::max(variance - explained[c], 0.0f);
+                if (all_lost > 0) shares[i] += error * unit_[c] * unit_[c] / all_lost;
             }
         }
     }
@@ -163,7 +167,7 @@ PackedSynthesis pack_synthesis(const SynthesisRows& rows, const std::vector<int6
     packed.means.assign(num_blocks * kBlockChannels, 0.0f);
     std::vector<double> shares(num_blocks * kNumChoices, 0.0);
     parallel_for(num_blocks, num_threads, [&](int64_t i) {
-        const BlockPacker packer(rows, blocks[i], rows.num_rows);
+        const BlockPacker packer(rows, blocks[i]);
         packer.pack(packed.dense.data() + i * dense_bytes, packed.sparse.data() + i * sparse_bytes,
                     shares.data() + i * kNumChoices);
         packer.scale(packed.factors.data() + i * kBlockChannels, packed.means.data() + i * kBlockChannels);
@@ -180,8 +184,7 @@ PackedSynthesis pack_synthesis(const SynthesisRows& rows, const std::vector<int6
     packed.fine.assign(num_blocks * fine_bytes, kDenseBias);
     parallel_for(num_blocks, num_threads, [&](int64_t i) {
         // Units are those of all components.
-        BlockPacker(rows, blocks[i], rows.num_components)
-            .pack_fine(packed.fine.data() + i * fine_bytes, packed.num_fine);
+        BlockPacker(rows, blocks[i]).pack_fine(packed.fine.data() + i * fine_bytes, packed.num_fine);
     });
     return packed;
 }

@@ -12,16 +12,16 @@ namespace cachegen {
 // How many of the first components may have fine rows.
 constexpr int64_t kFineChoices[] = {0, 4, 8, 16, 32, 64, 128};
 
-// What is to be packed: synthesis [num_rows][num_channels], of which the first num_components are coded, with the
-// squares of all components' deviations, and mean [num_channels]. The matrix is integers times a power of two for each
-// row and one for each channel, as a profile has it.
+// What is to be packed: the rows of the components that are coded, synthesis [num_components][num_channels], with the
+// squares of their deviations, and for each channel its mean and the variance that all components have together. The
+// matrix is integers times a power of two for each row and one for each channel, as a profile has it.
 struct SynthesisRows {
     const int16_t* integers = nullptr;
     const float* row_factors = nullptr;
     const float* channel_factors = nullptr;
     const float* powers = nullptr;
     const float* means = nullptr;
-    int64_t num_rows = 0;
+    const float* variances = nullptr;
     int64_t num_channels = 0;
     int64_t num_components = 0;
     int64_t num_dense = 0;  // a multiple of 4, below num_components + 4

@@ -27,23 +27,24 @@ inline Reference copy_to_array(const std::vector<Element>& content) {
     return Reference::borrow(array.get());
 }
 
-// Round a synthesis matrix int16 [num_rows, num_channels], times factors of its rows and of its channels, to bytes; see
-// pack_synthesis.h. Returns the matrix as synthesize takes it, and its share of the error.
+// Round a synthesis matrix int16 [num_components, num_channels], times factors of its rows and of its channels, to
+// bytes; see pack_synthesis.h. Returns the matrix as synthesize takes it, and its share of the error.
 inline Reference pack_synthesis_of(const Arguments& arguments) {
-    static const char* const kNames[] = {"integers", "row_factors",    "channel_factors", "powers",
-                                         "means",    "plane_channels", "num_components",  "num_dense",
-                                         "step",     "max_share",      "num_threads",     nullptr};
-    PyObject *integers_object, *of_rows_object, *of_channels_object, *powers_object, *means_object, *channels_object;
-    long long num_components, num_dense;
+    static const char* const kNames[] = {"integers", "row_factors", "channel_factors", "powers",
+                                         "means",    "variances",   "plane_channels",  "num_dense",
+                                         "step",     "max_share",   "num_threads",     nullptr};
+    PyObject *integers_object, *of_rows_object, *of_channels_object, *powers_object, *means_object, *variances_object,
+        *channels_object;
+    long long num_dense;
     double step, max_share;
     int num_threads;
-    arguments.read("OOOOOOLLddi:pack_synthesis", kNames, &integers_object, &of_rows_object, &of_channels_object,
-                   &powers_object, &means_object, &channels_object, &num_components, &num_dense, &step, &max_share,
+    arguments.read("OOOOOOOLddi:pack_synthesis", kNames, &integers_object, &of_rows_object, &of_channels_object,
+                   &powers_object, &means_object, &variances_object, &channels_object, &num_dense, &step, &max_share,
                    &num_threads);
     const Array<int16_t> integers(integers_object, "integers");
     const Array<float> row_factors(of_rows_object, "row_factors"),
         channel_factors(of_channels_object, "channel_factors"), powers(powers_object, "powers"),
-        means(means_object, "means");
+        means(means_object, "means"), variances(variances_object, "variances");
     const std::vector<int64_t> plane_channels = python::to_integers(channels_object);
     int64_t num_channels = 0;
     for (const int64_t width : plane_channels) {
@@ -51,19 +52,19 @@ inline Reference pack_synthesis_of(const Arguments& arguments) {
         num_channels += width;
     }
     if (integers.num_dimensions() != 2 || integers.shape(1) != num_channels || means.size() != num_channels ||
-        channel_factors.size() != num_channels || row_factors.size() != integers.shape(0) ||
-        powers.size() != integers.shape(0))
-        throw ValueError("integers, factors, powers or means have another shape");
-    if (num_components < 0 || num_components > integers.shape(0) || num_dense < 0 || num_dense % kQuad != 0 ||
-        num_dense >= num_components + kQuad)
-        throw ValueError("numbers of components are out of range");
+        variances.size() != num_channels || channel_factors.size() != num_channels ||
+        row_factors.size() != integers.shape(0) || powers.size() != integers.shape(0))
+        throw ValueError("integers, factors, powers, means or variances have another shape");
+    const int64_t num_components = integers.shape(0);
+    if (num_dense < 0 || num_dense % kQuad != 0 || num_dense >= num_components + kQuad)
+        throw ValueError("num_dense is out of range");
     SynthesisRows rows;
     rows.integers = integers.data();
     rows.row_factors = row_factors.data();
     rows.channel_factors = channel_factors.data();
     rows.powers = powers.data();
     rows.means = means.data();
-    rows.num_rows = integers.shape(0);
+    rows.variances = variances.data();
     rows.num_channels = num_channels;
     rows.num_components = num_components;
     rows.num_dense = num_dense;
@@ -77,10 +78,10 @@ inline Reference pack_synthesis_of(const Arguments& arguments) {
     const Reference sparse = copy_to_array(packed.sparse);
     packed.sparse = {};
     const Reference dense = copy_to_array(packed.dense);
-    return Reference(Py_BuildValue("((LLLOOOOO)d)", num_components, num_dense, static_cast<long long>(packed.num_fine),
-                                   dense.get(), copy_to_array(packed.fine).get(), sparse.get(),
-                                   copy_to_array(packed.factors).get(), copy_to_array(packed.means).get(),
-                                   packed.share));
+    return Reference(Py_BuildValue("((LLLOOOOO)d)", static_cast<long long>(num_components), num_dense,
+                                   static_cast<long long>(packed.num_fine), dense.get(),
+                                   copy_to_array(packed.fine).get(), sparse.get(), copy_to_array(packed.factors).get(),
+                                   copy_to_array(packed.means).get(), packed.share));
 }
 
 inline Dtype to_half_dtype(int dtype) {

@@ -71,6 +71,10 @@ class IntegerRows:
         """The powers of two of the channels, fp32."""
         return torch.exp2(self.channel_exponents.float())
 
+    def first(self, num_components: int | None) -> IntegerRows:
+        """Return the first rows."""
+        return IntegerRows(self.integers[:num_components], self.row_exponents[:num_components], self.channel_exponents)
+
     def multiply(self) -> torch.Tensor:
         """Return the matrix in fp32, which has it exactly."""
         made = self.integers.float()
@@ -107,30 +111,37 @@ class DeflatedRows:
     path: str
     field: str
 
-    def inflate(self) -> IntegerRows:
+    def inflate(self, num_components: int | None = None) -> IntegerRows:
         """Return the integers.
+
+        Args:
+            num_components: only of the first so many rows; then what is behind them is not looked at.
 
         Raises:
             BitstreamError: the stream holds something else.
         """
-        if self.shape.numel() > _MAX_INFLATION * len(self.stream):
+        total = self.shape.numel()
+        if total > _MAX_INFLATION * len(self.stream):
             raise self._refuse("is too short for a matrix of its shape")
-        count, at = self.shape.numel(), 0
-        integers = torch.empty(count, dtype=torch.int16)
+        integers = torch.empty((self.row_exponents[:num_components].numel(), self.shape[1]), dtype=torch.int16)
+        flat, count = integers.view(-1), integers.numel()
+        at = 0
         try:
-            for piece in inflate_pieces(self.stream, 2 * count):
+            for piece in inflate_pieces(self.stream, 2 * total):
                 part = torch.frombuffer(piece, dtype=torch.int8)
-                high, low = part[: max(count - at, 0)], part[max(count - at, 0) :]
-                integers[at : at + len(high)] = high
-                integers[at : at + len(high)] <<= 8
-                first = at + len(high) - count
-                integers[first : first + len(low)] += low  # modulo 2^16
+                high = part[: max(count - at, 0)]
+                torch.bitwise_left_shift(high.to(torch.int16), 8, out=flat[at : at + len(high)])
+                low = part[max(total - at, 0) : max(total + count - at, 0)]
+                begin = max(at - total, 0)
+                flat[begin : begin + len(low)] += low  # modulo 2^16
                 at += len(part)
+                if at >= total + count and num_components is not None:
+                    break
         except BitstreamError as error:
             raise self._refuse(error.problem) from error
-        if at != 2 * count:
-            raise self._refuse(f"holds {at} bytes, a matrix {list(self.shape)} has {2 * count}")
-        return IntegerRows(integers.view(self.shape), self.row_exponents, self.channel_exponents)
+        if at < total + count:
+            raise self._refuse(f"holds {at} bytes, a matrix {list(self.shape)} has {2 * total}")
+        return IntegerRows(integers, self.row_exponents[:num_components], self.channel_exponents)
 
     def _refuse(self, problem: str) -> BitstreamError:
         return BitstreamError(problem, path=self.path, field=self.field)

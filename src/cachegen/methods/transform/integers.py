@@ -69,33 +69,33 @@ def make_integer_matrix(
     synthesis: IntegerRows,
     mean: torch.Tensor,
     deviations: torch.Tensor,
+    variances: torch.Tensor,
     plane_channels: Sequence[int],
     step: float,
-    num_components: int,
     num_threads: int = 1,
 ) -> IntegerMatrix | None:
     """Round a synthesis matrix to bytes, with a scale for each channel.
 
     Args:
-        synthesis: `[components of the group, num_channels]`.
+        synthesis: `[num_components, num_channels]`, of the components that are coded.
         mean: fp32 `[num_channels]`.
-        deviations: of all components, fp32, not increasing.
+        deviations: of these components, fp32, not increasing.
+        variances: of the channels, fp32, by all components.
         plane_channels: channels of each plane.
         step: the quantization step.
-        num_components: the first so many are coded.
 
     Returns:
         None where rounding would add more than `MAX_INTEGER_SHARE`.
     """
-    num_dense = _choose_dense(deviations[:num_components] / step)
+    num_dense = _choose_dense(deviations / step)
     parts, share = _native.pack_synthesis(
         synthesis.integers.numpy(),
         synthesis.row_factors.numpy(),
         synthesis.channel_factors.numpy(),
         deviations.square().numpy(),
         mean.contiguous().numpy(),
+        variances.contiguous().numpy(),
         list(plane_channels),
-        num_components,
         -(-num_dense // _QUAD) * _QUAD,
         step,
         MAX_INTEGER_SHARE,

@@ -81,6 +81,7 @@ class TransformGroup:
         scale_logs: int16 `[num_components]`, not increasing: 16 log2 of each component's standard deviation.
         analysis: fp16 `[num_channels, num_components]`; None where only decoding was asked for.
         channel_exponents: int8 `[num_channels]`, the logarithms of the channels' powers of two; None: all zero.
+        stored_variances: the channels' `variances`; None where they are to be found.
     """
 
     first_layer: int
@@ -90,6 +91,7 @@ class TransformGroup:
     scale_logs: torch.Tensor
     analysis: torch.Tensor | None = None
     channel_exponents: torch.Tensor | None = None
+    stored_variances: torch.Tensor | None = None
 
     @property
     def synthesis(self) -> torch.Tensor:
@@ -99,19 +101,31 @@ class TransformGroup:
             BitstreamError: the file holds something else.
         """
         stored = self.stored_synthesis
-        return stored.float() if isinstance(stored, torch.Tensor) else self.integer_rows.multiply()
+        return stored.float() if isinstance(stored, torch.Tensor) else self.integer_rows().multiply()
 
-    @property
-    def integer_rows(self) -> IntegerRows:
-        """The synthesis matrix in integers, which that of a saved profile is; made anew each time.
+    def integer_rows(self, num_components: int | None = None) -> IntegerRows:
+        """Return the synthesis matrix in integers, which that of a saved profile is; made anew each time.
+
+        Args:
+            num_components: only the first so many rows.
 
         Raises:
             BitstreamError: as `synthesis`.
         """
         stored = self.stored_synthesis
         if isinstance(stored, DeflatedRows):
-            return stored.inflate()
-        return stored if isinstance(stored, IntegerRows) else IntegerRows.of(stored, self.channel_exponents)
+            return stored.inflate(num_components)
+        if not isinstance(stored, IntegerRows):
+            return IntegerRows.of(stored[:num_components], self.channel_exponents)
+        return stored.first(num_components)
+
+    @property
+    def variances(self) -> torch.Tensor:
+        """The variance of each channel that the components have together, fp32 `[num_channels]`."""
+        if self.stored_variances is not None:
+            return self.stored_variances
+        powers = torch.exp2(self.scale_logs.float() / (SCALE_LOGS_PER_OCTAVE / 2))
+        return powers @ self.synthesis.square()
 
     @property
     def num_components(self) -> int:
@@ -202,7 +216,7 @@ class Profile:
     def check(self) -> None:
         """See `AnyProfile.check`: inflate the synthesis matrices."""
         for group in self.groups:
-            _ = group.integer_rows
+            _ = group.integer_rows()
 
     def channels_of(self, first_layer: int, num_layers: int) -> int:
         """Return the channels of keys and values of consecutive layers together."""
@@ -308,7 +322,7 @@ def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, byte
     for index, group in enumerate(profile.groups):
         if group.analysis is None:
             raise ValueError(f"`analysis` of group {index} is needed to save a profile")
-        rows = group.integer_rows
+        rows = group.integer_rows()
         saved = dataclasses.replace(
             group,
             mean=group.mean.float().contiguous(),
@@ -317,9 +331,11 @@ def pack_profile(profile: Profile, compression: int = 9) -> tuple[dict[str, byte
             analysis=group.analysis.half().contiguous(),
             channel_exponents=rows.channel_exponents,
         )
+        saved = dataclasses.replace(saved, stored_variances=saved.variances)
         stored.append(saved)
         vectors |= {
             f"mean.{index}": saved.mean,
+            f"variances.{index}": saved.variances,
             f"scale_logs.{index}": saved.scale_logs,
             f"row_exponents.{index}": rows.row_exponents,
             f"channel_exponents.{index}": rows.channel_exponents,
@@ -530,10 +546,16 @@ def _parse_group(
     logs = _tensor(vectors, f"scale_logs.{index}", torch.int16, (layout.num_components,))
     if (logs[1:] > logs[:-1]).any() or logs.int().abs().max() > _MAX_SCALE_LOG:
         raise BitstreamError("must not increase, and lie within 2^14", field=f"scale_logs.{index}")
-    mean = _tensor(vectors, f"mean.{index}", torch.float32, (layout.num_channels,))
+    mean, variances = (
+        _tensor(vectors, f"{name}.{index}", torch.float32, (layout.num_channels,)) for name in ("mean", "variances")
+    )
+    if (variances < 0).any():
+        raise BitstreamError("must not be negative", field=f"variances.{index}")
     shape = torch.Size((layout.num_components, layout.num_channels))
     rows = DeflatedRows(stream, shape, *exponents, path=path, field=f"synthesis.{index}")
-    return TransformGroup(layout.first_layer, layout.num_layers, mean, rows, logs, channel_exponents=exponents[1])
+    return TransformGroup(
+        layout.first_layer, layout.num_layers, mean, rows, logs, None, exponents[1], stored_variances=variances
+    )
 
 
 def _add_analysis(group: TransformGroup, tensors: dict[str, torch.Tensor], name: str) -> TransformGroup:

@@ -138,7 +138,7 @@ class GroupTransform:
     @cached_property
     def _deviations(self) -> torch.Tensor:
         """Of the channels, `[num_channels]`."""
-        return self._spread(self._scales())
+        return self.group.variances.to(self.device).sqrt()
 
     def join(self, cache: KVCache, first_token: int) -> torch.Tensor:
         """Return the vectors of the group's layers, fp32 `[num_tokens, num_channels]`; see `join_planes`.
@@ -365,7 +365,8 @@ class GroupTransform:
         key = step, num_components
         if key not in self._integers:
             channels = [heads * dim for heads, dim in self.plane_shapes]
-            parts = (self.group.integer_rows, self.mean, self._scales(), channels, step, num_components)
+            rows = self.group.integer_rows(num_components)
+            parts = (rows, self.mean, self._scales()[:num_components], self.group.variances, channels, step)
             while len(self._integers) >= MAX_KEPT_STEPS:
                 del self._integers[next(iter(self._integers))]
             self._integers[key] = make_integer_matrix(*parts)
