@@ -57,7 +57,7 @@ def gather_rows(
         is_bf16,
         num_threads,
     )
-    return rows, ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums))
+    return rows, ChannelSizes(largest, sums)
 
 
 def measure_errors(planes: Sequence[torch.Tensor], decoded: torch.Tensor, num_threads: int) -> Measured:
@@ -71,7 +71,7 @@ def measure_errors(planes: Sequence[torch.Tensor], decoded: torch.Tensor, num_th
     bits = decoded.view(torch.int16).numpy().view(np.uint16)
     described = describe_planes(planes, nothing, nothing)
     largest, sums, least, most = _native.measure_errors(described, int(DTYPES[decoded.dtype]), bits, num_threads)
-    return Measured(ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums)), least, most)
+    return Measured(ChannelSizes(largest, sums), least, most)
 
 
 class RoundedAnalysis:

@@ -202,7 +202,7 @@ def gather_bytes(
         num_threads,
         native_path(path),
     )
-    return ByteRows(rows, excess, ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums)))
+    return ByteRows(rows, excess, ChannelSizes(largest, sums))
 
 
 def multiply_bytes(

@@ -27,6 +27,8 @@ DENSE_DEVIATION = 0.7
 MAX_INTEGER_SHARE = 0.0025
 """Of the error of quantizing, that rounding the matrix to bytes may add, in the mean over channels."""
 HALF_BYTES = 2
+LEAST_TOKENS = 64
+"""Of a block whose own values tell what is usual in a channel."""
 _SECTION_COMPONENTS = 511
 _SECTION_UNITS = 256
 """That so many sparse components may be expected to have; the kernels take twice as many, half of either sign."""
@@ -158,11 +160,20 @@ class ChannelSizes:
     What is not a number or infinite shows in the sums.
     """
 
-    largest: torch.Tensor
-    sums: torch.Tensor
+    largest: NDArray[np.float32]
+    sums: NDArray[np.float32]
 
-    def are_within(self, limit: torch.Tensor) -> bool:
-        return bool(torch.isfinite(self.sums).all() and (self.largest <= limit).all())
+    def are_within(self, times: float, usual: NDArray[np.float32], num_tokens: int) -> bool:
+        """Tell whether no difference is more than so many times what is usual in its channel.
+
+        Args:
+            usual: fp32 `[num_channels]`; where the block is long enough to tell, its own mean if that is larger.
+            num_tokens: of the block.
+        """
+        if not np.isfinite(self.sums).all():
+            return False
+        limit = np.maximum(usual, self.sums / np.float32(num_tokens)) if num_tokens >= LEAST_TOKENS else usual
+        return bool((self.largest <= np.float32(times) * limit).all())
 
 
 @dataclass(frozen=True)
@@ -203,7 +214,7 @@ def measure_synthesis(
     )
     if misfits.any():
         return None
-    return Measured(ChannelSizes(torch.as_tensor(largest), torch.as_tensor(sums)), least, greatest)
+    return Measured(ChannelSizes(largest, sums), least, greatest)
 
 
 def describe_planes(

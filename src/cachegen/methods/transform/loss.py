@@ -13,7 +13,7 @@ from cachegen.methods.base import ErrorMeasure
 from cachegen.methods.transform.analysis import CAN_GATHER, measure_errors
 from cachegen.methods.transform.exact_values import ExactValues, gather_exact_values
 from cachegen.methods.transform.integers import Measured, are_native_planes
-from cachegen.methods.transform.transform import LEAST_TOKENS, usual_size
+from cachegen.methods.transform.transform import usual_size
 
 EXPECTED_ERRORS = 32.0
 """A value travels exactly where the transform misses it by more than so many times the error to expect of its channel,
@@ -76,12 +76,12 @@ class LossMeter:
             expected: the error to expect, `[num_channels]`.
         """
         sizes, limit = measured.errors, _limit_of(dtype)
-        usual = sizes.sums / num_tokens if num_tokens >= LEAST_TOKENS else torch.zeros_like(sizes.sums)
-        bound = EXPECTED_ERRORS * torch.maximum(expected, usual)
-        if not sizes.are_within(bound) or not -limit <= measured.least <= measured.greatest <= limit:
+        if not -limit <= measured.least <= measured.greatest <= limit:
+            return False
+        if not sizes.are_within(EXPECTED_ERRORS, expected.numpy(), num_tokens):
             return False
         self._largest = max(self._largest, float(sizes.largest.max()))
-        self._total += float(sizes.sums.sum(dtype=torch.float64))
+        self._total += float(sizes.sums.sum(dtype=np.float64))
         self._count += num_tokens * len(sizes.sums)
         return True
 

@@ -35,6 +35,7 @@ from cachegen.methods.transform.byte_analysis import (
     multiply_bytes,
 )
 from cachegen.methods.transform.integers import (
+    LEAST_TOKENS,
     ChannelSizes,
     IntegerMatrix,
     Measured,
@@ -56,8 +57,6 @@ MAX_KEPT_STEPS = 4
 SINK_TOKENS = 4
 """First tokens that a model computes itself: much attention rests on them, and they are unlike all others."""
 BLOCK_TOKENS = 512  # at a time, so that temporaries stay small
-LEAST_TOKENS = 64
-"""Of a block whose own values tell what is usual in a channel."""
 FEW_TOKENS = 8
 """That are decoded one by one rather than with all others of their block."""
 MAX_EXACT_BF16 = 256
@@ -214,8 +213,7 @@ class GroupTransform:
 
     def _are_usual(self, sizes: ChannelSizes, num_tokens: int) -> bool:
         """Tell whether no difference from the mean is an outlier; see `replace_outliers`."""
-        usual = sizes.sums / num_tokens if num_tokens >= LEAST_TOKENS else torch.zeros_like(sizes.sums)
-        return sizes.are_within(OUTLIER_DEVIATIONS * torch.maximum(self._deviations, usual))
+        return sizes.are_within(OUTLIER_DEVIATIONS, self._deviations.numpy(), num_tokens)
 
     def analyze_block(
         self, block: KVCache, first_token: int, num_components: int, step: float, num_threads: int = 1
