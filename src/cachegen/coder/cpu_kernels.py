@@ -18,7 +18,7 @@ class CpuKernels:
 
     device = torch.device("cpu")
     chunks_in_flight = 0
-    multiplies_batches = False  # each group's matrix stays in the caches
+    synthesis = None  # each group's matrix stays in the caches
     components_at_a_time = 2 << 20  # so that streams of a large model's layers are decoded by fours
 
     load_tables = staticmethod(cpu.load_tables)
