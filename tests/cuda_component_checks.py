@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -212,9 +213,19 @@ CHUNK_TOKENS = (50, 40)
 
 
 def make_transform_document(
-    kernels, num_key_heads: int = 2, num_levels: int = NUM_LEVELS
+    kernels,
+    num_key_heads: int = 2,
+    num_levels: int = NUM_LEVELS,
+    *,
+    first_stored: Sequence[int] = (),
+    has_large: bool = False,
 ) -> tuple[KVCache, TransformEncoder, list[list[bytes]]]:
-    """A cache of four layers in two groups, its encoder, and per chunk the files of its levels."""
+    """A cache of four layers in two groups, its encoder, and per chunk the files of its levels.
+
+    Args:
+        first_stored: as for `Encoder`.
+        has_large: the first token is 25 times the first component of each group, more than 256 steps of level 2.
+    """
     generator = torch.Generator().manual_seed(3)
     cache = make_shaped_cache([(num_key_heads, 8), (1, 8)] * 4, sum(CHUNK_TOKENS), torch.float16)
     metadata = dataclasses.replace(make_metadata(cache.num_tokens), rotary_embeddings=(ROTARY,))
@@ -223,11 +234,22 @@ def make_transform_document(
         basis = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
         logs = torch.linspace(0, -120, width).round().to(torch.int16)
         mean = torch.randn(width, generator=generator) / 8
+        if has_large:
+            planes = cache.planes[2 * first_layer : 2 * (first_layer + 2)]
+            for plane, values in zip(planes, basis[:, 0].split([plane[0].numel() for plane in planes]), strict=True):
+                plane[0] = (25 * values).view(plane[0].shape)  # nothing is turned at position 0
         groups.append(TransformGroup(first_layer, 2, mean, basis.T.half(), logs, basis.half()))
     shapes = tuple((plane.shape[1], plane.shape[2]) for plane in cache.planes)
     profile = Profile(metadata.model_fingerprint, (ROTARY,), shapes, tuple(groups), (), {}, "cd" * 32)
     encoder = TransformEncoder(
-        cache, metadata, profile, CHUNK_TOKENS, step_log=-40, num_levels=num_levels, kernels=kernels
+        cache,
+        metadata,
+        profile,
+        CHUNK_TOKENS,
+        step_log=-40,
+        num_levels=num_levels,
+        kernels=kernels,
+        first_stored=first_stored,
     )
     files = [
         [b"".join(encoder.encode_chunk(index, level)) for level in encoder.levels] for index in range(len(CHUNK_TOKENS))

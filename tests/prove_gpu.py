@@ -37,6 +37,7 @@ from tests.cuda_component_checks import (
     check_transform_document,
     encode_components_on_cpu,
 )
+from tests.cuda_synthesis_checks import list_synthesis_checks
 from tests.fixtures.caches import DTYPES
 from tests.golden import make_golden
 from tests.golden.make_golden import FOLDER, GOLDENS, Golden
@@ -92,6 +93,7 @@ def list_checks(*, is_short: bool) -> Iterator[tuple[str, Check]]:
                 )
     for shape in COMPONENT_SHAPES[:2] if is_short else [*COMPONENT_SHAPES, LARGE]:
         yield f"components {shape}", lambda gpu, shape=shape: check_component_shape(OnDevice(gpu), shape)
+    yield from list_synthesis_checks(is_short=is_short)
     yield "transform documents", check_transform_document
     for golden in GOLDENS:
         if golden.coder in CODERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ class Case:
             group.synthesize(components[:, :count], step, output, 5)
         return output
 
-    def decode_at_once(self, step: float, *, may_round: bool) -> tuple[KVCache, torch.Tensor | None]:
+    def decode_at_once(self, step: float, *, may_round: bool) -> tuple[KVCache, Callable[[], bool] | None]:
         output = empty_cache(self.profile, self.dtype)
         synthesis = BatchedSynthesis(self.groups, may_round=may_round)
         return output, synthesis.synthesize(self.components, self.num_coded, step, output, 5)
@@ -55,9 +56,10 @@ def largest_error(a: KVCache, b: KVCache) -> float:
     return max((x.float() - y.float()).abs().max().item() for x, y in zip(a.planes, b.planes, strict=True))
 
 
-@pytest.mark.parametrize("block", [16, 2048])
-def test_values_in_fp32_are_those_of_each_group(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("block", "run"), [(16, 1), (16, 40), (2048, 1), (2048, 16384)])
+def test_values_in_fp32_are_those_of_each_group(block: int, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched, "BATCH_TOKENS", block)
+    monkeypatch.setattr(batched, "ANGLE_TOKENS", run)
     case = Case(dtype=torch.float32)
     found, is_beyond = case.decode_at_once(0.7, may_round=False)
     assert is_beyond is None and largest_error(found, case.decode_apart(0.7)) < 1e-5
@@ -70,8 +72,19 @@ def test_values_in_bf16_are_near_those_in_fp32(dtype: torch.dtype, monkeypatch: 
     found, is_beyond = case.decode_at_once(0.7, may_round=True)
     expected = case.decode_apart(0.7)
     size = max(plane.float().abs().max().item() for plane in expected.planes)
-    assert is_beyond is not None and not is_beyond
+    assert is_beyond is not None and not is_beyond()
     assert 0 < largest_error(found, expected) < size / 64
+
+
+def test_positions_before_those_of_the_call_before_have_their_own_angles() -> None:
+    case, outputs = Case(dtype=torch.float32), []
+    synthesis = BatchedSynthesis(case.groups, may_round=False)
+    for position in (5, 9, 5):
+        outputs.append(empty_cache(case.profile, case.dtype))
+        synthesis.synthesize(case.components, case.num_coded, 0.7, outputs[-1], position)
+    expected = case.decode_apart(0.7)
+    assert largest_error(outputs[0], expected) < 1e-5 < largest_error(outputs[1], expected)
+    assert largest_error(outputs[2], expected) < 1e-5
 
 
 def test_where_rounding_would_be_noticed_all_is_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +101,7 @@ def test_large_components_have_two_digits_or_are_told(place, size, is_exact, mon
     case = Case(largest=0.0, dtype=torch.float32)
     case.components[0, 3, place] = -size
     found, is_beyond = case.decode_at_once(0.5, may_round=True)
-    assert is_beyond is not None and bool(is_beyond) != is_exact
+    assert is_beyond is not None and is_beyond() != is_exact
     if is_exact:
         expected = case.decode_apart(0.5)
         assert largest_error(found, expected) < max(p.abs().max().item() for p in expected.planes) / 64

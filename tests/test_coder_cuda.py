@@ -26,6 +26,7 @@ from tests.cuda_component_checks import (
     COMPONENT_SHAPES,
     check_component_shape,
 )
+from tests.cuda_synthesis_checks import PLACE_SHAPES, check_place
 from tests.fixtures.absmax import make_config, quantize_and_dequantize
 from tests.fixtures.caches import are_equal, make_metadata, make_shaped_cache
 from tests.prove_gpu import MISTRAL, Check, list_checks
@@ -86,12 +87,13 @@ def test_nothing_beside_the_tokens_is_written(on_gpu: CudaKernels, gpu: torch.de
     assert all(torch.isnan(buffer[:, :5]).all() and torch.isnan(buffer[:, 75:]).all() for buffer in buffers)
 
 
-def test_kernels_run_on_torchs_current_stream(kernels, gpu: torch.device) -> None:
+def test_kernels_run_on_torchs_current_stream(kernels, on_gpu: CudaKernels, gpu: torch.device) -> None:
     stream = torch.cuda.Stream(gpu)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # what is queued before must be waited for
         check_shape(kernels, SHAPES[3], torch.float16, Coder.RANS)
         check_component_shape(kernels, COMPONENT_SHAPES[2])
+        check_place(on_gpu, PLACE_SHAPES[4], torch.float16)
     assert stream.query()
 
 

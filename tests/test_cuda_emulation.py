@@ -383,6 +383,59 @@ MUTATIONS = {
         "const int64_t chunk_token = int64_t{stream.first_token} + token;",
         "const int64_t chunk_token = token;",
     ),
+    "a high digit is not rounded": (
+        "synthesis.cuh",
+        "static_cast<uint32_t>(value) + (1u << (kDigitBits - 1))",
+        "static_cast<uint32_t>(value)",
+    ),
+    "a component at the limit is beyond": (
+        "synthesis.cuh",
+        "magnitude_of(value) > limit",
+        "magnitude_of(value) >= limit",
+    ),
+    "large components have one digit's limit": ("synthesis.cuh", "(kMaxExact << kDigitBits) - 1", "kMaxExact"),
+    "a block clears the flag of others": (
+        "synthesis.cuh",
+        "if (is_beyond) atomicOr(launch.beyond, 1u);",
+        "*launch.beyond = is_beyond;",
+    ),
+    "digits are split by eights where they are not eights": (
+        "synthesis.cuh",
+        "(launch.num_components | launch.num_large) % kDigitWidth == 0",
+        "(launch.num_components | launch.num_large) % 1 == 0",
+    ),
+    "digits are stored by eights where they are not aligned": (
+        "synthesis.cuh",
+        "reinterpret_cast<uintptr_t>(launch.digits)) %",
+        "0) %",
+    ),
+    "values are stored by fours where they are not aligned": (
+        "synthesis.cuh",
+        "plane.values % (kPlacedWidth * sizeof(Storage)) == 0",
+        "true",
+    ),
+    "pairs turn backwards": ("synthesis.cuh", "fmaf(-y, sine, x * cosine)", "fmaf(y, sine, x * cosine)"),
+    "what has turned is not scaled": (
+        "synthesis.cuh",
+        "fmaf(x, sine, y * cosine) * kind.scaling",
+        "fmaf(x, sine, y * cosine)",
+    ),
+    "tokens have the angles of the first one": ("synthesis.cuh", "cosine_at += token_step * kind.num_pairs;", ""),
+    "dims behind the pairs are taken for pairs": (
+        "synthesis.cuh",
+        "still < kind.offset ? still : still + 2 * kind.num_pairs",
+        "still",
+    ),
+    "a layer has the first layer's channels": (
+        "synthesis.cuh",
+        "const int first = layer * layer_channels +",
+        "const int first = layer +",
+    ),
+    "a group has the first group's means": (
+        "synthesis.cuh",
+        "launch.means + group * num_channels + first",
+        "launch.means + first",
+    ),
 }
 IN_EVERY_RUN = {
     "the ring is refilled over words that are still read",
@@ -391,6 +444,8 @@ IN_EVERY_RUN = {
     "low bits forget the rows before",
     "a barrier of components is missing",
     "escapes ascend from the first one only",
+    "a component at the limit is beyond",
+    "dims behind the pairs are taken for pairs",
 }
 
 
@@ -431,12 +486,17 @@ def test_corrupt_streams_are_not_read_beyond_their_payload(module_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("check", "mutated"),
+    ("file_name", "check", "mutated"),
     [
-        ("if (word + 1 < num_words) return", "if (word < 2 * num_words) return"),
-        ("word < num_words ? words[word] : 0", "words[word]"),
+        ("rans_decode.cuh", "if (word + 1 < num_words) return", "if (word < 2 * num_words) return"),
+        ("rans_decode.cuh", "word < num_words ? words[word] : 0", "words[word]"),
+        (
+            "synthesis.cuh",
+            "kRunTokens ? launch.num_tokens : first + kRunTokens;\n    const PlacedVectors",
+            "kRunTokens ? first + kRunTokens : first + kRunTokens;\n    const PlacedVectors",
+        ),
     ],
 )
-def test_the_guard_notices_a_dropped_check(tmp_path: Path, check: str, mutated: str) -> None:
-    result = run("guarded", mutate(tmp_path, "rans_decode.cuh", check, mutated))
+def test_the_guard_notices_a_dropped_check(tmp_path: Path, file_name: str, check: str, mutated: str) -> None:
+    result = run("guarded", mutate(tmp_path, file_name, check, mutated))
     assert result.returncode == -signal.SIGSEGV, result.stdout + result.stderr

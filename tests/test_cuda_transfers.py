@@ -52,7 +52,7 @@ def test_chunks_in_flight_do_not_touch_each_other(module, chunks, schedule: str)
 def test_components_of_all_levels_are_there_when_a_chunk_is_finished(module, num_levels: int) -> None:
     _, encoder, files = make_transform_document(CPU)
     kernels = late_kernels(module, LateDevice("late copies"))  # the matrix products are not the module's to delay
-    kernels.multiplies_batches = False  # as on the CPU, to the last bit
+    kernels.synthesis = None  # as on the CPU, to the last bit
     found = decode_transform_document(kernels, encoder, files, num_levels)
     assert are_equal(found, decode_transform_document(CPU, encoder, files, num_levels))
 

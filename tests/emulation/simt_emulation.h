@@ -87,9 +87,23 @@ static Machine machine;
 
 inline void yield() { swapcontext(&machine.fibers[machine.current]->context, &machine.scheduler); }
 
+template <class Value>
+void check_aligned(const Value* address) {
+    if (reinterpret_cast<uintptr_t>(address) % alignof(Value) == 0) return;
+    machine.error = "misaligned address";
+    for (;;) yield();
+}
+
+template <class Value>
+const Value& load(const Value* source) {
+    check_aligned(source);
+    return *source;
+}
+
 // Store a lane's part of a store that is the warp's: lanes between two meetings store in step.
 template <class Value>
 void store(Value* target, const Value& value) {
+    check_aligned(target);
     *target = value;
     const int lane_store = machine.fibers[machine.current]->num_stores++;
     auto& sectors = machine.stores[{machine.current / kWarpSize, lane_store}];
@@ -161,7 +175,6 @@ inline void run_block(int num_threads) {
         fiber.num_stores = 0;
         fiber.is_done = false;
     }
-    machine.stores.clear();
     for (int num_done = 0; num_done < num_threads && machine.error.empty();) {
         bool has_progress = false;
         for (int i = 0; i < num_threads && machine.error.empty(); ++i) {
@@ -177,6 +190,8 @@ inline void run_block(int num_threads) {
         }
         if (!has_progress) machine.error = "threads wait at a ballot, shuffle or barrier that not all of them reach";
     }
+    for (int warp = 0; warp * kWarpSize < num_threads; ++warp) count_stores(warp);  // since its last meeting
+    machine.stores.clear();
 }
 
 inline void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
@@ -200,6 +215,8 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
 
 #define CACHEGEN_SHARED_ADDRESS(pointer) static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pointer))
 #define CACHEGEN_STORE(pointer, value) simt::store(pointer, value)
+#define CACHEGEN_LOAD(pointer) simt::load(pointer)
+#define CACHEGEN_NO_UNROLL
 #define CACHEGEN_ASSUME_GLOBAL(pointer) ((void)(pointer))
 
 inline void __syncthreads() { simt::meet(simt::machine.block, simt::Operation::kNone, 0); }
@@ -238,6 +255,7 @@ Value __shfl_xor_sync(uint32_t, Value value, int distance) {
 }
 
 inline void atomicAdd(uint32_t* target, uint32_t value) { *target += value; }
+inline void atomicOr(uint32_t* target, uint32_t value) { *target |= value; }
 inline void atomicMax(uint32_t* target, uint32_t value) { *target = value > *target ? value : *target; }
 inline void atomicMin(uint32_t* target, uint32_t value) { *target = value < *target ? value : *target; }
 

@@ -18,7 +18,7 @@ class CpuKernels:
 
     device = torch.device("cpu")
     chunks_in_flight = 0
-    multiplies_batches = False  # each group's matrix stays in the caches
+    synthesis = None  # each group's matrix stays in the caches
 
     load_tables = staticmethod(cpu.load_tables)
     pack_tables = staticmethod(cpu.pack_tables)

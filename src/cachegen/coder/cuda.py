@@ -309,7 +309,7 @@ class CudaKernels(ComponentKernels):
         """Describe a launch to the module; the tensors must live until the kernels are queued."""
         return self._module.Launch(
             device=device.index or 0,
-            stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+            stream=cuda_memory.stream_of(device),
             dtype=cpu.DTYPES[cache.dtype],
             planes=records.data_ptr(),
             num_planes=len(records),

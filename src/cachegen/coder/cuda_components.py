@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from cachegen.coder import cpu, cuda_memory
 from cachegen.coder.component_tables import LevelCoding
 from cachegen.coder.components import ComponentGroup, Components, component_tables
+from cachegen.coder.cuda_synthesis import CudaSynthesis
 from cachegen.coder.cuda_transfers import Transfers, operations_of
+from cachegen.coder.kernels import SynthesisKernels
 from cachegen.format import LANES, MAX_LOW_BITS, StreamEntry, round_up
 
 _MAX_STREAM_SYMBOLS = (1 << 32) - 1  # an escape has 32 bits for its place
@@ -29,8 +31,6 @@ class ComponentKernels:
     """How many chunks the pipeline should start to decode before it waits for the one before them: while a chunk
     decodes, the next one is checked and copied to the GPU."""
 
-    multiplies_batches = True
-
     def __init__(self, module: ModuleType, device: torch.device) -> None:
         """Wrap a module.
 
@@ -40,6 +40,7 @@ class ComponentKernels:
         """
         self._module, self._device = module, device
         self._transfers_of: dict[torch.device, Transfers] = {}
+        self.synthesis: SynthesisKernels | None = CudaSynthesis(module, device, self._transfers)
 
     @property
     def device(self) -> torch.device:
@@ -215,7 +216,7 @@ class ComponentKernels:
             raise ValueError(f"the kernels take at most {self._module.MAX_COMPONENT_TABLES} tables")
         return self._module.ComponentLaunch(
             device=device.index or 0,
-            stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+            stream=cuda_memory.stream_of(device),
             groups=records.data_ptr(),
             num_groups=len(records),
             num_tokens=len(groups[0].components),

@@ -76,6 +76,11 @@ def first_failure(statuses: NDArray[np.int32]) -> tuple[int, int]:
     return (int(failed[0]), int(statuses[failed[0]])) if len(failed) else (-1, 0)
 
 
+def stream_of(device: torch.device) -> int:
+    """Return torch's current stream of a GPU as CUDA knows it."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make a GPU torch's current one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -17,6 +17,62 @@ from cachegen.coder.component_tables import LevelCoding
 from cachegen.coder.components import ComponentGroup, Components
 from cachegen.format import Coder, PlaneLayout, StreamEntry
 from cachegen.kv_cache import KVCache
+from cachegen.rotation import Rotation
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, fp32 `[num_tokens, 1, number of pairs]`."""
+
+
+class SynthesisKernels(Protocol):
+    """What the inverse transform of several groups of layers takes beside its matrix product, queued on a device.
+
+    `cachegen.coder.cuda_synthesis.CudaSynthesis` satisfies it, and so does
+    `cachegen.methods.transform.batched.TorchSynthesis`, which is its reference.
+    """
+
+    def split_digits(
+        self, components: torch.Tensor, num_large: int, digits: torch.Tensor, beyond: torch.Tensor
+    ) -> None:
+        """Split components into digits of 8 bits, the higher one of the first `num_large` rounded to the nearest.
+
+        Args:
+            components: int32 `[num_groups, num_tokens, num_components]`, those of a token contiguous.
+            num_large: so many of the first components have a second digit.
+            digits: bf16 `[num_groups, num_tokens, num_components + num_large]`, filled: the low digits of the first
+                components, the others as they are, then the high digits.
+            beyond: int32 `[1]`: becomes 1 where digits are beyond what bf16 has exactly, and stays as it is elsewhere.
+        """
+        ...
+
+    def start_reading(self, beyond: torch.Tensor) -> Callable[[], bool]:
+        """Begin to copy that flag to the host.
+
+        Returns:
+            A function that waits for what was queued before, and returns the flag.
+        """
+        ...
+
+    def place_vectors(
+        self,
+        product: torch.Tensor,
+        means: torch.Tensor,
+        step: float,
+        planes: Sequence[torch.Tensor],
+        rotations: Sequence[Rotation | None],
+        angles: Sequence[Angles | None],
+    ) -> None:
+        """Write mean + step * product, turned by position and rounded to the nearest, ties to even, into planes.
+
+        Args:
+            product: fp32 `[num_groups, num_tokens, num_channels]`, contiguous; it may be overwritten. A group's
+                channels are the keys of its first layer, their values, the keys of the next layer, ...
+            means: fp32 `[num_groups, num_channels]`, contiguous.
+            planes: of one dtype `[num_tokens, num_kv_heads, head_dim]`, the keys and values of the groups' layers in
+                order, all keys of one shape, and all values. Head dims are contiguous.
+            rotations: of the keys and of the values.
+            angles: their angles without attention scaling, contiguous; None where nothing turns.
+        """
+        ...
 
 
 class Kernels(Protocol):
@@ -25,7 +81,7 @@ class Kernels(Protocol):
     Attributes:
         device: where the tensors are that they take.
         chunks_in_flight: how many chunks they can have begun and not ended.
-        multiplies_batches: whether matrix products of many groups of layers are best one product.
+        synthesis: what the inverse transform of many groups of layers at once takes; None: it is best done apart.
     """
 
     @property
@@ -33,7 +89,7 @@ class Kernels(Protocol):
     @property
     def chunks_in_flight(self) -> int: ...
     @property
-    def multiplies_batches(self) -> bool: ...
+    def synthesis(self) -> SynthesisKernels | None: ...
 
     def components_at_a_time(self, num_threads: int) -> int:
         """Return how many integers they should be given to decode at a time; 0: one group, however large."""

@@ -9,13 +9,11 @@ from functools import lru_cache
 
 import torch
 
+from cachegen.coder.kernels import Angles
 from cachegen.rotation import Rotation
 
 MAX_KEPT_TOKENS = 1024
 """Angles of longer runs are not kept: a run's take 8 bytes per token and pair."""
-
-Angles = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines, fp32 `[num_tokens, 1, number of pairs]`."""
 
 
 def angles_of(rotation: Rotation, num_tokens: int, first_token: int, device: torch.device) -> Angles:
@@ -47,6 +45,10 @@ class Turns:
         if rotation.attention_scaling == 1.0:
             return cosines, sines
         return cosines * rotation.attention_scaling, sines * rotation.attention_scaling
+
+    def unscaled_angles(self, rotation: Rotation) -> Angles:
+        """Return the cosines and sines of a rotation, as `apply_rotation` takes them."""
+        return self._of(rotation)
 
     def undoing_angles(self, rotation: Rotation | None) -> Angles | None:
         """Return the same over its attention scaling, which undoes what `angles` does."""

@@ -5,9 +5,11 @@
 // module imports, and says what is missing, on a machine without a driver.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
+#include <vector>
 
 #include "cuda/launch.h"
 
@@ -94,6 +96,39 @@ void decode_components(const ComponentLaunch& launch, uintptr_t payload, int64_t
                                            at<const StreamRecord>(streams), at<int32_t>(statuses)));
 }
 
+void split_digits(int device, uintptr_t stream, uintptr_t components, int64_t group_stride, int64_t token_stride,
+                  int num_groups, int num_tokens, int num_components, int num_large, uintptr_t digits,
+                  uintptr_t beyond) {
+    raise_problem(launch_split_digits({device, at<void>(stream), at<const int32_t>(components), group_stride,
+                                       token_stride, num_groups, num_tokens, num_components, num_large,
+                                       at<uint16_t>(digits), at<uint32_t>(beyond)}));
+}
+
+PlaneKind make_kind(int num_heads, int head_dim, int offset, int num_pairs, bool is_interleaved, float scaling,
+                    uintptr_t cosines, uintptr_t sines) {
+    return {num_heads,
+            head_dim,
+            offset,
+            num_pairs,
+            is_interleaved,
+            scaling,
+            at<const float>(cosines),
+            at<const float>(sines)};
+}
+
+// planes: PlacedPlanes, field by field.
+void place_vectors(int device, uintptr_t stream, int dtype, uintptr_t product, uintptr_t means, float step,
+                   int num_layers, int num_tokens, const PlaneKind& keys, const PlaneKind& values,
+                   const std::vector<int64_t>& planes) {
+    std::vector<PlacedPlane> placed(planes.size() / kPlacedFields);
+    for (size_t i = 0; i < placed.size(); ++i)
+        placed[i] = {planes[kPlacedFields * i], planes[kPlacedFields * i + 1], planes[kPlacedFields * i + 2]};
+    const PlaceLaunch launch{
+        device,     at<void>(stream), dtype,         at<const float>(product), at<const float>(means), step,
+        num_layers, num_tokens,       {keys, values}};
+    raise_problem(launch_place_vectors(launch, placed.data(), static_cast<int64_t>(placed.size())));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(torchac_cuda, module) {
@@ -143,6 +178,17 @@ PYBIND11_MODULE(torchac_cuda, module) {
                py::arg("payload"), py::arg("payload_bytes"));
     module.def("decode_components", &decode_components, py::arg("launch"), py::arg("payload"), py::arg("payload_bytes"),
                py::arg("streams"), py::arg("statuses"));
+
+    module.def("split_digits", &split_digits, py::kw_only(), py::arg("device"), py::arg("stream"),
+               py::arg("components"), py::arg("group_stride"), py::arg("token_stride"), py::arg("num_groups"),
+               py::arg("num_tokens"), py::arg("num_components"), py::arg("num_large"), py::arg("digits"),
+               py::arg("beyond"));
+    py::class_<PlaneKind>(module, "PlaneKind", py::module_local())
+        .def(py::init(&make_kind), py::kw_only(), py::arg("num_heads"), py::arg("head_dim"), py::arg("offset"),
+             py::arg("num_pairs"), py::arg("is_interleaved"), py::arg("scaling"), py::arg("cosines"), py::arg("sines"));
+    module.def("place_vectors", &place_vectors, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"),
+               py::arg("product"), py::arg("means"), py::arg("step"), py::arg("num_layers"), py::arg("num_tokens"),
+               py::arg("keys"), py::arg("values"), py::arg("planes"));
 }
 
 }  // namespace cuda

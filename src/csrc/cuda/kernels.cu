@@ -8,6 +8,7 @@
 #include "cuda/rans_decode.cuh"
 #include "cuda/rans_encode.cuh"
 #include "cuda/simt.h"
+#include "cuda/synthesis.cuh"
 
 namespace cachegen {
 namespace cuda {
@@ -43,8 +44,8 @@ const char* take_error() {
 }
 
 // Call launch_it(Dtype tag) on the launch's device; returns what went wrong.
-template <class LaunchIt>
-const char* launch_for_dtype(const Launch& launch, LaunchIt&& launch_it) {
+template <class AnyLaunch, class LaunchIt>
+const char* launch_for_dtype(const AnyLaunch& launch, LaunchIt&& launch_it) {
     const DeviceGuard guard(launch.device);
     cudaGetLastError();  // an earlier error is not this launch's
     if (!with_dtype(static_cast<Dtype>(launch.dtype), launch_it)) return "unknown dtype";
@@ -155,6 +156,27 @@ const char* launch_decode_components(const ComponentLaunch& launch, const uint8_
         CACHEGEN_LAUNCH(decode_components_kernel, grid, kThreadsPerBlock, launch.stream, launch.groups,
                         launch.num_tokens, launch.components, launch.tables, launch.num_tables, payload, payload_bytes,
                         streams, statuses);
+    });
+}
+
+const char* launch_split_digits(const DigitLaunch& launch) {
+    const DeviceGuard guard(launch.device);
+    cudaGetLastError();
+    const dim3 grid = make_grid(divide_up(launch.num_tokens, kRunTokens), launch.num_groups);
+    CACHEGEN_LAUNCH(split_digits_kernel, grid, kThreadsPerBlock, launch.stream, launch);
+    return take_error();
+}
+
+const char* launch_place_vectors(const PlaceLaunch& launch, const PlacedPlane* planes, int64_t num_planes) {
+    const int64_t num_runs = divide_up(launch.num_tokens, kRunTokens);
+    return launch_for_dtype(launch, [&](auto tag) {
+        for (int64_t first = 0; first < num_planes; first += kMaxPlacedPlanes) {
+            const int64_t count = num_planes - first < kMaxPlacedPlanes ? num_planes - first : kMaxPlacedPlanes;
+            PlacedPlanes placed{};
+            for (int64_t i = 0; i < count; ++i) placed.at[i] = planes[first + i];
+            CACHEGEN_LAUNCH(place_vectors_kernel<decltype(tag)>, make_grid(num_runs, count), kThreadsPerBlock,
+                            launch.stream, launch, placed, static_cast<int>(first));
+        }
     });
 }
 

@@ -150,6 +150,67 @@ const char* launch_compact_components(const ComponentLaunch& launch, const uint8
 const char* launch_decode_components(const ComponentLaunch& launch, const uint8_t* payload, int64_t payload_bytes,
                                      const StreamRecord* streams, int32_t* statuses);
 
+// Components of some groups of layers, to be split into digits for a product in bf16.
+struct DigitLaunch {
+    int device;
+    void* stream;
+    const int32_t* components;  // of the first group's first token
+    int64_t group_stride;       // in elements
+    int64_t token_stride;
+    int num_groups;
+    int num_tokens;
+    int num_components;  // of a token
+    int num_large;       // the first so many have a second digit
+    uint16_t* digits;  // bf16 [num_groups][num_tokens][num_components + num_large], the second digits behind the first
+    uint32_t* beyond;  // becomes 1 where a digit is beyond what bf16 has exactly
+};
+const char* launch_split_digits(const DigitLaunch& launch);
+
+// What all keys have in common, or all values: see Rotation in src/cachegen/rotation.py for the pairs.
+struct PlaneKind {
+    int num_heads;
+    int head_dim;
+    int offset;            // the first dim that turns
+    int num_pairs;         // 0: none does
+    int is_interleaved;    // 0: halves
+    float scaling;         // of what has turned
+    const float* cosines;  // [num_tokens][num_pairs]
+    const float* sines;
+
+    CACHEGEN_HOST_DEVICE int num_channels() const { return num_heads * head_dim; }
+};
+
+// Vectors of some groups of layers, to be turned and rounded into the planes of their layers.
+struct PlaceLaunch {
+    int device;
+    void* stream;
+    int dtype;
+    const float* product;  // [num_groups][num_tokens][num_layers][channels of a layer's keys, then its values']
+    const float* means;    // [num_groups][num_layers][the same channels]; a vector is mean + step * product
+    float step;
+    int num_layers;  // of a group
+    int num_tokens;
+    PlaneKind kinds[2];  // keys, values
+};
+
+// One plane, as the kernel's argument has it: no copy to the device goes before the launch.
+struct PlacedPlane {
+    int64_t values;        // address of token 0
+    int64_t token_stride;  // in elements
+    int64_t head_stride;
+};
+constexpr int kPlacedFields = 3;
+static_assert(sizeof(PlacedPlane) == 8 * kPlacedFields, "a record is a row of int64");
+constexpr int kMaxPlacedPlanes = 128;  // of a launch, whose arguments have 4 KiB
+struct PlacedPlanes {
+    PlacedPlane at[kMaxPlacedPlanes];
+};
+
+// Place the vectors of all planes: keys and values of the first group's first layer, of its second, ...
+//
+// planes: in the host's memory.
+const char* launch_place_vectors(const PlaceLaunch& launch, const PlacedPlane* planes, int64_t num_planes);
+
 // Null where `device` can run the kernels, or CUDA's words for why not.
 const char* find_problem(int device);
 

@@ -16,6 +16,12 @@
 // A store to the cache; the emulation counts the sectors that the lanes of a warp fill with one.
 #define CACHEGEN_STORE(pointer, value) (*(pointer) = (value))
 
+// A load of several values at once; the emulation refuses an address that they are not aligned to, as a GPU does.
+#define CACHEGEN_LOAD(pointer) (*(pointer))
+
+// Before a loop that nvcc is not to unroll.
+#define CACHEGEN_NO_UNROLL _Pragma("unroll 1")
+
 // An address that came as a number could be of any memory, for all nvcc knows.
 #define CACHEGEN_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
 

@@ -28,7 +28,7 @@ from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import DecodingPart, Document, Encoder, ErrorMeasure, cut_streams, naming_level, start_all
 from cachegen.methods.layer_classes import share_first_stored
 from cachegen.methods.profile_files import check_named
-from cachegen.methods.transform.batched import BatchedSynthesis, can_join
+from cachegen.methods.transform.batched import ROW_COMPONENTS, BatchedSynthesis, can_join
 from cachegen.methods.transform.exact_values import (
     ExactValues,
     check_stored,
@@ -208,7 +208,7 @@ class TransformDocument(Document):
         if num_tokens:  # else there are no streams either
             num_absent = output.num_tokens - num_tokens
             num_coded = [codings[-1][group].num_components for group in batch]
-            batched = self._join_groups(batch) if kernels.multiplies_batches else None
+            batched = self._join_groups(batch) if kernels.synthesis is not None else None
             decoded = self._allocate_components(num_tokens, num_coded, is_joined=batched is not None)
             for level, header in enumerate(headers):
                 groups = [
@@ -227,7 +227,7 @@ class TransformDocument(Document):
                     self.transforms[group].synthesize(components[:, :count], step, part, position, num_threads)
 
             if batched is not None and isinstance(decoded, torch.Tensor):
-                is_beyond = batched.synthesize(decoded, num_coded, step, part, position)
+                is_beyond = batched.synthesize(decoded, num_coded, step, part, position, kernels.synthesis)
                 started.append((len(headers), functools.partial(_do_anew_if, is_beyond, multiply_groups, place_exact)))
             else:
                 multiply_groups()
@@ -256,7 +256,7 @@ class TransformDocument(Document):
     ) -> torch.Tensor | list[torch.Tensor]:
         """Return int32 `[num_tokens, num_coded]` for each group, or one tensor that is zero behind a group's last."""
         if is_joined:
-            shape = (len(num_coded), num_tokens, max(num_coded))
+            shape = (len(num_coded), num_tokens, round_up(max(num_coded), ROW_COMPONENTS))
             return torch.zeros(shape, dtype=torch.int32, device=self.device)
         return [torch.empty(num_tokens, count, dtype=torch.int32, device=self.device) for count in num_coded]
 
@@ -270,9 +270,11 @@ def _place_of_layers(exact: ExactValues, output: KVCache, layers: range) -> None
         place_exact_values(ExactValues(exact.tokens[chosen], exact.channels[chosen], exact.bits[chosen]), output)
 
 
-def _do_anew_if(is_beyond: torch.Tensor | None, multiply: Callable[[], None], place_exact: Callable[[], None]) -> None:
+def _do_anew_if(
+    is_beyond: Callable[[], bool] | None, multiply: Callable[[], None], place_exact: Callable[[], None]
+) -> None:
     """Multiply once more, where components turned out to be too large for what was done."""
-    if is_beyond is not None and is_beyond.item():
+    if is_beyond is not None and is_beyond():
         multiply()
         place_exact()
 
