@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--layers_per_group",
         type=command_line.positive_int,
-        help="layers transformed together; None takes as many as have 4096 channels, at least one",
+        help="layers transformed together; None takes as many as have 8192 channels, and a fourth as many as tokens",
     )
     add(
         "--weights",

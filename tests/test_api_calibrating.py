@@ -174,7 +174,12 @@ def test_a_profile_says_what_it_is_in_a_line(profile):
     [
         ([], {}, InputError, "a context that nothing was fitted on"),
         (CONTEXTS[:1], {}, InputError, "a context that nothing was fitted on"),
-        ([CONTEXTS[0][:30]], {"no_curve": True}, InputError, "26 tokens to fit on are fewer than the 64 channels"),
+        (
+            [CONTEXTS[0][:30]],
+            {"no_curve": True, "layers_per_group": 2},
+            InputError,
+            "26 tokens to fit on are fewer than the 64 channels",
+        ),
         ([*CONTEXTS[:2], [5]], {}, InputError, "context 2: a context needs at least 6 tokens"),
         ([Path("a.txt")], {}, TypeError, "`token_ids` must be a tensor or a sequence of integers, got PosixPath"),
         (CONTEXTS[:1] * 2, {}, MismatchError, "context 1: the same context as context 0"),

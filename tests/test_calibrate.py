@@ -11,12 +11,16 @@ import torch
 import cachegen.calibration.calibrate as calibration
 from cachegen.calibration.basis import WEIGHTS
 from cachegen.calibration.calibrate import (
+    TOKENS_PER_CHANNEL,
     CalibrationContext,
     calibrate,
     check_model,
     check_tokens,
+    count_tokens,
     open_contexts,
+    plan_calibration,
     plan_groups,
+    plane_shapes_of,
     split_contexts,
 )
 from cachegen.calibration.curve import measure_curve, plan_steps
@@ -126,10 +130,10 @@ class TestContexts:
 
     def test_fewer_tokens_than_channels_are_refused(self, contexts, tmp_path):
         with pytest.raises(InputError, match="146 tokens to fit on are fewer than the 192 channels"):
-            check_tokens(contexts[:1], SETTINGS)
+            check_tokens(contexts[:1], dataclasses.replace(SETTINGS, layers_per_group=3))
         with pytest.raises(InputError, match="more contexts"):
-            run(contexts[:1], tmp_path)
-        assert check_tokens(contexts[:1], dataclasses.replace(SETTINGS, layers_per_group=2)) == 146
+            run(contexts[:1], tmp_path, dataclasses.replace(SETTINGS, layers_per_group=3))
+        assert check_tokens(contexts[:1], SETTINGS) == 146
 
     @pytest.mark.parametrize(("count", "held_out"), [(2, [1]), (3, [2]), (4, [3]), (5, [3]), (12, [3, 7, 11])])
     def test_every_fourth_context_or_the_last_is_held_out(self, contexts, count, held_out):
@@ -148,18 +152,27 @@ class TestGroups:
         ("num_layers", "width", "layers_per_group", "sizes"),
         [
             (6, 128, None, [6]),
-            (32, 1024, None, [2] * 16),
-            (5, 1024, None, [2, 2, 1]),
+            (32, 1024, None, [4] * 8),
+            (5, 1024, None, [2, 3]),
+            (30, 192, None, [15, 15]),
             (3, 5000, None, [1, 1, 1]),
             (6, 128, 4, [4, 2]),
             (6, 128, 9, [6]),
             (3, 5000, 2, [2, 1]),
         ],
     )
-    def test_groups_have_so_many_layers_or_4096_channels(self, num_layers, width, layers_per_group, sizes):
+    def test_groups_have_so_many_layers_or_at_most_8192_channels(self, num_layers, width, layers_per_group, sizes):
         groups = plan_groups([(1, width)] * (2 * num_layers), layers_per_group)
         assert [size for _, size in groups] == sizes
         assert [first for first, _ in groups] == [sum(sizes[:index]) for index in range(len(sizes))]
+
+    def test_groups_are_as_few_as_the_tokens_allow(self, contexts):
+        shapes = plane_shapes_of(contexts[0].cache)
+        channels, tokens = sum(heads * dim for heads, dim in shapes), count_tokens(contexts)
+        settings = CalibrationSettings()
+        assert tokens // TOKENS_PER_CHANNEL < channels
+        assert plan_calibration(contexts, settings) == plan_groups(shapes, max_channels=tokens // TOKENS_PER_CHANNEL)
+        assert len(plan_calibration(contexts, settings)) > 1
 
     def test_the_layers_of_a_group_have_one_window(self):
         near, far = Window("sliding", 16), Window("sliding", 64)
@@ -183,7 +196,7 @@ class TestFit:
         torch.testing.assert_close(16 * deviations.log2(), scale_logs, atol=0.7, rtol=0)
 
     def test_synthesis_rebuilds_the_caches(self, contexts, tmp_path):
-        profile = run(contexts, tmp_path, dataclasses.replace(SETTINGS, finest_step=1e-6))
+        profile = run(contexts, tmp_path, dataclasses.replace(SETTINGS, finest_step=1e-6, layers_per_group=3))
         group = profile.groups[0]
         assert group.num_components == group.num_channels == 192
         product = group.synthesis.double() @ (group.analysis if group.analysis is not None else torch.empty(0)).double()

@@ -68,7 +68,7 @@ class TestResults:
         assert (record["stage"], record["profile_hash"]) == ("profile", profile.profile_hash)
         assert record["profile_bytes"] == profile.num_bytes
         assert (record["num_fitted_contexts"], record["num_held_out_contexts"]) == (2, 1)
-        assert record["groups"][0]["num_channels"] == NUM_CHANNELS
+        assert sum(group["num_channels"] for group in record["groups"]) == NUM_CHANNELS
         assert [point["step_log"] for point in record["curve"]] == curve.plan_steps(0.25)
         assert [point.step_log for point in profile.curve] == curve.plan_steps(0.25)
         assert {"seconds", "device", "config", "versions"} <= set(record)
@@ -183,7 +183,7 @@ class TestRefusals:
         assert "--no_curve" in refuse(run_calibration.main, [*argv, "--path_to_kv", one], 3)
         loaded = load_model(str(model_folder), device=torch.device("cpu"), dtype=torch.float32)
         save_kv_cache(tmp_path / "test_kv_0.pkl", *prefill_context(loaded, make_token_ids(41)))
-        flags = ["--path_to_kv", tmp_path / "test_kv_0.pkl", "--no_curve"]
+        flags = ["--path_to_kv", tmp_path / "test_kv_0.pkl", "--no_curve", "--layers_per_group", "2"]
         assert "fewer than the 64 channels" in refuse(run_calibration.main, [*argv, *flags], 3)
 
     def test_an_output_that_is_a_file(self, argv, tmp_path, refuse):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,8 +27,10 @@ from cachegen.pipeline.model import LoadedModel
 from cachegen.rotation import pack_rotations
 from cachegen.windows import Windows
 
-MAX_GROUP_CHANNELS = 4096
-"""Of a group of layers, unless told otherwise: its two matrices then take at most 67 MB in fp16."""
+MAX_GROUP_CHANNELS = 8192
+"""Of a group of layers, unless told otherwise: its covariance then takes 537 MB."""
+TOKENS_PER_CHANNEL = 4
+"""To fit on, at least, unless told otherwise: what fewer tokens have in common others need not have."""
 LEAST_VARIANCE = 1e-12
 """Of a plane, for its weight."""
 FISHER_NAME = "fisher.safetensors"
@@ -155,9 +158,9 @@ def check_tokens(contexts: Sequence[CalibrationContext], settings: CalibrationSe
     """
     shapes = plane_shapes_of(contexts[0].cache)
     outline = Profile("", (), shapes, (), (), {})
-    planned = plan_groups(shapes, settings.layers_per_group, contexts[0].metadata.windows)
+    planned = plan_calibration(contexts, settings)
     num_channels = max(outline.channels_of(*group) for group in planned)
-    num_tokens = sum(max(context.cache.num_tokens - SINK_TOKENS, 0) for context in contexts)
+    num_tokens = count_tokens(contexts)
     if num_tokens < num_channels:
         raise InputError(
             f"{contexts[0].path}: the {num_tokens} tokens to fit on are fewer than the {num_channels} channels of a "
@@ -174,27 +177,55 @@ def plane_shapes_of(cache: KVCache) -> tuple[tuple[int, int], ...]:
     return tuple((plane.shape[1], plane.shape[2]) for plane in cache.planes)
 
 
+def count_tokens(contexts: Sequence[CalibrationContext]) -> int:
+    """Return how many tokens there are to fit on."""
+    return sum(max(context.cache.num_tokens - SINK_TOKENS, 0) for context in contexts)
+
+
+def plan_calibration(contexts: Sequence[CalibrationContext], settings: CalibrationSettings) -> list[tuple[int, int]]:
+    """Return (first layer, number of layers) of each group to be fitted, in order; see `CalibrationSettings`."""
+    max_channels = min(MAX_GROUP_CHANNELS, count_tokens(contexts) // TOKENS_PER_CHANNEL)
+    shapes, windows = plane_shapes_of(contexts[0].cache), contexts[0].metadata.windows
+    return plan_groups(shapes, settings.layers_per_group, windows, max_channels)
+
+
 def plan_groups(
-    plane_shapes: Sequence[tuple[int, int]], layers_per_group: int | None = None, windows: Windows | None = None
+    plane_shapes: Sequence[tuple[int, int]],
+    layers_per_group: int | None = None,
+    windows: Windows | None = None,
+    max_channels: int = MAX_GROUP_CHANNELS,
 ) -> list[tuple[int, int]]:
-    """Return (first layer, number of layers) of each group, in order; see `CalibrationSettings.layers_per_group`.
+    """Return (first layer, number of layers) of each group, in order.
 
     Args:
+        layers_per_group: None for as few and as equal groups as have at most `max_channels` each, or a single layer.
         windows: of the layers. A group is stored from the earliest token on that any of its layers must have, so the
             layers of one have one window.
     """
     widths = [heads * dim for heads, dim in plane_shapes]
     channels = [key + value for key, value in zip(widths[0::2], widths[1::2], strict=True)]
     groups: list[tuple[int, int]] = []
-    first, total = 0, 0
-    for layer, width in enumerate(channels):
-        is_full = total + width > MAX_GROUP_CHANNELS if layers_per_group is None else layer - first >= layers_per_group
-        is_other = windows is not None and windows[layer] != windows[first]
-        if layer > first and (is_full or is_other):
-            groups.append((first, layer - first))
-            first, total = layer, 0
-        total += width
-    return [*groups, (first, len(channels) - first)]
+    first = 0
+    for _, run in itertools.groupby(windows or [None] * len(channels)):
+        count = len(list(run))
+        if layers_per_group is None:
+            starts = _split_evenly(channels[first : first + count], max_channels)
+        else:
+            starts = list(range(0, count, layers_per_group))
+        groups += [(first + start, end - start) for start, end in itertools.pairwise([*starts, count])]
+        first += count
+    return groups
+
+
+def _split_evenly(channels: Sequence[int], max_channels: int) -> list[int]:
+    """Return where to begin groups of layers, as few as have at most so many channels, or a single layer."""
+    count = len(channels)
+    for num_groups in range(1, count):
+        starts = [count * group // num_groups for group in range(num_groups)]
+        groups = itertools.pairwise([*starts, count])
+        if all(end - start == 1 or sum(channels[start:end]) <= max_channels for start, end in groups):
+            return starts
+    return list(range(count))
 
 
 def calibrate(
@@ -220,7 +251,7 @@ def calibrate(
     """
     metadata, shapes = contexts[0].metadata, plane_shapes_of(contexts[0].cache)
     rotary = metadata.rotary_embeddings
-    layer_groups = plan_groups(shapes, settings.layers_per_group, metadata.windows)
+    layer_groups = plan_calibration(contexts, settings)
     outline = Profile(metadata.model_fingerprint, rotary, shapes, (), (), {}, plane_rotations=metadata.plane_rotations)
     num_channels = [outline.channels_of(*group) for group in layer_groups]
     num_tokens = check_tokens(contexts, settings)
