@@ -29,7 +29,8 @@ from cachegen.errors import BitstreamError, CacheGenError, InputError, OutputErr
 from cachegen.files import lock_folder, read_file, remove_stale_temporaries  # noqa: E402
 from cachegen.methods import METHODS  # noqa: E402
 from cachegen.methods.profile_files import MAX_PROFILE_BYTES, PROFILE_NAME  # noqa: E402
-from cachegen.methods.transform.profile import Profile, save_profile  # noqa: E402
+from cachegen.methods.transform.profile import Profile  # noqa: E402
+from cachegen.methods.transform.profile_storage import save_profile  # noqa: E402
 from cachegen.versions import collect_versions  # noqa: E402
 
 WORK_FOLDER = ".work"

@@ -13,7 +13,7 @@ import numpy as np
 from cachegen.coder.component_tables import plan_level
 from cachegen.coder.components import ComponentGroup, decode_component_groups, encode_components
 from cachegen.format import StreamEntry
-from cachegen.methods.transform.codec import choose_component_stream
+from cachegen.methods.transform.encoder import choose_component_stream
 from cachegen.methods.transform.transform import LEVEL_RATIO, LEVEL_RATIO_LOG
 
 NUM_TOKENS = 512

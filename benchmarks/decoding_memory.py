@@ -23,7 +23,7 @@ from synthetic import Shape, make_cache, make_metadata, make_profile
 
 from cachegen.kv_cache import from_planes
 from cachegen.methods import make_encoder, read_config
-from cachegen.methods.transform.profile import load_profile, save_profile
+from cachegen.methods.transform.profile_storage import load_profile, save_profile
 from cachegen.pipeline.chunking import plan_chunks
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document

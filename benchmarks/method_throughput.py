@@ -27,7 +27,8 @@ from cachegen.format import Coder
 from cachegen.kv_cache import KVCache, from_planes
 from cachegen.methods import make_encoder, read_config
 from cachegen.methods.base import MethodConfig
-from cachegen.methods.transform.profile import Profile, load_profile, save_profile
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import load_profile, save_profile
 from cachegen.pipeline.break_even import beats_fp16_below, beats_text_above
 from cachegen.pipeline.chunking import plan_chunks
 from cachegen.pipeline.decode import EncodedFolder

@@ -27,8 +27,10 @@ from cachegen.coder.cpu import default_num_threads
 from cachegen.coder.cpu_kernels import CpuKernels
 from cachegen.kv_cache import ContextMetadata, KVCache, hash_token_prefixes, load_kv_cache
 from cachegen.methods.transform import analysis, byte_analysis, integers, transform
-from cachegen.methods.transform.codec import TransformDocument, TransformEncoder
-from cachegen.methods.transform.profile import Profile, load_profile, save_profile
+from cachegen.methods.transform.document import TransformDocument
+from cachegen.methods.transform.encoder import TransformEncoder
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import load_profile, save_profile
 from cachegen.methods.transform.transform import GroupTransform
 
 CPU = torch.device("cpu")

@@ -18,7 +18,8 @@ from cachegen.calibration.calibrate import open_contexts, split_contexts
 from cachegen.comparison.coding_parts import MODELS, QUANTIZERS, analyze, synthesize
 from cachegen.comparison.context_loss import FIRST, ContextLoss
 from cachegen.kv_cache import KVCache
-from cachegen.methods.transform.profile import Profile, load_profile
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import load_profile
 from cachegen.pipeline.model import load_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from cachegen.calibration.settings import CalibrationSettings
 from cachegen.comparison.context_loss import FIRST, ContextLoss
 from cachegen.comparison.schemes import SavedCache
 from cachegen.comparison.schemes.transform import recode
-from cachegen.methods.transform.profile import pack_profile
+from cachegen.methods.transform.profile_storage import pack_profile
 from cachegen.methods.transform.transform import step_of_level
 from cachegen.pipeline.model import load_model
 

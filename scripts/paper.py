@@ -24,7 +24,7 @@ from cachegen.experiments.outcome import list_outcomes
 from cachegen.experiments.registry import EXPERIMENTS, in_order
 from cachegen.experiments.running import find_done, run_experiment
 from cachegen.files import write_file
-from cachegen.methods.transform.profile import load_profile
+from cachegen.methods.transform.profile_storage import load_profile
 from cachegen.pipeline.hybrids import refuse_states
 from cachegen.pipeline.model import LoadedModel, load_model
 

@@ -28,7 +28,7 @@ from cachegen.comparison.report import (
 from cachegen.comparison.schemes import UncompressedScheme, choose_schemes, make_schemes
 from cachegen.device import resolve_device, resolve_dtype
 from cachegen.files import write_file
-from cachegen.methods.transform.profile import load_profile
+from cachegen.methods.transform.profile_storage import load_profile
 from cachegen.pipeline.hybrids import refuse_states
 from cachegen.pipeline.model import LoadedModel, load_model
 

@@ -18,7 +18,8 @@ from cachegen.coder.cpu_kernels import CPU
 from cachegen.errors import BitstreamError
 from cachegen.format import StreamEntry
 from cachegen.kv_cache import KVCache, RotaryEmbedding, from_planes
-from cachegen.methods.transform.codec import TransformDocument, TransformEncoder
+from cachegen.methods.transform.document import TransformDocument
+from cachegen.methods.transform.encoder import TransformEncoder
 from cachegen.methods.transform.profile import Profile, TransformGroup
 from cachegen.methods.transform.transform import LEVEL_RATIO_LOG, quantize_components
 from tests.fixtures.caches import make_metadata, make_shaped_cache

@@ -14,7 +14,7 @@ import main as main_script
 import run_encoding
 from cachegen.calibration.calibrate import open_contexts, split_contexts
 from cachegen.calibration.curve import measure_document
-from cachegen.methods.transform.profile import load_profile
+from cachegen.methods.transform.profile_storage import load_profile
 from cachegen.pipeline.model import load_model
 
 ROOT = Path(__file__).resolve().parents[1]

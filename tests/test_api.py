@@ -21,7 +21,7 @@ from cachegen.errors import BitstreamError, ConfigError, InputError, MismatchErr
 from cachegen.format import Coder
 from cachegen.kv_cache import KVCache
 from cachegen.methods import default_config, load_config, make_encoder, method_of
-from cachegen.methods.transform.profile import load_profile
+from cachegen.methods.transform.profile_storage import load_profile
 from cachegen.pipeline.chunking import plan_chunks
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document

@@ -15,7 +15,8 @@ import run_calibration
 from cachegen import api
 from cachegen.errors import BitstreamError, InputError, MismatchError, OutputError
 from cachegen.kv_cache import save_kv_cache
-from cachegen.methods.transform.profile import Profile, load_profile
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import load_profile
 from cachegen.pipeline.fingerprint import compute_fingerprint, compute_memory_fingerprint
 from cachegen.pipeline.model import load_model, quiet_transformers
 from cachegen.pipeline.model_cache import planes_of_cache

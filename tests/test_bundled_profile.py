@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cachegen.kv_cache import hash_token_prefixes
-from cachegen.methods.transform.profile import Profile, load_profile
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import load_profile
 from cachegen.pipeline.fingerprint import compute_fingerprint
 from tests.fixtures import BUNDLED_MODEL, REPOSITORY
 from tests.fixtures.models import load_tokenizer

@@ -27,7 +27,8 @@ from cachegen.calibration.curve import measure_curve, plan_steps
 from cachegen.calibration.settings import CalibrationSettings
 from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.kv_cache import from_planes, hash_planes, load_kv_cache, save_kv_cache
-from cachegen.methods.transform.profile import Profile, load_profile, save_profile
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import load_profile, save_profile
 from cachegen.methods.transform.transform import SINK_TOKENS, GroupTransform
 from cachegen.pipeline.prefill import prefill_context
 from cachegen.windows import Window

@@ -24,7 +24,7 @@ from cachegen.coder.cuda import CudaKernels
 from cachegen.errors import BitstreamError, InputError
 from cachegen.format import Coder, PlaneLayout
 from cachegen.methods import parse_chunk
-from cachegen.methods.transform.codec import build_chunk as build_transform_chunk
+from cachegen.methods.transform.encoder import build_chunk as build_transform_chunk
 from cachegen.methods.transform.headers import TransformChunkHeader
 from tests import emulation
 from tests.cuda_checks import SHAPES, Shape, check_corrupt_streams, check_shape, check_word_counts, encode_on_cpu

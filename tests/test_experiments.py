@@ -22,7 +22,7 @@ from cachegen.experiments.registry import EXPERIMENTS, in_order
 from cachegen.experiments.running import find_done, run_experiment
 from cachegen.experiments.timings import EncodingTimes
 from cachegen.kv_cache import hash_planes
-from cachegen.methods.transform.profile import load_profile
+from cachegen.methods.transform.profile_storage import load_profile
 from cachegen.pipeline.model import load_model
 from scripts import paper, report
 from tests.fixtures import BUNDLED_MODEL, REPOSITORY

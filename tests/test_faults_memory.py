@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cachegen.format.files import TABLES_NAME, chunk_name
-from cachegen.methods.transform.profile import PROFILE_NAME, SYNTHESIS_NAME
+from cachegen.methods.profile_files import PROFILE_NAME
+from cachegen.methods.transform.profile_storage import SYNTHESIS_NAME
 from tests.fixtures.fault_documents import Documents, copy
 
 pytestmark = pytest.mark.faults

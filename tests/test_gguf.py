@@ -18,7 +18,8 @@ import run_encoding
 from cachegen import __main__ as command
 from cachegen.errors import BackendUnavailableError, ConfigError, InputError
 from cachegen.kv_cache import load_kv_cache
-from cachegen.methods.transform.profile import PROFILE_NAME, load_profile
+from cachegen.methods.profile_files import PROFILE_NAME
+from cachegen.methods.transform.profile_storage import load_profile
 from cachegen.pipeline.fingerprint import compute_fingerprint
 from cachegen.pipeline.gguf import name_gguf_model, split_gguf_name
 from cachegen.pipeline.model import load_model

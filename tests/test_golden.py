@@ -16,7 +16,7 @@ from cachegen.format.files import CHUNK_SUFFIX, chunk_name
 from cachegen.kv_cache import KVCache, from_planes
 from cachegen.methods import open_document, parse_chunk
 from cachegen.methods.absmax.quantization import dequantize, quantize
-from cachegen.methods.transform.profile import load_profile
+from cachegen.methods.transform.profile_storage import load_profile
 from tests.golden import make_golden, make_transform_golden
 from tests.golden.make_golden import FOLDER, GOLDENS, Golden
 from tests.reference.kernels import REFERENCE

@@ -15,7 +15,7 @@ import run_publishing
 from cachegen import __main__ as command
 from cachegen.kv_cache import save_kv_cache
 from cachegen.methods import load_config, make_encoder
-from cachegen.methods.transform.profile import load_profile
+from cachegen.methods.transform.profile_storage import load_profile
 from cachegen.pipeline.encode import encode_document
 from cachegen.windows import Window
 from tests.fixtures.caches import make_metadata, make_shaped_cache

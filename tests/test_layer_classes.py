@@ -16,7 +16,7 @@ from cachegen.kv_cache import KVCache, from_planes
 from cachegen.methods import make_encoder, open_document, parse_chunk, read_config
 from cachegen.methods.base import Encoder
 from cachegen.methods.layer_classes import layer_classes
-from cachegen.methods.transform.codec import TransformEncoder
+from cachegen.methods.transform.encoder import TransformEncoder
 from cachegen.methods.transform.exact_values import ExactValues, check_stored
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document

@@ -18,18 +18,10 @@ from safetensors.torch import save as save_tensors
 
 from cachegen.errors import BitstreamError, CacheGenError, InputError, MismatchError, UnsupportedVersionError
 from cachegen.kv_cache import RotaryEmbedding
+from cachegen.methods.profile_files import PROFILE_NAME
 from cachegen.methods.transform.integer_rows import MAX_CHANNEL_EXPONENT, MAX_ROW_EXPONENT, DeflatedRows, IntegerRows
-from cachegen.methods.transform.profile import (
-    ANALYSIS_NAME,
-    PROFILE_NAME,
-    SYNTHESIS_NAME,
-    CurvePoint,
-    Profile,
-    TransformGroup,
-    check_profile,
-    load_profile,
-    save_profile,
-)
+from cachegen.methods.transform.profile import CurvePoint, Profile, TransformGroup, check_profile
+from cachegen.methods.transform.profile_storage import ANALYSIS_NAME, SYNTHESIS_NAME, load_profile, save_profile
 
 CURVE = (CurvePoint(32, 0.25, 4e-3), CurvePoint(0, 0.5, 1e-3), CurvePoint(-32, 1.5, 1e-4))
 

@@ -20,8 +20,9 @@ from cachegen.kv_cache import ContextMetadata, KVCache, from_planes, hash_planes
 from cachegen.methods import open_document
 from cachegen.methods.lossless.codec import LosslessEncoder
 from cachegen.methods.rotary import Turns
-from cachegen.methods.transform.codec import TransformEncoder
-from cachegen.methods.transform.profile import Profile, load_profile, pack_profile, save_profile
+from cachegen.methods.transform.encoder import TransformEncoder
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import load_profile, pack_profile, save_profile
 from cachegen.pipeline import rotation as rotation_module
 from cachegen.pipeline.prefill import prefill_context, tokenize
 from cachegen.pipeline.rotation import FoundRotations, choose_rotation, find_rotations

@@ -15,7 +15,7 @@ import run_calibration
 from cachegen.calibration import complete, curve
 from cachegen.files import lock_folder
 from cachegen.kv_cache import save_kv_cache
-from cachegen.methods.transform.profile import load_profile
+from cachegen.methods.transform.profile_storage import load_profile
 from cachegen.pipeline.model import load_model
 from cachegen.pipeline.prefill import prefill_context
 from tests.fixtures import BUNDLED_MODEL

@@ -21,7 +21,7 @@ import run_decoding_disk
 import run_encoding
 from cachegen.kv_cache import from_planes, load_kv_cache
 from cachegen.methods import load_config, parse_document
-from cachegen.methods.transform.profile import save_profile
+from cachegen.methods.transform.profile_storage import save_profile
 from cachegen.pipeline import model, session
 from cachegen.pipeline.model_cache import view_kv_cache
 from tests.fixtures import BUNDLED_MODEL, REPOSITORY, read_folder

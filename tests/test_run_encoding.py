@@ -25,7 +25,8 @@ from cachegen.files import is_temporary
 from cachegen.kv_cache import from_planes, load_kv_cache, save_kv_cache
 from cachegen.methods import load_config, parse_chunk, parse_document
 from cachegen.methods.transform.headers import TransformDocumentHeader
-from cachegen.methods.transform.profile import CurvePoint, save_profile
+from cachegen.methods.transform.profile import CurvePoint
+from cachegen.methods.transform.profile_storage import save_profile
 from tests.fixtures import REPOSITORY, read_folder
 from tests.fixtures.absmax import decode_folder, quantize_and_dequantize, write_config
 from tests.fixtures.caches import are_equal, make_cache, make_metadata, save_cache

@@ -14,12 +14,13 @@ from cachegen.coder.cpu import crc32c
 from cachegen.errors import BitstreamError, InputError, MismatchError
 from cachegen.kv_cache import KVCache, RotaryEmbedding, from_planes
 from cachegen.methods import open_document, parse_chunk, parse_document
-from cachegen.methods.transform import codec as transform_codec
+from cachegen.methods.transform import encoder as transform_encoder
 from cachegen.methods.transform import transform
-from cachegen.methods.transform.codec import TransformEncoder, choose_component_stream
-from cachegen.methods.transform.codec import build_chunk as build_transform_chunk
+from cachegen.methods.transform.encoder import TransformEncoder, choose_component_stream
+from cachegen.methods.transform.encoder import build_chunk as build_transform_chunk
 from cachegen.methods.transform.headers import MAX_STEP_LOG, TransformDocumentHeader
-from cachegen.methods.transform.profile import Profile, load_profile, save_profile
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import load_profile, save_profile
 from cachegen.methods.transform.transform import BLOCK_TOKENS, GroupTransform, quantize_components, step_of_level
 from tests.fixtures.absmax import encode_all, start_encoder
 from tests.fixtures.caches import DTYPES, make_metadata, make_shaped_cache
@@ -664,5 +665,5 @@ def test_is_encoding_of_knows_its_own_chunks_only() -> None:
 def test_streams_are_whole_rows_and_not_too_long(num_components: int, num_tokens: int) -> None:
     tokens = choose_component_stream(num_components, num_tokens)
     assert 0 < tokens <= 1 << 24 and tokens % 32 == 0 and tokens * num_components < 1 << 32
-    target = 32 * max(1, round(transform_codec.SYMBOLS_PER_COMPONENT_LANE / max(num_components, 1)))
+    target = 32 * max(1, round(transform_encoder.SYMBOLS_PER_COMPONENT_LANE / max(num_components, 1)))
     assert tokens <= 1.5 * target + 32

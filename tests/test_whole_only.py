@@ -24,7 +24,7 @@ from cachegen.errors import ConfigError, InputError, MismatchError, StoreError
 from cachegen.kv_cache import load_kv_cache
 from cachegen.methods import make_encoder, read_config
 from cachegen.methods.base import Encoder
-from cachegen.methods.transform.codec import TransformEncoder
+from cachegen.methods.transform.encoder import TransformEncoder
 from cachegen.pipeline.decode import EncodedFolder
 from cachegen.pipeline.encode import encode_document
 from cachegen.pipeline.model import LoadedModel

@@ -31,9 +31,9 @@ with atheris.instrument_imports(include=["cachegen"]):
     from cachegen.methods.layer_classes import LayerClass, layer_classes
     from cachegen.methods.lossless.codec import LosslessDocument
     from cachegen.methods.lossless.headers import LosslessChunkHeader
-    from cachegen.methods.transform.codec import METHOD_NUMBER, TransformDocument
+    from cachegen.methods.transform.document import METHOD_NUMBER, TransformDocument
     from cachegen.methods.transform.headers import TransformChunkHeader
-    from cachegen.methods.transform.profile import load_profile
+    from cachegen.methods.transform.profile_storage import load_profile
 
 import numpy as np
 import torch

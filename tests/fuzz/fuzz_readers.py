@@ -30,7 +30,8 @@ with atheris.instrument_imports(include=["cachegen"]):
     from cachegen.errors import CacheGenError, StoreError
     from cachegen.format.files import MAX_FILE_BYTES
     from cachegen.methods import load_config
-    from cachegen.methods.transform import profile
+    from cachegen.methods.profile_files import PROFILE_NAME
+    from cachegen.methods.transform import profile, profile_storage
     from cachegen.simulation import scenario, traces
     from cachegen.store import manifest
     from cachegen.store.catalog import find_document
@@ -116,9 +117,9 @@ def good_profile() -> tuple[dict[str, Any], dict[str, bytes]]:
     points = tuple(profile.CurvePoint(step, bits, kl) for step, bits, kl in ((16, 1.0, 0.1), (0, 2.0, 0.01)))
     rotary = kv_cache.RotaryEmbedding("rotary_emb.inv_freq", "default", (1.0,), 1.0)
     made = profile.Profile("ab" * 32, (rotary,), ((2, 2),) * 4, tuple(groups), points, {"note": "made for fuzzing"})
-    profile.save_profile(FOLDER / "profile", made)
-    record = json.loads((FOLDER / "profile" / profile.PROFILE_NAME).read_text())
-    names = (profile.SYNTHESIS_NAME, profile.ANALYSIS_NAME)
+    profile_storage.save_profile(FOLDER / "profile", made)
+    record = json.loads((FOLDER / "profile" / PROFILE_NAME).read_text())
+    names = (profile_storage.SYNTHESIS_NAME, profile_storage.ANALYSIS_NAME)
     return record, {name: (FOLDER / "profile" / name).read_bytes() for name in names}
 
 
@@ -130,16 +131,16 @@ def test_profile(data: bytes) -> None:
         begin = min(record["vectors_bytes"], len(content))
         middle = min(begin + first["matrix_bytes"], len(content))
         groups = [first | {"matrix_bytes": middle - begin}, second | {"matrix_bytes": len(content) - middle}]
-        hashes = {**record["sha256"], profile.SYNTHESIS_NAME: hashlib.sha256(content).hexdigest()}
+        hashes = {**record["sha256"], profile_storage.SYNTHESIS_NAME: hashlib.sha256(content).hexdigest()}
         record = {**record, "vectors_bytes": begin, "groups": groups, "sha256": hashes}
-        (FOLDER / "profile" / profile.SYNTHESIS_NAME).write_bytes(content)
+        (FOLDER / "profile" / profile_storage.SYNTHESIS_NAME).write_bytes(content)
         text = json.dumps(record).encode()
     else:
-        (FOLDER / "profile" / profile.SYNTHESIS_NAME).write_bytes(tensors[profile.SYNTHESIS_NAME])
+        (FOLDER / "profile" / profile_storage.SYNTHESIS_NAME).write_bytes(tensors[profile_storage.SYNTHESIS_NAME])
         text = json_of(data, record)
-    (FOLDER / "profile" / profile.PROFILE_NAME).write_bytes(text)
+    (FOLDER / "profile" / PROFILE_NAME).write_bytes(text)
     try:
-        loaded = profile.load_profile(FOLDER / "profile", for_encoding=True)
+        loaded = profile_storage.load_profile(FOLDER / "profile", for_encoding=True)
         loaded.check()
     except CacheGenError as error:
         check_message(error, FOLDER / "profile")
@@ -152,7 +153,7 @@ def test_profile(data: bytes) -> None:
 
 def profile_seeds() -> dict[str, bytes]:
     record, tensors = good_profile()
-    return {**json_seeds(profile=record), "tensors": b"\1" + tensors[profile.SYNTHESIS_NAME]}
+    return {**json_seeds(profile=record), "tensors": b"\1" + tensors[profile_storage.SYNTHESIS_NAME]}
 
 
 # --- configs: quantization, model, levels and speeds, traces ----------------------------------------------------------

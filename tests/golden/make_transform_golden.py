@@ -25,10 +25,11 @@ from cachegen.format.files import TABLES_NAME, Chunk, chunk_name
 from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import RotaryEmbedding, hash_token_prefixes
 from cachegen.methods import parse_chunk
-from cachegen.methods.transform.codec import METHOD_NUMBER
-from cachegen.methods.transform.codec import build_chunk as build_transform_chunk
+from cachegen.methods.transform.document import METHOD_NUMBER
+from cachegen.methods.transform.encoder import build_chunk as build_transform_chunk
 from cachegen.methods.transform.headers import TransformChunkHeader, TransformDocumentHeader
-from cachegen.methods.transform.profile import Profile, TransformGroup, save_profile
+from cachegen.methods.transform.profile import Profile, TransformGroup
+from cachegen.methods.transform.profile_storage import save_profile
 from cachegen.methods.transform.transform import LEVEL_RATIO_LOG, step_of_level
 from tests.golden.integers import Integers
 from tests.golden.invalid_files import flip, put, reseal

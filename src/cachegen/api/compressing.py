@@ -34,7 +34,8 @@ from cachegen.kv_cache import ContextMetadata
 from cachegen.methods import make_encoder, method_named
 from cachegen.methods.base import MethodConfig
 from cachegen.methods.profile_files import AnyProfile
-from cachegen.methods.transform.profile import ANALYSIS_NAME, Profile, pack_profile
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import ANALYSIS_NAME, pack_profile
 from cachegen.pipeline.chunking import DEFAULT_CHUNK_SIZE, plan_chunks
 from cachegen.pipeline.decode import EncodedFiles
 from cachegen.pipeline.document_files import MemoryFiles

@@ -15,7 +15,8 @@ from cachegen.calibration.curve import measure_curve, plan_steps
 from cachegen.calibration.settings import CalibrationSettings
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
-from cachegen.methods.transform.profile import Profile, pack_profile
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import pack_profile
 from cachegen.pipeline.model import LoadedModel
 
 

@@ -10,7 +10,7 @@ from cachegen.calibration.calibrate import CalibrationContext, plane_shapes_of
 from cachegen.coder.cpu_kernels import CPU
 from cachegen.coder.kernels import Kernels
 from cachegen.kv_cache import hash_token_prefixes
-from cachegen.methods.transform.codec import TransformEncoder
+from cachegen.methods.transform.encoder import TransformEncoder
 from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, CurvePoint, Profile
 from cachegen.pipeline.chunking import plan_chunks
 from cachegen.pipeline.model import LoadedModel

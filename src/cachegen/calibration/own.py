@@ -35,7 +35,8 @@ from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods import default_config, make_encoder
 from cachegen.methods.base import MethodConfig
 from cachegen.methods.profile_files import refuse_other
-from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile, load_profile, pack_profile
+from cachegen.methods.transform.profile import SCALE_LOGS_PER_OCTAVE, Profile
+from cachegen.methods.transform.profile_storage import load_profile, pack_profile
 from cachegen.methods.transform.transform import LEVEL_RATIO_LOG, SINK_TOKENS, step_of_level
 from cachegen.pipeline.profiles import MADE_OF_CACHE, OWN_PROFILE_FOLDER
 

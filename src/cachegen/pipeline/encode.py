@@ -17,7 +17,8 @@ from cachegen.format.files import CHUNK_SUFFIX, TABLES_NAME, chunk_name, read_wh
 from cachegen.format.headers import DocumentHeader
 from cachegen.methods import parse_chunk, parse_chunk_header, parse_document
 from cachegen.methods.base import Encoder, ErrorMeasure
-from cachegen.methods.transform.profile import PROFILE_NAME, Profile
+from cachegen.methods.profile_files import PROFILE_NAME
+from cachegen.methods.transform.profile import Profile
 from cachegen.pipeline.profiles import (
     keep_own_profile,
     measure_own_profile,

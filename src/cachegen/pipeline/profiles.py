@@ -12,8 +12,9 @@ from cachegen.errors import CacheGenError, InputError
 from cachegen.files import read_file
 from cachegen.methods import load_profile, read_profile
 from cachegen.methods.profile_files import MAX_PROFILE_BYTES, PROFILE_NAME, AnyProfile, folder_reader
-from cachegen.methods.transform import profile as transform_profile
-from cachegen.methods.transform.profile import ANALYSIS_NAME, SYNTHESIS_NAME, Profile
+from cachegen.methods.transform import profile_storage
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import ANALYSIS_NAME, SYNTHESIS_NAME
 
 OWN_PROFILE_FOLDER = "profile"
 """Of a profile that is a document's own, in the folder of its files."""
@@ -85,7 +86,7 @@ def find_profile_of_model(
     for path in list_profiles(places):
         with contextlib.suppress(CacheGenError):
             if model_fingerprint.encode() in read_file(path, MAX_PROFILE_BYTES):
-                profile = transform_profile.load_profile(path.parent, for_encoding=True)
+                profile = profile_storage.load_profile(path.parent, for_encoding=True)
                 if profile.model_fingerprint == model_fingerprint and (profile.curve or not needs_curve):
                     return profile
     return None
@@ -161,7 +162,7 @@ def remove_own_profile(folder: Path) -> None:
     """Remove a document's own profile, and its folder unless that holds something else; a model's profile stays."""
     place = folder / OWN_PROFILE_FOLDER
     with contextlib.suppress(CacheGenError, OSError):
-        if MADE_OF_CACHE not in transform_profile.load_profile(place).calibration:
+        if MADE_OF_CACHE not in profile_storage.load_profile(place).calibration:
             return
         for name in (PROFILE_NAME, ANALYSIS_NAME, SYNTHESIS_NAME):
             (place / name).unlink(missing_ok=True)

@@ -15,8 +15,8 @@ from cachegen.coder.cpu_kernels import CPU
 from cachegen.comparison.schemes.base import ByteCount, Recoded, SavedCache, decode_files
 from cachegen.errors import InputError
 from cachegen.kv_cache import KVCache
-from cachegen.methods.transform.codec import TransformEncoder
 from cachegen.methods.transform.config import TransformConfig
+from cachegen.methods.transform.encoder import TransformEncoder
 from cachegen.methods.transform.profile import Profile
 from cachegen.methods.transform.transform import SINK_TOKENS
 from cachegen.pipeline.chunking import plan_chunks

@@ -1,11 +1,13 @@
 """Method `transform`: keys and values of some layers become components by a model's profile, coded in levels.
 
-    config          profile, step and levels, from a config file
-    profile         what calibration learnt about a model
-    transform       values to components and back, and their quantizer
-    exact_values    values that the transform cannot represent
-    headers         the fields of the files
-    codec           the document and its encoder
+    config           profile, step and levels, from a config file
+    profile          what calibration learnt about a model
+    profile_storage  the files of a profile
+    transform        values to components and back, and their quantizer
+    exact_values     values that the transform cannot represent
+    headers          the fields of the files
+    document         what decodes chunks
+    encoder          what makes them
 
 The components' probability tables are `cachegen.coder.component_tables`.
 """
@@ -19,10 +21,12 @@ from cachegen.fields import Fields
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import FindProfile, Method
 from cachegen.methods.profile_files import ReadFile
-from cachegen.methods.transform.codec import METHOD_NUMBER, TransformDocument, TransformEncoder
 from cachegen.methods.transform.config import TransformConfig, read_transform
+from cachegen.methods.transform.document import METHOD_NUMBER, TransformDocument
+from cachegen.methods.transform.encoder import TransformEncoder
 from cachegen.methods.transform.headers import TransformChunkHeader, TransformDocumentHeader
-from cachegen.methods.transform.profile import FILE_FORMAT, Profile, read_profile
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import FILE_FORMAT, read_profile
 from cachegen.methods.transform.transform import SINK_TOKENS
 
 

@@ -13,7 +13,8 @@ from cachegen.format import MAX_LEVELS, Coder
 from cachegen.methods.base import MethodConfig
 from cachegen.methods.profile_files import read_profile_folder
 from cachegen.methods.transform.headers import MAX_STEP_LOG
-from cachegen.methods.transform.profile import Profile, load_profile
+from cachegen.methods.transform.profile import Profile
+from cachegen.methods.transform.profile_storage import load_profile
 
 _FIELDS = {"method", "description", "profile", "levels", "step_log", "target_bits", "target_kl"}
 _FLAGS = ("profile", "levels", "target_bits", "target_kl")
