@@ -12,6 +12,7 @@ import torch
 
 from tests.fixtures.absmax import write_config
 from tests.fixtures.caches import save_cache
+from tests.fixtures.emulated_kernels import emulated, kernels, module_path  # noqa: F401
 from tests.fixtures.fault_documents import make_documents, start_server  # noqa: F401
 
 # A shell starts what runs in its background with SIGINT ignored, and so would be the processes that tests interrupt.

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from cachegen.coder import components
 from cachegen.coder.component_tables import LevelCoding
 from cachegen.coder.components import ComponentGroup
 from cachegen.coder.cpu_kernels import CPU
-from cachegen.coder.cuda import CudaKernels
 from cachegen.errors import BitstreamError, InputError
 from cachegen.format import Coder, PlaneLayout
 from cachegen.methods import parse_chunk
@@ -44,24 +42,6 @@ from tests.golden import make_golden
 from tests.golden.make_golden import FOLDER, GOLDENS, Golden
 
 SHAPE = Shape(70, (2, 1), (8, 9), (32, 64), (32, 96))
-
-
-@pytest.fixture(scope="module")
-def module_path() -> Path:
-    return emulation.build()
-
-
-@pytest.fixture(scope="module")
-def emulated(module_path: Path) -> CudaKernels:
-    return emulation.kernels_of(module_path)
-
-
-@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
-def kernels(request, module_path: Path, emulated: CudaKernels) -> Iterator[CudaKernels]:
-    """The emulated kernels, the threads of a block in either order."""
-    emulation.reverse_threads(module_path, request.param)
-    yield emulated
-    emulation.reverse_threads(module_path, False)
 
 
 # --- equal to the reference and the CPU -------------------------------------------------------------------------------

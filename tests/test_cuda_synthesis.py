@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cachegen.coder.cuda import CudaKernels
 from tests import emulation
 from tests.cuda_synthesis_checks import (
     DIGIT_SHAPES,
@@ -24,25 +23,6 @@ from tests.cuda_synthesis_checks import (
     turns,
 )
 from tests.fixtures.caches import DTYPES
-
-
-@pytest.fixture(scope="module")
-def module_path() -> Path:
-    return emulation.build()
-
-
-@pytest.fixture(scope="module")
-def emulated(module_path: Path) -> CudaKernels:
-    return emulation.kernels_of(module_path)
-
-
-@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
-def kernels(request, module_path: Path, emulated: CudaKernels) -> Iterator[CudaKernels]:
-    """The emulated kernels, the threads of a block in either order."""
-    emulation.reverse_threads(module_path, request.param)
-    yield emulated
-    emulation.reverse_threads(module_path, False)
-
 
 # --- equal to torch ---------------------------------------------------------------------------------------------------
 
