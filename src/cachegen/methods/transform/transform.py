@@ -275,10 +275,11 @@ class GroupTransform:
             first_token: the position of the output's first token.
             num_threads: of the kernels in integers; torch has a number of its own.
         """
+        planes = self.planes(output)
         for start in range(0, output.num_tokens, BLOCK_TOKENS):
-            stop = min(start + BLOCK_TOKENS, output.num_tokens)
-            planes = self.planes(output.slice(start, stop))
-            self.synthesize_block(components[start:stop], step, planes, first_token + start, num_threads)
+            block = slice(start, start + BLOCK_TOKENS)
+            of_block = [plane[block] for plane in planes]
+            self.synthesize_block(components[block], step, of_block, first_token + start, num_threads)
 
     def synthesize_block(
         self,
