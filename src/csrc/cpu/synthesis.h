@@ -31,8 +31,9 @@ constexpr int kSparseShift = 9;  // of sparse rows, to the same
 constexpr int kDigitShift = 7;   // a component is 128 high + low
 constexpr int kMaxDigit = 64;    // products of two bytes and digits so large still fit 16 bits in pairs
 constexpr int32_t kMaxDense = (kMaxDigit << kDigitShift) - kMaxDigit;
-constexpr int64_t kMaxSectionUnits = 255;  // of either sign: sums of so many sparse entries fit 16 bits
-constexpr int64_t kMaxUnits = 60000;       // sums of so many entries fit 32 bits
+constexpr int64_t kMaxSectionUnits = 1023;  // of either sign, of a token
+constexpr int64_t kRunQuads = 127;          // sums of the entries of so many quads of rows fit 16 bits
+constexpr int64_t kMaxUnits = 60000;        // sums of so many entries fit 32 bits
 
 // A plane of the output: [num_tokens, num_heads, head_dim] of 16-bit values, strides in elements; and how its heads are
 // turned: pair j of dims by the angle whose cosine and sine are [token][j]. Pairs are dims offset + j and

@@ -119,33 +119,37 @@ CACHEGEN_AVX2 void add_sparse(const uint8_t* section, const TokenTile& tile, con
                               int64_t stride) {
     const uint16_t* row = tile.rows.data() + kQuad * int64_t{row_starts[0]};
     for (int64_t token = 0; token < tile.num_tokens; ++token, sums += stride) {
-        const uint16_t* const end = tile.rows.data() + kQuad * int64_t{row_starts[token + 1]};
-        __m256i all[2], odd[2];
-        for (int half = 0; half < 2; ++half) all[half] = odd[half] = _mm256_setzero_si256();
-        for (; row != end; row += kQuad) {
+        const uint16_t* const last = tile.rows.data() + kQuad * int64_t{row_starts[token + 1]};
+        do {
+            const uint16_t* const end = last - row > kQuad * kRunQuads ? row + kQuad * kRunQuads : last;
+            __m256i all[2], odd[2];
+            for (int half = 0; half < 2; ++half) all[half] = odd[half] = _mm256_setzero_si256();
+            for (; row != end; row += kQuad) {
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; ++half) {
+                    const uint8_t* const from = section + 32 * half;
+                    const __m256i plus = _mm256_add_epi8(load(from + row[0]), load(from + row[1]));
+                    const __m256i minus = _mm256_add_epi8(load(from + row[2]), load(from + row[3]));
+                    // What waits for the row before is one addition each.
+                    all[half] = _mm256_add_epi16(all[half], keep_together(_mm256_sub_epi16(plus, minus)));
+                    odd[half] = _mm256_add_epi16(
+                        odd[half],
+                        keep_together(_mm256_sub_epi16(_mm256_srli_epi16(plus, 8), _mm256_srli_epi16(minus, 8))));
+                }
+            }
 #pragma GCC unroll 2
             for (int half = 0; half < 2; ++half) {
-                const uint8_t* const from = section + 32 * half;
-                const __m256i plus = _mm256_add_epi8(load(from + row[0]), load(from + row[1]));
-                const __m256i minus = _mm256_add_epi8(load(from + row[2]), load(from + row[3]));
-                // What waits for the row before is one addition each.
-                all[half] = _mm256_add_epi16(all[half], keep_together(_mm256_sub_epi16(plus, minus)));
-                odd[half] = _mm256_add_epi16(odd[half], keep_together(_mm256_sub_epi16(_mm256_srli_epi16(plus, 8),
-                                                                                       _mm256_srli_epi16(minus, 8))));
-            }
-        }
+                const __m256i words[2] = {_mm256_sub_epi16(all[half], _mm256_slli_epi16(odd[half], 8)), odd[half]};
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            const __m256i words[2] = {_mm256_sub_epi16(all[half], _mm256_slli_epi16(odd[half], 8)), odd[half]};
-#pragma GCC unroll 2
-            for (int i = 0; i < 2; ++i) {
-                const __m256i low = _mm256_srai_epi32(_mm256_slli_epi32(words[i], 16), 16 - kSparseShift);
-                const __m256i high = _mm256_slli_epi32(_mm256_srai_epi32(words[i], 16), kSparseShift);
-                int32_t* const sum = sums + 32 * i + 8 * half;
-                store(sum, _mm256_add_epi32(load(sum), low));
-                store(sum + 16, _mm256_add_epi32(load(sum + 16), high));
+                for (int i = 0; i < 2; ++i) {
+                    const __m256i low = _mm256_srai_epi32(_mm256_slli_epi32(words[i], 16), 16 - kSparseShift);
+                    const __m256i high = _mm256_slli_epi32(_mm256_srai_epi32(words[i], 16), kSparseShift);
+                    int32_t* const sum = sums + 32 * i + 8 * half;
+                    store(sum, _mm256_add_epi32(load(sum), low));
+                    store(sum + 16, _mm256_add_epi32(load(sum + 16), high));
+                }
             }
-        }
+        } while (row != last);
     }
 }
 

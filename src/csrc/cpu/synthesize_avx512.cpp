@@ -124,29 +124,32 @@ CACHEGEN_AVX512 void add_sparse(const uint8_t* section, const TokenTile& tile, c
         const uint8_t* const next = section + kSectionRows * kBlockChannels + 4 * 64 * token;
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) _mm_prefetch(reinterpret_cast<const char*>(next + 64 * i), _MM_HINT_T1);
-        const uint16_t* const end = tile.rows.data() + kQuad * int64_t{row_starts[token + 1]};
-        // Of pairs of bytes the sum, modulo 2^16, and the odd ones' alone.
-        __m512i all = _mm512_setzero_si512(), odd = all;
-        for (; row != end; row += kQuad) {
-            const __m512i plus =
-                _mm512_add_epi8(_mm512_loadu_si512(section + row[0]), _mm512_loadu_si512(section + row[1]));
-            const __m512i minus =
-                _mm512_add_epi8(_mm512_loadu_si512(section + row[2]), _mm512_loadu_si512(section + row[3]));
-            // What waits for the row before is one addition each.
-            all = _mm512_add_epi16(all, keep_together(_mm512_sub_epi16(plus, minus)));
-            odd = _mm512_add_epi16(
-                odd, keep_together(_mm512_sub_epi16(_mm512_srli_epi16(plus, 8), _mm512_srli_epi16(minus, 8))));
-        }
-        const __m512i even = _mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8));
-        const __m512i words[2] = {even, odd};
+        const uint16_t* const last = tile.rows.data() + kQuad * int64_t{row_starts[token + 1]};
+        do {
+            const uint16_t* const end = last - row > kQuad * kRunQuads ? row + kQuad * kRunQuads : last;
+            // Of pairs of bytes the sum, modulo 2^16, and the odd ones' alone.
+            __m512i all = _mm512_setzero_si512(), odd = all;
+            for (; row != end; row += kQuad) {
+                const __m512i plus =
+                    _mm512_add_epi8(_mm512_loadu_si512(section + row[0]), _mm512_loadu_si512(section + row[1]));
+                const __m512i minus =
+                    _mm512_add_epi8(_mm512_loadu_si512(section + row[2]), _mm512_loadu_si512(section + row[3]));
+                // What waits for the row before is one addition each.
+                all = _mm512_add_epi16(all, keep_together(_mm512_sub_epi16(plus, minus)));
+                odd = _mm512_add_epi16(
+                    odd, keep_together(_mm512_sub_epi16(_mm512_srli_epi16(plus, 8), _mm512_srli_epi16(minus, 8))));
+            }
+            const __m512i even = _mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8));
+            const __m512i words[2] = {even, odd};
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-            const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(words[i], 16), 16 - kSparseShift);
-            const __m512i high = _mm512_slli_epi32(_mm512_srai_epi32(words[i], 16), kSparseShift);
-            int32_t* const sum = sums + 32 * i;
-            _mm512_storeu_si512(sum, _mm512_add_epi32(_mm512_loadu_si512(sum), low));
-            _mm512_storeu_si512(sum + 16, _mm512_add_epi32(_mm512_loadu_si512(sum + 16), high));
-        }
+            for (int i = 0; i < 2; ++i) {
+                const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(words[i], 16), 16 - kSparseShift);
+                const __m512i high = _mm512_slli_epi32(_mm512_srai_epi32(words[i], 16), kSparseShift);
+                int32_t* const sum = sums + 32 * i;
+                _mm512_storeu_si512(sum, _mm512_add_epi32(_mm512_loadu_si512(sum), low));
+                _mm512_storeu_si512(sum + 16, _mm512_add_epi32(_mm512_loadu_si512(sum + 16), high));
+            }
+        } while (row != last);
     }
 }
 

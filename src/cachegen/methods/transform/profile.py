@@ -65,8 +65,14 @@ class TransformGroup:
         Raises:
             BitstreamError: the file holds something else.
         """
+        return self.first_rows()
+
+    def first_rows(self, num_components: int | None = None) -> torch.Tensor:
+        """Return the first rows of `synthesis`; None: all of them."""
         stored = self.stored_synthesis
-        return stored.float() if isinstance(stored, torch.Tensor) else self.integer_rows().multiply()
+        if isinstance(stored, torch.Tensor):
+            return stored[:num_components].float()
+        return self.integer_rows(num_components).multiply()
 
     def integer_rows(self, num_components: int | None = None) -> IntegerRows:
         """Return the synthesis matrix in integers, which that of a saved profile is; made anew each time.

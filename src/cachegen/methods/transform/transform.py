@@ -312,7 +312,8 @@ class GroupTransform:
         if not left:
             return
         # Few: the matrix in floats is not kept for them.
-        vectors = multiply(components[left].float() * step, self.group.synthesis[: components.shape[1]], self.mean)
+        rows = self.group.first_rows(components.shape[1])
+        vectors = multiply(components[left].float() * step, rows, self.mean)
         for token, vector in zip(left, vectors, strict=True):
             for part, plane in zip(self._turn(vector[None], first_token + token), planes, strict=True):
                 plane[token : token + 1].copy_(part)
