@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--layers_per_group",
         type=command_line.positive_int,
-        help="layers transformed together; None takes as many as have 8192 channels, and a fourth as many as tokens",
+        help="layers transformed together; None takes as many as have 8192 channels, and 1.4 tokens for each",
     )
     add(
         "--weights",

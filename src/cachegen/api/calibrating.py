@@ -71,8 +71,8 @@ def calibrate(
             tuple of a cache and the ids of its tokens, as for `compress`. What is prefilled here lies in a temporary
             folder meanwhile.
         tokenizer: of the model, for strings; a `LoadedModel` has its own.
-        layers_per_group: layers transformed together; None takes as many as have 8192 channels together, and a fourth
-            as many as there are tokens to fit on, at least one.
+        layers_per_group: layers transformed together; None takes as many as have 8192 channels together, and 1.4
+            tokens to fit on for each, at least one.
         weights: "fisher" weighs quality by the Fisher information, "diagonal" by its diagonal, "none" not at all, which
             needs no gradients.
         fisher_tokens: tokens of each context whose predictions are differentiated.

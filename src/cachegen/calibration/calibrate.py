@@ -29,8 +29,8 @@ from cachegen.windows import Windows
 
 MAX_GROUP_CHANNELS = 8192
 """Of a group of layers, unless told otherwise: its covariance then takes 537 MB."""
-TOKENS_PER_CHANNEL = 4
-"""To fit on, at least, unless told otherwise: what fewer tokens have in common others need not have."""
+TOKENS_PER_CHANNEL = 1.4
+"""To fit on, at least, unless told otherwise: so many were seen to suffice (docs/rate_distortion.md)."""
 LEAST_VARIANCE = 1e-12
 """Of a plane, for its weight."""
 FISHER_NAME = "fisher.safetensors"
@@ -184,7 +184,7 @@ def count_tokens(contexts: Sequence[CalibrationContext]) -> int:
 
 def plan_calibration(contexts: Sequence[CalibrationContext], settings: CalibrationSettings) -> list[tuple[int, int]]:
     """Return (first layer, number of layers) of each group to be fitted, in order; see `CalibrationSettings`."""
-    max_channels = min(MAX_GROUP_CHANNELS, count_tokens(contexts) // TOKENS_PER_CHANNEL)
+    max_channels = min(MAX_GROUP_CHANNELS, int(count_tokens(contexts) / TOKENS_PER_CHANNEL))
     shapes, windows = plane_shapes_of(contexts[0].cache), contexts[0].metadata.windows
     return plan_groups(shapes, settings.layers_per_group, windows, max_channels)
 

@@ -12,8 +12,8 @@ class CalibrationSettings:
     """What decides a profile, beside the caches and the model.
 
     Attributes:
-        layers_per_group: None for as many as have 8192 channels together, and a fourth as many as there are tokens to
-            fit on; at least one.
+        layers_per_group: None for as many as have 8192 channels together, and 1.4 tokens to fit on for each; at least
+            one.
         weights: see `weigh`; "none" needs no model.
         fisher_tokens: tokens of each context whose predictions are differentiated.
         fisher_samples: label samples for each of them.
