@@ -62,13 +62,11 @@ def rewrite(folder: Path, change: Any) -> None:
 
 def replace_tensors(folder: Path, name: str, tensors: dict[str, torch.Tensor] | bytes) -> None:
     """Replace the analysis file, or the first stream of the synthesis file, with its hash in the JSON."""
+    content = tensors if isinstance(tensors, bytes) else save_tensors(tensors)
     if name == ANALYSIS_NAME:
-        content = tensors if isinstance(tensors, bytes) else save_tensors(tensors)
         (folder / name).write_bytes(content)
-    elif isinstance(tensors, bytes):
-        replace_streams(folder, [tensors])
     else:
-        replace_streams(folder, [save_tensors(tensors)])
+        replace_streams(folder, [content])
     content = (folder / name).read_bytes()
     rewrite(folder, lambda record: record["sha256"].update({name: hashlib.sha256(content).hexdigest()}))
 

@@ -166,10 +166,14 @@ PackedSynthesis pack_synthesis(const SynthesisRows& rows, const std::vector<int6
     packed.factors.assign(num_blocks * kBlockChannels, 0.0f);
     packed.means.assign(num_blocks * kBlockChannels, 0.0f);
     std::vector<double> shares(num_blocks * kNumChoices, 0.0);
+    // As many as any choice has: rows are read once.
+    const int64_t most_fine = std::min(kFineChoices[kNumChoices - 1], rows.num_dense);
+    std::vector<uint8_t> fine(num_blocks * most_fine * kBlockChannels);
     parallel_for(num_blocks, num_threads, [&](int64_t i) {
         const BlockPacker packer(rows, blocks[i]);
         packer.pack(packed.dense.data() + i * dense_bytes, packed.sparse.data() + i * sparse_bytes,
                     shares.data() + i * kNumChoices);
+        packer.pack_fine(fine.data() + i * most_fine * kBlockChannels, most_fine);
         packer.scale(packed.factors.data() + i * kBlockChannels, packed.means.data() + i * kBlockChannels);
     });
     for (int choice = 0; choice < kNumChoices; ++choice) {
@@ -179,13 +183,11 @@ PackedSynthesis pack_synthesis(const SynthesisRows& rows, const std::vector<int6
         packed.share /= static_cast<double>(std::max<int64_t>(rows.num_channels, 1));
         if (packed.share <= max_share || packed.num_fine == rows.num_dense) break;
     }
-    if (packed.num_fine == 0) return packed;
-    const int64_t fine_bytes = packed.num_fine * kBlockChannels;
-    packed.fine.assign(num_blocks * fine_bytes, kDenseBias);
-    parallel_for(num_blocks, num_threads, [&](int64_t i) {
-        // Units are those of all components.
-        BlockPacker(rows, blocks[i]).pack_fine(packed.fine.data() + i * fine_bytes, packed.num_fine);
-    });
+    packed.fine.reserve(num_blocks * packed.num_fine * kBlockChannels);
+    for (int64_t i = 0; i < num_blocks; ++i) {
+        const auto first = fine.begin() + i * most_fine * kBlockChannels;
+        packed.fine.insert(packed.fine.end(), first, first + packed.num_fine * kBlockChannels);
+    }
     return packed;
 }
 

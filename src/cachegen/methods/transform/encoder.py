@@ -19,15 +19,8 @@ from cachegen.format.headers import PlaneShape
 from cachegen.kv_cache import ContextMetadata, KVCache
 from cachegen.methods.base import Encoder, ErrorMeasure, cut_streams
 from cachegen.methods.transform.document import METHOD_NUMBER, TransformDocument, share_in_groups
-from cachegen.methods.transform.exact_values import (
-    ExactValues,
-    pack_exact_values,
-)
-from cachegen.methods.transform.headers import (
-    MAX_STEP_LOG,
-    TransformChunkHeader,
-    TransformDocumentHeader,
-)
+from cachegen.methods.transform.exact_values import ExactValues, pack_exact_values
+from cachegen.methods.transform.headers import MAX_STEP_LOG, TransformChunkHeader, TransformDocumentHeader
 from cachegen.methods.transform.loss import LossMeter
 from cachegen.methods.transform.profile import Profile, check_profile
 from cachegen.methods.transform.transform import (

@@ -13,19 +13,9 @@ from typing import Any
 import torch
 
 from cachegen.errors import InputError
-from cachegen.kv_cache import (
-    RotaryEmbedding,
-    hash_rotary_embeddings,
-    rotations_by_rule,
-)
-from cachegen.methods.profile_files import (
-    check_same_model,
-    refuse_other,
-)
-from cachegen.methods.transform.integer_rows import (
-    DeflatedRows,
-    IntegerRows,
-)
+from cachegen.kv_cache import RotaryEmbedding, hash_rotary_embeddings, rotations_by_rule
+from cachegen.methods.profile_files import check_same_model, refuse_other
+from cachegen.methods.transform.integer_rows import DeflatedRows, IntegerRows
 from cachegen.rotation import PlaneRotations
 
 SCALE_LOGS_PER_OCTAVE = 16

@@ -22,9 +22,7 @@ from safetensors.torch import save as save_tensors
 from cachegen.errors import BitstreamError
 from cachegen.fields import Fields, parse_fields, refuse_file
 from cachegen.format import MAX_LAYERS
-from cachegen.kv_cache import (
-    read_rotary_embeddings,
-)
+from cachegen.kv_cache import read_rotary_embeddings
 from cachegen.methods.profile_files import (
     MAX_PROFILE_BYTES,
     PROFILE_NAME,
@@ -51,7 +49,7 @@ FILE_FORMAT = "cachegen-profile"
 FILE_VERSION = 1
 
 _MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: the names and shapes of its tensors
-_MAX_HEADER_BYTES_OF_GROUP = 1 << 12
+_MAX_STREAM_OVERHEAD = 1 << 12  # of what zlib cannot compress, beside the room for vectors
 _MAX_CURVE_POINTS = 1 << 10
 _MAX_COMPONENTS = (1 << 16) - 1
 _MAX_SCALE_LOG = 1 << 14
@@ -237,7 +235,7 @@ class _GroupLayout:
     @property
     def max_bytes(self) -> int:
         """That its tensors may take, as the file has them or in memory."""
-        return 2 * self.num_channels * (self.num_components + 8) + _MAX_HEADER_BYTES_OF_GROUP
+        return 2 * self.num_channels * (self.num_components + 8) + _MAX_STREAM_OVERHEAD
 
 
 def _parse_layouts(fields: Fields, profile: Profile) -> list[_GroupLayout]:
